@@ -1,0 +1,57 @@
+"""ASiT: self-supervised audio spectrogram transformers for Hugging Face Transformers."""
+
+from importlib import import_module
+
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForAudioClassification,
+    AutoModelForAudioFrameClassification,
+    AutoModelForPreTraining,
+)
+
+from .configuration_asit import ASiTConfig
+from .feature_extraction_asit import ASiTFeatureExtractor
+from .modeling_asit import (
+    ASiTForAudioClassification,
+    ASiTForAudioFrameClassification,
+    ASiTModel,
+    ASiTPreTrainedModel,
+)
+from .pretraining.modeling import ASiTForPreTraining
+
+__version__ = "0.1.0"
+
+AutoConfig.register("asit", ASiTConfig, exist_ok=True)
+AutoFeatureExtractor.register(ASiTConfig, ASiTFeatureExtractor, exist_ok=True)
+AutoModel.register(ASiTConfig, ASiTModel, exist_ok=True)
+AutoModelForAudioClassification.register(ASiTConfig, ASiTForAudioClassification, exist_ok=True)
+AutoModelForAudioFrameClassification.register(ASiTConfig, ASiTForAudioFrameClassification, exist_ok=True)
+AutoModelForPreTraining.register(ASiTConfig, ASiTForPreTraining, exist_ok=True)
+
+# What costs seconds to import (Trainer, matplotlib, pipelines) is loaded when it is first asked for.
+_LAZY = {
+    "ASiTAudioClassificationPipeline": "pipeline",
+    "ASiTPreTrainer": "pretraining.trainer",
+    "ASiTPreTrainingArguments": "pretraining.trainer",
+    "export_encoder": "hub",
+    "read_audio": "data.audio",
+}
+
+__all__ = [
+    "ASiTConfig",
+    "ASiTFeatureExtractor",
+    "ASiTForAudioClassification",
+    "ASiTForAudioFrameClassification",
+    "ASiTForPreTraining",
+    "ASiTModel",
+    "ASiTPreTrainedModel",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,326 @@
+"""Reading audio: any file libsndfile knows, mono, at the rate asked for, decoding only the seconds asked for."""
+
+import io
+import os
+import re
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+
+# Samples, at the lower of the two rates, that the resampling filter sees on each side of a window.
+_RESAMPLING_CONTEXT = 256
+# After a seek, the first frames of an mp3 file lack the bits that earlier frames carry for them: up to 511 bytes,
+# which are several of the small frames of a low bit rate.
+_MPEG_LEAD_IN = 16 * 1152
+# A seek into the last page of an Ogg Vorbis stream can land some samples off. A page holds at most 255 packets,
+# and a packet 1024 samples at the usual block size, so a seek to before that is exact, and reading on is too.
+_VORBIS_PAGE = 255 * 1024
+# A writer that cannot seek back (a pipe) leaves a placeholder of about this size in the header of a wav file.
+_UNKNOWN_WAV_SIZE = 0x7FFFF000
+_WAV_DATA_CHUNK = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
+
+
+class AudioReadError(ValueError):
+    """Audio that cannot be read. `source` names the file (or "bytes", "array"), `reason` says why."""
+
+    def __init__(self, source: str, reason: str):
+        super().__init__(source, reason)
+        self.source = source
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"cannot read {self.source}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What a file says of itself. `num_samples` counts per channel, at the file's own `sampling_rate` in Hz."""
+
+    sampling_rate: int
+    num_samples: int
+    num_channels: int
+
+    @property
+    def duration(self) -> float:
+        """Length in seconds."""
+        return self.num_samples / self.sampling_rate
+
+
+class AudioReader:
+    """One audio source, opened to read windows of it. A context manager.
+
+    Args:
+        source: a path, `bytes`, a `{"path", "bytes"}` row of `datasets.Audio(decode=False)`, an
+            `{"array", "sampling_rate"}` or `{"raw", "sampling_rate"}` dict, or a decoder with `get_all_samples()`
+            (torchcodec). A path with `://` in it is opened through fsspec (`hf://`, `zip://...::`).
+
+    Raises:
+        AudioReadError: missing, empty, damaged or truncated file, or no samples. A cut wav or flac file is an error.
+            mp3 and ogg files carry no promise of their length (mp3: an estimate): cut ones are read as far as they go.
+        TypeError: a source of another type.
+    """
+
+    def __init__(self, source: Any):
+        self._file: soundfile.SoundFile | None = None
+        self._samples: np.ndarray | None = None
+        self.name = source_name(source)
+        if hasattr(source, "get_all_samples"):
+            self._open_decoder(source)
+        elif isinstance(source, dict) and ("array" in source or "raw" in source):
+            self._open_array(source)
+        else:
+            self._open_file(source)
+        if self.info.num_samples == 0:
+            self.close()
+            raise AudioReadError(self.name, "no samples")
+
+    def __enter__(self) -> "AudioReader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def num_samples(self, sampling_rate: int) -> int:
+        """Samples of the whole source once resampled to `sampling_rate`; for mp3 as its header estimates them."""
+        return _resampled_length(self.info.num_samples, self.info.sampling_rate, sampling_rate)
+
+    def read(self, sampling_rate: int, start: int = 0, length: int | None = None) -> np.ndarray:
+        """Mono float32 waveform `(samples,)`: `length` samples from `start`, both counted at `sampling_rate`.
+
+        The samples are those of the whole source resampled, to rounding. Fewer come where the source ends before.
+
+        Raises:
+            AudioReadError: nothing at `start`, damage on the way, or samples that are not finite.
+        """
+        rate = self.info.sampling_rate
+        total = self.num_samples(sampling_rate)
+        stop = total if length is None else min(start + length, total)
+        if start >= stop:
+            seconds = f"{start / sampling_rate:.3f} s"
+            raise AudioReadError(self.name, f"nothing to read at {seconds}, it lasts {self.info.duration:.3f} s")
+        if rate == sampling_rate:
+            return self._decode(start, stop)
+        # The window starts at a sample that both rates share, so that the resampled samples fall on the same instants.
+        step = rate // gcd(rate, sampling_rate)
+        context = _RESAMPLING_CONTEXT * max(1, -(-rate // sampling_rate))
+        first = max(0, start * rate // sampling_rate - context) // step * step
+        last = min(self.info.num_samples, -(-stop * rate // sampling_rate) + context)
+        skipped = start - first * sampling_rate // rate
+        waveform = resample(self._decode(first, last), rate, sampling_rate)[skipped : skipped + stop - start]
+        if waveform.size == 0:
+            raise AudioReadError(self.name, f"nothing to read at {start / sampling_rate:.3f} s")
+        return waveform
+
+    def _open_decoder(self, decoder: Any) -> None:
+        try:
+            samples = decoder.get_all_samples()
+        except Exception as error:
+            raise AudioReadError(self.name, f"its decoder failed: {error}") from error
+        channels = np.asarray(samples.data, dtype=np.float32)
+        self._samples = _checked(channels.mean(axis=0), self.name)
+        self.info = AudioInfo(int(samples.sample_rate), channels.shape[-1], channels.shape[0])
+
+    def _open_array(self, source: dict) -> None:
+        if source.get("sampling_rate") is None:
+            raise AudioReadError(self.name, f"an array needs a sampling_rate beside it, got the keys {sorted(source)}")
+        array = source["array"] if "array" in source else source["raw"]
+        try:
+            self._samples = to_mono_float(array)
+        except ValueError as error:
+            raise AudioReadError(self.name, str(error)) from error
+        num_channels = int(np.prod(np.shape(array))) // self._samples.size
+        self.info = AudioInfo(_positive_rate(source["sampling_rate"]), self._samples.size, num_channels)
+
+    def _open_file(self, source: Any) -> None:
+        path, content = source, None
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            path, content = None, source
+        elif isinstance(source, dict):
+            path, content = source.get("path"), source.get("bytes")
+        elif source is not None and not isinstance(source, (str, os.PathLike)):
+            raise TypeError(
+                "audio must be a path, bytes, a dict with path or bytes, a dict with array and sampling_rate, or a "
+                f"decoder; got {type(source).__name__}"
+            )
+        if path is None and content is None:
+            raise AudioReadError(self.name, "neither a path nor bytes")
+        self._path, self._content = path, content
+        self._file = self._open()
+        self.info = AudioInfo(self._file.samplerate, self._file.frames, self._file.channels)
+        cut = _WAV_DATA_CHUNK.search(self._file.extra_info) if self._file.format.startswith(("WAV", "RF64")) else None
+        if cut and int(cut[1]) < _UNKNOWN_WAV_SIZE and int(cut[1]) > int(cut[2]):
+            self.close()
+            raise AudioReadError(self.name, f"truncated: its header promises {cut[1]} bytes of audio, it has {cut[2]}")
+
+    def _open(self) -> soundfile.SoundFile:
+        try:
+            if self._content is None and "://" in os.fspath(self._path):
+                self._content = _fetch(self._path)
+            if self._content is not None:
+                if len(self._content) == 0:
+                    raise AudioReadError(self.name, "empty")
+                return soundfile.SoundFile(io.BytesIO(self._content))
+            with open(self._path, "rb") as file:
+                if not file.read(1):
+                    raise AudioReadError(self.name, "empty file")
+            return soundfile.SoundFile(self._path)
+        except FileNotFoundError as error:
+            raise AudioReadError(self.name, "no such file") from error
+        except OSError as error:
+            raise AudioReadError(self.name, error.strerror or str(error)) from error
+        except soundfile.LibsndfileError as error:
+            raise AudioReadError(self.name, _reason(error)) from error
+
+    def _decode(self, first: int, last: int) -> np.ndarray:
+        """Samples `first` to `last` at the source's own rate."""
+        if self._samples is not None:
+            return self._samples[first:last]
+        # One read call for lead-in and window: soundfile seeks after every call.
+        try:
+            begin = self._seek(max(0, first - self._lead_in(first)))
+            frames = self._file.read(last - begin, dtype="float32", always_2d=True)[first - begin :]
+        except soundfile.LibsndfileError as error:
+            raise AudioReadError(self.name, _reason(error)) from error
+        if len(frames) < last - first and (len(frames) == 0 or not self._is_mpeg()):
+            promise = f"its header promises {self.info.num_samples} samples"
+            raise AudioReadError(
+                self.name, f"damaged or truncated: {promise}, none came from {first + len(frames)} on"
+            )
+        return _checked(frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1), self.name)
+
+    def _lead_in(self, first: int) -> int:
+        """Samples to decode before `first` so that those from `first` on come out as in a decode of the whole file."""
+        if self._is_mpeg():
+            return _MPEG_LEAD_IN
+        if self._file.subtype == "VORBIS":
+            return max(0, first - (self.info.num_samples - _VORBIS_PAGE))
+        return 0
+
+    def _is_mpeg(self) -> bool:
+        return self._file.subtype.startswith("MPEG")
+
+    def _seek(self, frame: int) -> int:
+        """Go to `frame`, or where the file cannot be sought to its beginning; return the position."""
+        try:
+            if self._file.tell() == frame or self._file.seek(frame) == frame:
+                return frame
+        except soundfile.LibsndfileError:
+            pass
+        self._file.close()
+        self._file = self._open()
+        return 0
+
+
+def audio_info(source: Any) -> AudioInfo:
+    """Rate, length and channels of `source` (see `AudioReader`), for a file from its header alone."""
+    with AudioReader(source) as reader:
+        return reader.info
+
+
+def read_audio(source: Any, sampling_rate: int, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
+    """Read seconds `offset` to `offset + duration` of `source` (see `AudioReader`) as mono float32 `(samples,)`.
+
+    Only these seconds are decoded. The result is at `sampling_rate` Hz and in [-1, 1], except that float audio beyond
+    that range is left as it is; a DC offset stays. A window past the end gives the samples there are.
+
+    Raises:
+        AudioReadError: unreadable audio, or an offset at or past its end.
+        ValueError: a negative offset, or a duration that is not positive.
+    """
+    sampling_rate = _positive_rate(sampling_rate)
+    if offset < 0 or (duration is not None and duration <= 0):
+        raise ValueError(f"expected offset >= 0 and duration > 0 seconds, got {offset} and {duration}")
+    start = round(offset * sampling_rate)
+    length = None if duration is None else max(1, round((offset + duration) * sampling_rate) - start)
+    with AudioReader(source) as reader:
+        return reader.read(sampling_rate, start, length)
+
+
+def to_mono_float(array: Any) -> np.ndarray:
+    """Mono float32 `(samples,)` from an array, list or tensor: the mean of the channels, which are the shorter axis.
+
+    Integers are scaled by the range of their type (8 to 32 bits, unsigned ones are centred first); floats stay as
+    they are.
+
+    Raises:
+        ValueError: no samples, not finite, 64-bit integers (which no PCM format has), or a shape that is not
+            `(samples,)`, `(channels, samples)` or `(samples, channels)`.
+    """
+    if hasattr(array, "detach"):
+        array = array.detach().cpu()
+        array = array.float() if array.is_floating_point() else array
+    array = np.asarray(array)
+    if array.size == 0:
+        raise ValueError("no samples")
+    if array.dtype.kind in "iu" and array.dtype.itemsize <= 4:
+        limit = 2.0 ** (8 * array.dtype.itemsize - 1)
+        array = array / limit - (1.0 if array.dtype.kind == "u" else 0.0)
+    elif array.dtype.kind != "f":
+        raise ValueError(f"expected floats or integers of 8 to 32 bits, got {array.dtype}")
+    if array.ndim == 2 and (array.shape[0] != array.shape[1] or array.size == 1):
+        array = array.mean(axis=int(np.argmin(array.shape)))
+    elif array.ndim != 1:
+        raise ValueError(f"expected (samples,), (channels, samples) or (samples, channels), got shape {array.shape}")
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError("samples that are not finite")
+    return array
+
+
+def resample(waveform: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
+    """Resample `(samples,)` from one rate in Hz to another: `round(samples * to_rate / from_rate)` samples."""
+    from_rate, to_rate = _positive_rate(from_rate), _positive_rate(to_rate)
+    if from_rate == to_rate:
+        return waveform
+    return soxr.resample(waveform, from_rate, to_rate, quality="HQ")
+
+
+def source_name(source: Any) -> str:
+    """How messages and reports name a source: its path, else "bytes", "array" or its type."""
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    if isinstance(source, dict):
+        if source.get("path"):
+            return os.fspath(source["path"])
+        return "array" if "array" in source or "raw" in source else "bytes"
+    return "bytes" if isinstance(source, (bytes, bytearray, memoryview)) else type(source).__name__
+
+
+def _fetch(url: str) -> bytes:
+    import fsspec
+
+    try:
+        with fsspec.open(url, "rb") as remote:
+            return remote.read()
+    except OSError:
+        raise
+    except Exception as error:  # each protocol has errors of its own
+        raise AudioReadError(url, f"{type(error).__name__}: {error}") from error
+
+
+def _resampled_length(num_samples: int, from_rate: int, to_rate: int) -> int:
+    return (2 * num_samples * to_rate + from_rate) // (2 * from_rate)
+
+
+def _positive_rate(rate: Any) -> int:
+    if int(rate) != rate or rate <= 0:
+        raise ValueError(f"expected a sampling rate in whole Hz above 0, got {rate}")
+    return int(rate)
+
+
+def _checked(waveform: np.ndarray, name: str) -> np.ndarray:
+    if not np.isfinite(waveform).all():
+        raise AudioReadError(name, "samples that are not finite")
+    return waveform
+
+
+def _reason(error: soundfile.LibsndfileError) -> str:
+    return error.error_string.removeprefix("Error : ").rstrip(".")

@@ -1,0 +1,94 @@
+"""From items to batches."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+def collate_crops(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Batch the items of `PretrainingCrops` or `StreamingCrops`.
+
+    Returns:
+        `global_waveforms` (batch, crops, samples) float32, `global_lengths` (batch, crops) int64, the same with
+        `local_` where there are local crops, `sample_keys` (batch,) int64, `indices` (batch,) int64, and `bad_files`,
+        a list of (path, reason).
+    """
+    names = ("global_waveforms", "global_lengths", "local_waveforms", "local_lengths")
+    batch: dict[str, Any] = {name: torch.stack([item[name] for item in items]) for name in names if name in items[0]}
+    batch["sample_keys"] = torch.tensor([item["sample_key"] for item in items], dtype=torch.int64)
+    batch["indices"] = torch.tensor([item["index"] for item in items], dtype=torch.int64)
+    batch["bad_files"] = [bad for item in items for bad in item["bad_files"]]
+    return batch
+
+
+@dataclass
+class ClassificationCollator:
+    """Batch the items of `LabelledClips` for a classifier.
+
+    Args:
+        feature_extractor: called as `feature_extractor(waveforms, sampling_rate=..., padding=True,
+            return_tensors="pt")`.
+        problem_type: "single_label_classification", "multi_label_classification" or "regression": the kind of
+            `labels`.
+        num_labels: the classes; needed for the classification types.
+
+    Returns, when called:
+        `input_values` (batch, frames, mel) and `attention_mask` (batch, frames) of the extractor, and, where items
+        have a label, `labels`: class ids (batch,) int64, or 0 / 1 per class (batch, num_labels) float32, or the
+        numbers themselves, float32.
+
+    Raises, when called:
+        ValueError: a label that is missing or not in [0, num_labels), or no clip of the batch could be read.
+    """
+
+    feature_extractor: Callable[..., Any]
+    num_labels: int | None = None
+    problem_type: str = "single_label_classification"
+
+    def __post_init__(self):
+        known = ("single_label_classification", "multi_label_classification", "regression")
+        if self.problem_type not in known:
+            raise ValueError(f"expected problem_type to be one of {', '.join(known)}, got {self.problem_type!r}")
+        if self.num_labels is None and self.problem_type != "regression":
+            raise ValueError(f"num_labels is needed for {self.problem_type}")
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        for path, reason in (bad for item in items for bad in item.get("bad_files", ())):
+            logger.warning("left out %s: %s", path, reason)
+        readable = [item for item in items if "waveform" in item]
+        if not readable:
+            raise ValueError(f"none of the {len(items)} clips of this batch can be read: {items[0]['bad_files']}, ...")
+        features = self.feature_extractor(
+            [item["waveform"] for item in readable],
+            sampling_rate=self.feature_extractor.sampling_rate,
+            padding=True,
+            return_tensors="pt",
+        )
+        batch = dict(features)
+        if "label" in readable[0]:
+            batch["labels"] = self._labels([item["label"] for item in readable])
+        return batch
+
+    def _labels(self, labels: list[Any]) -> torch.Tensor:
+        if any(label is None for label in labels):
+            raise ValueError(f"expected a label for every clip, got {labels}")
+        if self.problem_type == "regression":
+            return torch.tensor(labels, dtype=torch.float32)
+        if self.problem_type == "single_label_classification":
+            ids = [self._checked(label) for label in labels]
+            return torch.tensor(ids, dtype=torch.int64)
+        targets = torch.zeros(len(labels), self.num_labels)
+        for row, label in enumerate(labels):
+            for one in label if isinstance(label, (list, tuple)) else [label]:
+                targets[row, self._checked(one)] = 1.0
+        return targets
+
+    def _checked(self, label: Any) -> int:
+        if isinstance(label, (list, tuple, float, str)) or not 0 <= int(label) < self.num_labels:
+            raise ValueError(f"expected a class id from 0 to {self.num_labels - 1}, got {label!r}")
+        return int(label)

@@ -1,0 +1,358 @@
+"""What a loader worker does: read, crop, resample. Log-mel and masking follow on the device, in batch."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+from .audio import AudioReader, AudioReadError, source_name
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILURES = 100
+# Windows of one file that lie nearer than this are read as one: a seek costs about as much as decoding the gap.
+_MERGE_SECONDS = 0.5
+_MASK = (1 << 64) - 1
+
+
+def sample_key(seed: int, epoch: int, index: int, attempt: int = 0) -> int:
+    """A number in [0, 2^63) that is a good hash of its arguments: the seed of all randomness of one sample."""
+    key = 0
+    for part in (seed, epoch, index, attempt):
+        # splitmix64: the increment, then its finaliser.
+        key = ((key ^ (int(part) & _MASK)) + 0x9E3779B97F4A7C15) & _MASK
+        key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _MASK
+        key ^= key >> 31
+    return key >> 1
+
+
+@dataclass(frozen=True)
+class CropSettings:
+    """How many crops of how many seconds are drawn from a clip, and how.
+
+    Args:
+        sampling_rate: of the crops, in Hz.
+        global_seconds, num_global_crops: of the crops that teacher and student see.
+        local_seconds, num_local_crops: of the crops that only the student sees; none with 0.
+        roll_probability: of shifting the clip in a circle by a random amount first.
+    """
+
+    sampling_rate: int
+    global_seconds: float = 6.0
+    num_global_crops: int = 2
+    local_seconds: float = 2.0
+    num_local_crops: int = 4
+    roll_probability: float = 0.0
+
+    def __post_init__(self):
+        if self.num_global_crops < 1 or self.num_local_crops < 0:
+            raise ValueError(
+                f"expected >= 1 global and >= 0 local crops, got {self.num_global_crops}, {self.num_local_crops}"
+            )
+        if self.global_samples < 1 or (self.num_local_crops and self.local_samples < 1):
+            raise ValueError(
+                f"expected crops of some length, got {self.global_seconds} and {self.local_seconds} seconds"
+            )
+        if not 0 <= self.roll_probability <= 1:
+            raise ValueError(f"expected a roll_probability in [0, 1], got {self.roll_probability}")
+
+    @property
+    def global_samples(self) -> int:
+        return round(self.global_seconds * self.sampling_rate)
+
+    @property
+    def local_samples(self) -> int:
+        return round(self.local_seconds * self.sampling_rate)
+
+    def read(self, source: Any, key: int) -> dict[str, torch.Tensor]:
+        """Draw the crops of one clip from the random numbers of `key`: uniform over the clip, each by itself.
+
+        Returns:
+            `global_waveforms` (num_global_crops, samples) float32, `global_lengths` (num_global_crops,) int64: the
+            samples that are audio, the rest of a short clip's crop being zeros; the same with `local_` where there
+            are local crops.
+        """
+        lengths = [self.global_samples] * self.num_global_crops + [self.local_samples] * self.num_local_crops
+        with AudioReader(source) as reader:
+            try:
+                crops = self._read(reader, reader.num_samples(self.sampling_rate), lengths, key)
+            except _ShorterThanPromised as shorter:
+                # The header of an mp3 file only estimates its length: draw again from what there is.
+                crops = self._read(reader, shorter.num_samples, lengths, key)
+        item = _stack("global", crops[: self.num_global_crops], self.global_samples)
+        if self.num_local_crops:
+            item |= _stack("local", crops[self.num_global_crops :], self.local_samples)
+        return item
+
+    def _read(self, reader: AudioReader, total: int, lengths: list[int], key: int) -> list[np.ndarray]:
+        generator = np.random.default_rng(key)
+        starts = [int(generator.integers(0, max(0, total - length) + 1)) for length in lengths]
+        shift = int(generator.integers(0, total)) if generator.random() < self.roll_probability else 0
+        starts = [(start - shift) % total for start in starts]
+        stops = [start + min(length, total) for start, length in zip(starts, lengths)]
+        # A crop that runs over the end of a shifted clip goes on at its beginning.
+        parts = [[(start, min(stop, total)), (0, stop - total)] for start, stop in zip(starts, stops)]
+        parts = [[(first, last) for first, last in pair if first < last] for pair in parts]
+        windows = _merge([part for pair in parts for part in pair], gap=round(_MERGE_SECONDS * self.sampling_rate))
+        audio = {}
+        for first, last in windows:
+            audio[first, last] = reader.read(self.sampling_rate, first, last - first)
+            if len(audio[first, last]) < last - first:
+                raise _ShorterThanPromised(len(reader.read(self.sampling_rate)))
+        return [np.concatenate([_cut(audio, *part) for part in pair]) for pair in parts]
+
+
+class PretrainingCrops(Dataset):
+    """Random crops of unlabelled audio: item `i` of an epoch depends on (seed, epoch, i) and the audio alone.
+
+    Args:
+        dataset: rows with an `audio` column, or a sequence of sources (see `asit_hf.data.audio.AudioReader`).
+        sampling_rate, global_seconds, num_global_crops, local_seconds, num_local_crops, roll_probability: see
+            `CropSettings`.
+        seed: of the crops.
+        strict: raise for a clip that cannot be read; otherwise report it in `bad_files` and take another clip, drawn
+            anew.
+
+    Items: the tensors of `CropSettings.read`, the numbers `sample_key` and `index` (the row that was read), and
+    `bad_files`, a list of (path, reason).
+
+    Raises, from `[]`:
+        AudioReadError: with `strict`, for a clip that cannot be read.
+        RuntimeError: 100 clips in a row could not be read.
+    """
+
+    def __init__(
+        self,
+        dataset: Sequence,
+        sampling_rate: int,
+        global_seconds: float = 6.0,
+        num_global_crops: int = 2,
+        local_seconds: float = 2.0,
+        num_local_crops: int = 4,
+        seed: int = 0,
+        roll_probability: float = 0.0,
+        strict: bool = False,
+    ):
+        self.settings = CropSettings(
+            sampling_rate, global_seconds, num_global_crops, local_seconds, num_local_crops, roll_probability
+        )
+        self.sources = _audio_only(dataset)
+        if len(self.sources) == 0:
+            raise ValueError("expected some audio to crop, got an empty data set")
+        self.seed = seed
+        self.strict = strict
+        self._epoch = _shared_counter()
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other crops from the next item on, in running loader workers too."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        epoch = int(self._epoch)
+        if index < 0:
+            index += len(self)
+        key = sample_key(self.seed, epoch, index)
+        bad_files: list[tuple[str, str]] = []
+        row = index
+        while True:
+            try:
+                crops = self.settings.read(_source(self.sources[row]), key)
+                return {**crops, "sample_key": key, "index": row, "bad_files": bad_files}
+            except AudioReadError as error:
+                if self.strict:
+                    raise
+                _report(bad_files, error)
+                row = sample_key(self.seed, epoch, index, len(bad_files)) % len(self)
+
+
+class StreamingCrops(IterableDataset):
+    """Random crops of a stream: the items of `PretrainingCrops`, `index` being the sample's hash.
+
+    Args:
+        dataset: a `datasets.IterableDataset` with an `audio` column. It gives each loader worker its own shards; give
+            each process its own with `datasets.distributed.split_dataset_by_node`.
+        others: as in `PretrainingCrops`.
+
+    The crops of a clip depend on (seed, epoch, its path, or its bytes where it has no path), not on the order or the
+    number of workers. A clip that cannot be read is left out; the next item reports it, and those after the last item
+    are logged.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        sampling_rate: int,
+        global_seconds: float = 6.0,
+        num_global_crops: int = 2,
+        local_seconds: float = 2.0,
+        num_local_crops: int = 4,
+        seed: int = 0,
+        roll_probability: float = 0.0,
+        strict: bool = False,
+    ):
+        self.settings = CropSettings(
+            sampling_rate, global_seconds, num_global_crops, local_seconds, num_local_crops, roll_probability
+        )
+        self.dataset = _audio_only(dataset)
+        self.seed = seed
+        self.strict = strict
+        self._epoch = _shared_counter()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other crops, and another order of a shuffled stream, from the next pass on, in running workers too."""
+        self._epoch.fill_(epoch)
+        self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        epoch = int(self._epoch)
+        bad_files: list[tuple[str, str]] = []
+        for row in self.dataset:
+            source = _source(row)
+            index = _source_hash(source)
+            key = sample_key(self.seed, epoch, index)
+            try:
+                crops = self.settings.read(source, key)
+            except AudioReadError as error:
+                if self.strict:
+                    raise
+                _report(bad_files, error)
+                continue
+            yield {**crops, "sample_key": key, "index": index, "bad_files": bad_files}
+            bad_files = []
+        for path, reason in bad_files:
+            logger.warning("left out %s: %s", path, reason)
+
+
+class LabelledClips(Dataset):
+    """Whole clips with their labels, for finetuning, probing and prediction.
+
+    Args:
+        dataset: rows with an `audio` column and, where there are labels, a `label` column.
+        sampling_rate: of the waveforms, in Hz.
+        max_seconds: read at most so much of a clip: a random crop with `train`, else its beginning.
+        train: draw crops at random, as a function of (seed, epoch, index).
+        seed: of the crops.
+        strict: raise for a clip that cannot be read; otherwise its item has no waveform but `bad_files`, [(path,
+            reason)], and `ClassificationCollator` leaves it out with a warning.
+
+    Items: `waveform` (samples,) float32, `label` as in the data set, `index`.
+    """
+
+    def __init__(
+        self,
+        dataset: Sequence,
+        sampling_rate: int,
+        max_seconds: float | None = None,
+        train: bool = False,
+        seed: int = 0,
+        strict: bool = True,
+    ):
+        if max_seconds is not None and max_seconds <= 0:
+            raise ValueError(f"expected max_seconds above 0, got {max_seconds}")
+        self.sources = _audio_only(dataset)
+        labelled = "label" in (getattr(dataset, "column_names", None) or ())
+        self.labels = dataset["label"][:] if labelled else None
+        self.sampling_rate = sampling_rate
+        self.max_seconds = max_seconds
+        self.train = train
+        self.seed = seed
+        self.strict = strict
+        self._epoch = _shared_counter()
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other crops from the next item on, in running loader workers too."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index < 0:
+            index += len(self)
+        item: dict[str, Any] = {"index": index}
+        if self.labels is not None:
+            item["label"] = self.labels[index]
+        try:
+            item["waveform"] = self._read(index)
+        except AudioReadError as error:
+            if self.strict:
+                raise
+            item["bad_files"] = [(error.source, error.reason)]
+        return item
+
+    def _read(self, index: int) -> np.ndarray:
+        with AudioReader(_source(self.sources[index])) as reader:
+            if self.max_seconds is None:
+                return reader.read(self.sampling_rate)
+            length = max(1, round(self.max_seconds * self.sampling_rate))
+            spare = reader.num_samples(self.sampling_rate) - length
+            if not self.train or spare <= 0:
+                return reader.read(self.sampling_rate, 0, length)
+            generator = np.random.default_rng(sample_key(self.seed, int(self._epoch), index))
+            return reader.read(self.sampling_rate, int(generator.integers(0, spare + 1)), length)
+
+
+class _ShorterThanPromised(Exception):
+    def __init__(self, num_samples: int):
+        self.num_samples = num_samples
+
+
+def _shared_counter() -> torch.Tensor:
+    """A number that loader workers see change while they run."""
+    return torch.zeros((), dtype=torch.int64).share_memory_()
+
+
+def _audio_only(dataset: Any) -> Any:
+    if not hasattr(dataset, "select_columns"):
+        return dataset
+    if dataset.column_names is not None and "audio" not in dataset.column_names:
+        raise ValueError(f"expected an audio column, got {dataset.column_names}")
+    return dataset.select_columns("audio")
+
+
+def _source(row: Any) -> Any:
+    return row["audio"] if isinstance(row, dict) and "audio" in row else row
+
+
+def _source_hash(source: Any) -> int:
+    if isinstance(source, dict) and not source.get("path"):
+        source = source.get("bytes") or np.asarray(source.get("array", source.get("raw"))).tobytes()
+    content = source if isinstance(source, (bytes, bytearray)) else source_name(source).encode()
+    return int.from_bytes(blake2b(content, digest_size=8).digest()) >> 1
+
+
+def _report(bad_files: list[tuple[str, str]], error: AudioReadError) -> None:
+    bad_files.append((error.source, error.reason))
+    if len(bad_files) >= MAX_FAILURES:
+        raise RuntimeError(f"{len(bad_files)} clips in a row cannot be read, the last one: {error}") from error
+
+
+def _merge(windows: list[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted(windows):
+        if merged and first <= merged[-1][1] + gap:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        else:
+            merged.append((first, last))
+    return merged
+
+
+def _cut(audio: dict[tuple[int, int], np.ndarray], first: int, last: int) -> np.ndarray:
+    start, stop = next(window for window in audio if window[0] <= first and last <= window[1])
+    return audio[start, stop][first - start : last - start]
+
+
+def _stack(name: str, crops: list[np.ndarray], length: int) -> dict[str, torch.Tensor]:
+    waveforms = torch.zeros(len(crops), length)
+    for row, crop in enumerate(crops):
+        waveforms[row, : len(crop)] = torch.from_numpy(crop)
+    return {f"{name}_waveforms": waveforms, f"{name}_lengths": torch.tensor([len(crop) for crop in crops])}

@@ -1,0 +1,174 @@
+"""What frozen embeddings are worth: linear and k-nearest-neighbour probes."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.model_selection import StratifiedGroupKFold
+
+from ..finetuning.metrics import multi_label_metrics, single_label_metrics
+
+# Strong to weak: each fit starts from the one before.
+WEIGHT_DECAYS = tuple(10.0 ** np.arange(1, -6.5, -0.5))
+
+
+def linear_probe(
+    train_x: np.ndarray,
+    train_y: np.ndarray,
+    test_x: np.ndarray,
+    test_y: np.ndarray,
+    seed: int = 0,
+    groups: Sequence | None = None,
+    weight_decays: Sequence[float] = WEIGHT_DECAYS,
+    validation_fraction: float = 0.2,
+) -> dict[str, float]:
+    """
+    Logistic regression on standardised features. The weight decay is the one that scores best on a validation part of
+    the training set; then all of the training set is fitted with it. The test set takes no part in any choice.
+
+    Args:
+        train_x, test_x (`np.ndarray` of shape `(clips, dim)`): embeddings.
+        train_y, test_y (`np.ndarray`): class ids `(clips,)` for multinomial regression, or 0-1 targets
+            `(clips, classes)` for one binary regression a class.
+        seed (`int`): draws the validation part; the same seed gives the same result.
+        groups (`Sequence` of length `clips`, *optional*): of the training clips, such as speaker or fold: a group is
+            either fitted or validated on.
+        weight_decays (`Sequence[float]`): to choose from; the loss is the mean over clips + weight_decay / 2 * |W|^2.
+        validation_fraction (`float`): approximate, as classes and groups stay whole.
+
+    Returns:
+        The metrics of `asit_hf.finetuning.metrics` on the test set, `weight_decay`, and `validation_accuracy` or
+        `validation_mAP`.
+
+    Raises:
+        ValueError: shapes that do not fit, or fewer than two groups.
+    """
+    train_x, train_y, test_x, test_y = _check(train_x, train_y, test_x, test_y)
+    name, metrics = _metric(train_y)
+    num_classes = _num_classes(train_y, test_y)
+    fitted, held_out = _validation_split(train_y, groups, validation_fraction, seed)
+    decays = sorted(weight_decays, reverse=True)
+
+    x, validation_x = _standardise(train_x[fitted], train_x[held_out])
+    scores, weights = [], None
+    for decay in decays:
+        weights = _fit(x, train_y[fitted], num_classes, decay, weights)
+        scores.append(metrics(_predict(weights, validation_x), train_y[held_out])[name])
+    best = int(np.argmax(scores))
+
+    x, test_x = _standardise(train_x, test_x)
+    test_scores = _predict(_fit(x, train_y, num_classes, decays[best]), test_x)
+    result = metrics(test_scores, test_y)
+    return {**result, f"validation_{name}": scores[best], "weight_decay": float(decays[best])}
+
+
+def knn_probe(
+    train_x: np.ndarray,
+    train_y: np.ndarray,
+    test_x: np.ndarray,
+    test_y: np.ndarray,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> dict[str, float]:
+    """
+    Vote of the `k` training clips nearest by cosine, weighted by exp(cosine / temperature). Arguments and result as in
+    `linear_probe`; nothing is fitted or drawn.
+    """
+    train_x, train_y, test_x, test_y = _check(train_x, train_y, test_x, test_y)
+    if not 1 <= k <= len(train_x):
+        raise ValueError(f"k must be from 1 to the {len(train_x)} training clips, got {k}")
+    _, metrics = _metric(train_y)
+    targets = torch.as_tensor(train_y)
+    if targets.dim() == 1:
+        targets = F.one_hot(targets, _num_classes(train_y, test_y))
+    train = F.normalize(torch.as_tensor(train_x), dim=-1)
+    votes = []
+    for batch in F.normalize(torch.as_tensor(test_x), dim=-1).split(1024):
+        cosines, nearest = (batch @ train.T).topk(k)
+        weights = (cosines / temperature).softmax(-1)
+        votes.append((weights[..., None] * targets[nearest]).sum(1))
+    return metrics(torch.cat(votes).numpy(), test_y)
+
+
+def _check(
+    train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    train_x, test_x = np.asarray(train_x, dtype=np.float32), np.asarray(test_x, dtype=np.float32)
+    train_y, test_y = np.asarray(train_y).astype(np.int64), np.asarray(test_y).astype(np.int64)
+    if train_x.ndim != 2 or train_x.shape[1:] != test_x.shape[1:]:
+        raise ValueError(f"expected embeddings (clips, dim) of one width, got {train_x.shape} and {test_x.shape}")
+    if len(train_x) != len(train_y) or len(test_x) != len(test_y) or train_y.shape[1:] != test_y.shape[1:]:
+        raise ValueError(
+            "expected labels (clips,) or (clips, classes) of the embeddings' clips, "
+            f"got {train_y.shape} for {train_x.shape} and {test_y.shape} for {test_x.shape}"
+        )
+    if not (np.isfinite(train_x).all() and np.isfinite(test_x).all()):
+        raise ValueError("embeddings hold values that are not finite (NaN or infinity)")
+    return train_x, train_y, test_x, test_y
+
+
+def _metric(labels: np.ndarray) -> tuple[str, Callable[[np.ndarray, np.ndarray], dict[str, float]]]:
+    return ("accuracy", single_label_metrics) if labels.ndim == 1 else ("mAP", multi_label_metrics)
+
+
+def _num_classes(train_y: np.ndarray, test_y: np.ndarray) -> int:
+    return train_y.shape[1] if train_y.ndim == 2 else int(max(train_y.max(), test_y.max())) + 1
+
+
+def _validation_split(
+    labels: np.ndarray, groups: Sequence | None, fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices to fit on and to validate on."""
+    groups = np.arange(len(labels)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    if len(groups) != len(labels):
+        raise ValueError(f"expected a group for each of {len(labels)} clips, got {len(groups)}")
+    num_groups = len(np.unique(groups))
+    if num_groups < 2:
+        raise ValueError("expected at least two groups, to validate on one, got 1")
+    classes = labels if labels.ndim == 1 else np.zeros(len(labels), dtype=int)
+    parts = min(round(1 / fraction), num_groups, int(np.bincount(classes).max()))
+    splitter = StratifiedGroupKFold(max(2, parts), shuffle=True, random_state=seed)
+    return next(splitter.split(classes, classes, groups))
+
+
+def _standardise(train_x: np.ndarray, other_x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both by the mean and spread of the first; a constant dimension becomes 0."""
+    mean, std = train_x.mean(0), train_x.std(0)
+    scale = np.where(std > 1e-6 * (np.abs(mean) + 1e-6), std, np.inf)
+    return torch.as_tensor((train_x - mean) / scale), torch.as_tensor((other_x - mean) / scale)
+
+
+def _fit(
+    x: torch.Tensor,
+    labels: np.ndarray,
+    num_classes: int,
+    weight_decay: float,
+    start: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight `(classes, dim)` and bias `(classes,)` at the minimum, by full-batch L-BFGS."""
+    if start is None:
+        start = torch.zeros(num_classes, x.shape[1]), torch.zeros(num_classes)
+    weight, bias = (tensor.clone().requires_grad_() for tensor in start)
+    targets = torch.as_tensor(labels) if labels.ndim == 1 else torch.as_tensor(labels, dtype=x.dtype)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=1000, tolerance_grad=1e-5, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        logits = F.linear(x, weight, bias)
+        if targets.dim() == 1:
+            loss = F.cross_entropy(logits, targets)
+        else:  # a sum over classes, so that each one's regression is as if alone
+            loss = F.binary_cross_entropy_with_logits(logits, targets) * num_classes
+        loss = loss + weight_decay / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach(), bias.detach()
+
+
+def _predict(weights: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> np.ndarray:
+    return F.linear(x, *weights).numpy()

@@ -1,0 +1,209 @@
+"""`pipeline("audio-classification")` for ASiT: any file, any rate, any length, with soundfile and soxr alone."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub.utils import httpx
+from transformers import AudioClassificationPipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.base import ChunkPipeline
+
+from .data.audio import AudioReader, AudioReadError
+from .fbank_asit import WINDOW_SECONDS
+
+# A longer clip is cut into windows where `window_seconds` is not given: attention costs the square of the length.
+MAX_SECONDS = 30.0
+
+_PREPROCESS = ("window_seconds", "overlap")
+_POSTPROCESS = ("top_k", "function_to_apply", "aggregate", "return_timeline")
+_FUNCTIONS = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": lambda logits: logits.sigmoid(),
+    "none": lambda logits: logits,
+}
+_AGGREGATES = {"mean": lambda scores: scores.mean(0), "max": lambda scores: scores.amax(0)}
+
+
+class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline):
+    """
+    Audio classification of clips of any length. `import asit_hf` makes it what `pipeline("audio-classification")`
+    gives for ASiT models; `pipeline_class=ASiTAudioClassificationPipeline` asks for it by name.
+
+    ```python
+    >>> from transformers import pipeline
+    >>> import asit_hf
+
+    >>> classifier = pipeline("audio-classification", model="path/to/asit")
+    >>> classifier("rain.flac", top_k=2)
+    [{'score': 0.93, 'label': 'rain'}, {'score': 0.04, 'label': 'wind'}]
+    ```
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.feature_extractor is None:
+            raise ValueError(f"{type(self).__name__} needs a feature_extractor, got None")
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        """
+        Classifies one clip or many.
+
+        Args:
+            inputs: one clip, or a list, tuple, data set column, generator or `Dataset` of clips. A clip is a path
+                (`str` or `Path`), an http(s) URL, the `bytes` of a file, a numpy array or torch tensor at the model's
+                rate, an `{"array" or "raw", "sampling_rate"}` dict at any rate, a row of `datasets.Audio(decode=False)`,
+                or a decoder with `get_all_samples()` (torchcodec). Two-dimensional arrays are channels, and averaged.
+            top_k (`int`, *optional*, defaults to 5): how many labels are returned; `None`: all.
+            function_to_apply (`str`, *optional*): `"softmax"`, `"sigmoid"` or `"none"`; by default what
+                `config.problem_type` asks for: sigmoid for multi-label, none for regression, softmax else.
+            window_seconds (`float`, *optional*): length of the windows that a longer clip is cut into, all of one
+                length, the last one ending with the clip. `None`: 30 s.
+            overlap (`float`, defaults to 0.5): the share of a window that the next one repeats, in [0, 1).
+            aggregate (`str`, defaults to `"mean"`): a clip's scores are its windows' `"mean"` or `"max"` scores.
+            return_timeline (`bool`, defaults to `False`): whether to return the windows' labels too.
+            batch_size (`int`, defaults to 1): windows in one forward pass, of one clip or several.
+
+        Returns:
+            For each clip a list of `{"score", "label"}`, best first; with `return_timeline` a dict of these `labels`
+            and the `timeline`, a list of `{"start", "end", "labels"}`, in seconds. A generator or `Dataset` gives an
+            iterator.
+
+        Raises:
+            `AudioReadError`: a clip that cannot be read (a `ValueError` with its `source` and the `reason`).
+            `TypeError`, `ValueError`: an input of another type, an argument out of range.
+        """
+        if isinstance(inputs, Sequence) and not isinstance(inputs, (str, bytes)):
+            return list(super().__call__((clip for clip in inputs), **kwargs))
+        return super().__call__(inputs, **kwargs)
+
+    def check_model_type(self, supported_models: Any) -> None:
+        """Any ASiT clip classifier, wrapped (by peft, say) or not."""
+        name, model_type = type(self.model).__name__, self.model.config.model_type
+        if model_type != "asit" or name in ("ASiTModel", "ASiTForAudioFrameClassification", "ASiTForPreTraining"):
+            raise ValueError(
+                f"{type(self).__name__} needs an ASiTForAudioClassification, got {name} (model_type {model_type!r})"
+            )
+
+    def _sanitize_parameters(self, **parameters: Any) -> tuple[dict, dict, dict]:
+        parameters.pop("local_files_only", None)  # `pipeline()` hands it on
+        if unknown := sorted(set(parameters) - {*_PREPROCESS, *_POSTPROCESS}):
+            raise TypeError(f"unexpected arguments {unknown}, known are {[*_PREPROCESS, *_POSTPROCESS]}")
+        _check_parameters(parameters)
+        return (
+            {name: value for name, value in parameters.items() if name in _PREPROCESS},
+            {},
+            {name: value for name, value in parameters.items() if name in _POSTPROCESS},
+        )
+
+    def preprocess(
+        self, inputs: Any, window_seconds: float | None = None, overlap: float = 0.5
+    ) -> Iterator[dict[str, Any]]:
+        """Windows of one clip, featurised one by one, so that a long file is never whole in memory."""
+        rate = self.feature_extractor.sampling_rate
+        window = round((MAX_SECONDS if window_seconds is None else window_seconds) * rate)
+        with AudioReader(_to_source(inputs, rate)) as reader:
+            for start, waveform, is_last in _windows(reader, rate, window, max(1, round(window * (1 - overlap)))):
+                features = self.feature_extractor(
+                    waveform, sampling_rate=rate, return_attention_mask=True, return_tensors="pt"
+                )
+                yield {
+                    **features.to(dtype=self.dtype),
+                    "start": start / rate,
+                    "end": (start + len(waveform)) / rate,
+                    "is_last": is_last,
+                }
+
+    def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
+        window = {name: model_inputs.pop(name) for name in ("start", "end", "is_last")}
+        return {"logits": self.model(**model_inputs).logits, **window}
+
+    def postprocess(
+        self,
+        model_outputs: list[dict[str, Any]],
+        top_k: int | None = 5,
+        function_to_apply: str | None = None,
+        aggregate: str = "mean",
+        return_timeline: bool = False,
+    ) -> list[dict[str, Any]] | dict[str, Any]:
+        logits = torch.cat([window["logits"] for window in model_outputs]).float()
+        scores = _FUNCTIONS[function_to_apply or self._default_function()](logits)
+        labels = self._top_labels(_AGGREGATES[aggregate](scores), top_k)
+        if not return_timeline:
+            return labels
+        timeline = [
+            {"start": window["start"], "end": window["end"], "labels": self._top_labels(window_scores, top_k)}
+            for window, window_scores in zip(model_outputs, scores)
+        ]
+        return {"labels": labels, "timeline": timeline}
+
+    def _default_function(self) -> str:
+        config = self.model.config
+        if config.problem_type == "multi_label_classification":
+            return "sigmoid"
+        is_regression = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+        return "none" if is_regression else "softmax"
+
+    def _top_labels(self, scores: torch.Tensor, top_k: int | None) -> list[dict[str, Any]]:
+        count = len(scores) if top_k is None else min(top_k, len(scores))
+        best = scores.topk(count)
+        return [
+            {"score": score, "label": self.model.config.id2label[index]}
+            for score, index in zip(best.values.tolist(), best.indices.tolist())
+        ]
+
+
+class _AudioClassification(AudioClassificationPipeline):
+    """What the task builds once registered: ASiT's pipeline for ASiT models, transformers' own for all others."""
+
+    def __new__(cls, *args: Any, model: Any, **kwargs: Any) -> AudioClassificationPipeline:
+        is_asit = getattr(model.config, "model_type", None) == "asit"
+        chosen = ASiTAudioClassificationPipeline if is_asit else AudioClassificationPipeline
+        return chosen(*args, model=model, **kwargs)
+
+
+def register_pipeline() -> None:
+    """Makes `pipeline("audio-classification")` choose its class by the model; other models keep transformers' own."""
+    # `PIPELINE_REGISTRY.register_pipeline` would drop the task's default model and warn at every import
+    PIPELINE_REGISTRY.supported_tasks["audio-classification"]["impl"] = _AudioClassification
+
+
+def _check_parameters(parameters: dict[str, Any]) -> None:
+    window_seconds, overlap = parameters.get("window_seconds"), parameters.get("overlap", 0.0)
+    if window_seconds is not None and not window_seconds >= WINDOW_SECONDS:
+        raise ValueError(f"window_seconds must be None or at least {WINDOW_SECONDS}, got {window_seconds}")
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap must be in [0, 1), got {overlap}")
+    top_k = parameters.get("top_k")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be None or at least 1, got {top_k}")
+    for name, choices in (("function_to_apply", [None, *_FUNCTIONS]), ("aggregate", list(_AGGREGATES))):
+        if name in parameters and parameters[name] not in choices:
+            raise ValueError(f"{name} must be one of {choices}, got {parameters[name]!r}")
+
+
+def _to_source(clip: Any, sampling_rate: int) -> Any:
+    """What `AudioReader` reads: arrays get the model's rate, a URL is fetched."""
+    if isinstance(clip, (np.ndarray, torch.Tensor)):
+        return {"array": clip, "sampling_rate": sampling_rate}
+    if isinstance(clip, str) and clip.startswith(("http://", "https://")):
+        try:
+            return httpx.get(clip, follow_redirects=True).raise_for_status().content
+        except httpx.HTTPError as error:
+            raise AudioReadError(clip, str(error)) from error
+    return clip
+
+
+def _windows(reader: AudioReader, rate: int, window: int, stride: int) -> Iterator[tuple[int, np.ndarray, bool]]:
+    """(first sample, waveform, whether it is the last) of every window; sizes in samples at `rate`."""
+    total = reader.num_samples(rate)
+    start = 0
+    while True:
+        waveform = reader.read(rate, start, window)
+        # a compressed file may end before its header says
+        is_last = start + window >= total or len(waveform) < window
+        yield start, waveform, is_last
+        if is_last:
+            return
+        start = min(start + stride, total - window)

@@ -1,0 +1,188 @@
+"""Labels for a folder of audio files: `python -m asit_hf.predict MODEL FOLDER --output predictions.csv`."""
+
+import argparse
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoConfig, pipeline
+
+from .data.audio import AudioReadError, audio_info
+from .data.datasets import find_audio_files
+from .pipeline import ASiTAudioClassificationPipeline
+
+_COLUMNS = ["file", "rank", "label", "score", "error"]
+_TIMELINE_COLUMNS = ["file", "start", "end", "rank", "label", "score", "error"]
+
+
+def load_classifier(model: str | os.PathLike, device: str = "auto") -> ASiTAudioClassificationPipeline:
+    """
+    The pipeline of an ASiT classifier on `device` (`"cpu"`, `"cuda"`, or `"auto"`: cuda where there is one).
+
+    Raises:
+        `ValueError`: `model` holds no trained classifier.
+    """
+    config = AutoConfig.from_pretrained(model)
+    if config.model_type != "asit":
+        raise ValueError(f"{model}: expected an ASiT model, got model_type {config.model_type!r}")
+    if "ASiTForAudioClassification" not in (config.architectures or []):
+        raise ValueError(
+            f"{model}: expected an ASiTForAudioClassification, got {config.architectures}, which has no trained "
+            "classifier: finetune it first"
+        )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return pipeline(
+        "audio-classification", model=str(model), device=device, pipeline_class=ASiTAudioClassificationPipeline
+    )
+
+
+def predict_folder(
+    classifier: ASiTAudioClassificationPipeline,
+    folder: str | os.PathLike,
+    batch_size: int = 8,
+    progress: bool = True,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """
+    Classifies every audio file below `folder`, or the one file it is. Files of similar length share a batch, and only
+    the windows of one batch are in memory.
+
+    Args:
+        classifier: the pipeline, see `load_classifier`.
+        folder: a folder, searched recursively, or a file.
+        batch_size (`int`, defaults to 8): windows in one forward pass.
+        progress (`bool`, defaults to `True`): whether to show a progress bar.
+        options: what the pipeline takes: `top_k`, `window_seconds`, `overlap`, `aggregate`, `return_timeline`, ...
+
+    Returns:
+        One dict a file, sorted by `"file"`, its path relative to `folder`: with `"labels"`, a list of
+        `{"score", "label"}`, and, with `return_timeline`, `"timeline"`; or with `"error"`, why it could not be read.
+
+    Raises:
+        `FileNotFoundError`: no such folder, or no audio in it.
+        `ValueError`: an option out of range.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    root = Path(folder)
+    files = [root] if root.is_file() else find_audio_files(root)
+    root = root.parent if root.is_file() else root
+    predictions: dict[Path, dict[str, Any]] = {}
+    seconds: dict[Path, float] = {}
+    for file in files:
+        try:
+            seconds[file] = audio_info(file).duration
+        except AudioReadError as error:
+            predictions[file] = {"error": error.reason}
+    by_length = sorted(seconds, key=lambda file: (seconds[file], file))
+    with tqdm(total=len(files), initial=len(predictions), unit="file", disable=not progress) as bar:
+        for start in range(0, len(by_length), batch_size):
+            batch = by_length[start : start + batch_size]
+            predictions.update(_classify(classifier, batch, batch_size, options))
+            bar.update(len(batch))
+    return [{"file": file.relative_to(root).as_posix(), **predictions[file]} for file in sorted(files)]
+
+
+def _classify(
+    classifier: ASiTAudioClassificationPipeline, files: list[Path], batch_size: int, options: dict[str, Any]
+) -> dict[Path, dict[str, Any]]:
+    """Classifies files together; where one turns out to be damaged, one by one."""
+    try:
+        outputs = classifier(files, batch_size=batch_size, **options)
+    except AudioReadError as error:
+        if len(files) == 1:
+            return {files[0]: {"error": error.reason}}
+        return {
+            file: prediction
+            for single in files
+            for file, prediction in _classify(classifier, [single], batch_size, options).items()
+        }
+    return {file: output if isinstance(output, dict) else {"labels": output} for file, output in zip(files, outputs)}
+
+
+def write_predictions(predictions: list[dict[str, Any]], file: TextIO, format: str = "csv") -> None:
+    """
+    Writes what `predict_folder` returned as `"json"`, or as `"csv"`: one row a label (`file, rank, label, score,
+    error`), best first; where there is a timeline, one row a window and label, with `start` and `end` in seconds.
+    """
+    if format == "json":
+        json.dump(predictions, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        return
+    has_timeline = any("timeline" in prediction for prediction in predictions)
+    writer = csv.DictWriter(file, _TIMELINE_COLUMNS if has_timeline else _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for prediction in predictions:
+        writer.writerows(_rows(prediction))
+
+
+def _rows(prediction: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if "error" in prediction:
+        yield {"file": prediction["file"], "error": prediction["error"]}
+        return
+    windows = prediction.get("timeline", [prediction])
+    for window in windows:
+        span = {name: f"{window[name]:.3f}" for name in ("start", "end") if name in window}
+        for rank, label in enumerate(window["labels"], start=1):
+            score = f"{label['score']:.6f}"
+            yield {"file": prediction["file"], **span, "rank": rank, "label": label["label"], "score": score}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m asit_hf.predict", description=__doc__.split(":")[0])
+    parser.add_argument("model", help="a folder or Hub name of an ASiT classifier")
+    parser.add_argument("folder", type=Path, help="a folder of audio files, searched recursively, or one file")
+    parser.add_argument("--output", type=Path, help="a .csv or .json file (default: csv to standard output)")
+    parser.add_argument("--top_k", type=int, default=5, help="labels per file (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows in one forward pass (default: %(default)s)")
+    parser.add_argument("--window_seconds", type=float, help="cut longer clips into windows (default: 30)")
+    parser.add_argument("--overlap", type=float, default=0.5, help="of windows, in [0, 1) (default: %(default)s)")
+    parser.add_argument("--aggregate", choices=["mean", "max"], default="mean", help="over windows (default: mean)")
+    parser.add_argument("--timeline", action="store_true", help="labels of every window too")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if a file cannot be read")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.output is not None and args.output.suffix not in (".csv", ".json"):
+        parser.error(f"--output must end in .csv or .json, got {args.output}")
+    try:
+        if args.output is not None:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+        predictions = predict_folder(
+            load_classifier(args.model, args.device),
+            args.folder,
+            batch_size=args.batch_size,
+            top_k=args.top_k,
+            window_seconds=args.window_seconds,
+            overlap=args.overlap,
+            aggregate=args.aggregate,
+            return_timeline=args.timeline,
+        )
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.output is None:
+        write_predictions(predictions, sys.stdout)
+    else:
+        with args.output.open("w", newline="", encoding="utf-8") as file:
+            write_predictions(predictions, file, args.output.suffix[1:])
+    failed = [prediction for prediction in predictions if "error" in prediction]
+    for prediction in failed:
+        print(f"cannot read {prediction['file']}: {prediction['error']}", file=sys.stderr)
+    print(f"{len(predictions) - len(failed)} files classified, {len(failed)} unreadable", file=sys.stderr)
+    return 1 if failed and args.strict else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

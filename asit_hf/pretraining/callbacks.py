@@ -1,0 +1,63 @@
+"""What a pretraining run shows of itself."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from ..plotting import plot_curves, plot_reconstruction
+
+CURVES = (
+    "loss",
+    "global_loss",
+    "local_loss",
+    "reconstruction_loss",
+    "cls_entropy",
+    "patch_entropy",
+    "feature_std",
+    "learning_rate",
+    "grad_norm",
+)
+
+
+class PicturesCallback(TrainerCallback):
+    """
+    Every `picture_steps` steps and at the end: a reconstruction of the first clip of the batch and the curves so far,
+    as PNG in `output_dir/pictures` and, where TensorBoard is reported to, there too.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.picture_steps > 0 and state.global_step % args.picture_steps == 0:
+            self.draw(args, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if args.picture_steps > 0:
+            self.draw(args, state)
+
+    def draw(self, args, state) -> None:
+        if not state.is_world_process_zero:
+            return
+        views, output = self.trainer.last_views, self.trainer.last_output
+        if output is not None and output.reconstruction is not None:
+            figure = plot_reconstruction(
+                views["input_values"][0, 0],
+                views["corrupted_values"][0, 0],
+                views["corruption_mask"][0, 0],
+                output.reconstruction[0, 0],
+            )
+            self._save(figure, args, state, f"reconstruction-{state.global_step}")
+        if any("loss" in row for row in state.log_history):
+            self._save(plot_curves(state.log_history, CURVES), args, state, "curves")
+
+    def _save(self, figure: Figure, args, state, name: str) -> None:
+        folder = Path(args.output_dir) / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"{name}.png", dpi=110)
+        for callback in self.trainer.callback_handler.callbacks:
+            writer = getattr(callback, "tb_writer", None)
+            if isinstance(callback, TensorBoardCallback) and writer is not None:
+                writer.add_figure(name.split("-")[0], figure, state.global_step)

@@ -1,0 +1,159 @@
+"""The three losses of ASiT and the centres of the teacher's outputs."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+# Rows whose logits over all prototypes exist at one time in `patch_distillation_loss`.
+CHUNK_ROWS = 256
+
+
+class Center(nn.Module):
+    """
+    Moving average of the teacher's logits, subtracted from them so that no prototype wins always.
+
+    `accumulate` is called once a forward pass, `update` once an optimiser step: the mean is over all passes and all
+    processes since the last update.
+    """
+
+    def __init__(self, num_prototypes: int, momentum: float = 0.9):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(num_prototypes))
+        self._sum: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def accumulate(self, mean_logits: torch.Tensor, count: int) -> None:
+        """Adds `count` rows whose mean is `mean_logits` of shape `(num_prototypes,)`."""
+        # sum and count travel in one tensor, so that one all-reduce suffices
+        rows = torch.cat((mean_logits.float() * count, mean_logits.new_full((1,), count, dtype=torch.float32)))
+        self._sum = rows if self._sum is None else self._sum + rows
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves the centre towards the accumulated mean."""
+        if self._sum is None:
+            return
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self._sum)
+        mean = self._sum[:-1] / self._sum[-1]
+        self.center.mul_(self.momentum).add_(mean.to(self.center.dtype), alpha=1 - self.momentum)
+        self._sum = None
+
+
+def view_distillation_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    center: torch.Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+) -> torch.Tensor:
+    """
+    Global self-distillation: every teacher view teaches every other student view; mean over pairs and clips.
+
+    Args:
+        student_logits (`torch.Tensor` of shape `(batch, student views, prototypes)`): the teacher's views come first.
+        teacher_logits (`torch.Tensor` of shape `(batch, teacher views, prototypes)`).
+        center (`torch.Tensor` of shape `(prototypes,)`): subtracted from the teacher's logits.
+    """
+    targets = ((teacher_logits.float() - center) / teacher_temperature).softmax(-1)
+    log_probabilities = (student_logits.float() / student_temperature).log_softmax(-1)
+    cross_entropies = -torch.einsum("btk,bsk->ts", targets, log_probabilities) / len(student_logits)
+    teachers, students = cross_entropies.shape
+    if students < 2:
+        raise ValueError("global self-distillation needs at least two student views")
+    others = 1 - torch.eye(teachers, students, device=cross_entropies.device)
+    return (cross_entropies * others).sum() / others.sum()
+
+
+def patch_distillation_loss(
+    student_features: torch.Tensor,
+    student_prototypes: torch.Tensor,
+    teacher_features: torch.Tensor,
+    teacher_prototypes: torch.Tensor,
+    center: torch.Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+) -> torch.Tensor:
+    """
+    Local self-distillation: cross-entropy between the teacher's and the student's prototype distributions of the same
+    patch, mean over patches. The logits never stand whole in memory: rows are taken in chunks, and the gradient of a
+    chunk is computed beside its loss.
+
+    Args:
+        student_features (`torch.Tensor` of shape `(patches, bottleneck)`): L2-normalised.
+        student_prototypes (`torch.Tensor` of shape `(prototypes, bottleneck)`): logits are their products.
+        teacher_features, teacher_prototypes: the teacher's, same shapes; no gradient flows into them.
+        center (`torch.Tensor` of shape `(prototypes,)`): subtracted from the teacher's logits.
+    """
+    return _PatchDistillation.apply(
+        student_features,
+        student_prototypes,
+        teacher_features,
+        teacher_prototypes,
+        center,
+        student_temperature,
+        teacher_temperature,
+    )
+
+
+class _PatchDistillation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, student_prototypes, teacher, teacher_prototypes, center, student_temp, teacher_temp):
+        device_type = student.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else student.dtype
+        student, teacher = student.to(dtype), teacher.to(dtype)
+        # the temperatures are folded into the small matrices instead of the large logits
+        student_matrix = (student_prototypes / student_temp).to(dtype)
+        teacher_matrix = (teacher_prototypes / teacher_temp).to(dtype)
+        bias = center / teacher_temp
+        needs_features, needs_prototypes = ctx.needs_input_grad[:2]
+        loss = torch.zeros((), device=student.device, dtype=torch.float32)
+        features_grad = torch.empty_like(student) if needs_features else None
+        prototypes_grad = torch.zeros_like(student_prototypes, dtype=torch.float32) if needs_prototypes else None
+        with torch.autocast(device_type, enabled=False):
+            for start in range(0, len(student), CHUNK_ROWS):
+                rows = slice(start, start + CHUNK_ROWS)
+                # softmax and cross-entropy in float32: in half precision the tail of 8192 prototypes is lost
+                targets = (teacher[rows] @ teacher_matrix.T).float().sub_(bias).softmax(-1)
+                logits = (student[rows] @ student_matrix.T).float()
+                log_normaliser = logits.logsumexp(-1, keepdim=True)
+                loss += (log_normaliser[:, 0] - torch.linalg.vecdot(targets, logits)).sum()
+                if needs_features or needs_prototypes:
+                    difference = logits.sub_(log_normaliser).exp_().sub_(targets).to(dtype)
+                    if needs_features:
+                        features_grad[rows] = difference @ student_matrix
+                    if needs_prototypes:
+                        prototypes_grad += (difference.T @ student[rows]).float()
+        count = len(student)
+        ctx.features_grad = features_grad
+        ctx.prototypes_grad = prototypes_grad
+        ctx.scale = 1 / count
+        ctx.student_temp = student_temp
+        ctx.dtypes = student_prototypes.dtype
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        features_grad = prototypes_grad = None
+        if ctx.features_grad is not None:
+            features_grad = ctx.features_grad * (grad * ctx.scale)
+        if ctx.prototypes_grad is not None:
+            prototypes_grad = (ctx.prototypes_grad * (grad * ctx.scale / ctx.student_temp)).to(ctx.dtypes)
+        return features_grad, prototypes_grad, None, None, None, None, None
+
+
+def reconstruction_loss(
+    reconstruction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """
+    L1 distance, mean over the corrupted pixels only.
+
+    Args:
+        reconstruction, target (`torch.Tensor` of any equal shape): the student's output and the clean spectrogram.
+        mask (`torch.Tensor` of the same shape): true where the student's input was corrupted.
+    """
+    mask = mask.to(torch.float32)
+    distance = F.l1_loss(reconstruction.float(), target.float(), reduction="none")
+    return (distance * mask).sum() / mask.sum().clamp_min(1)

@@ -1,0 +1,327 @@
+"""The ASiT pretraining model: student, EMA teacher, heads and centres."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.utils import ModelOutput
+
+from ..configuration_asit import ASiTConfig
+from ..modeling_asit import ASiTModel, ASiTPreTrainedModel
+from .losses import Center, patch_distillation_loss, reconstruction_loss, view_distillation_loss
+from .masking import mix_keys, uniform_noise
+
+# The teacher's entropy over patches is watched on this many of them.
+MONITORED_PATCHES = 256
+
+
+@dataclass
+class ASiTForPreTrainingOutput(ModelOutput):
+    """
+    Output of [`ASiTForPreTraining`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`): weighted sum of the losses.
+        global_loss, local_loss, reconstruction_loss (`torch.Tensor` of shape `()`): unweighted; `None` if switched off.
+        reconstruction (`torch.Tensor` of shape `(batch, views, frames, mel)`): the student's clean-up of its input.
+        cls_entropy, patch_entropy (`torch.Tensor` of shape `()`): mean entropy of the teacher's distributions, in
+            nats. At log(prototypes) they are uniform, at 0 one-hot.
+        feature_std (`torch.Tensor` of shape `()`): standard deviation over clips of the teacher's L2-normalised CLS
+            features, mean over dimensions; 1 / sqrt(dimensions) when they are spread out, 0 when collapsed.
+    """
+
+    loss: torch.FloatTensor | None = None
+    global_loss: torch.FloatTensor | None = None
+    local_loss: torch.FloatTensor | None = None
+    reconstruction_loss: torch.FloatTensor | None = None
+    reconstruction: torch.FloatTensor | None = None
+    cls_entropy: torch.FloatTensor | None = None
+    patch_entropy: torch.FloatTensor | None = None
+    feature_std: torch.FloatTensor | None = None
+
+
+class ASiTPrototypes(nn.Module):
+    """Weight-normalised linear layer without bias: `weight` of shape `(prototypes, bottleneck)`."""
+
+    def __init__(self, num_prototypes: int, bottleneck_size: int, trainable_gain: bool):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=trainable_gain)
+        self.weight_v = nn.Parameter(torch.empty(num_prototypes, bottleneck_size))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return F.linear(features, self.weight)
+
+
+class ASiTDistillationHead(nn.Module):
+    """MLP to L2-normalised features `(..., bottleneck)`, and the prototypes they are compared with."""
+
+    def __init__(self, config: ASiTConfig):
+        super().__init__()
+        hidden, bottleneck = config.distillation_hidden_size, config.distillation_bottleneck_size
+        shared = config.num_patch_prototypes is None
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+        self.fc3 = nn.Linear(hidden, bottleneck)
+        self.cls_prototypes = ASiTPrototypes(config.num_prototypes, bottleneck, trainable_gain=shared)
+        if not shared:
+            self.patch_prototypes = ASiTPrototypes(config.num_patch_prototypes, bottleneck, trainable_gain=False)
+        self.shared = shared
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        features = self.fc3(self.activation(self.fc2(self.activation(self.fc1(hidden_states)))))
+        return F.normalize(features.float(), dim=-1)
+
+    def patch_weight(self) -> torch.Tensor:
+        """Effective prototypes of patch tokens, `(prototypes, bottleneck)`."""
+        return self.cls_prototypes.weight if self.shared else self.patch_prototypes.weight
+
+
+class ASiTReconstructionHead(nn.Module):
+    """Patch tokens `(batch, columns * rows, hidden_size)` to a spectrogram `(batch, frames, mel)`."""
+
+    def __init__(self, config: ASiTConfig):
+        super().__init__()
+        hidden = config.reconstruction_hidden_size or config.hidden_size
+        bottleneck = config.reconstruction_bottleneck_size or config.hidden_size
+        self.rows = config.position_grid[1]
+        self.patch_size = config.patch_size
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+        self.fc3 = nn.Linear(hidden, bottleneck)
+        self.projection = nn.ConvTranspose2d(bottleneck, 1, kernel_size=config.patch_size, stride=config.patch_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for layer in (self.fc1, self.fc2, self.fc3):
+            hidden_states = self.activation(layer(hidden_states))
+        # the transposed convolution as one matrix product: its patches do not overlap
+        pixels = F.linear(hidden_states, self.projection.weight.flatten(1).T) + self.projection.bias
+        pixels = pixels.unflatten(-1, (self.patch_size, self.patch_size)).unflatten(1, (-1, self.rows))
+        return pixels.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+class ASiTPreTrainingHeads(nn.Module):
+    def __init__(self, config: ASiTConfig):
+        super().__init__()
+        self.distillation = ASiTDistillationHead(config)
+        self.reconstruction = ASiTReconstructionHead(config)
+
+
+class ASiTForPreTraining(ASiTPreTrainedModel):
+    """
+    ASiT with everything its self-supervised pretraining needs. The student's encoder is `asit`, its heads `heads`; the
+    teacher, a moving average of both, is `teacher`. All of it and the centres are saved, so a checkpoint resumes by
+    itself; [`ASiTModel`] and the classifiers load the student's encoder from it.
+    """
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: ASiTConfig):
+        super().__init__(config)
+        self.asit = ASiTModel(config)
+        self.heads = ASiTPreTrainingHeads(config)
+        self.teacher = nn.ModuleDict({"asit": ASiTModel(config), "heads": ASiTPreTrainingHeads(config)})
+        self.teacher.requires_grad_(False)
+        self.cls_center = Center(config.num_prototypes)
+        self.patch_center = Center(config.num_patch_prototypes or config.num_prototypes)
+        self._freeze_unused()
+        self.post_init()
+        self.reset_teacher()
+
+    @property
+    def distils(self) -> bool:
+        """Whether any loss needs the teacher."""
+        return self.config.global_loss_weight > 0 or self.config.local_loss_weight > 0
+
+    def train(self, mode: bool = True) -> "ASiTForPreTraining":
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any):
+        """As in other models; from a bare encoder, heads are fresh and the teacher starts as a copy of the student."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if any(key.startswith("teacher.") for key in info["missing_keys"]):
+            model.reset_teacher()
+        return (model, info) if wants_info else model
+
+    @torch.no_grad()
+    def reset_teacher(self) -> None:
+        """Makes the teacher a copy of the student."""
+        for teacher, student in self._teacher_and_student():
+            teacher.copy_(student)
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """One step of the moving average: teacher = momentum * teacher + (1 - momentum) * student."""
+        teachers, students = zip(*self._teacher_and_student())
+        torch._foreach_mul_(teachers, momentum)
+        torch._foreach_add_(teachers, students, alpha=1 - momentum)
+
+    def update_centers(self) -> None:
+        """Moves both centres towards the mean teacher outputs since the last call, over all processes."""
+        self.cls_center.update()
+        self.patch_center.update()
+
+    def forward(
+        self,
+        input_values: torch.Tensor,
+        corrupted_values: torch.Tensor,
+        corruption_mask: torch.Tensor,
+        local_values: torch.Tensor | None = None,
+        teacher_temperature: float = 0.07,
+        drop_path_keys: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> ASiTForPreTrainingOutput:
+        r"""
+        Args:
+            input_values (`torch.Tensor` of shape `(batch, views, frames, mel)`): clean global views.
+            corrupted_values (`torch.Tensor` of the same shape): what the student sees.
+            corruption_mask (`torch.Tensor` of the same shape): true where the two differ by corruption.
+            local_values (`torch.Tensor` of shape `(batch, crops, local frames, mel)`, *optional*): clean short crops,
+                seen by the student only; they enter the global loss only.
+            teacher_temperature (`float`, defaults to 0.07): temperature of the teacher's softmax.
+            drop_path_keys (`torch.Tensor` of shape `(batch,)`, *optional*): int64 keys that decide what stochastic
+                depth drops for each clip; without them the global generator does.
+        """
+        shape = input_values.shape
+        if input_values.dim() != 4 or corrupted_values.shape != shape or corruption_mask.shape != shape:
+            raise ValueError(
+                "input_values, corrupted_values and corruption_mask must have one shape (batch, views, frames, mel), "
+                f"got {tuple(shape)}, {tuple(corrupted_values.shape)} and {tuple(corruption_mask.shape)}"
+            )
+        config = self.config
+        output = ASiTForPreTrainingOutput()
+        student = self._encode(self.asit, corrupted_values, self._drop_path_noise(drop_path_keys, shape[1], 0))
+        patches = student[:, :, 1:]
+        if self.distils:
+            with torch.no_grad():
+                teacher = self._encode(self.teacher["asit"], input_values)
+
+        if config.global_loss_weight > 0:
+            cls_tokens = student[:, :, 0]
+            if local_values is not None:
+                noise = self._drop_path_noise(drop_path_keys, local_values.shape[1], 1)
+                local_tokens = self._encode(self.asit, local_values, noise)[:, :, 0]
+                cls_tokens = torch.cat((cls_tokens, local_tokens), dim=1)
+            self._add_global_loss(output, cls_tokens, teacher[:, :, 0], teacher_temperature)
+        if config.local_loss_weight > 0:
+            self._add_local_loss(output, patches, teacher[:, :, 1:], teacher_temperature)
+        if config.reconstruction_loss_weight > 0:
+            pixels = self.heads.reconstruction(patches.flatten(0, 1)).unflatten(0, shape[:2])
+            frames = pixels.shape[2]  # the last frames short of a patch are cut
+            output.reconstruction = pixels
+            output.reconstruction_loss = reconstruction_loss(
+                pixels, input_values[:, :, :frames], corruption_mask[:, :, :frames]
+            )
+        terms = [
+            (config.global_loss_weight, output.global_loss),
+            (config.local_loss_weight, output.local_loss),
+            (config.reconstruction_loss_weight, output.reconstruction_loss),
+        ]
+        output.loss = sum(weight * loss for weight, loss in terms if loss is not None)
+        return output if return_dict or return_dict is None else output.to_tuple()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ASiTPrototypes):
+            init.ones_(module.weight_g)
+            init.kaiming_uniform_(module.weight_v, a=5**0.5)
+        elif isinstance(module, Center):
+            init.zeros_(module.center)
+
+    def _freeze_unused(self) -> None:
+        """What no loss reaches gets no gradient, so that neither the optimiser nor DDP waits for it."""
+        head = self.heads.distillation
+        if not self.distils:
+            head.requires_grad_(False)
+        elif not head.shared and not self.config.global_loss_weight > 0:
+            head.cls_prototypes.requires_grad_(False)
+        elif not head.shared and not self.config.local_loss_weight > 0:
+            head.patch_prototypes.requires_grad_(False)
+        if not self.config.reconstruction_loss_weight > 0:
+            self.heads.reconstruction.requires_grad_(False)
+
+    def _teacher_and_student(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        students = [*self.asit.parameters(), *self.heads.parameters()]
+        teachers = [*self.teacher["asit"].parameters(), *self.teacher["heads"].parameters()]
+        return list(zip(teachers, students))
+
+    @staticmethod
+    def _encode(
+        encoder: ASiTModel, views: torch.Tensor, drop_path_noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(batch, views, frames, mel) -> tokens (batch, views, 1 + patches, hidden)."""
+        tokens = encoder(views.flatten(0, 1), drop_path_noise=drop_path_noise).last_hidden_state
+        return tokens.unflatten(0, views.shape[:2])
+
+    def _drop_path_noise(self, keys: torch.Tensor | None, num_views: int, stream: int) -> torch.Tensor | None:
+        """Noise of shape (layers, 2, batch * views) from one key a clip."""
+        if keys is None or not self.training or self.config.drop_path_rate == 0:
+            return None
+        layers = self.config.num_hidden_layers
+        view_keys = mix_keys(keys[:, None], stream, torch.arange(num_views, device=keys.device))
+        return uniform_noise(view_keys.flatten(), layers * 2).T.reshape(layers, 2, -1)
+
+    def _add_global_loss(
+        self, output: ASiTForPreTrainingOutput, student: torch.Tensor, teacher: torch.Tensor, temperature: float
+    ) -> None:
+        with torch.no_grad():
+            head = self.teacher["heads"].distillation
+            teacher_features = head(teacher)
+            teacher_logits = head.cls_prototypes(teacher_features)
+        student_logits = self.heads.distillation.cls_prototypes(self.heads.distillation(student))
+        center = self.cls_center.center
+        output.global_loss = view_distillation_loss(
+            student_logits, teacher_logits, center, self.config.student_temperature, temperature
+        )
+        output.cls_entropy = _entropy(teacher_logits, center, temperature)
+        output.feature_std = F.normalize(teacher.detach().float(), dim=-1).flatten(0, 1).std(0, correction=0).mean()
+        if self.training:
+            rows = teacher_logits.flatten(0, -2)
+            self.cls_center.accumulate(rows.mean(0), len(rows))
+
+    def _add_local_loss(
+        self, output: ASiTForPreTrainingOutput, student: torch.Tensor, teacher: torch.Tensor, temperature: float
+    ) -> None:
+        with torch.no_grad():
+            teacher_features = self.teacher["heads"].distillation(teacher).flatten(0, 2)
+            teacher_weight = self.teacher["heads"].distillation.patch_weight()
+        student_features = self.heads.distillation(student).flatten(0, 2)
+        center = self.patch_center.center
+        output.local_loss = patch_distillation_loss(
+            student_features,
+            self.heads.distillation.patch_weight(),
+            teacher_features,
+            teacher_weight,
+            center,
+            self.config.student_temperature,
+            temperature,
+        )
+        stride = max(1, len(teacher_features) // MONITORED_PATCHES)
+        output.patch_entropy = _entropy(teacher_features[::stride] @ teacher_weight.T, center, temperature)
+        if self.training:
+            # the mean of the logits is the logits of the mean: no second pass over all of them
+            mean_logits = teacher_weight.float() @ teacher_features.mean(0)
+            self.patch_center.accumulate(mean_logits, len(teacher_features))
+
+
+@torch.no_grad()
+def _entropy(logits: torch.Tensor, center: torch.Tensor, temperature: float) -> torch.Tensor:
+    log_probabilities = ((logits.float() - center) / temperature).log_softmax(-1)
+    return -(log_probabilities.exp() * log_probabilities).sum(-1).mean()
+
+
+__all__ = ["ASiTForPreTraining", "ASiTForPreTrainingOutput"]

@@ -1,0 +1,351 @@
+"""ASiT's pretraining as a subclass of Trainer."""
+
+import json
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from ..data.collators import collate_crops
+from ..feature_extraction_asit import ASiTFeatureExtractor
+from .masking import GMML, corrupt, mix_keys
+from .modeling import ASiTForPreTraining, ASiTForPreTrainingOutput
+from .objectives import get_objective
+from .schedules import Schedules, cosine_schedule, stepwise_schedule
+
+logger = logging.get_logger(__name__)
+
+BAD_FILES_REPORT = "bad_files.jsonl"
+_LOGGED = (
+    "global_loss",
+    "local_loss",
+    "reconstruction_loss",
+    "cls_entropy",
+    "patch_entropy",
+    "feature_std",
+)
+
+
+@dataclass
+class ASiTPreTrainingArguments(TrainingArguments):
+    """
+    TrainingArguments with ASiT's schedules. `None` means: as the chosen objective has it.
+
+    The learning rate is `base_learning_rate * global batch / 256` unless `learning_rate` is given.
+    """
+
+    objective: str = field(default="2024", metadata={"help": "The authors' release to follow: 2024 or 2023."})
+    base_learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate for a global batch of 256."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate; overrides base_learning_rate."}
+    )
+    min_learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate at the end of the cosine."})
+    warmup_epochs: float = field(default=10.0, metadata={"help": "Epochs of linear warm-up of the learning rate."})
+    weight_decay: float = field(default=0.04, metadata={"help": "Weight decay at the start; cosine to the end."})
+    weight_decay_end: float = field(default=0.4, metadata={"help": "Weight decay at the end."})
+    teacher_momentum: float = field(default=0.996, metadata={"help": "Teacher's EMA momentum at the start."})
+    teacher_momentum_end: float = field(default=1.0, metadata={"help": "Teacher's EMA momentum at the end."})
+    teacher_temperature_start: float = field(default=0.04, metadata={"help": "Teacher temperature at the start."})
+    teacher_temperature: float = field(default=0.07, metadata={"help": "Teacher temperature after its warm-up."})
+    teacher_temperature_warmup_epochs: int | None = field(
+        default=None, metadata={"help": "Epochs over which the teacher temperature rises (2024: 5, 2023: 30)."}
+    )
+    freeze_last_layer_epochs: int | None = field(
+        default=None, metadata={"help": "Epochs during which the prototypes get no gradient (2024: 1, 2023: 0)."}
+    )
+    max_tensor_grad_norm: float = field(
+        default=3.0, metadata={"help": "Clips the gradient norm of every parameter tensor by itself; 0: off."}
+    )
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the global gradient norm; 0: off."})
+    zero_share_min: float | None = field(default=None, metadata={"help": "Least share of pixels set to zero."})
+    zero_share_max: float | None = field(default=None, metadata={"help": "Largest share of pixels set to zero."})
+    replace_share: float | None = field(
+        default=None, metadata={"help": "Share of pixels replaced by those of another clip."}
+    )
+    replace_probability: float | None = field(
+        default=None, metadata={"help": "How often pixels are replaced instead of set to zero."}
+    )
+    max_block: float | None = field(default=None, metadata={"help": "Longest side of a block, as a share."})
+    mask_alignment: int | None = field(default=None, metadata={"help": "Pixels that blocks are aligned to."})
+    picture_steps: int = field(
+        default=500, metadata={"help": "Draws a reconstruction and the curves every so many steps; 0: never."}
+    )
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Leaves out the epoch's last batch if it is not full (others each epoch)."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hides losses that are not finite."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: the data room names its own."})
+
+    def __post_init__(self):
+        objective = get_objective(self.objective)
+        super().__post_init__()
+        if self.teacher_temperature_warmup_epochs is None:
+            self.teacher_temperature_warmup_epochs = objective.teacher_temperature_warmup_epochs
+        if self.freeze_last_layer_epochs is None:
+            self.freeze_last_layer_epochs = objective.freeze_last_layer_epochs
+        if self.learning_rate is None:
+            self.learning_rate = self.base_learning_rate * self.global_batch_size / 256
+        self.gmml  # noqa: B018  raises for values that no mask can be drawn from
+
+    @property
+    def global_batch_size(self) -> int:
+        """Clips per optimiser step over all processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def gmml(self) -> GMML:
+        """The corruption: the objective's, with what was set here."""
+        default = get_objective(self.objective).gmml
+        low, high = default.zero_share
+        low = low if self.zero_share_min is None else self.zero_share_min
+        high = max(low, high) if self.zero_share_max is None else self.zero_share_max
+        chosen = {
+            "replace_share": self.replace_share,
+            "replace_probability": self.replace_probability,
+            "max_block": self.max_block,
+            "alignment": self.mask_alignment,
+        }
+        return replace(
+            default, zero_share=(low, high), **{name: value for name, value in chosen.items() if value is not None}
+        )
+
+
+class ASiTPreTrainer(Trainer):
+    """
+    Pretrains an [`ASiTForPreTraining`].
+
+    Batches hold waveform crops, as [`~asit_hf.data.PretrainingCrops`] reads them; log-mel, normalisation and GMML run
+    here, in batch, on the model's device. A batch may bring `input_values`, `corrupted_values`, `corruption_mask` and
+    `local_values` of its own instead: what is there is used as it is.
+
+    Args:
+        model ([`ASiTForPreTraining`]): the model.
+        args ([`ASiTPreTrainingArguments`]): the arguments.
+        processing_class ([`ASiTFeatureExtractor`]): rate and normalisation of the data; saved with every checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: ASiTForPreTraining,
+        args: ASiTPreTrainingArguments,
+        processing_class: ASiTFeatureExtractor,
+        data_collator: Any = collate_crops,
+        **kwargs: Any,
+    ):
+        if not isinstance(model, ASiTForPreTraining):
+            raise TypeError(f"ASiTPreTrainer trains an ASiTForPreTraining, got {type(model).__name__}")
+        super().__init__(
+            model=model, args=args, processing_class=processing_class, data_collator=data_collator, **kwargs
+        )
+        self._check_data()
+        self.last_output: ASiTForPreTrainingOutput | None = None
+        self.last_views: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, torch.Tensor] = {}
+        self._num_passes = 0
+        self._num_passes_in_step = 0
+        self._last_layers = [
+            parameter for name, parameter in model.heads.named_parameters() if "prototypes" in name
+        ]
+        self.add_callback(_OptimiserSteps(self))
+
+    @cached_property
+    def known_bad_files(self) -> set[str]:
+        """Files that were reported as unreadable, in this run or before a resume."""
+        report = self._bad_files_report()
+        if not report.is_file():
+            return set()
+        return {json.loads(line)["file"] for line in report.read_text().splitlines()}
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple:
+        values = super().set_initial_training_values(args, dataloader)
+        self._steps_per_epoch, total_steps = values[1], values[-1]
+        self.schedules = self._build_schedules(total_steps, self._steps_per_epoch)
+        return values
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW; weight decay on matrices, the positions and the CLS token, not on biases and gains of norms."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            matrices = [parameter for parameter in trainable if parameter.dim() > 1]
+            vectors = [parameter for parameter in trainable if parameter.dim() <= 1]
+            groups = [{"params": matrices, "decays": True}, {"params": vectors, "weight_decay": 0.0, "decays": False}]
+            self.optimizer = optimizer_class(groups, weight_decay=self.args.weight_decay, **kwargs)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None:
+            peak = self.args.learning_rate
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: self.schedules.at(step)["learning_rate"] / peak
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, ASiTForPreTrainingOutput]:
+        self._report_bad_files(inputs.pop("bad_files", []))
+        views = self.prepare_views(inputs)
+        temperature = self.schedules.at(self.state.global_step)["teacher_temperature"]
+        output = model(**views, teacher_temperature=temperature)
+        self._num_passes_in_step += 1
+        self._add_to_log(output)
+        self.last_views, self.last_output = views, output
+        return (output.loss, output) if return_outputs else output.loss
+
+    @torch.no_grad()
+    def prepare_views(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Waveform crops to what the model takes: clean and corrupted spectrograms, masks and local views."""
+        views = {
+            name: inputs[name]
+            for name in ("input_values", "corrupted_values", "corruption_mask", "local_values")
+            if name in inputs
+        }
+        extract = self.processing_class.extract
+        if "input_values" not in views:
+            clean = extract(inputs["global_waveforms"], inputs.get("global_lengths"))
+            patch = self.model.config.patch_size
+            views["input_values"] = clean[:, :, : clean.shape[2] // patch * patch]
+            if "local_waveforms" in inputs:
+                views["local_values"] = extract(inputs["local_waveforms"], inputs.get("local_lengths"))
+        keys = inputs.get("sample_keys")
+        if keys is not None:
+            views["drop_path_keys"] = mix_keys(keys, self.state.global_step)
+        if "corrupted_values" not in views:
+            views["corrupted_values"], views["corruption_mask"] = corrupt(
+                views["input_values"], keys, self._donor_key(), self.args.gmml
+            )
+        return views
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._num_passes:
+            names = list(self._sums)
+            means = torch.stack([self._sums[name] for name in names]) / self._num_passes
+            means = self.accelerator.reduce(means, reduction="mean").tolist()
+            logs.update(zip(names, means))
+            step = self.schedules.at(self.state.global_step - 1)
+            logs.update({name: value for name, value in step.items() if name != "learning_rate"})
+            self._sums, self._num_passes = {}, 0
+        super().log(logs, start_time)
+
+    def _check_data(self) -> None:
+        try:
+            num_clips = len(self.train_dataset)
+        except TypeError:  # a stream, or no data at all
+            return
+        if num_clips == 0:
+            raise ValueError("the training data hold no clip")
+        per_pass = self.args.train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and num_clips < per_pass:
+            raise ValueError(
+                f"the training data hold {num_clips} clips, fewer than one batch of {per_pass}: lower "
+                "per_device_train_batch_size or set dataloader_drop_last to False"
+            )
+
+    def _build_schedules(self, steps: int, steps_per_epoch: int) -> Schedules:
+        args = self.args
+        return Schedules(
+            learning_rate=cosine_schedule(
+                args.learning_rate, args.min_learning_rate, steps, round(args.warmup_epochs * steps_per_epoch)
+            ),
+            weight_decay=cosine_schedule(args.weight_decay, args.weight_decay_end, steps),
+            teacher_momentum=cosine_schedule(args.teacher_momentum, args.teacher_momentum_end, steps),
+            teacher_temperature=stepwise_schedule(
+                args.teacher_temperature_start,
+                args.teacher_temperature,
+                steps,
+                steps_per_epoch,
+                args.teacher_temperature_warmup_epochs,
+            ),
+        )
+
+    def _donor_key(self) -> int:
+        """A key of (seed, step, pass within the step, process)."""
+        key = mix_keys(
+            torch.tensor(self.args.seed), self.state.global_step, self._num_passes_in_step, self.args.process_index
+        )
+        return int(key)
+
+    def _add_to_log(self, output: ASiTForPreTrainingOutput) -> None:
+        """Sums on the device; they are read, and the device waited for, only when it is time to log."""
+        for name in _LOGGED:
+            if output[name] is not None:
+                self._sums[name] = self._sums.get(name, 0) + output[name].detach().float()
+        self._num_passes += 1
+
+    def _bad_files_report(self) -> Path:
+        rank = f".rank{self.args.process_index}" if self.args.process_index else ""
+        return Path(self.args.output_dir) / f"{BAD_FILES_REPORT}{rank}"
+
+    def _report_bad_files(self, bad_files: list[tuple[str, str]]) -> None:
+        for name, reason in bad_files:
+            if name in self.known_bad_files:
+                continue
+            self.known_bad_files.add(name)
+            logger.warning(f"skipped {name}: {reason}")
+            report = self._bad_files_report()
+            report.parent.mkdir(parents=True, exist_ok=True)
+            with report.open("a") as file:
+                file.write(json.dumps({"file": name, "reason": reason}) + "\n")
+
+
+class _OptimiserSteps(TrainerCallback):
+    """What happens once an optimiser step: clipping and weight decay before it, centres and teacher after it."""
+
+    def __init__(self, trainer: ASiTPreTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if args.max_tensor_grad_norm > 0:
+            clip_tensor_norms(model, args.max_tensor_grad_norm)
+        if state.global_step < args.freeze_last_layer_epochs * trainer._steps_per_epoch:
+            for parameter in trainer._last_layers:
+                parameter.grad = None
+        weight_decay = trainer.schedules.at(state.global_step)["weight_decay"]
+        for group in trainer.optimizer.param_groups:
+            if group["decays"]:
+                group["weight_decay"] = weight_decay
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        model.update_centers()
+        model.update_teacher(self.trainer.schedules.at(state.global_step)["teacher_momentum"])
+        self.trainer._num_passes_in_step = 0
+
+
+@torch.no_grad()
+def clip_tensor_norms(model: nn.Module, max_norm: float) -> None:
+    """
+    Scales every parameter's gradient down to a norm of at most `max_norm`, each by itself. The query, key and value
+    projections of a layer count as one tensor, as they are one in the authors' code.
+    """
+    groups: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            merged = name.replace("q_proj", "qkv").replace("k_proj", "qkv").replace("v_proj", "qkv")
+            groups.setdefault(merged, []).append(parameter.grad)
+    gradients = [gradient for group in groups.values() for gradient in group]
+    norms = iter(torch._foreach_norm(gradients))
+    scales = []
+    for group in groups.values():
+        norm = torch.stack([next(norms) for _ in group]).norm()
+        scales.extend([(max_norm / (norm + 1e-6)).clamp_max(1.0)] * len(group))
+    torch._foreach_mul_(gradients, scales)
+
+
+__all__ = ["ASiTPreTrainer", "ASiTPreTrainingArguments", "clip_tensor_norms"]

@@ -1,0 +1,51 @@
+"""Command lines with recipes: files of options that a run can be repeated from."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+
+def parse_arguments(dataclass_types: tuple[type, ...], arguments: list[str] | None = None) -> tuple[Any, ...]:
+    """
+    Parses a command line into dataclasses. `--recipe FILE` (yaml or json, given first or anywhere) supplies options;
+    what stands on the command line overrides it. `$NAME` in a recipe is taken from the environment.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    recipe: list[str] = []
+    if "--recipe" in arguments:
+        at = arguments.index("--recipe")
+        if at + 1 == len(arguments):
+            raise ValueError("--recipe needs a file")
+        recipe = recipe_arguments(arguments[at + 1])
+        arguments = arguments[:at] + arguments[at + 2 :]
+    return HfArgumentParser(dataclass_types).parse_args_into_dataclasses(recipe + arguments)
+
+
+def recipe_arguments(path: str | os.PathLike) -> list[str]:
+    """The options of a recipe file as command-line arguments; dictionaries become JSON."""
+    text = Path(path).read_text()
+    if Path(path).suffix == ".json":
+        options = json.loads(text)
+    else:
+        import yaml
+
+        options = yaml.safe_load(text)
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} must hold options as `name: value`, got {type(options).__name__}")
+    arguments: list[str] = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        arguments += [f"--{name}", *(_as_argument(one) for one in values)]
+    return arguments
+
+
+def _as_argument(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, dict) else str(value)
+    expanded = os.path.expandvars(text)
+    if "$" in expanded:
+        raise ValueError(f"the recipe names an environment variable that is not set: {text}")
+    return expanded

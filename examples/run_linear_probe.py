@@ -1,0 +1,176 @@
+"""
+What an encoder's frozen embeddings are worth: a linear and a k-nearest-neighbour probe on labelled audio.
+
+    python examples/run_linear_probe.py --model_name_or_path CHECKPOINT --train train.csv --test test.csv
+    python examples/run_linear_probe.py --random_init --size tiny --train esc50.csv --root audio \
+        --label_column category --train_filter fold=1,2,3 --test_filter fold=4
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTModel
+from asit_hf.configuration_asit import SIZES
+from asit_hf.data.crops import LabelledClips
+from asit_hf.data.datasets import find_group_column, label_names
+from asit_hf.evaluation.embeddings import POOLINGS, embed, load_encoder
+from asit_hf.evaluation.probe import knn_probe, linear_probe
+from asit_hf.finetuning import load_labelled_dataset, problem_type_of
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model_name_or_path", help="encoder, classifier or pretraining checkpoint, folder or Hub name"
+    )
+    parser.add_argument(
+        "--source", choices=("teacher", "student"), default="teacher", help="of a pretraining checkpoint"
+    )
+    parser.add_argument(
+        "--random_init",
+        action="store_true",
+        help="fresh weights, in the checkpoint's architecture or in that of --size",
+    )
+    parser.add_argument("--size", choices=tuple(SIZES), default="tiny", help="with --random_init and no checkpoint")
+    parser.add_argument(
+        "--train", required=True, help="folder of class folders, csv or json manifest, or Hub data set"
+    )
+    parser.add_argument("--test", help="the same; by default --train")
+    parser.add_argument("--train_split")
+    parser.add_argument("--test_split")
+    parser.add_argument("--train_filter", metavar="COLUMN=V1,V2", help="keep the rows with these values")
+    parser.add_argument("--test_filter", metavar="COLUMN=V1,V2", help="the same for the test set")
+    parser.add_argument("--audio_column")
+    parser.add_argument("--label_column")
+    parser.add_argument("--root", help="folder that a manifest's paths are relative to")
+    parser.add_argument(
+        "--group_column",
+        help="rows alike here are validated on together; by default speaker, source or fold if present",
+    )
+    parser.add_argument("--max_seconds", type=float, help="use only the beginning of longer clips")
+    parser.add_argument("--pooling", choices=POOLINGS, default="cls")
+    parser.add_argument("--num_layers", type=int, default=1, help="concatenate this many last layers")
+    parser.add_argument("--k", type=int, default=20, help="neighbours")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of validation parts and fresh weights"
+    )
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", help="json file to write")
+    args = parser.parse_args(argv)
+    if not args.model_name_or_path and not args.random_init:
+        parser.error("give --model_name_or_path, or --random_init")
+    if args.test is None and args.test_split is None and args.test_filter is None:
+        parser.error(
+            "give --test, --test_split or --test_filter: the probe is tested on other clips than it is fitted on"
+        )
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse_args(argv)
+    columns = {"audio_column": args.audio_column, "label_column": args.label_column, "root": args.root}
+    train = load_labelled_dataset(args.train, args.train_filter, split=args.train_split, **columns)
+    if problem_type_of(train) == "regression":
+        raise ValueError("a probe needs classes, the labels are floating-point numbers")
+    test = load_labelled_dataset(
+        args.test or args.train, args.test_filter, label_names(train), split=args.test_split, **columns
+    )
+    group_column = find_group_column(train) if args.group_column is None else args.group_column
+    groups = train[group_column][:] if group_column else None
+    train_y, test_y = targets(train), targets(test)
+
+    runs = []
+    embeddings, seconds = None, 0.0
+    for seed in args.seeds:
+        start = time.perf_counter()
+        if embeddings is None or args.random_init:
+            embeddings = embed_both(args, train, test, seed)
+            seconds += time.perf_counter() - start
+        train_x, test_x = embeddings
+        linear = linear_probe(train_x, train_y, test_x, test_y, seed, groups)
+        knn = knn_probe(train_x, train_y, test_x, test_y, args.k)
+        runs.append({"seed": seed, "linear": linear, "knn": knn})
+
+    results = {
+        "model": args.model_name_or_path if not args.random_init else f"random {args.model_name_or_path or args.size}",
+        "source": args.source,
+        "pooling": args.pooling,
+        "num_layers": args.num_layers,
+        "embedding_size": train_x.shape[1],
+        "train_clips": len(train),
+        "test_clips": len(test),
+        "classes": len(label_names(train)),
+        "group_column": group_column,
+        "embedding_seconds": round(seconds, 1),
+        "summary": {probe: summary([run[probe] for run in runs]) for probe in ("linear", "knn")},
+        "runs": runs,
+    }
+    print_table(results)
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def embed_both(args: argparse.Namespace, train: Dataset, test: Dataset, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings `(clips, dim)` of both sets."""
+    path = args.model_name_or_path
+    feature_extractor = ASiTFeatureExtractor.from_pretrained(path) if path else ASiTFeatureExtractor()
+    if args.random_init:
+        torch.manual_seed(seed)
+        model = ASiTModel(ASiTConfig.from_pretrained(path) if path else ASiTConfig.from_size(args.size))
+    else:
+        model = load_encoder(path, args.source)
+    return tuple(
+        embed(
+            model,
+            feature_extractor,
+            LabelledClips(dataset, feature_extractor.sampling_rate, args.max_seconds),
+            pooling=args.pooling,
+            batch_size=args.batch_size,
+            device=args.device,
+            num_layers=args.num_layers,
+        )
+        for dataset in (train, test)
+    )
+
+
+def targets(dataset: Dataset) -> np.ndarray:
+    """Class ids `(clips,)`, or 0-1 targets `(clips, classes)` where a clip has several labels."""
+    labels = dataset["label"][:]
+    if problem_type_of(dataset) == "single_label_classification":
+        return np.asarray(labels)
+    rows = np.zeros((len(labels), len(label_names(dataset))), dtype=np.int64)
+    for row, ids in zip(rows, labels):
+        row[ids] = 1
+    return rows
+
+
+def summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation over seeds of every number."""
+    return {
+        name: {"mean": float(np.mean([run[name] for run in runs])), "std": float(np.std([run[name] for run in runs]))}
+        for name in runs[0]
+    }
+
+
+def print_table(results: dict) -> None:
+    print(
+        f"{results['model']} | {results['pooling']} x {results['num_layers']}, {results['embedding_size']} dimensions "
+        f"| {results['train_clips']} -> {results['test_clips']} clips, {results['classes']} classes | "
+        f"{len(results['runs'])} seeds, embedded in {results['embedding_seconds']} s"
+    )
+    for probe, metrics in results["summary"].items():
+        for name, value in metrics.items():
+            print(f"{probe:7} {name:26} {value['mean']:8.4f} +- {value['std']:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""What a wrong input gets: (call, exception, words that its message must hold), one row a mistake."""
+
+import numpy as np
+import pytest
+import torch
+
+from asit_hf import (
+    ASiTConfig,
+    ASiTFeatureExtractor,
+    ASiTForAudioClassification,
+    ASiTForAudioFrameClassification,
+    ASiTForPreTraining,
+    ASiTModel,
+)
+from asit_hf.fbank_asit import log_mel_spectrogram
+from asit_hf.modeling_asit import classification_loss
+from asit_hf.pretraining.losses import view_distillation_loss
+from asit_hf.pretraining.masking import GMML, corrupt, draw_block_masks
+from asit_hf.pretraining.objectives import get_objective
+
+RATE = 16000
+TINY = {
+    "hidden_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "num_frames": 32,
+    "num_mel_bins": 32,
+    "distillation_hidden_size": 8,
+    "distillation_bottleneck_size": 8,
+    "num_prototypes": 8,
+}
+extract = ASiTFeatureExtractor()
+noise = np.random.default_rng(0).standard_normal(1600).astype(np.float32)
+spectrogram = torch.randn(2, 32, 32)
+views = torch.randn(2, 2, 32, 32)
+
+
+def model(cls=ASiTModel, **kwargs):
+    return cls(ASiTConfig(**{**TINY, **kwargs})).eval()
+
+
+def classify(labels: torch.Tensor, problem_type: str | None = None):
+    return model(ASiTForAudioClassification, num_labels=3, problem_type=problem_type)(spectrogram, labels=labels)
+
+
+WAVEFORMS = [
+    (lambda: extract(noise, 22050), ValueError, ["16000", "22050"]),
+    (lambda: extract(noise, 44100.0), ValueError, ["16000", "44100"]),
+    (lambda: extract([], RATE), ValueError, ["at least one", "empty"]),
+    (lambda: extract(np.zeros(0, np.float32), RATE), ValueError, ["waveform 0", "empty"]),
+    (lambda: extract([noise, []], RATE), ValueError, ["waveform 1", "empty"]),
+    (lambda: extract(np.zeros((0, 1600), np.float32), RATE), ValueError, ["at least one", "(0, 1600)"]),
+    (lambda: extract([noise, np.append(noise, np.nan)], RATE), ValueError, ["waveform 1", "finite"]),
+    (lambda: extract(torch.tensor([0.0, float("inf")]), RATE), ValueError, ["waveform 0", "finite"]),
+    (lambda: extract(np.stack([noise, noise], -1), RATE), ValueError, ["mono", "(1600, 2)"]),
+    (lambda: extract([np.stack([noise, noise])], RATE), ValueError, ["mono", "(2, 1600)"]),
+    (lambda: extract(np.zeros((2, 2, 400)), RATE), ValueError, ["(batch, samples)", "(2, 2, 400)"]),
+    (lambda: extract("clip.wav", RATE), ValueError, ["array", "str"]),
+    (lambda: extract(["clip.wav"], RATE), ValueError, ["expected", "str"]),
+    (lambda: extract(np.array(["clip.wav"]), RATE), ValueError, ["expected", "<U"]),
+    (lambda: extract({"array": noise}, RATE), ValueError, ["array", "dict"]),
+    (lambda: extract([{"array": noise}], RATE), ValueError, ["expected", "dict"]),
+    (lambda: extract(None, RATE), ValueError, ["array", "NoneType"]),
+    (lambda: extract([None], RATE), ValueError, ["expected", "NoneType"]),
+    (lambda: extract([noise, 0.5], RATE), ValueError, ["waveform 1", "float"]),
+    (lambda: extract(noise > 0, RATE), ValueError, ["floating point", "bool"]),
+    (lambda: extract(noise.astype(np.uint8), RATE), ValueError, ["int16", "uint8"]),
+    (lambda: extract([1000, -2000] * 400, RATE), ValueError, ["floating point", "int"]),
+    (lambda: extract(noise.astype(np.complex64), RATE), ValueError, ["floating point", "complex64"]),
+    (lambda: extract(noise, RATE, padding="max_length"), ValueError, ["max_length", "num_frames"]),
+    (lambda: extract(noise, RATE, truncation=True), ValueError, ["truncation", "num_frames"]),
+    (lambda: extract(noise, RATE, truncation=True, num_frames=0), ValueError, ["num_frames", "0"]),
+    (lambda: extract(noise, RATE, truncation=True, num_frames=-3), ValueError, ["num_frames", "-3"]),
+    (lambda: extract(noise, RATE, num_frames=20, max_length=30), ValueError, ["num_frames", "20", "30"]),
+    (lambda: extract(noise, RATE, padding="left"), ValueError, ["left", "longest"]),
+    (lambda: extract(noise, RATE, return_tensors="tf"), ValueError, ["tf", "pt"]),
+    (lambda: extract(noise, RATE, do_normalize=True), TypeError, ["do_normalize"]),
+    (lambda: extract([noise, noise[:800]], RATE, padding=False, return_tensors="pt"), ValueError, ["padding=True"]),
+    (lambda: log_mel_spectrogram(torch.zeros(200), RATE), ValueError, ["400", "200"]),
+    (lambda: ASiTFeatureExtractor(feature_size=64, num_mel_bins=128), ValueError, ["64", "128"]),
+    (lambda: ASiTFeatureExtractor(std=0.0), ValueError, ["std", "0.0"]),
+    (lambda: ASiTFeatureExtractor(padding_side="left"), ValueError, ["right", "left"]),
+]
+
+# huggingface_hub reports what a configuration's own validation raises as an error of its own
+CONFIGURATIONS = [
+    (lambda: ASiTConfig.from_size("huge"), ValueError, ["base", "huge"]),
+    (lambda: ASiTConfig(num_attention_heads=5), Exception, ["multiple of num_attention_heads", "768", "5"]),
+    (lambda: ASiTConfig(num_attention_heads=0), Exception, ["num_attention_heads", "0"]),
+    (lambda: ASiTConfig(patch_size=0), Exception, ["patch_size", "0"]),
+    (lambda: ASiTConfig(num_prototypes=0), Exception, ["num_prototypes", "0"]),
+    (lambda: ASiTConfig(num_frames=15), Exception, ["num_frames", "16", "15"]),
+    (lambda: ASiTConfig(num_mel_bins=8), Exception, ["num_mel_bins", "16", "8"]),
+    (lambda: ASiTConfig(num_mel_bins=100), Exception, ["num_mel_bins", "multiple", "100"]),
+    (lambda: ASiTConfig(pooling_mode="max"), Exception, ["cls_mean", "max"]),
+    (lambda: ASiTConfig(drop_path_rate=1.0), Exception, ["drop_path_rate", "1.0"]),
+    (lambda: ASiTConfig(local_loss_weight=-1.0), Exception, ["local_loss_weight", "-1.0"]),
+    (lambda: ASiTConfig(student_temperature=0.0), Exception, ["student_temperature", "0.0"]),
+    (lambda: ASiTConfig(hidden_size="768"), Exception, ["hidden_size", "int", "str"]),
+]
+
+MODELS = [
+    (lambda: model()(torch.randn(2, 32, 128)), ValueError, ["32 mel bins", "(2, 32, 128)"]),
+    (lambda: model()(torch.randn(32, 32)), ValueError, ["(batch, frames, 32 mel bins)", "(32, 32)"]),
+    (lambda: model()(spectrogram, attention_mask=torch.ones(2, 4)), ValueError, ["(2, 32)", "(2, 4)"]),
+    (lambda: model()(spectrogram, attention_mask=torch.ones(1, 32)), ValueError, ["(2, 32)", "(1, 32)"]),
+    (
+        lambda: model(drop_path_rate=0.1).train()(spectrogram, drop_path_noise=torch.rand(1, 2, 5)),
+        ValueError,
+        ["(1, 2, 2)", "(1, 2, 5)"],
+    ),
+    (lambda: classify(torch.tensor([0, 1]), "ranking"), ValueError, ["multi_label", "ranking"]),
+    (lambda: classify(torch.tensor([0, 1]), "multi_label_classification"), ValueError, ["(2, 3)", "(2,)"]),
+    (lambda: classify(torch.rand(2, 2), "multi_label_classification"), ValueError, ["(2, 3)", "(2, 2)"]),
+    (lambda: classify(torch.rand(2), "single_label_classification"), ValueError, ["(2, 3)", "(2,)"]),
+    (lambda: classify(torch.rand(2, 2), "single_label_classification"), ValueError, ["(2, 3)", "(2, 2)"]),
+    (lambda: classify(torch.tensor([0, 1, 2]), "single_label_classification"), ValueError, ["2", "3"]),
+    (lambda: classify(torch.rand(3, 2), "regression"), ValueError, ["(2, 3)", "(3, 2)"]),
+    (lambda: classification_loss(torch.rand(2, 3), torch.zeros(2), "ranking"), ValueError, ["regression", "ranking"]),
+    (
+        lambda: model(ASiTForAudioFrameClassification)(spectrogram, labels=torch.zeros(2, 32, dtype=torch.long)),
+        ValueError,
+        ["(2, 2)", "(2, 32)"],
+    ),
+]
+
+PRETRAINING = [
+    (lambda: model(ASiTForPreTraining)(views, views, views[:1] > 0), ValueError, ["(2, 2, 32, 32)", "(1, 2, 32, 32)"]),
+    (lambda: model(ASiTForPreTraining)(views[0], views[0], views[0] > 0), ValueError, ["views", "(2, 32, 32)"]),
+    (
+        lambda: model(ASiTForPreTraining)(views[:, :1], views[:, :1], views[:, :1] > 0),
+        ValueError,
+        ["two student views"],
+    ),
+    (
+        lambda: model(
+            ASiTForPreTraining, global_loss_weight=0.0, local_loss_weight=0.0, reconstruction_loss_weight=0.0
+        ),
+        ValueError,
+        ["loss", "weight"],
+    ),
+    (
+        lambda: view_distillation_loss(torch.rand(2, 1, 8), torch.rand(2, 1, 8), torch.zeros(8), 0.1, 0.04),
+        ValueError,
+        ["two student views"],
+    ),
+    (lambda: GMML(zero_share=(0.7, 0.5)), ValueError, ["zero_share", "(0.7, 0.5)"]),
+    (lambda: GMML(zero_share=(0.5, 1.0)), ValueError, ["zero_share", "1.0"]),
+    (lambda: GMML(zero_share=(0.0, 0.5)), ValueError, ["zero_share", "0.0"]),
+    (lambda: GMML(replace_share=0.0), ValueError, ["replace_share", "0.0"]),
+    (lambda: GMML(replace_probability=1.5), ValueError, ["replace_probability", "1.5"]),
+    (lambda: GMML(max_block=0.0), ValueError, ["max_block", "0.0"]),
+    (lambda: GMML(alignment=0), ValueError, ["alignment", "0"]),
+    (lambda: get_objective("2022"), ValueError, ["2023", "2022"]),
+    (lambda: corrupt(views, torch.arange(3), 0, GMML()), ValueError, ["2", "3"]),
+    (
+        lambda: draw_block_masks(torch.arange(8), 32, 32, torch.full((4,), 0.5), 0.3),
+        ValueError,
+        ["(8,)", "(4,)"],
+    ),
+    (lambda: draw_block_masks(torch.arange(1), 32, 40, torch.tensor([0.9]), 0.3, 32), ValueError, ["0.90", "32 x 40"]),
+]
+
+
+TABLE = WAVEFORMS + CONFIGURATIONS + MODELS + PRETRAINING
+
+
+@pytest.mark.parametrize(
+    ("call", "exception", "words"), TABLE, ids=[f"{row}-{'-'.join(words)}" for row, (_, _, words) in enumerate(TABLE)]
+)
+def test_wrong_input(call, exception, words):
+    with pytest.raises(exception) as error:
+        call()
+    missing = [word for word in words if word not in str(error.value)]
+    assert not missing, f"{missing} not in: {error.value}"

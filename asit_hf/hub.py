@@ -250,8 +250,8 @@ def _recipe(checkpoint: Path, source: str, config: ASiTConfig) -> dict[str, Any]
 def _description(config: ASiTConfig, extractor: ASiTFeatureExtractor, classifies: bool) -> str:
     kind = f"A classifier of {config.num_labels} labels on an" if classifies else "An"
     lines = [
-        f"{kind} [ASiT](https://arxiv.org/abs/2211.13189) encoder: a vision transformer on log-mel spectrograms, "
-        "pretrained without labels by masked reconstruction and self-distillation (group masked model learning).",
+        f"{kind} [ASiT](https://arxiv.org/abs/2211.13189) encoder, a vision transformer on log-mel spectrograms. ASiT "
+        "encoders are pretrained without labels, by masked reconstruction and self-distillation.",
         f"{config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_attention_heads} heads, "
         f"{config.patch_size} x {config.patch_size} patches; input: mono audio at {extractor.sampling_rate} Hz, "
         f"{extractor.num_mel_bins} mel bins, normalised with mean {extractor.mean} and standard deviation "

@@ -53,7 +53,7 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
         Args:
             inputs: one clip, or a list, tuple, data set column, generator or `Dataset` of clips. A clip is a path
                 (`str` or `Path`), an http(s) URL, the `bytes` of a file, a numpy array or torch tensor at the model's
-                rate, an `{"array" or "raw", "sampling_rate"}` dict at any rate, a row of `datasets.Audio(decode=False)`,
+                rate, an `{"array" or "raw", "sampling_rate"}` dict at any rate, a `{"path", "bytes"}` data set row,
                 or a decoder with `get_all_samples()` (torchcodec). Two-dimensional arrays are channels, and averaged.
             top_k (`int`, *optional*, defaults to 5): how many labels are returned; `None`: all.
             function_to_apply (`str`, *optional*): `"softmax"`, `"sigmoid"` or `"none"`; by default what

@@ -27,7 +27,7 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def _fundamental(rng: np.random.Generator) -> float:
-    return _log_uniform(rng, 160.0, 640.0)
+    return _log_uniform(rng, 180.0, 520.0)
 
 
 def _tilt(signal: np.ndarray, sampling_rate: int, db_per_octave: float) -> np.ndarray:
@@ -56,7 +56,7 @@ def _oscillator(pitch: np.ndarray, amplitudes: np.ndarray, sampling_rate: int) -
 def _tone(rng: np.random.Generator, pitch: np.ndarray, sampling_rate: int) -> np.ndarray:
     """Sustained tone of random timbre: the voice that the classes of pitch and loudness movement share."""
     number = np.arange(1, 25)
-    amplitudes = number ** -rng.uniform(0.5, 1.5) * 10 ** (rng.normal(0, 4, size=24) / 20)
+    amplitudes = number ** -rng.uniform(0.5, 1.5) * 10 ** (rng.normal(0, 2, size=24) / 20)
     if rng.random() < 0.3:
         amplitudes[1::2] = 0
     return _oscillator(pitch, amplitudes, sampling_rate) * _ramp(len(pitch), rng, sampling_rate)
@@ -86,13 +86,13 @@ def _place(onsets: np.ndarray, gains: np.ndarray, sound: np.ndarray, samples: in
     return out
 
 
-def _strikes(rng: np.random.Generator, onsets: np.ndarray, samples: int, sampling_rate: int) -> np.ndarray:
-    """The same random short strike, between a tick and a tom, at every onset: the voice that the rhythms share."""
-    decay = _log_uniform(rng, 0.004, 0.05)
+def _strikes(
+    rng: np.random.Generator, onsets: np.ndarray, decay: float, centre: float, samples: int, sampling_rate: int
+) -> np.ndarray:
+    """The same noisy strike around `centre` Hz, with time constant `decay` in seconds, at every onset."""
     time = np.arange(int(5 * decay * sampling_rate)) / sampling_rate
-    centre = np.full(len(time), _log_uniform(rng, 250.0, 0.3 * sampling_rate))
     ringing = np.sin(2 * np.pi * centre * time)
-    noise = _band_noise(rng, centre, _log_uniform(rng, 500.0, 6000.0), sampling_rate)
+    noise = _band_noise(rng, np.full(len(time), centre), _log_uniform(rng, 500.0, 6000.0), sampling_rate)
     strike = (ringing + rng.uniform(0.2, 3.0) * noise / noise.std()) * np.exp(-time / decay)
     return _place(onsets, 10 ** (rng.uniform(-8, 0, size=len(onsets)) / 20), strike, samples)
 
@@ -102,12 +102,12 @@ def steady_tone(rng: np.random.Generator, samples: int, sampling_rate: int) -> n
 
 
 def rising_glide(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarray:
-    octaves = rng.uniform(0.6, 2.0) * np.linspace(-0.5, 0.5, samples)
+    octaves = rng.uniform(1.0, 2.0) * np.linspace(-0.5, 0.5, samples)
     return _tone(rng, _fundamental(rng) * 2**octaves, sampling_rate)
 
 
 def falling_glide(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarray:
-    octaves = rng.uniform(0.6, 2.0) * np.linspace(0.5, -0.5, samples)
+    octaves = rng.uniform(1.0, 2.0) * np.linspace(0.5, -0.5, samples)
     return _tone(rng, _fundamental(rng) * 2**octaves, sampling_rate)
 
 
@@ -118,13 +118,13 @@ def vibrato(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.nd
 
 def two_tone_siren(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarray:
     beat = np.floor(rng.uniform(3, 9) * np.arange(samples) / sampling_rate)
-    octaves = rng.uniform(0.25, 1.0) * (beat % 2 - 0.5)
+    octaves = rng.uniform(0.4, 1.0) * (beat % 2 - 0.5)
     return _tone(rng, _fundamental(rng) * 2**octaves, sampling_rate)
 
 
 def tremolo(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarray:
     swing = np.cos(2 * np.pi * rng.uniform(4, 12) * np.arange(samples) / sampling_rate)
-    depth = rng.uniform(0.7, 1.0)
+    depth = rng.uniform(0.85, 1.0)
     return steady_tone(rng, samples, sampling_rate) * (1 - depth * (0.5 + 0.5 * swing))
 
 
@@ -147,7 +147,7 @@ def bell(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarr
     ratios = BELL_RATIOS * rng.uniform(0.98, 1.02, size=len(BELL_RATIOS))
     frequencies = ratios * _log_uniform(rng, 200.0, 1200.0)
     gains = 10 ** (rng.normal(0, 6, size=len(ratios)) / 20) / np.sqrt(ratios)
-    decays = rng.uniform(0.3, 1.2) / np.sqrt(ratios)
+    decays = rng.uniform(0.2, 0.8) / np.sqrt(ratios)
     sound = np.zeros(samples)
     for frequency, gain, decay in zip(frequencies, gains, decays):
         if frequency < 0.48 * sampling_rate:
@@ -158,17 +158,21 @@ def bell(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarr
 
 def click_train(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarray:
     onsets = _onsets(np.full(samples, rng.uniform(4, 12)), sampling_rate)
-    return _strikes(rng, onsets, samples, sampling_rate)
+    decay, centre = _log_uniform(rng, 0.003, 0.012), _log_uniform(rng, 600.0, 3500.0)
+    return _strikes(rng, onsets, decay, centre, samples, sampling_rate)
 
 
 def accelerating_bursts(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarray:
     onsets = _onsets(np.geomspace(rng.uniform(2, 4), rng.uniform(14, 30), samples), sampling_rate)
-    return _strikes(rng, onsets, samples, sampling_rate)
+    decay, centre = _log_uniform(rng, 0.015, 0.05), _log_uniform(rng, 200.0, 2000.0)
+    return _strikes(rng, onsets, decay, centre, samples, sampling_rate)
 
 
 def rain_ticks(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarray:
-    count = int(rng.uniform(6, 20) * samples / sampling_rate)
-    return _strikes(rng, np.sort(rng.integers(0, samples, size=count)), samples, sampling_rate)
+    count = int(rng.uniform(15, 40) * samples / sampling_rate)
+    onsets = rng.integers(0, samples, size=count)
+    decay, centre = _log_uniform(rng, 0.003, 0.025), _log_uniform(rng, 600.0, 3500.0)
+    return _strikes(rng, onsets, decay, centre, samples, sampling_rate)
 
 
 def noise_sweep(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarray:
@@ -191,7 +195,7 @@ def growl(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndar
 def chirping_bird(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarray:
     length = int(rng.uniform(0.05, 0.15) * sampling_rate)
     position = np.linspace(0, 1, length)
-    contour = rng.uniform(-1, 1) * position + rng.uniform(-0.5, 0.5) * np.sin(np.pi * position)
+    contour = rng.choice([-1, 1]) * rng.uniform(0.4, 1.0) * position + rng.uniform(-0.5, 0.5) * np.sin(np.pi * position)
     pitch = np.minimum(_log_uniform(rng, 800.0, 4000.0) * 2**contour, 0.48 * sampling_rate)
     chirp = np.sin(2 * np.pi * np.cumsum(pitch) / sampling_rate) * np.sin(np.pi * position)
     onsets = _onsets(np.full(samples, rng.uniform(3, 7)), sampling_rate)
@@ -263,7 +267,7 @@ def make_clip(name: str, seed: int, index: int, sampling_rate: int = 16000, seco
         raise ValueError(f"expected at least 8000 Hz and 1 s; got {sampling_rate} Hz and {seconds} s")
     rng = np.random.default_rng([seed, list(CLASSES).index(name), index])
     samples = round(seconds * sampling_rate)
-    length = int(rng.uniform(0.5, 0.95) * samples)
+    length = int(rng.uniform(0.6, 0.95) * samples)
     onset = rng.integers(0, samples - length + 1)
 
     sound = _tilt(CLASSES[name](rng, length, sampling_rate), sampling_rate, rng.uniform(-2, 2))
@@ -271,7 +275,7 @@ def make_clip(name: str, seed: int, index: int, sampling_rate: int = 16000, seco
     sound[:edge] *= np.linspace(0, 1, edge)
     sound[-edge:] *= np.linspace(1, 0, edge)
     noise = _tilt(rng.standard_normal(samples), sampling_rate, rng.uniform(-4, 0))
-    signal_to_noise = rng.uniform(10, 30)
+    signal_to_noise = rng.uniform(12, 30)
     clip = noise / noise.std() * 10 ** (-signal_to_noise / 20)
     clip[onset : onset + length] += sound / sound.std()
     peak = 10 ** (rng.uniform(-20, -3) / 20)

@@ -3,7 +3,7 @@
 import io
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
@@ -89,7 +89,10 @@ class AudioReader:
             self._file.close()
 
     def num_samples(self, sampling_rate: int) -> int:
-        """Samples of the whole source once resampled to `sampling_rate`; for mp3 as its header estimates them."""
+        """Samples of the whole source once resampled to `sampling_rate`.
+
+        For mp3 this is the header's estimate, until a `read` finds that less is there.
+        """
         return _resampled_length(self.info.num_samples, self.info.sampling_rate, sampling_rate)
 
     def read(self, sampling_rate: int, start: int = 0, length: int | None = None) -> np.ndarray:
@@ -189,12 +192,23 @@ class AudioReader:
             frames = self._file.read(last - begin, dtype="float32", always_2d=True)[first - begin :]
         except soundfile.LibsndfileError as error:
             raise AudioReadError(self.name, _reason(error)) from error
-        if len(frames) < last - first and (len(frames) == 0 or not self._is_mpeg()):
-            promise = f"its header promises {self.info.num_samples} samples"
-            raise AudioReadError(
-                self.name, f"damaged or truncated: {promise}, none came from {first + len(frames)} on"
-            )
+        if len(frames) < last - first:
+            self._ended_early(first, len(frames))
         return _checked(frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1), self.name)
+
+    def _ended_early(self, first: int, count: int) -> None:
+        """Less was decoded than the header promises: damage, except in mp3, where `info` is put right."""
+        if not self._is_mpeg():
+            promise = f"its header promises {self.info.num_samples} samples"
+            raise AudioReadError(self.name, f"damaged or truncated: {promise}, none came from {first + count} on")
+        self.info = replace(self.info, num_samples=first + count if count else self._count())
+        if count == 0:
+            seconds = f"{first / self.info.sampling_rate:.3f} s"
+            raise AudioReadError(self.name, f"nothing to read at {seconds}, it lasts {self.info.duration:.3f} s")
+
+    def _count(self) -> int:
+        self._seek(0)
+        return sum(iter(lambda: len(self._file.read(1 << 20, dtype="float32")), 0))
 
     def _lead_in(self, first: int) -> int:
         """Samples to decode before `first` so that those from `first` on come out as in a decode of the whole file."""

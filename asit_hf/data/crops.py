@@ -1,7 +1,7 @@
 """What a loader worker does: read, crop, resample. Log-mel and masking follow on the device, in batch."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -80,11 +80,7 @@ class CropSettings:
         """
         lengths = [self.global_samples] * self.num_global_crops + [self.local_samples] * self.num_local_crops
         with AudioReader(source) as reader:
-            try:
-                crops = self._read(reader, reader.num_samples(self.sampling_rate), lengths, key)
-            except _ShorterThanPromised as shorter:
-                # The header of an mp3 file only estimates its length: draw again from what there is.
-                crops = self._read(reader, shorter.num_samples, lengths, key)
+            crops = _draw(reader, self.sampling_rate, lambda total: self._read(reader, total, lengths, key))
         item = _stack("global", crops[: self.num_global_crops], self.global_samples)
         if self.num_local_crops:
             item |= _stack("local", crops[self.num_global_crops :], self.local_samples)
@@ -100,11 +96,7 @@ class CropSettings:
         parts = [[(start, min(stop, total)), (0, stop - total)] for start, stop in zip(starts, stops)]
         parts = [[(first, last) for first, last in pair if first < last] for pair in parts]
         windows = _merge([part for pair in parts for part in pair], gap=round(_MERGE_SECONDS * self.sampling_rate))
-        audio = {}
-        for first, last in windows:
-            audio[first, last] = reader.read(self.sampling_rate, first, last - first)
-            if len(audio[first, last]) < last - first:
-                raise _ShorterThanPromised(len(reader.read(self.sampling_rate)))
+        audio = {(first, last): reader.read(self.sampling_rate, first, last - first) for first, last in windows}
         return [np.concatenate([_cut(audio, *part) for part in pair]) for pair in parts]
 
 
@@ -294,16 +286,29 @@ class LabelledClips(Dataset):
             if self.max_seconds is None:
                 return reader.read(self.sampling_rate)
             length = max(1, round(self.max_seconds * self.sampling_rate))
-            spare = reader.num_samples(self.sampling_rate) - length
-            if not self.train or spare <= 0:
+            if not self.train:
                 return reader.read(self.sampling_rate, 0, length)
-            generator = np.random.default_rng(sample_key(self.seed, int(self._epoch), index))
-            return reader.read(self.sampling_rate, int(generator.integers(0, spare + 1)), length)
+
+            def crop(total: int) -> np.ndarray:
+                generator = np.random.default_rng(sample_key(self.seed, int(self._epoch), index))
+                start = int(generator.integers(0, max(0, total - length) + 1))
+                return reader.read(self.sampling_rate, start, length)
+
+            return _draw(reader, self.sampling_rate, crop)
 
 
-class _ShorterThanPromised(Exception):
-    def __init__(self, num_samples: int):
-        self.num_samples = num_samples
+def _draw(reader: AudioReader, sampling_rate: int, draw: Callable[[int], Any]) -> Any:
+    """`draw(samples of the clip)`; once more where that showed an mp3 to be shorter than its header says."""
+    total = reader.num_samples(sampling_rate)
+    try:
+        drawn = draw(total)
+    except AudioReadError:
+        if reader.num_samples(sampling_rate) == total:
+            raise
+        drawn = None
+    if drawn is not None and reader.num_samples(sampling_rate) == total:
+        return drawn
+    return draw(reader.num_samples(sampling_rate))
 
 
 def _shared_counter() -> torch.Tensor:

@@ -322,8 +322,8 @@ def _load_manifest(
             raise ValueError(f"no split {split!r} in {path}, its splits are {sorted(set(columns['split']), key=str)}")
         columns = {name: [values[row] for row in kept] for name, values in columns.items()}
     audio = _find_column(columns, audio_column, _AUDIO_COLUMNS, "audio", str(path))
-    columns[audio] = _resolve_paths(columns[audio], root, path)
     label = _find_column(columns, label_column, _LABEL_COLUMNS, "label", str(path))
+    columns[audio] = _resolve_paths(columns[audio], root, path)
     if label is not None and any(isinstance(value, str) and _LABEL_SEPARATOR in value for value in columns[label]):
         columns[label] = [_split_labels(value) for value in columns[label]]
     return _from_columns(columns)

@@ -282,7 +282,7 @@ class ASiTPreTrainer(Trainer):
     def _add_to_log(self, output: ASiTForPreTrainingOutput) -> None:
         """Sums on the device; they are read, and the device waited for, only when it is time to log."""
         for name in _LOGGED:
-            if output[name] is not None:
+            if output.get(name) is not None:
                 self._sums[name] = self._sums.get(name, 0) + output[name].detach().float()
         self._num_passes += 1
 
@@ -303,10 +303,20 @@ class ASiTPreTrainer(Trainer):
 
 
 class _OptimiserSteps(TrainerCallback):
-    """What happens once an optimiser step: clipping and weight decay before it, centres and teacher after it."""
+    """What happens once an epoch (other crops) and once an optimiser step: clipping, weight decay, centres, teacher."""
 
     def __init__(self, trainer: ASiTPreTrainer):
         self.trainer = trainer
+        self.epoch = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.epoch = state.global_step // self.trainer._steps_per_epoch
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # accelerate tells the data their epoch only on one process, and not after a resume within an epoch
+        if hasattr(self.trainer.train_dataset, "set_epoch"):
+            self.trainer.train_dataset.set_epoch(self.epoch)
+        self.epoch += 1
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         trainer = self.trainer

@@ -1,0 +1,34 @@
+# `make demo` and `make test` build .venv by themselves; everything else runs inside it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+AUDIO ?=
+OUT ?= demo_output
+# all cores for the process that runs; tests and loader workers set their own
+export OMP_NUM_THREADS ?= $(shell nproc)
+
+.PHONY: demo test quality style clean
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' constraints.txt)" numpy  # torch first, so that nothing pulls another build of it
+	$(PIP) --editable ".[test]"
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/python examples/demo.py --output_dir "$(OUT)" $(if $(AUDIO),--audio "$(AUDIO)")
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+quality: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

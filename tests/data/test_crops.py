@@ -1,0 +1,340 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+from torch.utils.data import DataLoader
+
+from asit_hf.data.audio import AudioReadError, read_audio
+from asit_hf.data.collators import collate_crops
+from asit_hf.data.crops import LabelledClips, PretrainingCrops, StreamingCrops, sample_key
+from asit_hf.data.datasets import load_audio_dataset
+
+RATE = 8000
+SHORT = {"global_seconds": 0.5, "local_seconds": 0.2, "num_local_crops": 3}
+
+
+def ramp(seconds: float) -> np.ndarray:
+    """Sample `i` is i / 2^20, exactly: a crop tells where it came from."""
+    return np.arange(round(seconds * RATE), dtype=np.float32) / 2**20
+
+
+def starts_of(waveforms: torch.Tensor) -> np.ndarray:
+    return np.round(waveforms[:, 0].numpy() * 2**20).astype(int)
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """Twelve clips of 2 s, number 3 damaged, number 7 missing."""
+    paths = []
+    for index in range(12):
+        path = tmp_path / f"{index:02d}.wav"
+        sf.write(path, ramp(2) + np.float32(index / 2**4), RATE, subtype="FLOAT")
+        paths.append(str(path))
+    (tmp_path / "03.wav").write_bytes(b"no audio at all")
+    (tmp_path / "07.wav").unlink()
+    return paths
+
+
+def assert_same(first: dict, second: dict):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, second[name]), name
+        else:
+            assert value == second[name], name
+
+
+def test_sample_keys_are_distinct_and_fit_int64():
+    keys = {
+        sample_key(seed, epoch, index, attempt)
+        for seed in range(3)
+        for epoch in range(5)
+        for index in range(200)
+        for attempt in range(2)
+    }
+    assert len(keys) == 3 * 5 * 200 * 2
+    assert all(0 <= key < 2**63 for key in keys)
+    bits = np.array([[key >> bit & 1 for bit in range(63)] for key in keys])
+    assert np.abs(bits.mean(axis=0) - 0.5).max() < 0.05
+    assert sample_key(-1, 0, 2**40) == sample_key(np.int64(-1), np.int64(0), np.int64(2**40))
+    # Pinned: a change would change the crops and masks of every run that is resumed.
+    assert sample_key(0, 0, 0) == 1195769770526638388
+
+
+def test_an_item(clips):
+    item = PretrainingCrops(clips, RATE, **SHORT)[1]
+    assert item["global_waveforms"].shape == (2, 4000)
+    assert item["local_waveforms"].shape == (3, 1600)
+    assert item["global_waveforms"].dtype == torch.float32
+    assert item["global_lengths"].tolist() == [4000, 4000]
+    assert item["local_lengths"].tolist() == [1600] * 3
+    assert (item["index"], item["bad_files"], item["sample_key"]) == (1, [], sample_key(0, 0, 1))
+    clip = read_audio(clips[1], RATE)
+    for crop in (*item["global_waveforms"], *item["local_waveforms"]):
+        start = round((float(crop[0]) - 1 / 2**4) * 2**20)
+        np.testing.assert_array_equal(crop, clip[start : start + len(crop)])
+
+
+def test_no_local_crops(clips):
+    item = PretrainingCrops(clips, RATE, 0.5, num_local_crops=0)[0]
+    assert "local_waveforms" not in item
+    assert "local_lengths" not in item
+
+
+def test_crops_are_uniform_and_independent():
+    crops = PretrainingCrops([{"array": ramp(2), "sampling_rate": RATE}] * 600, RATE, **SHORT)
+    starts = np.stack(
+        [
+            np.r_[starts_of(item["global_waveforms"]), starts_of(item["local_waveforms"])]
+            for item in map(crops.__getitem__, range(600))
+        ]
+    )
+    ends = np.array([12000] * 2 + [14400] * 3)
+    assert (starts >= 0).all()
+    assert (starts <= ends).all()
+    quarters = np.stack([np.histogram(column / end, 4, (0, 1))[0] for column, end in zip(starts.T, ends)])
+    assert np.abs(quarters - 150).max() < 50
+    correlation = np.corrcoef(starts.T)
+    assert np.abs(correlation - np.eye(5)).max() < 0.15
+
+
+def test_crops_depend_on_seed_epoch_and_index_alone(clips):
+    crops = PretrainingCrops(clips, RATE, **SHORT)
+    first = [crops[index] for index in range(12)]
+    for index in reversed(range(12)):
+        assert_same(crops[index], first[index])
+    assert_same(crops[-1], first[11])
+    assert_same(PretrainingCrops(clips, RATE, **SHORT)[4], first[4])
+    other_seed = PretrainingCrops(clips, RATE, seed=1, **SHORT)[4]
+    crops.set_epoch(1)
+    for other in (other_seed, crops[4]):
+        assert other["sample_key"] != first[4]["sample_key"]
+        assert not torch.equal(other["global_waveforms"], first[4]["global_waveforms"])
+    crops.set_epoch(0)
+    assert_same(crops[4], first[4])
+
+
+def test_short_clips_are_padded_with_zeros_at_the_end():
+    item = PretrainingCrops([{"array": ramp(0.3) + 1, "sampling_rate": RATE}], RATE, **SHORT)[0]
+    assert item["global_lengths"].tolist() == [2400, 2400]
+    assert item["local_lengths"].tolist() == [1600] * 3
+    np.testing.assert_array_equal(item["global_waveforms"][0, :2400], ramp(0.3) + 1)
+    assert not item["global_waveforms"][:, 2400:].any()
+
+
+def test_roll_shifts_the_clip_in_a_circle():
+    source = [{"array": ramp(0.8), "sampling_rate": RATE}] * 200
+    never, always = (PretrainingCrops(source, RATE, roll_probability=p, **SHORT) for p in (0.0, 1.0))
+    wrapped = 0
+    for index in range(200):
+        waveforms = always[index]["global_waveforms"]
+        positions = np.round(waveforms.numpy() * 2**20).astype(int)
+        np.testing.assert_array_equal(positions, (positions[:, :1] + np.arange(4000)) % 6400)
+        # One shift for all crops of a clip.
+        difference = (starts_of(waveforms) - starts_of(never[index]["global_waveforms"])) % 6400
+        assert difference[0] == difference[1]
+        wrapped += int((positions[:, -1] < positions[:, 0]).any())
+    assert wrapped > 100
+    half = PretrainingCrops(source, RATE, roll_probability=0.5, **SHORT)
+    rolled = sum(not torch.equal(half[i]["global_waveforms"], never[i]["global_waveforms"]) for i in range(200))
+    assert 70 < rolled < 130
+
+
+def test_a_rolled_short_clip_keeps_all_its_samples():
+    item = PretrainingCrops([{"array": ramp(0.3), "sampling_rate": RATE}], RATE, roll_probability=1.0, **SHORT)[0]
+    positions = np.round(item["global_waveforms"][0, :2400].numpy() * 2**20).astype(int)
+    assert positions[0] != 0
+    assert sorted(positions) == list(range(2400))
+
+
+@pytest.mark.parametrize("rate", [8000, 11025])
+def test_long_files_are_read_in_windows(tmp_path, monkeypatch, rate):
+    path = tmp_path / "long.flac"
+    time = np.arange(120 * RATE) / RATE
+    sf.write(path, 0.5 * np.sin(2 * np.pi * (100 * time + 5 * time**2)), RATE)
+    crops = PretrainingCrops([str(path)] * 5, rate, 1.0, 2, 0.5, 2)
+    whole = PretrainingCrops([{"array": sf.read(path)[0], "sampling_rate": RATE}] * 5, rate, 1.0, 2, 0.5, 2)
+    decoded = []
+    read = sf.SoundFile.read
+    monkeypatch.setattr(sf.SoundFile, "read", lambda self, n=-1, *a, **k: decoded.append(n) or read(self, n, *a, **k))
+    for index in range(5):
+        for name in ("global_waveforms", "local_waveforms"):
+            np.testing.assert_allclose(crops[index][name], whole[index][name], atol=1e-3)
+    assert sum(decoded) / 10 < 8 * RATE
+
+
+def test_an_mp3_shorter_than_its_header_says(tmp_path):
+    path = tmp_path / "cut.mp3"
+    samples = np.random.default_rng(0).uniform(-0.3, 0.3, 20 * 44100)
+    with sf.SoundFile(path, "w", 44100, 1, "MPEG_LAYER_III", format="MP3") as file:
+        for start in range(0, len(samples), 4096):
+            file.write(samples[start : start + 4096])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 5])
+    present = read_audio(path, RATE)
+    crops = PretrainingCrops([str(path)] * 10, RATE, 1.0, 2, 0.5, 1)
+    for index in range(10):
+        item = crops[index]
+        assert item["bad_files"] == []
+        assert item["global_lengths"].tolist() == [RATE, RATE]
+        assert item["global_waveforms"][:, -100:].abs().amax(dim=1).min() > 0.01
+    assert len(present) < 8 * RATE
+    drawn = LabelledClips([str(path)] * 10, RATE, max_seconds=1.0, train=True)
+    assert [len(drawn[index]["waveform"]) for index in range(10)] == [RATE] * 10
+
+
+def test_bad_files_are_reported_and_replaced(clips):
+    crops = PretrainingCrops(clips, RATE, **SHORT)
+    for epoch in range(3):
+        crops.set_epoch(epoch)
+        for index in (3, 7):
+            item = crops[index]
+            assert item["bad_files"][0][0] == clips[index]
+            assert item["bad_files"][0][1] == ("no such file" if index == 7 else "Format not recognised")
+            assert item["index"] not in (3, 7)
+            assert item["sample_key"] == sample_key(0, epoch, index)
+            assert_same(crops[index], item)
+    replacements = set()
+    for epoch in range(20):
+        crops.set_epoch(epoch)
+        replacements.add(crops[3]["index"])
+    assert len(replacements) > 4
+
+
+def test_strict_raises(clips):
+    crops = PretrainingCrops(clips, RATE, strict=True, **SHORT)
+    assert crops[0]["bad_files"] == []
+    with pytest.raises(AudioReadError, match=r"07\.wav: no such file"):
+        crops[7]
+
+
+def test_nothing_but_bad_files(tmp_path):
+    crops = PretrainingCrops([str(tmp_path / f"{i}.wav") for i in range(3)], RATE, **SHORT)
+    with pytest.raises(RuntimeError, match=r"100 clips in a row cannot be read, the last one: .*no such file"):
+        crops[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_global_crops": 0}, ">= 1 global"),
+        ({"num_local_crops": -1}, ">= 0 local"),
+        ({"global_seconds": 0}, "crops of some length, got 0 and"),
+        ({"local_seconds": 0.0}, "crops of some length, got 6.0 and 0.0"),
+        ({"roll_probability": 1.5}, "in [0, 1], got 1.5"),
+    ],
+)
+def test_impossible_settings(clips, options, message):
+    with pytest.raises(ValueError) as caught:
+        PretrainingCrops(clips, RATE, **options)
+    assert message in str(caught.value)
+
+
+def test_empty_and_wrong_data_sets(clips):
+    with pytest.raises(ValueError, match="got an empty data set"):
+        PretrainingCrops([], RATE)
+    wrong = load_audio_dataset(clips[0]).rename_column("audio", "sound")
+    with pytest.raises(ValueError, match=r"expected an audio column, got \['sound'\]"):
+        PretrainingCrops(wrong, RATE)
+
+
+def test_workers_give_the_same_items_and_follow_the_epoch(clips, tmp_path):
+    crops = PretrainingCrops(load_audio_dataset(tmp_path), RATE, **SHORT)
+    loader = DataLoader(crops, 4, num_workers=2, persistent_workers=True, collate_fn=collate_crops)
+    for epoch in (0, 1):
+        crops.set_epoch(epoch)
+        batches = list(loader)
+        assert_same(batches[1], collate_crops([crops[index] for index in range(4, 8)]))
+        assert batches[0]["sample_keys"].tolist() == [sample_key(0, epoch, index) for index in range(4)]
+
+
+def collect(stream: StreamingCrops, num_workers: int) -> dict[int, torch.Tensor]:
+    loader = DataLoader(stream, 2, num_workers=num_workers, collate_fn=collate_crops)
+    return {
+        key: waveforms
+        for batch in loader
+        for key, waveforms in zip(batch["sample_keys"].tolist(), batch["global_waveforms"])
+    }
+
+
+def test_a_stream_gives_each_clip_once_whatever_the_workers(clips, tmp_path):
+    stream = StreamingCrops(load_audio_dataset(tmp_path, streaming=True), RATE, **SHORT)
+    alone, shared = collect(stream, 0), collect(stream, 2)
+    assert len(alone) == 10
+    assert alone.keys() == shared.keys()
+    assert all(torch.equal(alone[key], shared[key]) for key in alone)
+    stream.set_epoch(1)
+    assert collect(stream, 0).keys().isdisjoint(alone)
+
+
+def test_a_stream_reports_what_it_leaves_out(clips, tmp_path, caplog):
+    (tmp_path / "11.wav").write_bytes(b"")
+    dataset = load_audio_dataset(tmp_path, streaming=True)
+    items = list(StreamingCrops(dataset, RATE, **SHORT))
+    assert len(items) == 9
+    assert [bad for item in items for bad in item["bad_files"]] == [(clips[3], "Format not recognised")]
+    assert items[3]["bad_files"]
+    assert f"left out {clips[11]}: empty file" in caplog.text
+    with pytest.raises(AudioReadError, match=r"03\.wav"):
+        list(StreamingCrops(dataset, RATE, strict=True, **SHORT))
+
+
+def test_streamed_bytes_without_a_path(clips):
+    rows = [{"bytes": Path(path).read_bytes(), "path": None} for path in clips[:3]]
+    stream = StreamingCrops(FakeStream([{"audio": row} for row in rows]), RATE, **SHORT)
+    items = list(stream)
+    assert len({item["index"] for item in items}) == 3
+    assert_same(items[1], list(stream)[1])
+
+
+class FakeStream(list):
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+def labelled(clips, labels):
+    return load_audio_dataset(clips[0]).from_dict({"audio": clips, "label": labels})
+
+
+def test_labelled_clips(clips):
+    dataset = LabelledClips(labelled(clips[:3], [2, 0, 1]), RATE)
+    assert len(dataset) == 3
+    item = dataset[1]
+    assert (item["label"], item["index"]) == (0, 1)
+    np.testing.assert_array_equal(item["waveform"], ramp(2) + np.float32(1 / 2**4))
+    assert "label" not in LabelledClips(clips[:3], RATE)[0]
+
+
+def test_labelled_clips_of_at_most_some_seconds(clips):
+    beginning = LabelledClips(clips[:1] * 50, RATE, max_seconds=0.5)
+    np.testing.assert_array_equal(beginning[0]["waveform"], ramp(0.5))
+    drawn = LabelledClips(clips[:1] * 50, RATE, max_seconds=0.5, train=True)
+    starts = [round(float(drawn[index]["waveform"][0]) * 2**20) for index in range(50)]
+    assert all(len(drawn[index]["waveform"]) == 4000 for index in range(50))
+    assert len(set(starts)) > 40
+    assert max(starts) > 9000
+    np.testing.assert_array_equal(drawn[5]["waveform"], drawn[5]["waveform"])
+    before = drawn[5]["waveform"]
+    drawn.set_epoch(1)
+    assert not np.array_equal(drawn[5]["waveform"], before)
+    assert len(LabelledClips(clips[:1], RATE, max_seconds=5, train=True)[0]["waveform"]) == 16000
+    with pytest.raises(ValueError, match="max_seconds above 0, got -1"):
+        LabelledClips(clips, RATE, max_seconds=-1)
+
+
+def test_labelled_clips_that_cannot_be_read(clips):
+    with pytest.raises(AudioReadError, match=r"03\.wav"):
+        LabelledClips(labelled(clips, list(range(12))), RATE)[3]
+    item = LabelledClips(labelled(clips, list(range(12))), RATE, strict=False)[3]
+    assert item == {"index": 3, "label": 3, "bad_files": [(clips[3], "Format not recognised")]}
+
+
+@pytest.mark.real_audio
+def test_real_crops(real_audio):
+    crops = PretrainingCrops(load_audio_dataset(real_audio / "fsdd-8k" / "recordings"), 16000, 1.0, 2, 0.25, 4)
+    batch = collate_crops([crops[index] for index in range(0, 3000, 300)])
+    assert batch["global_waveforms"].shape == (10, 2, 16000)
+    assert batch["local_waveforms"].shape == (10, 4, 4000)
+    assert batch["bad_files"] == []
+    assert torch.isfinite(batch["global_waveforms"]).all()

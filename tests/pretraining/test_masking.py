@@ -1,0 +1,222 @@
+import dataclasses
+
+import pytest
+import torch
+
+from asit_hf.pretraining.masking import GMML, corrupt, draw_block_masks, draw_donors, draw_keys, mix_keys, uniform_noise
+from asit_hf.pretraining.objectives import get_objective
+
+FRAMES, MEL = 592, 128
+ZEROS = GMML(replace_probability=0.0)
+REPLACE = GMML(replace_probability=1.0)
+
+
+def keys(count: int, seed: int = 0) -> torch.Tensor:
+    return draw_keys(count, torch.Generator().manual_seed(seed))
+
+
+def clean(batch: int, views: int = 2, frames: int = 64, mel: int = 32) -> torch.Tensor:
+    return torch.randn(batch, views, frames, mel, generator=torch.Generator().manual_seed(1))
+
+
+def patches(mask: torch.Tensor) -> torch.Tensor:
+    """Covered share of every 16 x 16 patch: (masks, time, mel)."""
+    return mask.float().unfold(1, 16, 16).unfold(2, 16, 16).mean((-1, -2))
+
+
+@pytest.fixture(scope="module")
+def masks_2023() -> torch.Tensor:
+    shares = torch.linspace(0.5, 0.7, 200)
+    return draw_block_masks(keys(200), FRAMES, MEL, shares, 0.3)
+
+
+def test_keys_come_from_the_generator():
+    assert torch.equal(keys(5), keys(5))
+    assert not torch.equal(keys(5), keys(5, seed=1))
+    assert len(set(keys(1000).tolist())) == 1000
+
+
+def test_mixing_depends_on_every_value_and_on_their_order():
+    base = torch.tensor([1])
+    mixed = [mix_keys(base, *values).item() for values in [(0,), (1,), (0, 0), (0, 1), (1, 0)]]
+    assert len(set(mixed)) == 5
+    assert mix_keys(torch.tensor([2]), 0).item() not in mixed
+    assert torch.equal(mix_keys(base, torch.tensor([3, 4])), torch.cat([mix_keys(base, 3), mix_keys(base, 4)]))
+
+
+def test_mixing_is_splitmix64():
+    state, outputs = 1234567, []
+    for _ in range(2):  # the generator in plain integers
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+        outputs.append(z ^ (z >> 31))
+    mixed = mix_keys(torch.tensor([1234567]), torch.arange(2))
+    assert [value % 2**64 for value in mixed.tolist()] == outputs
+
+
+def test_noise_is_uniform():
+    noise = uniform_noise(torch.arange(2000), 50)
+    assert noise.shape == (2000, 50)
+    assert noise.min() >= 0
+    assert noise.max() < 1
+    counts = torch.histc(noise, 20, 0, 1)
+    assert (counts / counts.mean() - 1).abs().max() < 0.05
+    for other in (noise.roll(1, 0), noise.roll(1, 1)):
+        correlation = torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1]
+        assert correlation.abs() < 0.02
+
+
+def test_masks_depend_on_their_key_alone():
+    together = draw_block_masks(keys(7), 64, 32, torch.full((7,), 0.5), 0.3)
+    for key, mask in zip(keys(7), together):
+        assert torch.equal(draw_block_masks(key[None], 64, 32, torch.tensor([0.5]), 0.3)[0], mask)
+    assert len({tuple(mask.flatten().tolist()) for mask in together}) == 7
+
+
+def test_masks_reach_their_share_and_stop_there():
+    shares = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
+    coverage = draw_block_masks(keys(5), FRAMES, MEL, shares, 0.3).float().mean((1, 2))
+    assert (coverage >= shares).all()
+    assert (coverage < shares + 0.3 * 0.3).all()  # less than one block more
+
+
+def test_statistics_equal_the_authors(masks_2023):
+    """Their masks, measured over 400: coverage 0.617; patches 0.325 whole, 0.525 in part, 0.150 not; see the edges."""
+    coverage = masks_2023.float().mean((1, 2))
+    assert coverage.mean().item() == pytest.approx(0.617, abs=0.015)
+    shares = patches(masks_2023)
+    assert (shares == 1).float().mean().item() == pytest.approx(0.325, abs=0.03)
+    assert (shares == 0).float().mean().item() == pytest.approx(0.150, abs=0.03)
+    assert shares[:, 0].mean().item() == pytest.approx(0.10, abs=0.04)
+    assert shares[:, :, 0].mean().item() == pytest.approx(0.34, abs=0.04)
+    assert shares[:, 1:, 1:].mean().item() == pytest.approx(0.66, abs=0.03)
+
+
+def test_statistics_of_2024_zeros_and_of_replacement():
+    for share, expected in ((0.5, 0.511), (0.3, 0.314)):
+        masks = draw_block_masks(keys(200), FRAMES, MEL, torch.full((200,), share), 0.3)
+        assert masks.float().mean().item() == pytest.approx(expected, abs=0.005)
+
+
+def test_statistics_of_aligned_masks():
+    """The authors' masks at alignment 16: coverage 0.615; patches 0.615 whole, 0.385 not."""
+    masks = draw_block_masks(keys(200), FRAMES, MEL, torch.linspace(0.5, 0.7, 200), 0.3, alignment=16)
+    shares = patches(masks)
+    assert ((shares == 0) | (shares == 1)).all()
+    assert (shares == 1).float().mean().item() == pytest.approx(0.615, abs=0.015)
+
+
+def test_sides_stay_within_the_longest_block():
+    """Masks of a share so small that one block reaches it."""
+    masks = draw_block_masks(keys(300), 100, 50, torch.full((300,), 1e-6), 0.3)
+    heights, widths = masks.any(2).sum(1), masks.any(1).sum(1)
+    assert torch.equal(masks.flatten(1).sum(1), heights * widths)  # rectangles
+    assert heights.max() == 30
+    assert widths.max() == 15
+    assert min(heights.min(), widths.min()) == 1
+
+
+def test_objectives():
+    assert get_objective("2024").gmml == GMML(zero_share=(0.5, 0.5), replace_share=0.3, replace_probability=0.5)
+    assert get_objective("2023").gmml.zero_share == (0.5, 0.7)
+    assert get_objective("2023").gmml.alignment == get_objective("2024").gmml.alignment == 1
+
+
+@pytest.mark.parametrize("config", [ZEROS, REPLACE, GMML(zero_share=(0.5, 0.7))])
+def test_corruption_is_where_the_mask_is(config):
+    values = clean(6)
+    copy = values.clone()
+    corrupted, mask = corrupt(values, keys(6), 3, config)
+    assert corrupted.shape == mask.shape == values.shape
+    assert mask.dtype == torch.bool
+    assert torch.equal(values, copy)
+    assert torch.equal(corrupted[~mask], values[~mask])
+    assert (corrupted[mask] != values[mask]).all()
+    donors = values[draw_donors(6, 3)]
+    from_zeros, from_donor = corrupted == 0, corrupted == donors
+    assert (from_zeros | from_donor)[mask].all()
+    for clip in range(6):
+        for view in range(2):
+            inside = mask[clip, view]
+            assert from_zeros[clip, view][inside].all() or from_donor[clip, view][inside].all()
+
+
+def test_choice_between_zeros_and_replacement():
+    values = clean(8)
+    for config, zeros in ((ZEROS, True), (REPLACE, False)):
+        corrupted, mask = corrupt(values, keys(8), 0, config)
+        assert bool((corrupted[mask] == 0).all()) is zeros
+    many = clean(400, views=1, frames=16, mel=16)
+    corrupted, mask = corrupt(many, keys(400), 0, GMML())
+    replaced = ((corrupted != 0) | ~mask).flatten(1).all(1).float().mean()
+    assert 0.42 < replaced < 0.58
+
+
+def test_shares_of_zeros_and_replacement():
+    values = clean(60, frames=160, mel=64)
+    _, mask = corrupt(values, keys(60), 0, GMML(zero_share=(0.6, 0.8), replace_probability=0.0))
+    coverage = mask.float().mean((2, 3))
+    assert 0.6 <= coverage.min() < 0.64
+    assert 0.77 < coverage.max() < 0.85
+    _, mask = corrupt(values, keys(60), 0, REPLACE)
+    assert mask.float().mean().item() == pytest.approx(0.314, abs=0.02)
+
+
+def test_corruption_is_reproducible_and_each_clips_own():
+    values, clip_keys = clean(5), keys(5)
+    corrupted, mask = corrupt(values, clip_keys, 7, GMML())
+    again, same_mask = corrupt(values, clip_keys, 7, GMML())
+    assert torch.equal(corrupted, again)
+    assert torch.equal(mask, same_mask)
+    _, fewer = corrupt(values[1:4], clip_keys[1:4], 0, GMML())
+    assert torch.equal(fewer, mask[1:4])
+    _, other = corrupt(values, keys(5, seed=9), 7, GMML())
+    assert not torch.equal(other, mask)
+
+
+def test_views_have_masks_of_their_own():
+    _, mask = corrupt(clean(4), keys(4), 0, ZEROS)
+    assert (mask[:, 0] != mask[:, 1]).flatten(1).any(1).all()
+
+
+def test_the_donor_key_changes_only_the_filling():
+    values, clip_keys = clean(6), keys(6)
+    corrupted, mask = corrupt(values, clip_keys, 0, REPLACE)
+    other, same_mask = corrupt(values, clip_keys, 1, REPLACE)
+    assert torch.equal(mask, same_mask)
+    assert not torch.equal(corrupted, other)
+
+
+@pytest.mark.parametrize("config", [REPLACE, GMML()])
+def test_a_batch_of_one_is_corrupted_by_zeros(config):
+    values = clean(1)
+    corrupted, mask = corrupt(values, keys(1), 0, config)
+    assert (corrupted[mask] == 0).all()
+    _, expected = corrupt(values, keys(1), 0, dataclasses.replace(config, replace_probability=0.0))
+    assert torch.equal(mask, expected)
+
+
+@pytest.mark.parametrize("batch", [2, 3, 16])
+def test_a_donor_is_never_the_clip_itself(batch):
+    seen = set()
+    for key in range(200):
+        donors = draw_donors(batch, key)
+        assert (donors != torch.arange(batch)).all()
+        assert ((0 <= donors) & (donors < batch)).all()
+        seen.update((index, donor) for index, donor in enumerate(donors.tolist()))
+    assert len(seen) == batch * (batch - 1)  # every other clip is drawn
+
+
+@pytest.mark.parametrize("alignment", [2, 16])
+def test_aligned_blocks_start_and_end_on_the_grid(alignment):
+    _, mask = corrupt(clean(4), keys(4), 0, dataclasses.replace(ZEROS, alignment=alignment))
+    blocks = mask.unfold(2, alignment, alignment).unfold(3, alignment, alignment).flatten(-2)
+    assert (blocks.all(-1) == blocks.any(-1)).all()
+
+
+def test_other_types_and_small_planes():
+    values = clean(2, frames=16, mel=16).bfloat16()
+    corrupted, mask = corrupt(values, keys(2), 0, GMML())
+    assert corrupted.dtype == torch.bfloat16
+    assert mask.flatten(2).float().mean(-1).min() >= 0.3

@@ -1,0 +1,293 @@
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import TrainerCallback
+
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
+from asit_hf.data import PretrainingCrops
+from asit_hf.pretraining.callbacks import PicturesCallback
+from asit_hf.pretraining.masking import GMML
+from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments, clip_tensor_norms
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Twelve short files of noise and tones."""
+    folder = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        seconds = rng.uniform(0.4, 1.5)
+        time = np.arange(int(16000 * seconds)) / 16000
+        wave = 0.3 * np.sin(2 * np.pi * rng.uniform(100, 4000) * time) + 0.05 * rng.standard_normal(len(time))
+        soundfile.write(folder / f"{index:02d}.wav", wave.astype(np.float32), 16000)
+    return sorted(str(path) for path in folder.iterdir())
+
+
+def make_model(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    defaults = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "num_mel_bins": 32,
+        "num_frames": 48,
+        "distillation_hidden_size": 32,
+        "distillation_bottleneck_size": 16,
+        "num_prototypes": 24,
+        "drop_path_rate": 0.1,
+    }
+    return ASiTForPreTraining(ASiTConfig(**{**defaults, **kwargs}))
+
+
+def make_trainer(clips, output_dir, model=None, crops=None, **kwargs):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 2,
+        "warmup_epochs": 1,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "picture_steps": 0,
+        "disable_tqdm": True,
+        "seed": 1,
+    }
+    args = ASiTPreTrainingArguments(output_dir=str(output_dir), **{**defaults, **kwargs})
+    dataset = PretrainingCrops(
+        clips, 16000, **{"global_seconds": 0.5, "local_seconds": 0.25, "num_local_crops": 2, "seed": 1, **(crops or {})}
+    )
+    return ASiTPreTrainer(
+        model or make_model(), args, processing_class=ASiTFeatureExtractor(num_mel_bins=32), train_dataset=dataset
+    )
+
+
+def losses(trainer):
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+@pytest.mark.parametrize("objective", ["2024", "2023"])
+def test_a_run_logs_every_loss_and_moves_student_and_teacher(clips, tmp_path, objective):
+    config = {"num_patch_prototypes": 12} if objective == "2023" else {}
+    model = make_model(**config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make_trainer(clips, tmp_path, model, objective=objective)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(rows) == 6
+    weights = model.config
+    for row in rows:
+        total = (
+            weights.global_loss_weight * row["global_loss"]
+            + weights.local_loss_weight * row["local_loss"]
+            + weights.reconstruction_loss_weight * row["reconstruction_loss"]
+        )
+        assert row["loss"] == pytest.approx(total, rel=1e-4)
+        assert 0 < row["cls_entropy"] <= np.log(24) + 1e-4
+        assert 0 < row["feature_std"] < 1
+    after = model.state_dict()
+    for name in ("asit.layers.1.mlp.fc1.weight", "teacher.asit.layers.1.mlp.fc1.weight", "cls_center.center"):
+        assert not torch.equal(before[name], after[name]), name
+
+
+def test_reconstruction_is_learned(clips, tmp_path):
+    model = make_model(global_loss_weight=0, local_loss_weight=0)
+    trainer = make_trainer(clips, tmp_path, model, num_train_epochs=30, learning_rate=3e-3)
+    trainer.train()
+    values = losses(trainer)
+    assert np.mean(values[-10:]) < 0.85 * np.mean(values[:10])
+
+
+def test_the_schedules_reach_the_optimiser(clips, tmp_path):
+    seen = []
+
+    class Recorder(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            seen.append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
+
+    trainer = make_trainer(clips, tmp_path, num_train_epochs=4)
+    trainer.add_callback(Recorder())
+    trainer.train()
+    schedules = trainer.schedules
+    assert len(seen) == 12
+    for step, ((lr, decay), (lr_vectors, no_decay)) in enumerate(seen):
+        assert lr == lr_vectors == pytest.approx(schedules.learning_rate[step], abs=1e-12)
+        assert decay == pytest.approx(schedules.weight_decay[step])
+        assert no_decay == 0
+    assert schedules.learning_rate[0] == 0
+    assert schedules.learning_rate.max() == pytest.approx(1e-3)
+
+
+def test_weight_decay_spares_biases_and_norms_only(clips, tmp_path):
+    model = make_model()
+    optimizer = make_trainer(clips, tmp_path, model).create_optimizer()
+    decayed, spared = (set(map(id, group["params"])) for group in optimizer.param_groups)
+    for name, parameter in model.named_parameters():
+        if name.startswith("teacher."):
+            assert id(parameter) not in decayed | spared
+        else:
+            assert (id(parameter) in decayed) == (parameter.dim() > 1), name
+    assert id(model.asit.embeddings.cls_token) in decayed
+    assert id(model.asit.embeddings.position_embeddings) in decayed
+
+
+def test_learning_rate_follows_the_global_batch(clips, tmp_path):
+    args = make_trainer(
+        clips, tmp_path, learning_rate=None, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    ).args
+    assert args.learning_rate == pytest.approx(5e-4 * 8 / 256)
+
+
+def test_the_last_layer_rests_for_the_first_epoch_of_2024(clips, tmp_path):
+    def prototypes_after(epochs, **kwargs):
+        model = make_model()
+        start = model.heads.distillation.cls_prototypes.weight_v.clone()
+        make_trainer(clips, tmp_path, model, num_train_epochs=epochs, warmup_epochs=0, **kwargs).train()
+        return torch.equal(start, model.heads.distillation.cls_prototypes.weight_v)
+
+    assert prototypes_after(1)
+    assert not prototypes_after(2)
+    assert not prototypes_after(1, freeze_last_layer_epochs=0)
+
+
+def test_centres_and_teacher_move_once_a_step_with_accumulation(clips, tmp_path, monkeypatch):
+    model = make_model()
+    calls = {"teacher": 0, "centers": 0}
+    update_teacher, update_centers = model.update_teacher, model.update_centers
+    monkeypatch.setattr(model, "update_teacher", lambda m: (calls.update(teacher=calls["teacher"] + 1), update_teacher(m)))
+    monkeypatch.setattr(model, "update_centers", lambda: (calls.update(centers=calls["centers"] + 1), update_centers()))
+    trainer = make_trainer(
+        clips, tmp_path, model, per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=1
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert calls == {"teacher": 3, "centers": 3}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_equals_uninterrupted_bit_for_bit(clips, tmp_path, workers):
+    settings = {
+        "num_train_epochs": 3,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "dataloader_num_workers": workers,
+    }
+    whole = make_trainer(clips, tmp_path / "whole", **settings)
+    whole.train()
+    resumed = make_trainer(clips, tmp_path / "resumed", make_model(seed=5), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    for (name, expected), value in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
+        assert torch.equal(expected, value), name
+    assert losses(whole)[4:] == losses(resumed)[4:]
+
+
+def test_workers_do_not_change_what_is_learned(clips, tmp_path):
+    runs = [make_trainer(clips, tmp_path, dataloader_num_workers=workers) for workers in (0, 2)]
+    for trainer in runs:
+        trainer.train()
+    assert losses(runs[0]) == losses(runs[1])
+
+
+def test_masks_are_drawn_anew_every_epoch(clips, tmp_path):
+    trainer = make_trainer(clips, tmp_path)
+    trainer.schedules = None
+    dataset = trainer.train_dataset
+    item = trainer.data_collator([dataset[0], dataset[1]])
+    dataset.set_epoch(1)
+    later = trainer.data_collator([dataset[0], dataset[1]])
+    first, again, second = (trainer.prepare_views(batch) for batch in (item, item, later))
+    assert torch.equal(first["corruption_mask"], again["corruption_mask"])
+    assert torch.equal(first["corrupted_values"], again["corrupted_values"])
+    assert not torch.equal(first["corruption_mask"], second["corruption_mask"])
+
+
+def test_views_have_whole_patches_and_given_views_are_used(clips, tmp_path):
+    trainer = make_trainer(clips, tmp_path)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
+    views = trainer.prepare_views(batch)
+    assert views["input_values"].shape == (3, 2, 48, 32)
+    assert views["local_values"].shape[:2] == (3, 2)
+    given = {name: views[name] for name in ("input_values", "corrupted_values", "corruption_mask")}
+    assert set(trainer.prepare_views(given)) == set(given)
+    assert trainer.prepare_views(given)["corrupted_values"] is given["corrupted_values"]
+
+
+def test_a_bad_file_is_skipped_and_reported_once(clips, tmp_path):
+    bad = tmp_path / "bad.wav"
+    bad.write_bytes(b"this is no audio")
+    trainer = make_trainer([*clips, str(bad)], tmp_path / "run", num_train_epochs=3)
+    trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "bad_files.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in rows] == [str(bad)]
+    assert rows[0]["reason"]
+    assert trainer.state.global_step == 9
+    with pytest.raises(ValueError, match="bad.wav"):
+        make_trainer([*clips, str(bad)], tmp_path / "strict", crops={"strict": True}, num_train_epochs=3).train()
+
+
+def test_clipping_treats_every_tensor_by_itself_and_qkv_as_one():
+    model = make_model()
+    for parameter in model.asit.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = {name: parameter.grad.clone() for name, parameter in model.asit.named_parameters()}
+    clip_tensor_norms(model, 2.0)
+    for name, parameter in model.asit.named_parameters():
+        if not any(part in name for part in ("q_proj", "k_proj", "v_proj")):
+            norm = before[name].norm()
+            assert parameter.grad.norm().item() == pytest.approx(min(norm.item(), 2.0), rel=1e-4), name
+    attention = model.asit.layers[0].attention
+    merged = torch.cat([attention.q_proj.weight.grad, attention.k_proj.weight.grad, attention.v_proj.weight.grad])
+    assert merged.norm().item() == pytest.approx(2.0, rel=1e-4)
+
+
+def test_pictures_and_tensorboard(clips, tmp_path):
+    trainer = make_trainer(clips, tmp_path, picture_steps=4, report_to="tensorboard", num_train_epochs=2)
+    trainer.add_callback(PicturesCallback(trainer))
+    trainer.train()
+    names = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert {"curves.png", "reconstruction-4.png", "reconstruction-6.png"} <= names
+    assert all(path.stat().st_size > 5000 for path in (tmp_path / "pictures").iterdir())
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_arguments_of_the_objectives(tmp_path):
+    def arguments(**kwargs):
+        return ASiTPreTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **kwargs)
+
+    assert arguments().gmml == GMML(zero_share=(0.5, 0.5))
+    assert arguments().teacher_temperature_warmup_epochs == 5
+    assert arguments(objective="2023").gmml == GMML(zero_share=(0.5, 0.7))
+    assert arguments(objective="2023").teacher_temperature_warmup_epochs == 30
+    assert arguments(objective="2023").freeze_last_layer_epochs == 0
+    assert arguments(mask_alignment=16, zero_share_min=0.6).gmml == GMML(zero_share=(0.6, 0.6), alignment=16)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"objective": "2022"}, ["2023", "2024", "2022"]),
+        ({"zero_share_min": 1.5}, ["zero_share", "1.5"]),
+        ({"replace_probability": -1.0}, ["replace_probability", "-1.0"]),
+        ({"mask_alignment": 0}, ["alignment", "0"]),
+    ],
+)
+def test_wrong_arguments_are_refused(tmp_path, kwargs, words):
+    with pytest.raises(ValueError) as error:
+        ASiTPreTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **kwargs)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_fewer_clips_than_a_batch_are_refused(clips, tmp_path):
+    with pytest.raises(ValueError, match="2 clips.*batch of 4"):
+        make_trainer(clips[:2], tmp_path)
+    make_trainer(clips[:2], tmp_path, dataloader_drop_last=False, num_train_epochs=1).train()
+
+
+def test_another_model_is_refused(tmp_path):
+    args = ASiTPreTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(TypeError, match="ASiTForPreTraining.*Linear"):
+        ASiTPreTrainer(torch.nn.Linear(2, 2), args, processing_class=ASiTFeatureExtractor())

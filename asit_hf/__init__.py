@@ -19,6 +19,7 @@ from .modeling_asit import (
     ASiTModel,
     ASiTPreTrainedModel,
 )
+from .pipeline import ASiTAudioClassificationPipeline, register_pipeline
 from .pretraining.modeling import ASiTForPreTraining
 
 __version__ = "0.1.0"
@@ -29,10 +30,10 @@ AutoModel.register(ASiTConfig, ASiTModel, exist_ok=True)
 AutoModelForAudioClassification.register(ASiTConfig, ASiTForAudioClassification, exist_ok=True)
 AutoModelForAudioFrameClassification.register(ASiTConfig, ASiTForAudioFrameClassification, exist_ok=True)
 AutoModelForPreTraining.register(ASiTConfig, ASiTForPreTraining, exist_ok=True)
+register_pipeline()
 
-# What costs seconds to import (Trainer, matplotlib, pipelines) is loaded when it is first asked for.
+# What costs seconds to import, or needs more than inference does, is loaded when it is first asked for.
 _LAZY = {
-    "ASiTAudioClassificationPipeline": "pipeline",
     "ASiTPreTrainer": "pretraining.trainer",
     "ASiTPreTrainingArguments": "pretraining.trainer",
     "export_encoder": "hub",
@@ -40,6 +41,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "ASiTAudioClassificationPipeline",
     "ASiTConfig",
     "ASiTFeatureExtractor",
     "ASiTForAudioClassification",

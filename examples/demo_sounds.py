@@ -1,13 +1,14 @@
 """Write a labelled set of synthetic sounds: `python examples/demo_sounds.py FOLDER`.
 
-Sixteen classes differ in timbre, pitch movement and rhythm. Pitch, speed, spectral tilt, level, position, background
-noise and duration are drawn anew for every clip from the same wide ranges, and several classes share one random
-timbre (the tones) or one random strike (the rhythms), so that the average spectrum alone does not tell them apart.
+Sixteen classes differ in timbre, pitch movement and rhythm. Pitch, speed, spectral tilt, level, position, duration
+and background noise are drawn anew for every clip; the tones share one random timbre and the rhythms one random
+strike, so that neither the level nor the average spectrum tells a class.
 """
 
 import argparse
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -195,7 +196,9 @@ def growl(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndar
 def chirping_bird(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarray:
     length = int(rng.uniform(0.05, 0.15) * sampling_rate)
     position = np.linspace(0, 1, length)
-    contour = rng.choice([-1, 1]) * rng.uniform(0.4, 1.0) * position + rng.uniform(-0.5, 0.5) * np.sin(np.pi * position)
+    contour = rng.choice([-1, 1]) * rng.uniform(0.4, 1.0) * position + rng.uniform(-0.5, 0.5) * np.sin(
+        np.pi * position
+    )
     pitch = np.minimum(_log_uniform(rng, 800.0, 4000.0) * 2**contour, 0.48 * sampling_rate)
     chirp = np.sin(2 * np.pi * np.cumsum(pitch) / sampling_rate) * np.sin(np.pi * position)
     onsets = _onsets(np.full(samples, rng.uniform(3, 7)), sampling_rate)
@@ -227,6 +230,7 @@ def babble(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.nda
     return sound
 
 
+# (generator, samples, sampling rate in Hz) -> sound (samples,) of any level
 Voice = Callable[[np.random.Generator, int, int], np.ndarray]
 
 CLASSES: dict[str, Voice] = {
@@ -256,7 +260,7 @@ def make_clip(name: str, seed: int, index: int, sampling_rate: int = 16000, seco
     """One clip of a class, wholly determined by the arguments.
 
     Returns:
-        float32 array (samples,), peak between -30 and -3 dB of full scale.
+        float32 array (samples,), peak between -20 and -3 dB of full scale.
 
     Raises:
         ValueError: unknown class, a sampling rate under 8000 Hz or a clip shorter than 1 s.
@@ -302,6 +306,7 @@ def write_sounds(
         raise ValueError(f"expected at least 1 clip per class; got {clips_per_class}")
     folder = Path(folder).resolve()
     parameters = {
+        "classes": list(CLASSES),
         "clips_per_class": clips_per_class,
         "seed": seed,
         "sampling_rate": sampling_rate,
@@ -309,11 +314,12 @@ def write_sounds(
         # A set made by other code is another set.
         "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     }
-    clips = {Path(name, f"{name}_{index:04d}.flac"): (name, index) for name in CLASSES for index in range(clips_per_class)}
-    record = folder / PARAMETERS_FILE
-    if record.is_file() and json.loads(record.read_text()) == parameters:
-        if all((folder / path).is_file() for path in clips):
-            return folder
+    clips = {
+        Path(name, f"{name}_{index:04d}.flac"): (name, index) for name in CLASSES for index in range(clips_per_class)
+    }
+    record, text = folder / PARAMETERS_FILE, json.dumps(parameters, indent=2) + "\n"
+    if record.is_file() and record.read_text() == text and all((folder / path).is_file() for path in clips):
+        return folder
     _refuse_other_files(folder)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -324,7 +330,7 @@ def write_sounds(
         for path, (name, index) in tqdm(clips.items(), desc="demo sounds", unit="clip"):
             clip = make_clip(name, seed, index, sampling_rate, seconds)
             soundfile.write(fresh / path, clip, sampling_rate, subtype="PCM_16")
-        (fresh / PARAMETERS_FILE).write_text(json.dumps(parameters, indent=2) + "\n")
+        (fresh / PARAMETERS_FILE).write_text(text)
         if folder.exists():
             folder.rename(Path(scratch, "stale"))
         fresh.rename(folder)
@@ -335,10 +341,11 @@ def _refuse_other_files(folder: Path) -> None:
     """Replacing a folder deletes it: make sure that nothing of the user's is in it."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"expected a folder to write demo sounds to; {folder} is a file")
-    for path in folder.rglob("*"):
-        is_clip = path.suffix == ".flac" and path.stem.startswith(f"{path.parent.name}_") and path.parent.name in CLASSES
-        if path.is_file() and not is_clip and path != folder / PARAMETERS_FILE:
-            raise FileExistsError(f"expected a new or empty folder or one of demo sounds; {folder} holds {path.name}")
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if PARAMETERS_FILE in files:
+        files = {name for name in files - {PARAMETERS_FILE} if not re.fullmatch(r"(\w+)/\1_\d+\.flac", name)}
+    if files:
+        raise FileExistsError(f"expected a new or empty folder or one of demo sounds; {folder} holds {min(files)}")
 
 
 def main() -> None:

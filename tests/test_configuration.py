@@ -39,7 +39,9 @@ def test_position_grid_counts_whole_patches():
 
 
 def test_round_trip_keeps_every_field(tmp_path):
-    config = ASiTConfig.from_size("tiny", num_patch_prototypes=16, drop_path_rate=0.1, num_labels=3, pooling_mode="mean")
+    config = ASiTConfig.from_size(
+        "tiny", num_patch_prototypes=16, drop_path_rate=0.1, num_labels=3, pooling_mode="mean"
+    )
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, ASiTConfig)

@@ -107,7 +107,9 @@ def test_tensors_stay_on_their_device():
 def test_waveforms_that_require_gradients_are_accepted():
     clip = torch.from_numpy(clips(4000)[0])
     expected = extractor(clip, RATE, return_tensors="np")["input_values"]
-    np.testing.assert_array_equal(extractor(clip.requires_grad_(), RATE, return_tensors="np")["input_values"], expected)
+    np.testing.assert_array_equal(
+        extractor(clip.requires_grad_(), RATE, return_tensors="np")["input_values"], expected
+    )
 
 
 def test_types_of_output():

@@ -188,7 +188,8 @@ def test_drop_path_follows_the_noise():
     values = spectrograms(4, 96)
     kept, dropped = torch.full((2, 2, 4), 0.99), torch.zeros(2, 2, 4)
     assert torch.equal(
-        model(values, drop_path_noise=dropped).last_hidden_state, model(values, drop_path_noise=dropped).last_hidden_state
+        model(values, drop_path_noise=dropped).last_hidden_state,
+        model(values, drop_path_noise=dropped).last_hidden_state,
     )
     mixed = kept.clone()
     mixed[:, :, 1] = 0  # only the second clip loses its branches
@@ -340,9 +341,7 @@ def test_soft_labels():
 
 @pytest.mark.parametrize("explicit", [True, False])
 def test_multi_label_loss(explicit):
-    model = build(
-        ASiTForAudioClassification, problem_type="multi_label_classification" if explicit else None
-    )
+    model = build(ASiTForAudioClassification, problem_type="multi_label_classification" if explicit else None)
     targets = (torch.rand(3, 5, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     outputs = model(spectrograms(3, 96), labels=targets)
     probabilities = outputs.logits.sigmoid()
@@ -475,6 +474,4 @@ def test_exports_with_dynamic_batch_and_frames():
     for lengths in ([96, 40, 250], [64, 130]):
         values, mask, _ = padded_batch(lengths)
         exported = program.module()(input_values=values, attention_mask=mask)
-        torch.testing.assert_close(
-            exported["logits"], model(values, attention_mask=mask).logits, rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(exported["logits"], model(values, attention_mask=mask).logits, rtol=0, atol=1e-5)

@@ -63,7 +63,7 @@ WAVEFORMS = [
     (lambda: extract([{"array": noise}], RATE), ValueError, ["expected", "dict"]),
     (lambda: extract(None, RATE), ValueError, ["array", "NoneType"]),
     (lambda: extract([None], RATE), ValueError, ["expected", "NoneType"]),
-    (lambda: extract([noise, 0.5], RATE), ValueError, ["waveform 1", "float"]),
+    (lambda: extract([noise, 0.5], RATE), ValueError, ["waveform 1", "()"]),
     (lambda: extract(noise > 0, RATE), ValueError, ["floating point", "bool"]),
     (lambda: extract(noise.astype(np.uint8), RATE), ValueError, ["int16", "uint8"]),
     (lambda: extract([1000, -2000] * 400, RATE), ValueError, ["floating point", "int"]),

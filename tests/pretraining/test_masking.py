@@ -3,7 +3,15 @@ import dataclasses
 import pytest
 import torch
 
-from asit_hf.pretraining.masking import GMML, corrupt, draw_block_masks, draw_donors, draw_keys, mix_keys, uniform_noise
+from asit_hf.pretraining.masking import (
+    GMML,
+    corrupt,
+    draw_block_masks,
+    draw_donors,
+    draw_keys,
+    mix_keys,
+    uniform_noise,
+)
 from asit_hf.pretraining.objectives import get_objective
 
 FRAMES, MEL = 592, 128

@@ -209,7 +209,9 @@ def test_frames_short_of_a_patch_are_cut():
     batch = inputs(frames=105)
     outputs = model(**batch)
     assert outputs.reconstruction.shape == (3, 2, 96, 32)
-    cut = {name: value[:, :, :96] if name != "local_values" else value for name, value in batch.items() if name[0] != "t"}
+    cut = {
+        name: value[:, :, :96] if name != "local_values" else value for name, value in batch.items() if name[0] != "t"
+    }
     torch.testing.assert_close(outputs.loss, model(**cut, teacher_temperature=0.06).loss)
 
 
@@ -270,7 +272,9 @@ def count_calls(module: nn.Module) -> list:
     return calls
 
 
-@pytest.mark.parametrize("off", [["global_loss"], ["local_loss"], ["reconstruction_loss"], ["global_loss", "local_loss"]])
+@pytest.mark.parametrize(
+    "off", [["global_loss"], ["local_loss"], ["reconstruction_loss"], ["global_loss", "local_loss"]]
+)
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_a_loss_switched_off_costs_nothing(off, objective):
     batch = inputs()
@@ -281,9 +285,9 @@ def test_a_loss_switched_off_costs_nothing(off, objective):
     outputs = model(**batch)
     for name in LOSSES:
         if name in off:
-            assert outputs[name] is None
+            assert getattr(outputs, name) is None
         else:
-            torch.testing.assert_close(outputs[name], reference[name])
+            torch.testing.assert_close(getattr(outputs, name), reference[name])
     assert len(teacher) == (0 if {"global_loss", "local_loss"} <= set(off) else 1)
     assert len(student) == (1 if "global_loss" in off else 2)
     assert len(head) == (0 if "reconstruction_loss" in off else 1)
@@ -392,9 +396,9 @@ def test_evaluation_leaves_the_centers_alone():
 
 def test_a_few_steps_lower_the_loss():
     model = build(initializer_range=0.1)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    batch, losses = inputs(batch=4), []
-    for _ in range(15):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    batch, losses = inputs(batch=2, crops=0), []
+    for _ in range(20):
         outputs = model(**batch)
         outputs.loss.backward()
         optimizer.step()
@@ -402,7 +406,7 @@ def test_a_few_steps_lower_the_loss():
         model.update_centers()
         model.update_teacher(0.99)
         losses.append(outputs.reconstruction_loss.item())
-    assert losses[-1] < 0.97 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
 
 
 # --- saving and loading --------------------------------------------------------------------------------------------

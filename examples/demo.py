@@ -1,0 +1,221 @@
+"""
+The whole path on a small scale: pretraining without labels, probes, finetuning, prediction in a fresh process.
+
+    python examples/demo.py --output_dir demo_output              # on sounds that it makes itself
+    python examples/demo.py --output_dir demo_output --audio DIR  # on a folder of class folders of your own
+
+Every step is one of the scripts that a real run would use, with its command printed. A quarter of the files is held
+out; where a csv in DIR names a speaker or source of the files, whole speakers or sources are. It ends with one table
+and the names of the pictures it drew.
+"""
+
+import argparse
+import csv
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from demo_sounds import write_sounds
+
+from asit_hf import ASiTFeatureExtractor
+from asit_hf.data import LabelledClips, find_audio_files, load_audio_dataset, read_audio, split_dataset
+from asit_hf.evaluation.embeddings import embed, load_encoder
+from asit_hf.hub import export_encoder
+from asit_hf.plotting import plot_confusion, plot_embeddings, plot_log_mel
+
+EXAMPLES = Path(__file__).parent
+GROUP_COLUMNS = ("speaker", "speaker_id", "src_file", "source")
+
+# A narrow encoder and short crops: about three minutes on two cores. Real runs take hours; see the README.
+PRETRAINING = {
+    "size": "tiny",
+    "config_overrides": "num_hidden_layers=4,num_prototypes=512,distillation_hidden_size=512",
+    "drop_path_rate": 0.0,
+    "global_seconds": 1.0,
+    "num_local_crops": 0,
+    "per_device_train_batch_size": 32,
+    "max_steps": 300,
+    "learning_rate": 2e-3,
+    "warmup_epochs": 1,
+    "teacher_momentum": 0.99,
+    "weight_decay_end": 0.1,
+    "logging_steps": 10,
+    "picture_steps": 150,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+FINETUNING = {
+    "max_seconds": 2.0,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 32,
+    "max_steps": 150,
+    "learning_rate": 5e-4,
+    "warmup_steps": 15,
+    "logging_steps": 10,
+    "eval_strategy": "steps",
+    "eval_steps": 50,
+    "save_strategy": "steps",
+    "save_steps": 50,
+    "save_total_limit": 1,
+    "report_to": "none",
+}
+
+
+def run(script: str, *flags: str, **options) -> None:
+    """Runs one of the example scripts, its command printed first."""
+    arguments = [*flags]
+    for name, value in options.items():
+        arguments += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    print("\n$ python " + shlex.join(command[1:]), flush=True)
+    subprocess.run(command, check=True)
+
+
+def write_split(audio: Path, output_dir: Path) -> tuple[Path, Path, str]:
+    """Splits class folders into train.csv and test.csv (file, label, group); also says by what."""
+    dataset = load_audio_dataset(audio, labels_from_folders=True)
+    groups = find_groups(audio)
+    files = [Path(row["path"]) for row in dataset["audio"]]
+    if groups:
+        dataset = dataset.add_column("group", [groups.get(path.relative_to(audio).as_posix(), path.name) for path in files])
+    train, test = split_dataset(dataset, test_fraction=0.25, seed=0, group_column="group" if groups else "")
+    names = dataset.features["label"].names
+    manifests = []
+    for name, part in (("train", train), ("test", test)):
+        manifests.append(output_dir / f"{name}.csv")
+        with manifests[-1].open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file", "label"] + ["group"] * bool(groups))
+            for row in part:
+                path = Path(row["audio"]["path"]).resolve()
+                writer.writerow([path, names[row["label"]]] + [row["group"]] * bool(groups))
+    return *manifests, "speaker or source" if groups else "file"
+
+
+def find_groups(audio: Path) -> dict[str, str]:
+    """Speaker or source of the files, from the csv files beside the class folders; empty where none names them."""
+    groups: dict[str, str] = {}
+    for table in sorted(audio.glob("*.csv")):
+        with table.open(newline="") as file:
+            reader = csv.DictReader(file)
+            column = next((name for name in GROUP_COLUMNS if name in (reader.fieldnames or ())), None)
+            key = next((name for name in ("file", "path", "filename") if name in (reader.fieldnames or ())), None)
+            if column and key:
+                groups.update((row[key], row[column]) for row in reader)
+    return groups
+
+
+def predict_in_a_fresh_process(classifier: Path, files: list[Path]) -> list[dict]:
+    """The first label of every file, from `pipeline` in a new interpreter that loads the saved folder."""
+    code = (
+        "import json, sys, asit_hf\n"
+        "from transformers import pipeline\n"
+        "classifier = pipeline('audio-classification', model=sys.argv[1])\n"
+        "print(json.dumps([classifier(file, top_k=1)[0] for file in sys.argv[2:]]))"
+    )
+    print("\n$ python -c \"... pipeline('audio-classification', model=...)\" " + str(classifier), flush=True)
+    command = [sys.executable, "-c", code, str(classifier), *map(str, files)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def draw_pictures(output_dir: Path, encoder: Path, test: Path, predictions: Path) -> list[Path]:
+    """What can be looked at afterwards."""
+    pictures = output_dir / "pictures"
+    pictures.mkdir(exist_ok=True)
+    dataset = load_audio_dataset(test)
+    names = dataset.features["label"].names
+    extractor = ASiTFeatureExtractor.from_pretrained(encoder)
+    rate = extractor.sampling_rate
+    clip = read_audio(dataset[0]["audio"], rate, duration=6.0)
+    spectrogram = extractor(clip, sampling_rate=rate, return_tensors="pt")["input_values"][0]
+    plot_log_mel(spectrogram, names[dataset[0]["label"]]).savefig(pictures / "log-mel.png", dpi=110)
+    embeddings = embed(
+        load_encoder(encoder), extractor, LabelledClips(dataset, rate, max_seconds=10.0), pooling="cls_mean", progress=False
+    )
+    plot_embeddings(embeddings, dataset["label"][:], names).savefig(pictures / "embeddings.png", dpi=110)
+    with predictions.open(newline="") as file:
+        pairs = [(row["label"], row["prediction"]) for row in csv.DictReader(file)]
+    matrix = np.zeros((len(names), len(names)))
+    for label, prediction in pairs:
+        matrix[names.index(label), names.index(prediction)] += 1
+    plot_confusion(matrix, names).savefig(pictures / "confusion.png", dpi=110)
+    return sorted(pictures.glob("*.png")) + sorted((output_dir / "pretraining" / "pictures").glob("*.png"))
+
+
+def print_table(rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    table = "\n".join(f"| {name:<{width}} | {value:>16} |" for name, value in rows)
+    print(table)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
+    parser.add_argument("--audio", type=Path, help="folder of class folders; by default sounds are made")
+    parser.add_argument("--max_steps", type=int, default=PRETRAINING["max_steps"], help="pretraining steps")
+    args = parser.parse_args()
+    start = time.time()
+    output_dir = args.output_dir.resolve()
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+    audio = (args.audio or write_sounds(output_dir / "sounds")).resolve()
+    if not find_audio_files(audio):
+        raise SystemExit(f"no audio files below {audio}")
+    train, test, split_by = write_split(audio, output_dir)
+
+    pretraining, encoder, classifier = (output_dir / name for name in ("pretraining", "encoder", "classifier"))
+    run("run_pretraining.py", train_data=train, output_dir=pretraining, **{**PRETRAINING, "max_steps": args.max_steps})
+    export_encoder(pretraining, encoder, overwrite=True)
+    probe = {"train": train, "test": test, "pooling": "cls_mean", "max_seconds": 10.0, "model_name_or_path": encoder}
+    run("run_linear_probe.py", "--random_init", **probe, seeds=[0, 1, 2], output=output_dir / "probe-random.json")
+    run("run_linear_probe.py", **probe, seeds=[0, 1, 2], output=output_dir / "probe-pretrained.json")
+    run(
+        "run_audio_classification.py",
+        model_name_or_path=encoder,
+        train_data=train,
+        eval_data=test,
+        output_dir=classifier,
+        **FINETUNING,
+    )
+
+    dataset = load_audio_dataset(test)
+    names = dataset.features["label"].names
+    chosen = [dataset[int(index)] for index in np.linspace(0, len(dataset) - 1, 8)]
+    predicted = predict_in_a_fresh_process(classifier, [row["audio"]["path"] for row in chosen])
+
+    results = {name: json.loads((output_dir / f"probe-{name}.json").read_text()) for name in ("random", "pretrained")}
+    finetuned = json.loads((classifier / "eval_results.json").read_text())
+
+    def percent(name: str, probe: str) -> str:
+        value = results[name]["summary"][probe]["accuracy"]
+        return f"{100 * value['mean']:.1f} +- {100 * value['std']:.1f} %"
+
+    print(f"\n{len(names)} classes, {results['random']['train_clips']} training and {len(dataset)} held-out clips, split by {split_by}")
+    table = print_table(
+        [
+            ("held-out accuracy", ""),
+            ("chance", f"{100 / len(names):.1f} %"),
+            ("random encoder, linear probe", percent("random", "linear")),
+            ("pretrained encoder, linear probe", percent("pretrained", "linear")),
+            ("random encoder, kNN", percent("random", "knn")),
+            ("pretrained encoder, kNN", percent("pretrained", "knn")),
+            ("pretrained encoder, finetuned", f"{100 * finetuned['eval_accuracy']:.1f} %"),
+        ]
+    )
+    (output_dir / "table.md").write_text(table + "\n")
+    print("\nfrom the saved classifier, in a fresh process:")
+    for row, best in zip(chosen, predicted):
+        print(f"  {Path(row['audio']['path']).name}: {best['label']} ({best['score']:.2f}), truly {names[row['label']]}")
+    print("\npictures:")
+    for picture in draw_pictures(output_dir, encoder, test, classifier / "predictions.csv"):
+        print(f"  {picture}")
+    print(f"\nthe classifier is in {classifier}; all of it took {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

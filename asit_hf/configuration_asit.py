@@ -24,6 +24,16 @@ SIZES = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
 }
 POOLING_MODES = ("cls", "mean", "cls_mean")
+POSITIVE_FIELDS = (
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "patch_size",
+    "distillation_hidden_size",
+    "distillation_bottleneck_size",
+    "num_prototypes",
+    "student_temperature",
+)
 
 
 def copy_hub_files(folder: str | PathLike) -> None:
@@ -107,6 +117,12 @@ class ASiTConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Raises `ValueError` for values that no model can be built from."""
+        for name in POSITIVE_FIELDS:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("global_loss_weight", "local_loss_weight", "reconstruction_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
@@ -115,6 +131,10 @@ class ASiTConfig(PreTrainedConfig):
         for name in ("num_frames", "num_mel_bins"):
             if getattr(self, name) < self.patch_size:
                 raise ValueError(f"{name} must be at least patch_size {self.patch_size}, got {getattr(self, name)}")
+        if self.num_mel_bins % self.patch_size:
+            raise ValueError(
+                f"num_mel_bins must be a multiple of patch_size {self.patch_size}, got {self.num_mel_bins}"
+            )
         if self.pooling_mode not in POOLING_MODES:
             raise ValueError(f"pooling_mode must be one of {POOLING_MODES}, got {self.pooling_mode!r}")
         if not 0 <= self.drop_path_rate < 1:
@@ -142,6 +162,10 @@ class ASiTConfig(PreTrainedConfig):
         self.auto_map = dict(AUTO_MAP)
         copy_hub_files(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def _get_files_timestamps(self, working_dir: str | PathLike) -> dict[str, float]:
+        # without the code files, so that a push uploads them although they were copied before it looked
+        return {k: v for k, v in super()._get_files_timestamps(working_dir).items() if k not in HUB_FILES}
 
 
 __all__ = ["ASiTConfig"]

@@ -30,9 +30,9 @@ def _mel_filters(sampling_rate: int, num_mel_bins: int, fft_size: int) -> torch.
 
     low, high = (1127.0 * math.log1p(hertz / 700.0) for hertz in (LOW_FREQUENCY, sampling_rate / 2))
     step = (high - low) / (num_mel_bins + 1)
-    index = torch.arange(num_mel_bins)
+    index = torch.arange(num_mel_bins, dtype=torch.float32, device="cpu")
     left, center, right = (low + (index + offset) * step for offset in (0.0, 1.0, 2.0))
-    hertz = sampling_rate / fft_size * torch.arange(fft_size // 2)
+    hertz = sampling_rate / fft_size * torch.arange(fft_size // 2, dtype=torch.float32, device="cpu")
     bins = 1127.0 * (1.0 + hertz / 700.0).log()[:, None]
     filters = torch.minimum((bins - left) / (center - left), (right - bins) / (right - center)).clamp_min(0)
     return torch.nn.functional.pad(filters, (0, 0, 0, 1))  # Kaldi leaves the Nyquist bin out
@@ -41,8 +41,8 @@ def _mel_filters(sampling_rate: int, num_mel_bins: int, fft_size: int) -> torch.
 def log_mel_spectrogram(waveforms: torch.Tensor, sampling_rate: int, num_mel_bins: int = 128) -> torch.Tensor:
     """
     Kaldi-compatible log-mel filter banks: 25 ms symmetric Hann ("hanning") windows every 10 ms, DC removed from every
-    window, pre-emphasis 0.97, power spectrum, mel filters from 20 Hz to Nyquist, natural logarithm floored at float32's
-    epsilon; no dither, no energy. Always computed in float32: half precision loses the quiet bins.
+    window, pre-emphasis 0.97, power spectrum, mel filters from 20 Hz to Nyquist, natural logarithm floored at
+    float32's epsilon; no dither, no energy. Always computed in float32: half precision loses the quiet bins.
 
     Args:
         waveforms (`torch.Tensor` of shape `(..., samples)`): in [-1, 1], on any device.
@@ -62,10 +62,10 @@ def log_mel_spectrogram(waveforms: torch.Tensor, sampling_rate: int, num_mel_bin
     with torch.autocast(device.type, enabled=False):
         fft_size = 2 ** math.ceil(math.log2(window_size))
         filters = _mel_filters(sampling_rate, num_mel_bins, fft_size).to(device)
-        window = torch.hann_window(window_size, periodic=False, device=device)
+        window = torch.hann_window(window_size, periodic=False, dtype=torch.float32, device=device)
         frames = waveforms.float().unfold(-1, window_size, hop)
         shape = frames.shape[:-1]
-        outputs = torch.empty(shape.numel(), num_mel_bins, device=device)
+        outputs = torch.empty(shape.numel(), num_mel_bins, dtype=torch.float32, device=device)
         start = 0
         # rows of one clip are views into the waveform: a chunk never copies more than CHUNK_FRAMES windows
         for clip in frames.reshape(-1, *frames.shape[-2:]):

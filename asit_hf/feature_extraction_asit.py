@@ -9,10 +9,13 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import PaddingStrategy, TensorType, logging
 
-from .configuration_asit import AUTO_MAP, copy_hub_files
+from .configuration_asit import AUTO_MAP, HUB_FILES, copy_hub_files
 from .fbank_asit import log_mel_spectrogram, num_fbank_frames, window_and_hop
 
 logger = logging.get_logger(__name__)
+
+# no batch of clips is as short as this: a last axis of at most so many is channels, as soundfile returns them
+MAX_CHANNELS = 8
 
 RawSpeech = np.ndarray | torch.Tensor | list[float] | list[np.ndarray] | list[torch.Tensor] | list[list[float]]
 
@@ -25,7 +28,7 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
     filled with zeros up to one window. Padded frames hold `padding_value` and are 0 in `attention_mask`.
 
     Args:
-        feature_size (`int`, *optional*): same as `num_mel_bins`.
+        feature_size (`int`, *optional*): width of the sequences that `pad` takes: `num_mel_bins`, the default, or 1.
         sampling_rate (`int`, defaults to 16000): rate in Hz that the waveforms must have.
         padding_value (`float`, defaults to 0.0): value of padded frames, on the normalised scale.
         num_mel_bins (`int`, defaults to 128): number of mel bins.
@@ -47,9 +50,13 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
         return_attention_mask: bool = True,
         **kwargs: Any,
     ):
+        if kwargs.get("padding_side", "right") != "right":
+            raise ValueError(
+                f"padding_side must be 'right', where the models expect it, got {kwargs['padding_side']!r}"
+            )
         feature_size = num_mel_bins if feature_size is None else feature_size
-        if feature_size != num_mel_bins:
-            raise ValueError(f"feature_size must equal num_mel_bins, got {feature_size} and {num_mel_bins}")
+        if feature_size not in (1, num_mel_bins):
+            raise ValueError(f"feature_size must be num_mel_bins {num_mel_bins} or 1, got {feature_size}")
         if std <= 0:
             raise ValueError(f"std must be positive, got {std}")
         super().__init__(
@@ -128,7 +135,11 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
         if kwargs:
             raise TypeError(f"unexpected arguments {sorted(kwargs)}; known: see ASiTFeatureExtractor.__call__")
         self._check_rate(sampling_rate)
+        if None not in (num_frames, max_length) and num_frames != max_length:
+            raise ValueError(f"num_frames and max_length are one thing, got {num_frames} and {max_length}")
         num_frames = num_frames if num_frames is not None else max_length
+        if num_frames is not None and num_frames < 1:
+            raise ValueError(f"num_frames must be at least 1, got {num_frames}")
         strategy = self._padding_strategy(padding, truncation, num_frames)
         clips = [self._to_tensor(clip, index) for index, clip in enumerate(self._to_clips(raw_speech))]
 
@@ -143,7 +154,9 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
         if target is not None and pad_to_multiple_of:
             target = -(-target // pad_to_multiple_of) * pad_to_multiple_of
 
-        outputs = {"input_values": [_pad(feature, target, self.padding_value, self.padding_side) for feature in features]}
+        outputs = {
+            "input_values": [_pad(feature, target, self.padding_value, self.padding_side) for feature in features]
+        }
         wants_mask = self.return_attention_mask if return_attention_mask is None else return_attention_mask
         if wants_mask:
             masks = [torch.ones(len(feature), dtype=torch.long, device=feature.device) for feature in features]
@@ -155,6 +168,10 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
         self.auto_map = dict(AUTO_MAP)
         copy_hub_files(save_directory)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def _get_files_timestamps(self, working_dir: str | PathLike) -> dict[str, float]:
+        # without the code files, so that a push uploads them although they were copied before it looked
+        return {k: v for k, v in super()._get_files_timestamps(working_dir).items() if k not in HUB_FILES}
 
     def _check_rate(self, sampling_rate: int | None) -> None:
         if sampling_rate is None:
@@ -189,6 +206,13 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
                     "expected one waveform (samples,) or a batch (batch, samples) of mono audio, "
                     f"got an array of shape {tuple(raw_speech.shape)}"
                 )
+            if raw_speech.shape[0] > MAX_CHANNELS >= raw_speech.shape[-1] and raw_speech.ndim == 2:
+                raise ValueError(
+                    "expected mono audio (samples,) or a batch (batch, samples), got an array of shape "
+                    f"{tuple(raw_speech.shape)}, which looks like (samples, channels)"
+                )
+            if raw_speech.ndim == 2 and len(raw_speech) == 0:
+                raise ValueError(f"expected at least one waveform, got an array of shape {tuple(raw_speech.shape)}")
             return [raw_speech] if raw_speech.ndim == 1 else list(raw_speech)
         if not isinstance(raw_speech, (list, tuple)):
             raise ValueError(f"expected a numpy array, a torch tensor or a list, got {type(raw_speech).__name__}")
@@ -198,12 +222,11 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
 
     @staticmethod
     def _to_tensor(clip: np.ndarray | torch.Tensor | list[float], index: int) -> torch.Tensor:
-        if isinstance(clip, (list, tuple)):
-            clip = np.asarray(clip, dtype=np.float32)
-        if isinstance(clip, np.ndarray):
-            clip = torch.from_numpy(np.ascontiguousarray(clip))
-        if clip.dim() != 1:
+        if not isinstance(clip, torch.Tensor):
+            clip = _to_array(clip, index)
+        if clip.ndim != 1:
             raise ValueError(f"waveform {index} must be mono, of shape (samples,), got shape {tuple(clip.shape)}")
+        clip = clip.detach() if isinstance(clip, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(clip))
         if clip.dtype in (torch.int16, torch.int32):  # PCM
             clip = clip.float() / -torch.iinfo(clip.dtype).min
         if not clip.is_floating_point():
@@ -230,6 +253,18 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
         return [feature[:count] for feature, count in zip(features, frames)]
 
 
+def _to_array(clip: Any, index: int) -> np.ndarray:
+    """An array of a type that torch knows."""
+    try:
+        array = np.asarray(clip)
+    except ValueError as error:
+        raise ValueError(f"waveform {index}: expected numbers of shape (samples,), got nested sequences") from error
+    if array.dtype.kind not in "fiubc":
+        got = type(clip[0]).__name__ if isinstance(clip, (list, tuple)) else array.dtype
+        raise ValueError(f"waveform {index}: expected numbers, got {got}")
+    return array.astype(np.float32 if array.dtype.kind == "f" else array.dtype.newbyteorder("="), copy=False)
+
+
 def _pad(values: torch.Tensor, length: int | None, value: float, side: str) -> torch.Tensor:
     """Pads the first axis to `length`."""
     if length is None or len(values) >= length:
@@ -238,9 +273,7 @@ def _pad(values: torch.Tensor, length: int | None, value: float, side: str) -> t
     return torch.cat([values, padding] if side == "right" else [padding, values])
 
 
-def _to_batch_feature(
-    outputs: dict[str, list[torch.Tensor]], return_tensors: str | TensorType | None
-) -> BatchFeature:
+def _to_batch_feature(outputs: dict[str, list[torch.Tensor]], return_tensors: str | TensorType | None) -> BatchFeature:
     if return_tensors is not None and TensorType(return_tensors) == TensorType.PYTORCH:
         lengths = {len(value) for value in outputs["input_values"]}
         if len(lengths) > 1:

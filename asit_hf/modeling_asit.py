@@ -11,11 +11,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_asit import ASiTConfig
+
+logger = logging.get_logger(__name__)
 
 
 def bicubic_resize_matrix(
@@ -89,7 +91,7 @@ class ASiTEmbeddings(nn.Module):
         patches = self.patch_embeddings(input_values)
         patches = patches + self.patch_positions(patches.shape[1], num_columns).to(patches.dtype)
         cls_token = self.cls_token + self.position_embeddings[:, :1]
-        cls_token = cls_token.to(patches.dtype).expand(len(patches), -1, -1)
+        cls_token = cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1)
         return self.dropout(torch.cat((cls_token, patches.flatten(1, 2)), dim=1))
 
     def patch_positions(self, columns: int, num_columns: torch.Tensor | None = None) -> torch.Tensor:
@@ -223,7 +225,7 @@ class ASiTPreTrainedModel(PreTrainedModel):
     input_modalities = ("audio",)
     supports_gradient_checkpointing = True
     # what a pretraining checkpoint holds beside the student's encoder
-    _keys_to_ignore_on_load_unexpected = [r"^teacher\.", r"^heads\.", r"^(cls|patch)_center$"]
+    _keys_to_ignore_on_load_unexpected = [r"^teacher\.", r"^heads\.", r"^(cls|patch)_center\."]
     _no_split_modules = ["ASiTEmbeddings", "ASiTLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -288,6 +290,8 @@ class ASiTModel(ASiTPreTrainedModel):
             CLS first, then the patches, time-major (index = 1 + column * rows + row); `pooler_output` of shape
             `(batch, hidden_size)`, or twice that for `pooling_mode="cls_mean"`.
         """
+        if attention_mask is not None and attention_mask.shape != input_values.shape[:2]:
+            self._question_mask(attention_mask, input_values)
         num_columns = None if attention_mask is None else self._num_patch_columns(attention_mask)
         hidden_states = self.embeddings(input_values, num_columns)
         num_tokens = hidden_states.shape[1]
@@ -303,6 +307,18 @@ class ASiTModel(ASiTPreTrainedModel):
             last_hidden_state=hidden_states, pooler_output=self._pool(hidden_states, token_mask)
         )
 
+    @torch.compiler.disable
+    def _question_mask(self, attention_mask: torch.Tensor, input_values: torch.Tensor) -> None:
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != input_values.shape[0]:
+            raise ValueError(
+                f"expected an attention_mask of shape (batch, frames) {tuple(input_values.shape[:2])}, "
+                f"got {tuple(attention_mask.shape)}"
+            )
+        logger.warning_once(
+            f"The attention_mask has {attention_mask.shape[1]} columns for {input_values.shape[1]} frames: the count "
+            "of its ones is taken as the clip's frames."
+        )
+
     def _num_patch_columns(self, attention_mask: torch.Tensor) -> torch.Tensor:
         """`(batch, frames)` -> `(batch,)`: whole patch columns of real frames, at least one."""
         return (attention_mask.sum(-1) // self.config.patch_size).clamp_min(1)
@@ -314,15 +330,13 @@ class ASiTModel(ASiTPreTrainedModel):
 
     def _drop_path_scales(self, hidden_states: torch.Tensor, noise: torch.Tensor | None) -> list:
         """For each layer `None`, or what its branches are multiplied with, `(2, batch, 1, 1)`."""
-        num_layers, rate, batch = len(self.layers), self.config.drop_path_rate, len(hidden_states)
+        num_layers, rate, batch = len(self.layers), self.config.drop_path_rate, hidden_states.shape[0]
         if not self.training or rate == 0:
             return [None] * num_layers
         if noise is None:
             noise = torch.rand(num_layers, 2, batch, device=hidden_states.device)
         if noise.shape != (num_layers, 2, batch):
-            raise ValueError(
-                f"expected drop_path_noise of shape {(num_layers, 2, batch)}, got {tuple(noise.shape)}"
-            )
+            raise ValueError(f"expected drop_path_noise of shape {(num_layers, 2, batch)}, got {tuple(noise.shape)}")
         rates = torch.linspace(0, rate, num_layers, device=noise.device)[:, None, None]
         scales = (noise >= rates) / (1 - rates)
         return list(scales[..., None, None].to(hidden_states.dtype))
@@ -393,6 +407,13 @@ class ASiTForAudioClassification(ASiTPreTrainedModel):
         return classification_loss(logits, labels, self.config.problem_type)
 
 
+LOSSES = {
+    "single_label_classification": nn.functional.cross_entropy,
+    "multi_label_classification": nn.functional.binary_cross_entropy_with_logits,
+    "regression": nn.functional.mse_loss,
+}
+
+
 def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str) -> torch.Tensor:
     """
     Mean loss over all leading dimensions, in float32 whatever the precision of the logits.
@@ -403,22 +424,18 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type
         problem_type (`str`): see [`ASiTForAudioClassification`].
     """
     logits, labels = logits.float(), labels.to(logits.device)
-    if problem_type == "regression":
-        return nn.functional.mse_loss(logits.squeeze(-1), labels.float().view_as(logits.squeeze(-1)))
-    if problem_type == "multi_label_classification":
-        if labels.shape != logits.shape:
-            raise ValueError(
-                f"multi-label classification needs labels of shape {tuple(logits.shape)}, one target for every class, "
-                f"got {tuple(labels.shape)}"
-            )
-        return nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
-    if problem_type == "single_label_classification":
-        targets = labels.flatten(0, -2) if labels.is_floating_point() else labels.flatten()
-        return nn.functional.cross_entropy(logits.flatten(0, -2), targets)
-    raise ValueError(
-        "problem_type must be 'single_label_classification', 'multi_label_classification' or 'regression', "
-        f"got {problem_type!r}"
-    )
+    if problem_type not in LOSSES:
+        raise ValueError(f"problem_type must be one of {sorted(LOSSES)}, got {problem_type!r}")
+    if problem_type == "single_label_classification" and not labels.is_floating_point():
+        return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+    if logits.shape[-1] == 1 and labels.shape == logits.shape[:-1]:
+        labels = labels[..., None]
+    if labels.shape != logits.shape:
+        raise ValueError(
+            f"{problem_type} needs labels of shape {tuple(logits.shape)}, one target for every class, "
+            f"got {tuple(labels.shape)}"
+        )
+    return LOSSES[problem_type](logits.flatten(0, -2), labels.float().flatten(0, -2))
 
 
 class ASiTForAudioFrameClassification(ASiTPreTrainedModel):
@@ -464,9 +481,7 @@ class ASiTForAudioFrameClassification(ASiTPreTrainedModel):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
-    def _loss(
-        self, logits: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         labels = labels.to(logits.device)
         if labels.shape[:2] != logits.shape[:2]:
             raise ValueError(
@@ -477,8 +492,13 @@ class ASiTForAudioFrameClassification(ASiTPreTrainedModel):
         if attention_mask is not None:
             num_columns = self.asit._num_patch_columns(attention_mask)
             real = real & (torch.arange(logits.shape[1], device=logits.device) < num_columns[:, None])
-        problem_type = "multi_label_classification" if multi_label else "single_label_classification"
-        return classification_loss(logits[real], labels[real], problem_type)
+        if multi_label:
+            losses = nn.functional.binary_cross_entropy_with_logits(
+                logits.float(), labels.float(), reduction="none"
+            ).mean(-1)
+        else:
+            losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+        return (losses * real).sum() / real.sum().clamp_min(1)  # 0, not NaN, where nothing is labelled
 
 
 __all__ = ["ASiTForAudioClassification", "ASiTForAudioFrameClassification", "ASiTModel", "ASiTPreTrainedModel"]

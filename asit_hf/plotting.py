@@ -96,9 +96,7 @@ def plot_confusion(matrix: Any, labels: Sequence[str]) -> Figure:
         for row, column in np.ndindex(*matrix.shape):
             if matrix[row, column]:
                 color = "white" if shares[row, column] > 0.5 else "black"
-                axes.text(
-                    column, row, f"{matrix[row, column]:.0f}", ha="center", va="center", fontsize=7, color=color
-                )
+                axes.text(column, row, f"{matrix[row, column]:.0f}", ha="center", va="center", fontsize=7, color=color)
     return figure
 
 

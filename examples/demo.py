@@ -49,7 +49,9 @@ PRETRAINING = {
     "report_to": "none",
 }
 FINETUNING = {
+    "validation_fraction": 0.15,
     "max_seconds": 2.0,
+    "max_eval_seconds": 10.0,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 32,
     "max_steps": 150,
@@ -75,25 +77,31 @@ def run(script: str, *flags: str, **options) -> None:
     subprocess.run(command, check=True)
 
 
-def write_split(audio: Path, output_dir: Path) -> tuple[Path, Path, str]:
-    """Splits class folders into train.csv and test.csv (file, label, group); also says by what."""
+def write_split(audio: Path, output_dir: Path) -> tuple[Path, Path, bool]:
+    """Splits class folders into train.csv and test.csv (file, label, group); also says whether there are groups."""
     dataset = load_audio_dataset(audio, labels_from_folders=True)
     groups = find_groups(audio)
     files = [Path(row["path"]) for row in dataset["audio"]]
     if groups:
-        dataset = dataset.add_column("group", [groups.get(path.relative_to(audio).as_posix(), path.name) for path in files])
+        dataset = dataset.add_column(
+            "group", [groups.get(path.relative_to(audio).as_posix(), path.name) for path in files]
+        )
     train, test = split_dataset(dataset, test_fraction=0.25, seed=0, group_column="group" if groups else "")
     names = dataset.features["label"].names
     manifests = []
     for name, part in (("train", train), ("test", test)):
+        columns = {
+            "file": [Path(row["path"]).resolve() for row in part["audio"]],
+            "label": [names[label] for label in part["label"]],
+        }
+        if groups:
+            columns["group"] = part["group"]
         manifests.append(output_dir / f"{name}.csv")
         with manifests[-1].open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["file", "label"] + ["group"] * bool(groups))
-            for row in part:
-                path = Path(row["audio"]["path"]).resolve()
-                writer.writerow([path, names[row["label"]]] + [row["group"]] * bool(groups))
-    return *manifests, "speaker or source" if groups else "file"
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values()))
+    return *manifests, bool(groups)
 
 
 def find_groups(audio: Path) -> dict[str, str]:
@@ -134,7 +142,11 @@ def draw_pictures(output_dir: Path, encoder: Path, test: Path, predictions: Path
     spectrogram = extractor(clip, sampling_rate=rate, return_tensors="pt")["input_values"][0]
     plot_log_mel(spectrogram, names[dataset[0]["label"]]).savefig(pictures / "log-mel.png", dpi=110)
     embeddings = embed(
-        load_encoder(encoder), extractor, LabelledClips(dataset, rate, max_seconds=10.0), pooling="cls_mean", progress=False
+        load_encoder(encoder),
+        extractor,
+        LabelledClips(dataset, rate, max_seconds=10.0),
+        pooling="cls_mean",
+        progress=False,
     )
     plot_embeddings(embeddings, dataset["label"][:], names).savefig(pictures / "embeddings.png", dpi=110)
     with predictions.open(newline="") as file:
@@ -166,12 +178,20 @@ def main() -> None:
     audio = (args.audio or write_sounds(output_dir / "sounds")).resolve()
     if not find_audio_files(audio):
         raise SystemExit(f"no audio files below {audio}")
-    train, test, split_by = write_split(audio, output_dir)
+    train, test, has_groups = write_split(audio, output_dir)
+    groups = {"group_column": "group"} if has_groups else {}
 
     pretraining, encoder, classifier = (output_dir / name for name in ("pretraining", "encoder", "classifier"))
     run("run_pretraining.py", train_data=train, output_dir=pretraining, **{**PRETRAINING, "max_steps": args.max_steps})
     export_encoder(pretraining, encoder, overwrite=True)
-    probe = {"train": train, "test": test, "pooling": "cls_mean", "max_seconds": 10.0, "model_name_or_path": encoder}
+    probe = {
+        "train": train,
+        "test": test,
+        "pooling": "cls_mean",
+        "max_seconds": 10.0,
+        "model_name_or_path": encoder,
+        **groups,
+    }
     run("run_linear_probe.py", "--random_init", **probe, seeds=[0, 1, 2], output=output_dir / "probe-random.json")
     run("run_linear_probe.py", **probe, seeds=[0, 1, 2], output=output_dir / "probe-pretrained.json")
     run(
@@ -180,6 +200,7 @@ def main() -> None:
         train_data=train,
         eval_data=test,
         output_dir=classifier,
+        **groups,
         **FINETUNING,
     )
 
@@ -195,7 +216,10 @@ def main() -> None:
         value = results[name]["summary"][probe]["accuracy"]
         return f"{100 * value['mean']:.1f} +- {100 * value['std']:.1f} %"
 
-    print(f"\n{len(names)} classes, {results['random']['train_clips']} training and {len(dataset)} held-out clips, split by {split_by}")
+    num_train = results["random"]["train_clips"]
+    print(
+        f"\n{len(names)} classes, {num_train} training and {len(dataset)} held-out clips, split by {'speaker or source' if has_groups else 'file'}"
+    )
     table = print_table(
         [
             ("held-out accuracy", ""),
@@ -210,7 +234,9 @@ def main() -> None:
     (output_dir / "table.md").write_text(table + "\n")
     print("\nfrom the saved classifier, in a fresh process:")
     for row, best in zip(chosen, predicted):
-        print(f"  {Path(row['audio']['path']).name}: {best['label']} ({best['score']:.2f}), truly {names[row['label']]}")
+        print(
+            f"  {Path(row['audio']['path']).name}: {best['label']} ({best['score']:.2f}), truly {names[row['label']]}"
+        )
     print("\npictures:")
     for picture in draw_pictures(output_dir, encoder, test, classifier / "predictions.csv"):
         print(f"  {picture}")

@@ -44,8 +44,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--test", help="the same; by default --train")
     parser.add_argument("--train_split")
     parser.add_argument("--test_split")
-    parser.add_argument("--train_filter", metavar="COLUMN=V1,V2", help="keep the rows with these values")
-    parser.add_argument("--test_filter", metavar="COLUMN=V1,V2", help="the same for the test set")
+    parser.add_argument("--train_filter", nargs="+", metavar="COLUMN=V1,V2", help="keep the rows with these values")
+    parser.add_argument("--test_filter", nargs="+", metavar="COLUMN=V1,V2", help="the same for the test set")
     parser.add_argument("--audio_column")
     parser.add_argument("--label_column")
     parser.add_argument("--root", help="folder that a manifest's paths are relative to")
@@ -53,6 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--group_column",
         help="rows alike here are validated on together; by default speaker, source or fold if present",
     )
+    parser.add_argument("--strict", action="store_true", help="stop at a file that cannot be read")
     parser.add_argument("--max_seconds", type=float, help="use only the beginning of longer clips")
     parser.add_argument("--pooling", choices=POOLINGS, default="cls")
     parser.add_argument("--num_layers", type=int, default=1, help="concatenate this many last layers")
@@ -75,12 +76,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    columns = {"audio_column": args.audio_column, "label_column": args.label_column, "root": args.root}
-    train = load_labelled_dataset(args.train, args.train_filter, split=args.train_split, **columns)
+    reading = {name: getattr(args, name) for name in ("audio_column", "label_column", "root", "strict")}
+    train = load_labelled_dataset(args.train, args.train_filter or (), split=args.train_split, **reading)
     if problem_type_of(train) == "regression":
         raise ValueError("a probe needs classes, the labels are floating-point numbers")
     test = load_labelled_dataset(
-        args.test or args.train, args.test_filter, label_names(train), split=args.test_split, **columns
+        args.test or args.train, args.test_filter or (), label_names(train), split=args.test_split, **reading
     )
     group_column = find_group_column(train) if args.group_column is None else args.group_column
     groups = train[group_column][:] if group_column else None
@@ -154,10 +155,11 @@ def targets(dataset: Dataset) -> np.ndarray:
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation over seeds of every number."""
+    """Mean and standard deviation over seeds of every metric."""
+    names = [name for name in runs[0] if name not in ("weight_decay", "classes_without_positives")]
     return {
         name: {"mean": float(np.mean([run[name] for run in runs])), "std": float(np.std([run[name] for run in runs]))}
-        for name in runs[0]
+        for name in names
     }
 
 

@@ -96,9 +96,7 @@ def position_frames(seconds: float) -> int:
 
 
 def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
-    model_args, data_args, args = parse_arguments(
-        (ModelArguments, DataArguments, ASiTPreTrainingArguments), arguments
-    )
+    model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, ASiTPreTrainingArguments), arguments)
     logging.set_verbosity_info() if args.should_log else logging.set_verbosity_warning()
     set_seed(args.seed)
 

@@ -10,7 +10,9 @@ from sklearn.model_selection import StratifiedGroupKFold
 from ..finetuning.metrics import multi_label_metrics, single_label_metrics
 
 # Strong to weak: each fit starts from the one before.
-WEIGHT_DECAYS = tuple(10.0 ** np.arange(1, -6.5, -0.5))
+WEIGHT_DECAYS = tuple(10.0 ** np.arange(0, -6.5, -0.5))
+# The search ends when so many weaker ones in a row were no better: the weak ones take longest to fit.
+PATIENCE = 3
 
 
 def linear_probe(
@@ -48,19 +50,23 @@ def linear_probe(
     name, metrics = _metric(train_y)
     num_classes = _num_classes(train_y, test_y)
     fitted, held_out = _validation_split(train_y, groups, validation_fraction, seed)
-    decays = sorted(weight_decays, reverse=True)
 
     x, validation_x = _standardise(train_x[fitted], train_x[held_out])
-    scores, weights = [], None
-    for decay in decays:
+    weights, best_score, best_decay, failures = None, -np.inf, None, 0
+    for decay in sorted(weight_decays, reverse=True):
         weights = _fit(x, train_y[fitted], num_classes, decay, weights)
-        scores.append(metrics(_predict(weights, validation_x), train_y[held_out])[name])
-    best = int(np.argmax(scores))
+        score = metrics(_predict(weights, validation_x), train_y[held_out])[name]
+        if score > best_score:
+            best_score, best_decay, best_weights, failures = score, float(decay), weights, 0
+        else:
+            failures += 1
+        if failures == PATIENCE:
+            break
 
     x, test_x = _standardise(train_x, test_x)
-    test_scores = _predict(_fit(x, train_y, num_classes, decays[best]), test_x)
-    result = metrics(test_scores, test_y)
-    return {**result, f"validation_{name}": scores[best], "weight_decay": float(decays[best])}
+    weights = _fit(x, train_y, num_classes, best_decay, best_weights)
+    result = metrics(_predict(weights, test_x), test_y)
+    return {**result, f"validation_{name}": best_score, "weight_decay": best_decay}
 
 
 def knn_probe(
@@ -152,7 +158,12 @@ def _fit(
     weight, bias = (tensor.clone().requires_grad_() for tensor in start)
     targets = torch.as_tensor(labels) if labels.ndim == 1 else torch.as_tensor(labels, dtype=x.dtype)
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=1000, tolerance_grad=1e-5, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+        [weight, bias],
+        max_iter=500,
+        history_size=20,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-6,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Training classifiers on ASiT encoders."""
 
+import logging
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -8,9 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger(__name__)
+
 
 def load_labelled_dataset(
-    source: str | PathLike, rows: str | None = None, names: Sequence[str] | None = None, **kwargs: Any
+    source: str | PathLike,
+    filters: Sequence[str] = (),
+    names: Sequence[str] | None = None,
+    strict: bool = False,
+    **kwargs: Any,
 ) -> "Dataset":
     """
     Audio with labels, from any source of [`~asit_hf.data.datasets.load_audio_dataset`]; the files of a plain folder
@@ -18,9 +25,10 @@ def load_labelled_dataset(
 
     Args:
         source (`str`): folder, manifest, or Hub name.
-        rows (`str`, *optional*): keep only rows where a column has one of some values: `"COLUMN=VALUE,VALUE"`.
+        filters (`Sequence[str]`): `"COLUMN=VALUE,VALUE"`: keep the rows with one of these values; all must hold.
         names (`Sequence[str]`, *optional*): the class names by id, as a model has them; a label outside them is an
             error. By default those that the kept rows use, sorted.
+        strict (`bool`): raise for a file that cannot be opened. Otherwise such files are reported and left out.
         kwargs: passed to `load_audio_dataset`.
 
     Returns:
@@ -28,16 +36,19 @@ def load_labelled_dataset(
 
     Raises:
         ValueError: no labels, no such column, no rows left, or an unknown label.
+        AudioReadError: with `strict`, a file that cannot be opened.
     """
-    from ..data.datasets import encode_labels, label_names, load_audio_dataset
+    from ..data import encode_labels, filter_rows, label_names, load_audio_dataset
 
     dataset = load_audio_dataset(source, **kwargs)
     if "label" not in dataset.column_names and Path(source).is_dir():
         dataset = load_audio_dataset(source, labels_from_folders=True, **kwargs)
     if "label" not in dataset.column_names:
         raise ValueError(f"no label column in {source}: name one of {', '.join(dataset.column_names)}")
-    if rows is not None:
-        dataset = _keep_rows(dataset, rows)
+    dataset = filter_rows(dataset, list(filters))
+    if len(dataset) == 0:
+        raise ValueError(f"no row of {source} is left by the filters {list(filters)}")
+    dataset = _drop_unreadable(dataset, strict)
     if names is None and problem_type_of(dataset) != "regression":
         all_names = label_names(dataset)
         names = [all_names[index] for index in sorted(_used_ids(dataset["label"][:]))]
@@ -52,28 +63,29 @@ def problem_type_of(dataset: "Dataset") -> str:
     return "multi_label_classification" if hasattr(feature, "feature") else "regression"
 
 
-def _keep_rows(dataset: "Dataset", rows: str) -> "Dataset":
-    column, separator, values = rows.partition("=")
-    if not separator:
-        raise ValueError(f"expected rows as COLUMN=VALUE,VALUE, got {rows!r}")
-    if column not in dataset.column_names:
-        raise ValueError(f"no column {column!r} to keep rows by, there are {', '.join(dataset.column_names)}")
-    wanted = set(values.split(","))
-    present = [_as_text(dataset, column, value) for value in dataset[column][:]]
-    missing = wanted.difference(present)
-    if missing:
-        raise ValueError(f"no row has {sorted(missing)} in column {column!r}, which has {sorted(set(present))[:20]}")
-    return dataset.select([index for index, value in enumerate(present) if value in wanted])
+def _drop_unreadable(dataset: "Dataset", strict: bool) -> "Dataset":
+    """Left out before anything counts rows, so that predictions stay beside their files."""
+    from ..data import AudioReadError, audio_info
 
-
-def _as_text(dataset: "Dataset", column: str, value: Any) -> str:
-    names = getattr(dataset.features[column], "names", None)
-    return str(value) if names is None or value is None else names[value]
+    readable = []
+    for index, row in enumerate(dataset.select_columns("audio")):
+        try:
+            audio_info(row["audio"])
+        except AudioReadError as error:
+            if strict:
+                raise
+            logger.warning("left out: %s", error)
+        else:
+            readable.append(index)
+    if not readable:
+        raise ValueError(f"none of the {len(dataset)} files can be read")
+    if len(readable) < len(dataset):
+        logger.warning("left out %d of %d files that cannot be read", len(dataset) - len(readable), len(dataset))
+    return dataset.select(readable)
 
 
 def _used_ids(labels: list) -> set[int]:
-    ids = {one for label in labels for one in (label if isinstance(label, list) else [label])}
-    if None in ids:
-        missing = [index for index, label in enumerate(labels) if label is None]
+    missing = [index for index, label in enumerate(labels) if label is None]
+    if missing:
         raise ValueError(f"expected a label in every row, {len(missing)} have none, first row {missing[0]}")
-    return ids
+    return {one for label in labels for one in (label if isinstance(label, list) else [label])}

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 # Rows whose logits over all prototypes exist at one time in `patch_distillation_loss`.
 CHUNK_ROWS = 256
@@ -59,7 +60,8 @@ def view_distillation_loss(
     """
     targets = ((teacher_logits.float() - center) / teacher_temperature).softmax(-1)
     log_probabilities = (student_logits.float() / student_temperature).log_softmax(-1)
-    cross_entropies = -torch.einsum("btk,bsk->ts", targets, log_probabilities) / len(student_logits)
+    with torch.autocast(targets.device.type, enabled=False):  # it would round the product's inputs
+        cross_entropies = -torch.einsum("btk,bsk->ts", targets, log_probabilities) / len(student_logits)
     teachers, students = cross_entropies.shape
     if students < 2:
         raise ValueError("global self-distillation needs at least two student views")
@@ -135,6 +137,7 @@ class _PatchDistillation(torch.autograd.Function):
         return loss / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         features_grad = prototypes_grad = None
         if ctx.features_grad is not None:
@@ -144,9 +147,7 @@ class _PatchDistillation(torch.autograd.Function):
         return features_grad, prototypes_grad, None, None, None, None, None
 
 
-def reconstruction_loss(
-    reconstruction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
+def reconstruction_loss(reconstruction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
     L1 distance, mean over the corrupted pixels only.
 

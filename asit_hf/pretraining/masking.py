@@ -84,6 +84,10 @@ def draw_block_masks(
     Returns:
         Boolean `torch.Tensor` of shape `(masks, num_frames, num_mel_bins)`, `True` where corrupted.
     """
+    if keys.shape != shares.shape:
+        raise ValueError(
+            f"expected one share for every key, got {tuple(keys.shape)} keys and {tuple(shares.shape)} shares"
+        )
     chunks = zip(keys.split(_SAMPLES_PER_CHUNK), shares.split(_SAMPLES_PER_CHUNK))
     masks = [_draw_chunk(k, num_frames, num_mel_bins, s, max_block, alignment) for k, s in chunks]
     return torch.cat(masks)
@@ -105,6 +109,8 @@ def corrupt(
         The corrupted spectrograms and the boolean mask of what was corrupted, both of the shape of `clean`.
     """
     batch, views, frames, mel = clean.shape
+    if keys.shape != (batch,):
+        raise ValueError(f"expected one key for each of the {batch} clips, got keys of shape {tuple(keys.shape)}")
     keys = mix_keys(keys.to(clean.device)[:, None], torch.arange(views, device=clean.device))
     choice, share = uniform_noise(mix_keys(keys, 0), 2).unbind(-1)
     low, high = config.zero_share
@@ -150,8 +156,8 @@ def _draw_chunk(
         if bool((covered >= targets).all()):
             return mask
     raise ValueError(
-        f"{MAX_ROUNDS * BLOCKS_PER_ROUND} blocks of at most {max_block} of each side, aligned to {alignment} pixels, do "
-        f"not cover {shares.max().item():.2f} of {num_frames} x {num_mel_bins} pixels"
+        f"{MAX_ROUNDS * BLOCKS_PER_ROUND} blocks of at most {max_block} of each side, aligned to {alignment} pixels, "
+        f"do not cover {shares.max().item():.2f} of {num_frames} x {num_mel_bins} pixels"
     )
 
 

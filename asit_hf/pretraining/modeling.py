@@ -9,6 +9,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from ..configuration_asit import ASiTConfig
 from ..modeling_asit import ASiTModel, ASiTPreTrainedModel
@@ -26,7 +27,8 @@ class ASiTForPreTrainingOutput(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `()`): weighted sum of the losses.
-        global_loss, local_loss, reconstruction_loss (`torch.Tensor` of shape `()`): unweighted; `None` if switched off.
+        global_loss, local_loss, reconstruction_loss (`torch.Tensor` of shape `()`): unweighted; `None` where
+            switched off.
         reconstruction (`torch.Tensor` of shape `(batch, views, frames, mel)`): the student's clean-up of its input.
         cls_entropy, patch_entropy (`torch.Tensor` of shape `()`): mean entropy of the teacher's distributions, in
             nats. At log(prototypes) they are uniform, at 0 one-hot.
@@ -127,14 +129,18 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
 
     def __init__(self, config: ASiTConfig):
         super().__init__(config)
+        if not (self.distils or config.reconstruction_loss_weight > 0):
+            raise ValueError(
+                "pretraining needs a loss: global_loss_weight, local_loss_weight or reconstruction_loss_weight above 0"
+            )
         self.asit = ASiTModel(config)
         self.heads = ASiTPreTrainingHeads(config)
         self.teacher = nn.ModuleDict({"asit": ASiTModel(config), "heads": ASiTPreTrainingHeads(config)})
-        self.teacher.requires_grad_(False)
         self.cls_center = Center(config.num_prototypes)
         self.patch_center = Center(config.num_patch_prototypes or config.num_prototypes)
-        self._freeze_unused()
+        self._freeze()
         self.post_init()
+        self._keys_to_ignore_on_load_unexpected = set()  # the encoder's list holds what this model has a place for
         self.reset_teacher()
 
     @property
@@ -152,8 +158,10 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         """As in other models; from a bare encoder, heads are fresh and the teacher starts as a copy of the student."""
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        if any(key.startswith("teacher.") for key in info["missing_keys"]):
+        fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+        if any(key.startswith("teacher.") for key in fresh):
             model.reset_teacher()
+        model._freeze()  # loading makes new parameters
         return (model, info) if wants_info else model
 
     @torch.no_grad()
@@ -174,6 +182,7 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         self.cls_center.update()
         self.patch_center.update()
 
+    @can_return_tuple
     def forward(
         self,
         input_values: torch.Tensor,
@@ -182,7 +191,6 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         local_values: torch.Tensor | None = None,
         teacher_temperature: float = 0.07,
         drop_path_keys: torch.Tensor | None = None,
-        return_dict: bool | None = None,
     ) -> ASiTForPreTrainingOutput:
         r"""
         Args:
@@ -230,8 +238,8 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
             (config.local_loss_weight, output.local_loss),
             (config.reconstruction_loss_weight, output.reconstruction_loss),
         ]
-        output.loss = sum(weight * loss for weight, loss in terms if loss is not None)
-        return output if return_dict or return_dict is None else output.to_tuple()
+        loss = sum(weight * loss for weight, loss in terms if loss is not None)
+        return ASiTForPreTrainingOutput(loss=loss, **output)  # the loss comes first in the tuple
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -242,9 +250,13 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         elif isinstance(module, Center):
             init.zeros_(module.center)
 
-    def _freeze_unused(self) -> None:
+    def _freeze(self) -> None:
         """What no loss reaches gets no gradient, so that neither the optimiser nor DDP waits for it."""
+        self.teacher.requires_grad_(False)
         head = self.heads.distillation
+        if not head.shared:
+            for prototypes in (head.cls_prototypes, head.patch_prototypes):
+                prototypes.weight_g.requires_grad_(False)
         if not self.distils:
             head.requires_grad_(False)
         elif not head.shared and not self.config.global_loss_weight > 0:
@@ -260,9 +272,7 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         return list(zip(teachers, students))
 
     @staticmethod
-    def _encode(
-        encoder: ASiTModel, views: torch.Tensor, drop_path_noise: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _encode(encoder: ASiTModel, views: torch.Tensor, drop_path_noise: torch.Tensor | None = None) -> torch.Tensor:
         """(batch, views, frames, mel) -> tokens (batch, views, 1 + patches, hidden)."""
         tokens = encoder(views.flatten(0, 1), drop_path_noise=drop_path_noise).last_hidden_state
         return tokens.unflatten(0, views.shape[:2])
@@ -290,7 +300,7 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         output.cls_entropy = _entropy(teacher_logits, center, temperature)
         output.feature_std = F.normalize(teacher.detach().float(), dim=-1).flatten(0, 1).std(0, correction=0).mean()
         if self.training:
-            rows = teacher_logits.flatten(0, -2)
+            rows = teacher_logits.float().flatten(0, -2)
             self.cls_center.accumulate(rows.mean(0), len(rows))
 
     def _add_local_loss(
@@ -314,7 +324,8 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         output.patch_entropy = _entropy(teacher_features[::stride] @ teacher_weight.T, center, temperature)
         if self.training:
             # the mean of the logits is the logits of the mean: no second pass over all of them
-            mean_logits = teacher_weight.float() @ teacher_features.mean(0)
+            with torch.autocast(teacher_features.device.type, enabled=False):
+                mean_logits = teacher_weight.float() @ teacher_features.mean(0)
             self.patch_center.accumulate(mean_logits, len(teacher_features))
 
 

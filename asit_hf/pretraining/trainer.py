@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from ..data.collators import collate_crops
+from ..data.epochs import EpochCallback
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from .masking import GMML, corrupt, mix_keys
 from .modeling import ASiTForPreTraining, ASiTForPreTrainingOutput
@@ -148,9 +149,8 @@ class ASiTPreTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._num_passes = 0
         self._num_passes_in_step = 0
-        self._last_layers = [
-            parameter for name, parameter in model.heads.named_parameters() if "prototypes" in name
-        ]
+        self._last_layers = [parameter for name, parameter in model.heads.named_parameters() if "prototypes" in name]
+        self.add_callback(EpochCallback(self.train_dataset))
         self.add_callback(_OptimiserSteps(self))
 
     @cached_property
@@ -303,20 +303,10 @@ class ASiTPreTrainer(Trainer):
 
 
 class _OptimiserSteps(TrainerCallback):
-    """What happens once an epoch (other crops) and once an optimiser step: clipping, weight decay, centres, teacher."""
+    """Once an optimiser step: clipping and weight decay before it, centres and teacher after it."""
 
     def __init__(self, trainer: ASiTPreTrainer):
         self.trainer = trainer
-        self.epoch = 0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.epoch = state.global_step // self.trainer._steps_per_epoch
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        # accelerate tells the data their epoch only on one process, and not after a resume within an epoch
-        if hasattr(self.trainer.train_dataset, "set_epoch"):
-            self.trainer.train_dataset.set_epoch(self.epoch)
-        self.epoch += 1
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         trainer = self.trainer

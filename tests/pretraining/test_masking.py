@@ -211,7 +211,7 @@ def test_a_donor_is_never_the_clip_itself(batch):
     for key in range(200):
         donors = draw_donors(batch, key)
         assert (donors != torch.arange(batch)).all()
-        assert ((0 <= donors) & (donors < batch)).all()
+        assert ((donors >= 0) & (donors < batch)).all()
         seen.update((index, donor) for index, donor in enumerate(donors.tolist()))
     assert len(seen) == batch * (batch - 1)  # every other clip is drawn
 

@@ -45,9 +45,12 @@ def load_labelled_dataset(
         dataset = load_audio_dataset(source, labels_from_folders=True, **kwargs)
     if "label" not in dataset.column_names:
         raise ValueError(f"no label column in {source}: name one of {', '.join(dataset.column_names)}")
-    dataset = filter_rows(dataset, list(filters))
+    # the label column has been renamed
+    renamed = f"{kwargs.get('label_column')}="
+    filters = ["label=" + one.removeprefix(renamed) if one.startswith(renamed) else one for one in filters]
+    dataset = filter_rows(dataset, filters)
     if len(dataset) == 0:
-        raise ValueError(f"no row of {source} is left by the filters {list(filters)}")
+        raise ValueError(f"no row of {source} is left by the filters {filters}")
     dataset = _drop_unreadable(dataset, strict)
     if names is None and problem_type_of(dataset) != "regression":
         all_names = label_names(dataset)

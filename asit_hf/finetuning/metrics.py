@@ -82,8 +82,8 @@ def multi_label_metrics(scores: np.ndarray, targets: np.ndarray) -> dict[str, fl
 def regression_metrics(predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """`mse` and `mae` of predictions and targets of one shape, up to a last axis of size 1."""
     predictions, targets = np.asarray(predictions, dtype=float), np.asarray(targets, dtype=float)
-    if predictions.shape != targets.shape:
-        predictions = predictions.squeeze(-1)
+    if predictions.shape == (*targets.shape, 1):
+        predictions = predictions[..., 0]
     if predictions.shape != targets.shape:
         raise ValueError(f"expected predictions and targets of one shape, got {predictions.shape}, {targets.shape}")
     errors = predictions - targets

@@ -88,8 +88,8 @@ def test_wrong_input(model, feature_extractor, clips):
         embed(model, feature_extractor, clips, num_layers=3, progress=False)
     with pytest.raises(ValueError, match="at least one clip"):
         embed(model, feature_extractor, [], progress=False)
-    with pytest.raises(ValueError, match="cannot be read"):
-        item = {"index": 0, "bad_files": [("a.wav", "cannot be read")]}
+    item = {"index": 0, "bad_files": [("a.wav", "cut short")]}
+    with pytest.raises(ValueError, match="clip 0 has no waveform: .*cut short"):
         embed(model, feature_extractor, [item], progress=False)
 
 

@@ -58,12 +58,12 @@ def test_the_fit_is_logistic_regression():
 
 def test_regularisation_is_chosen_on_the_training_set():
     """Few clips in many dimensions of noise: a strong decay is right, and the test labels cannot change the choice."""
-    train_x, train_y = gaussians(0, clips=80, distance=0.4, noise=200)
-    test_x, test_y = gaussians(1, distance=0.4, noise=200)
+    train_x, train_y = gaussians(0, clips=200, distance=0.7, noise=200)
+    test_x, test_y = gaussians(1, distance=0.7, noise=200)
     chosen = linear_probe(train_x, train_y, test_x, test_y)
     weak = linear_probe(train_x, train_y, test_x, test_y, weight_decays=[1e-6])
     assert chosen["weight_decay"] > 1e-3
-    assert chosen["accuracy"] >= weak["accuracy"]
+    assert chosen["accuracy"] > weak["accuracy"] + 0.02
     shuffled = linear_probe(train_x, train_y, test_x, np.random.default_rng(0).permutation(test_y))
     assert shuffled["weight_decay"] == chosen["weight_decay"]
 

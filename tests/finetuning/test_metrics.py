@@ -80,10 +80,10 @@ def test_random_scores_are_at_chance():
         (single_label_metrics, SCORES, np.array([0, 1]), "for each of 4 clips"),
         (single_label_metrics, SCORES * np.nan, LABELS, "not finite"),
         (single_label_metrics, SCORES[:0], LABELS[:0], "expected scores of shape"),
-        (multi_label_metrics, TARGET_SCORES, TARGETS * 0, "no|at least one positive"),
+        (multi_label_metrics, TARGET_SCORES, TARGETS * 0, "at least one positive"),
         (multi_label_metrics, TARGET_SCORES, TARGETS * 0.5, "0 and 1 only"),
         (multi_label_metrics, TARGET_SCORES, TARGETS[:, :2], "shape"),
-        (regression_metrics, np.zeros((4, 2)), np.zeros(4), "one shape|cannot select"),
+        (regression_metrics, np.zeros((4, 2)), np.zeros(4), "one shape"),
     ],
 )
 def test_wrong_input(function, scores, targets, message):

@@ -1,0 +1,222 @@
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import pipeline
+
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTForPreTraining
+from asit_hf.finetuning import load_labelled_dataset
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "run_audio_classification.py"
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SMALL |= {"num_frames": 48, "num_prototypes": 16, "distillation_hidden_size": 16, "distillation_bottleneck_size": 8}
+CLASSES = {"low": 200, "middle": 900, "high": 3500}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("run_audio_classification", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # Trainer pickles the arguments
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sounds")
+    generator = np.random.default_rng(0)
+    lines = ["audio,category,fold,tags,pitch"]
+    for name, hertz in CLASSES.items():
+        (folder / name).mkdir()
+        for index in range(10):
+            time = np.arange(int(generator.integers(6000, 10000))) / 16000
+            tone = np.sin(2 * np.pi * hertz * generator.uniform(0.9, 1.1) * time)
+            path = f"{name}/{index}.flac"
+            soundfile.write(folder / path, 0.3 * tone + generator.normal(0, 0.01, len(time)), 16000)
+            lines.append(f"{path},{name},{index % 5 + 1},{f'tone;{name}' if index % 2 else name},{hertz / 1000}")
+    (folder / "meta.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder")
+    ASiTForPreTraining(ASiTConfig(**SMALL)).save_pretrained(folder)
+    ASiTFeatureExtractor(mean=-6.0, std=5.0).save_pretrained(folder)
+    return folder
+
+
+def arguments(sounds: Path, encoder: Path, output: Path, **options) -> list[str]:
+    options = {
+        "model_name_or_path": encoder,
+        "train_data": sounds / "meta.csv",
+        "train_filter": "fold=1,2,3,4",
+        "eval_filter": "fold=5",
+        "label_column": "category",
+        "output_dir": output,
+        "num_train_epochs": 6,
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 8,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+    } | options
+    given = {name: str(value).split() for name, value in options.items() if value is not None}
+    return [part for name, values in given.items() for part in (f"--{name}", *values)]
+
+
+def read_predictions(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "predictions.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_single_label(script, sounds, encoder, tmp_path):
+    metrics = script.main(arguments(sounds, encoder, tmp_path))
+    assert metrics["eval_accuracy"] > 0.8
+    saved = json.loads((tmp_path / "eval_results.json").read_text())
+    assert saved["eval_accuracy"] == metrics["eval_accuracy"]
+
+    rows = read_predictions(tmp_path)
+    assert len(rows) == 6
+    assert np.mean([row["label"] == row["prediction"] for row in rows]) == pytest.approx(metrics["eval_accuracy"])
+
+    config = ASiTConfig.from_pretrained(tmp_path)
+    assert config.id2label == {0: "high", 1: "low", 2: "middle"}
+    assert config.label2id == {"high": 0, "low": 1, "middle": 2}
+    assert config.problem_type == "single_label_classification"
+    assert ASiTFeatureExtractor.from_pretrained(tmp_path).mean == -6.0
+    classify = pipeline("audio-classification", model=str(tmp_path), device="cpu")
+    for row in rows:
+        waveform, rate = soundfile.read(row["file"], dtype="float32")
+        best = classify({"raw": waveform, "sampling_rate": rate})[0]
+        assert best["label"] == row["prediction"]
+        assert best["score"] == pytest.approx(float(row["score"]), abs=1e-3)
+
+
+def test_the_best_checkpoint_is_kept(script, sounds, encoder, tmp_path):
+    """A rate that grows until it wrecks the model: what is kept is from before."""
+    options = {"learning_rate": 0.3, "warmup_steps": 30, "num_train_epochs": 8}
+    metrics = script.main(arguments(sounds, encoder, tmp_path, **options))
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    scores = [entry["eval_accuracy"] for entry in state["log_history"] if "eval_accuracy" in entry]
+    print("SCORES", scores)
+    assert scores[-1] < max(scores)
+    assert metrics["eval_accuracy"] == max(scores)
+
+
+def test_multi_label(script, sounds, encoder, tmp_path):
+    metrics = script.main(arguments(sounds, encoder, tmp_path, label_column="tags", num_train_epochs=8))
+    assert metrics["eval_mAP"] > 0.6
+    assert ASiTConfig.from_pretrained(tmp_path).problem_type == "multi_label_classification"
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["best_metric"] == max(entry["eval_mAP"] for entry in state["log_history"] if "eval_mAP" in entry)
+    assert {row["label"] for row in read_predictions(tmp_path)} >= {"low;tone", "high"}
+
+
+def test_single_labels_trained_as_multi_label(script, sounds, encoder, tmp_path):
+    options = {"problem_type": "multi_label_classification", "max_steps": 2}
+    assert "eval_mAP" in script.main(arguments(sounds, encoder, tmp_path, **options))
+
+
+def test_regression(script, sounds, encoder, tmp_path):
+    metrics = script.main(arguments(sounds, encoder, tmp_path, label_column="pitch", num_train_epochs=8))
+    labels = [float(row["label"]) for row in read_predictions(tmp_path)]
+    assert metrics["eval_mse"] < np.var(labels)
+
+
+def test_frozen_encoder(script, sounds, encoder, tmp_path):
+    script.main(arguments(sounds, encoder, tmp_path, max_steps=3, freeze_encoder=True, drop_path_rate=0.5))
+    trained = ASiTForAudioClassification.from_pretrained(tmp_path)
+    teacher = ASiTForPreTraining.from_pretrained(encoder).teacher["asit"].state_dict()
+    for name, weight in trained.asit.state_dict().items():
+        torch.testing.assert_close(weight, teacher[name], rtol=0, atol=0)
+    assert trained.classifier.weight.abs().max() > 0
+
+
+def test_from_scratch_with_two_workers_and_random_crops(script, sounds, encoder, tmp_path):
+    options = {"random_init": True, "max_seconds": 0.2, "dataloader_num_workers": 2, "max_steps": 4}
+    metrics = script.main(arguments(sounds, encoder, tmp_path, **options))
+    assert 0 <= metrics["eval_accuracy"] <= 1
+    trained = ASiTForAudioClassification.from_pretrained(tmp_path)
+    teacher = ASiTForPreTraining.from_pretrained(encoder).teacher["asit"]
+    assert not torch.allclose(trained.asit.embeddings.cls_token, teacher.embeddings.cls_token, atol=1e-2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_equals_uninterrupted(script, sounds, encoder, tmp_path, workers):
+    common = {"max_seconds": 0.3, "num_train_epochs": 3, "save_total_limit": 3, "load_best_model_at_end": False}
+    common["dataloader_num_workers"] = workers
+    script.main(arguments(sounds, encoder, tmp_path / "whole", **common))
+    whole = ASiTForAudioClassification.from_pretrained(tmp_path / "whole").state_dict()
+    checkpoints = sorted((tmp_path / "whole").glob("checkpoint-*"))
+    assert len(checkpoints) == 3
+    script.main(arguments(sounds, encoder, tmp_path / "resumed", resume_from_checkpoint=checkpoints[0], **common))
+    resumed = ASiTForAudioClassification.from_pretrained(tmp_path / "resumed").state_dict()
+    for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0)
+
+
+def test_crops_change_with_the_epoch(script, sounds, encoder, tmp_path, monkeypatch):
+    """Trainer tells the data set the epoch, so that every epoch sees other crops."""
+    seen = []
+
+    class Spy(script.LabelledClips):
+        def set_epoch(self, epoch):
+            seen.append(epoch)
+            super().set_epoch(epoch)
+
+    monkeypatch.setattr(script, "LabelledClips", Spy)
+    script.main(arguments(sounds, encoder, tmp_path, max_seconds=0.2, num_train_epochs=2))
+    assert {0, 1} <= set(seen)
+
+
+def test_validation_part_chooses_and_eval_data_is_scored(script, sounds, encoder, tmp_path):
+    options = {"validation_fraction": 0.25, "group_column": "fold", "num_train_epochs": 2}
+    script.main(arguments(sounds, encoder, tmp_path, **options))
+    assert len(read_predictions(tmp_path)) == 6
+    args = script.DataArguments(
+        str(sounds / "meta.csv"),
+        train_filter=["fold=1,2,3,4"],
+        eval_filter=["fold=5"],
+        label_column="category",
+        validation_fraction=0.25,
+        group_column="fold",
+    )
+    train, validation, evaluation = script.load_data(args, seed=0)
+    folds = [set(part["fold"][:]) for part in (train, validation, evaluation)]
+    assert folds[2] == {5}
+    assert folds[0] | folds[1] == {1, 2, 3, 4}
+    assert not folds[0] & folds[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_filter": "fold=9"}, "no row of .* is left"),
+        ({"train_filter": "category=low"}, "unknown label"),
+        ({"label_column": "tags", "problem_type": "single_label_classification"}, "problem_type must be"),
+        ({"label_column": "speaker"}, "no label column 'speaker'"),
+        ({"source": "average"}, "source must be"),
+        ({"eval_filter": None}, "give --eval_data"),
+        ({"model_name_or_path": None}, "or --random_init"),
+    ],
+)
+def test_wrong_input(script, sounds, encoder, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        script.main(arguments(sounds, encoder, tmp_path, **options))
+
+
+def test_labels_of_folders_are_those_used(sounds):
+    dataset = load_labelled_dataset(sounds, labels_from_folders=True)
+    assert dataset.features["label"].names == ["high", "low", "middle"]
+    kept = load_labelled_dataset(sounds / "meta.csv", ["category=low,high"], label_column="category")
+    assert kept.features["label"].names == ["high", "low"]
+    assert len(kept) == 20

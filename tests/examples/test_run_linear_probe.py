@@ -1,0 +1,176 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining, ASiTModel
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "run_linear_probe.py"
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SMALL |= {"num_frames": 64, "num_prototypes": 16, "distillation_hidden_size": 16, "distillation_bottleneck_size": 8}
+CLASSES = {"low": 200, "middle": 900, "high": 3500}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("run_linear_probe", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory) -> Path:
+    """A folder of class folders, and a manifest of it with folds and several labels a clip."""
+    folder = tmp_path_factory.mktemp("sounds")
+    generator = np.random.default_rng(0)
+    lines = ["filename,category,fold,tags"]
+    for name, hertz in CLASSES.items():
+        (folder / "audio" / name).mkdir(parents=True)
+        for index in range(10):
+            time = np.arange(int(generator.integers(4000, 12000))) / 16000
+            tone = np.sin(2 * np.pi * hertz * generator.uniform(0.9, 1.1) * time)
+            path = f"{name}/{index}.flac"
+            soundfile.write(folder / "audio" / path, 0.3 * tone + generator.normal(0, 0.01, len(time)), 16000)
+            tags = f"tone;{name}" if index % 2 else name
+            lines.append(f"{path},{name},{index % 5 + 1},{tags}")
+    (folder / "meta.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    ASiTForPreTraining(ASiTConfig(**SMALL)).save_pretrained(folder)
+    ASiTFeatureExtractor().save_pretrained(folder)
+    return folder
+
+
+def arguments(sounds: Path, *more: str) -> list[str]:
+    manifest = ["--train", str(sounds / "meta.csv"), "--root", str(sounds / "audio"), "--audio_column", "filename"]
+    folds = ["--train_filter", "fold=1,2,3", "--test_filter", "fold=4,5", "--group_column", "fold", "--k", "3"]
+    return [*manifest, *folds, "--device", "cpu", *more]
+
+
+def test_checkpoint(script, sounds, checkpoint, tmp_path, capsys):
+    output = tmp_path / "probe" / "results.json"
+    more = ["--model_name_or_path", str(checkpoint), "--label_column", "category", "--pooling", "cls_mean"]
+    results = script.main(arguments(sounds, *more, "--output", str(output)))
+    assert json.loads(output.read_text()) == results
+    assert results["train_clips"] == 18
+    assert results["test_clips"] == 12
+    assert results["classes"] == 3
+    assert results["embedding_size"] == 64
+    assert [run["seed"] for run in results["runs"]] == [0, 1, 2]
+    # tones this far apart are told apart by any encoder
+    assert results["summary"]["linear"]["accuracy"]["mean"] > 0.8
+    assert results["summary"]["knn"]["accuracy"]["std"] == 0
+    assert "linear" in capsys.readouterr().out
+
+
+def test_random_encoders_differ_by_seed(script, sounds, checkpoint):
+    more = ["--random_init", "--model_name_or_path", str(checkpoint), "--label_column", "category"]
+    results = script.main(arguments(sounds, *more, "--seeds", "0", "1"))
+    assert results["model"].startswith("random")
+    again = script.main(arguments(sounds, *more, "--seeds", "1"))
+    assert again["runs"][0] == results["runs"][1]
+    args = script.parse_args(arguments(sounds, *more))
+    dataset = script.load_labelled_dataset(sounds / "audio")
+    first, second = (script.embed_both(args, dataset, dataset, seed)[0] for seed in (0, 1))
+    assert not np.allclose(first, second, atol=1e-3)
+
+
+def test_teacher_and_student_of_a_pretraining_checkpoint(script, sounds, tmp_path):
+    """The student is spoilt: only the teacher's embeddings tell anything."""
+    torch.manual_seed(0)
+    model = ASiTForPreTraining(ASiTConfig(**SMALL))
+    with torch.no_grad():
+        model.asit.layernorm.weight.zero_()
+    model.save_pretrained(tmp_path)
+    ASiTFeatureExtractor().save_pretrained(tmp_path)
+    more = ["--model_name_or_path", str(tmp_path), "--label_column", "category", "--seeds", "0"]
+    accuracy = {
+        source: script.main(arguments(sounds, *more, "--source", source))["summary"]["linear"]["accuracy"]["mean"]
+        for source in ("teacher", "student")
+    }
+    assert accuracy["teacher"] > 0.8
+    assert accuracy["student"] < 0.5
+
+
+def test_several_labels_give_map(script, sounds, checkpoint):
+    more = ["--model_name_or_path", str(checkpoint), "--label_column", "tags", "--seeds", "0"]
+    results = script.main(arguments(sounds, *more))
+    assert results["classes"] == 4
+    assert 0.5 < results["summary"]["linear"]["mAP"]["mean"] <= 1
+
+
+def test_folders_and_max_seconds(script, sounds, checkpoint):
+    folder = str(sounds / "audio")
+    more = ["--model_name_or_path", str(checkpoint), "--max_seconds", "0.2", "--seeds", "0", "--k", "3"]
+    results = script.main(["--train", folder, "--test", folder, "--device", "cpu", *more])
+    assert results["classes"] == 3
+    assert results["train_clips"] == results["test_clips"] == 30
+
+
+def test_bad_files_are_left_out_or_an_error(script, sounds, checkpoint, tmp_path, caplog):
+    lines = (sounds / "meta.csv").read_text().splitlines()
+    (tmp_path / "broken.flac").write_bytes(b"not audio")
+    manifest = tmp_path / "meta.csv"
+    manifest.write_text("\n".join([*lines, f"{tmp_path / 'broken.flac'},low,1,low", "gone.flac,low,1,low"]) + "\n")
+    more = ["--model_name_or_path", str(checkpoint), "--label_column", "category", "--seeds", "0"]
+    options = arguments(sounds, *more)
+    options[1] = str(manifest)
+    assert script.main(options)["train_clips"] == 18
+    assert "broken.flac" in caplog.text
+    assert "left out 2 of 20 files" in caplog.text
+    with pytest.raises(ValueError, match="broken.flac"):
+        script.main([*options, "--strict"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--label_column", "speaker"], "no label column 'speaker'"),
+        (["--label_column", "category", "--test_filter", "year=1"], "cannot filter by column 'year'"),
+        (["--label_column", "category", "--test_filter", "fold=9"], "no row of .* is left"),
+        (["--label_column", "category", "--train_filter", "category=low,high"], "unknown label 'middle'"),
+    ],
+)
+def test_wrong_input(script, sounds, checkpoint, options, message):
+    with pytest.raises(ValueError, match=message):
+        script.main(arguments(sounds, "--model_name_or_path", str(checkpoint), *options))
+
+
+def test_wrong_options(script, sounds, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--train", str(sounds), "--test", str(sounds)])
+    assert "--random_init" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        script.main(["--train", str(sounds), "--random_init"])
+    assert "tested on other clips" in capsys.readouterr().err
+
+
+@pytest.mark.real_audio
+def test_real_audio(script, real_audio, tmp_path):
+    """A few classes of ESC-50: a random encoder with a linear probe is above chance."""
+    ASiTFeatureExtractor().save_pretrained(tmp_path)
+    ASiTModel(ASiTConfig(**SMALL)).save_pretrained(tmp_path)
+    names = "dog,rain,siren,clapping"
+    options = [
+        "--train",
+        str(real_audio / "esc50-16k" / "esc50.csv"),
+        "--root",
+        str(real_audio / "esc50-16k" / "audio"),
+    ]
+    options += ["--audio_column", "filename", "--label_column", "category", "--model_name_or_path", str(tmp_path)]
+    options += ["--train_filter", "fold=1,2,3", f"category={names}", "--test_filter", "fold=4", f"category={names}"]
+    results = script.main([*options, "--random_init", "--seeds", "0", "--device", "cpu"])
+    assert results["train_clips"] == 96
+    assert results["test_clips"] == 32
+    assert results["group_column"] == "src_file"
+    assert results["summary"]["linear"]["accuracy"]["mean"] > 0.4

@@ -1,0 +1,48 @@
+from dataclasses import dataclass, field
+
+import pytest
+
+from asit_hf.recipes import parse_arguments, recipe_arguments
+
+
+@dataclass
+class Options:
+    data: list[str] = field(default_factory=list)
+    rate: float = 0.1
+    flag: bool = False
+    name: str | None = None
+
+
+def test_the_command_line_overrides_the_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: [a, b]\nrate: 2.0e-3\nflag: true\nname: x\n")
+    (options,) = parse_arguments((Options,), ["--rate", "0.5", "--recipe", str(recipe), "--data", "c"])
+    assert options == Options(data=["c"], rate=0.5, flag=True, name="x")
+
+
+def test_json_recipes_and_nested_values(tmp_path):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text('{"data": [{"source": "a.csv", "filter": ["fold=1"]}, "b"]}')
+    assert recipe_arguments(recipe) == ["--data", '{"source": "a.csv", "filter": ["fold=1"]}', "b"]
+
+
+def test_environment_variables_are_filled_in(tmp_path, monkeypatch):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: [$FOLDER_OF_AUDIO/x]\n")
+    monkeypatch.setenv("FOLDER_OF_AUDIO", "here")
+    assert recipe_arguments(recipe) == ["--data", "here/x"]
+    monkeypatch.delenv("FOLDER_OF_AUDIO")
+    with pytest.raises(ValueError, match=r"not set.*FOLDER_OF_AUDIO"):
+        recipe_arguments(recipe)
+
+
+def test_wrong_recipes_are_refused(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("- a\n- b\n")
+    with pytest.raises(ValueError, match="name: value"):
+        recipe_arguments(recipe)
+    with pytest.raises(ValueError, match="--recipe needs a file"):
+        parse_arguments((Options,), ["--recipe"])
+    recipe.write_text("no_such_option: 1\n")
+    with pytest.raises(ValueError, match="no_such_option"):
+        parse_arguments((Options,), ["--recipe", str(recipe)])

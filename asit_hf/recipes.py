@@ -1,5 +1,6 @@
 """Command lines with recipes: files of options that a run can be repeated from."""
 
+import argparse
 import json
 import os
 import sys
@@ -15,14 +16,12 @@ def parse_arguments(dataclass_types: tuple[type, ...], arguments: list[str] | No
     what stands on the command line overrides it. `$NAME` in a recipe is taken from the environment.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    recipe: list[str] = []
-    if "--recipe" in arguments:
-        at = arguments.index("--recipe")
-        if at + 1 == len(arguments):
-            raise ValueError("--recipe needs a file")
-        recipe = recipe_arguments(arguments[at + 1])
-        arguments = arguments[:at] + arguments[at + 2 :]
-    return HfArgumentParser(dataclass_types).parse_args_into_dataclasses(recipe + arguments)
+    recipe_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    recipe_parser.add_argument("--recipe", metavar="FILE")
+    chosen, arguments = recipe_parser.parse_known_args(arguments)
+    recipe = recipe_arguments(chosen.recipe) if chosen.recipe else []
+    parser = HfArgumentParser(dataclass_types, epilog="--recipe FILE reads options from a yaml or json file.")
+    return parser.parse_args_into_dataclasses(recipe + arguments)
 
 
 def recipe_arguments(path: str | os.PathLike) -> list[str]:
@@ -38,6 +37,8 @@ def recipe_arguments(path: str | os.PathLike) -> list[str]:
         raise ValueError(f"{path} must hold options as `name: value`, got {type(options).__name__}")
     arguments: list[str] = []
     for name, value in options.items():
+        if value is None:  # as if it were not there
+            continue
         values = value if isinstance(value, list) else [value]
         arguments += [f"--{name}", *(_as_argument(one) for one in values)]
     return arguments

@@ -80,13 +80,15 @@ def run(script: str, *flags: str, **options) -> None:
 def write_split(audio: Path, output_dir: Path) -> tuple[Path, Path, bool]:
     """Splits class folders into train.csv and test.csv (file, label, group); also says whether there are groups."""
     dataset = load_audio_dataset(audio, labels_from_folders=True)
-    groups = find_groups(audio)
+    table = find_groups(audio)
     files = [Path(row["path"]) for row in dataset["audio"]]
-    if groups:
-        dataset = dataset.add_column(
-            "group", [groups.get(path.relative_to(audio).as_posix(), path.name) for path in files]
-        )
-    train, test = split_dataset(dataset, test_fraction=0.25, seed=0, group_column="group" if groups else "")
+    groups = [table.get(path.relative_to(audio).as_posix(), table.get(path.name)) for path in files]
+    if any(groups) and not all(groups):
+        print(f"{groups.count(None)} of {len(groups)} files stand in no csv with a speaker or source: split by file")
+    has_groups = all(groups)
+    if has_groups:
+        dataset = dataset.add_column("group", groups)
+    train, test = split_dataset(dataset, test_fraction=0.25, seed=0, group_column="group" if has_groups else "")
     names = dataset.features["label"].names
     manifests = []
     for name, part in (("train", train), ("test", test)):
@@ -94,14 +96,14 @@ def write_split(audio: Path, output_dir: Path) -> tuple[Path, Path, bool]:
             "file": [Path(row["path"]).resolve() for row in part["audio"]],
             "label": [names[label] for label in part["label"]],
         }
-        if groups:
+        if has_groups:
             columns["group"] = part["group"]
         manifests.append(output_dir / f"{name}.csv")
         with manifests[-1].open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(columns)
             writer.writerows(zip(*columns.values()))
-    return *manifests, bool(groups)
+    return *manifests, has_groups
 
 
 def find_groups(audio: Path) -> dict[str, str]:
@@ -217,9 +219,8 @@ def main() -> None:
         return f"{100 * value['mean']:.1f} +- {100 * value['std']:.1f} %"
 
     num_train = results["random"]["train_clips"]
-    print(
-        f"\n{len(names)} classes, {num_train} training and {len(dataset)} held-out clips, split by {'speaker or source' if has_groups else 'file'}"
-    )
+    split_by = "speaker or source" if has_groups else "file"
+    print(f"\n{len(names)} classes, {num_train} training and {len(dataset)} held-out clips, split by {split_by}")
     table = print_table(
         [
             ("held-out accuracy", ""),

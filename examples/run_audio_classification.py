@@ -27,6 +27,7 @@ from transformers.utils import logging
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.data import ClassificationCollator, LabelledClips, label_names, split_dataset
 from asit_hf.data.audio import source_name
+from asit_hf.data.epochs import EpochCallback
 from asit_hf.evaluation.embeddings import load_encoder
 from asit_hf.finetuning import load_labelled_dataset, problem_type_of
 from asit_hf.finetuning.metrics import MAIN_METRIC, compute_metrics_for
@@ -201,17 +202,19 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     rate = feature_extractor.sampling_rate
     held_out = {"sampling_rate": rate, "max_seconds": data_args.max_eval_seconds}
+    train_clips = LabelledClips(
+        train, rate, data_args.max_seconds, train=True, seed=args.seed, strict=data_args.strict
+    )
     trainer = Trainer(
         model=model,
         args=args,
-        train_dataset=LabelledClips(
-            train, rate, data_args.max_seconds, train=True, seed=args.seed, strict=data_args.strict
-        ),
+        train_dataset=train_clips,
         eval_dataset=LabelledClips(validation, **held_out),
         # log-mel here, so in the loader's workers: a few per cent of the time of a training step
         data_collator=ClassificationCollator(feature_extractor, model.config.num_labels, problem_type),
         compute_metrics=compute_metrics_for(problem_type, names or ["value"]),
         processing_class=feature_extractor,
+        callbacks=[EpochCallback(train_clips)],
     )
     checkpoint = args.resume_from_checkpoint
     if checkpoint in ("True", "true"):

@@ -59,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_layers", type=int, default=1, help="concatenate this many last layers")
     parser.add_argument("--k", type=int, default=20, help="neighbours")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of validation parts and fresh weights"
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of cross-validation and fresh weights"
     )
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

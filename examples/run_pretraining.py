@@ -13,13 +13,13 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.data import PretrainingCrops, StreamingCrops, load_unlabelled
-from asit_hf.pretraining.callbacks import PicturesCallback
 from asit_hf.pretraining.objectives import get_objective
 from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
 from asit_hf.recipes import parse_arguments
@@ -35,13 +35,20 @@ class DataArguments:
             '{"source": "meta.csv", "root": "audio", "audio_column": "filename", "filter": ["fold=1,2,3"]}'
         }
     )
-    streaming: bool = field(default=False, metadata={"help": "Read the data as a stream (needs --max_steps)."})
-    sampling_rate: int = field(default=16000, metadata={"help": "Rate in Hz that audio is resampled to."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data as a stream (needs --max_steps and --steps_per_epoch)."}
+    )
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Of a stream: clips that the next is drawn from."})
+    sampling_rate: int | None = field(
+        default=None, metadata={"help": "Rate in Hz that audio is resampled to (default: the checkpoint's, or 16000)."}
+    )
     global_seconds: float = field(default=6.0, metadata={"help": "Length of the two global crops."})
     local_seconds: float = field(default=2.0, metadata={"help": "Length of the local crops."})
     num_local_crops: int | None = field(default=None, metadata={"help": "Local crops a clip (2024: 4, 2023: none)."})
-    mean: float = field(default=-4.2677393, metadata={"help": "Mean of the log-mel values (default: AudioSet's)."})
-    std: float = field(default=4.5689974, metadata={"help": "Standard deviation of the log-mel values."})
+    mean: float | None = field(
+        default=None, metadata={"help": "Mean of the log-mel values (default: the checkpoint's, or AudioSet's)."}
+    )
+    std: float | None = field(default=None, metadata={"help": "Their standard deviation, likewise."})
     strict: bool = field(default=False, metadata={"help": "Stop at a file that cannot be read."})
 
 
@@ -58,13 +65,15 @@ class ModelArguments:
     attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, ..."})
 
 
-def build_dataset(data: DataArguments, args: ASiTPreTrainingArguments):
+def build_dataset(data: DataArguments, args: ASiTPreTrainingArguments, sampling_rate: int):
     objective = get_objective(args.objective)
     dataset = load_unlabelled(data.train_data, streaming=data.streaming)
+    if data.streaming:
+        dataset = dataset.shuffle(seed=args.seed, buffer_size=data.shuffle_buffer)
     crops = StreamingCrops if data.streaming else PretrainingCrops
     return crops(
         dataset,
-        sampling_rate=data.sampling_rate,
+        sampling_rate=sampling_rate,
         global_seconds=data.global_seconds,
         local_seconds=data.local_seconds,
         num_local_crops=objective.num_local_crops if data.num_local_crops is None else data.num_local_crops,
@@ -76,18 +85,36 @@ def build_dataset(data: DataArguments, args: ASiTPreTrainingArguments):
 
 def build_model(model: ModelArguments, data: DataArguments, args: ASiTPreTrainingArguments) -> ASiTForPreTraining:
     fields = {**get_objective(args.objective).config, "drop_path_rate": model.drop_path_rate}
+    fields |= parse_overrides(model.config_overrides)
     if model.model_name_or_path:
         config = ASiTConfig.from_pretrained(model.model_name_or_path, **fields)
     else:
-        config = ASiTConfig.from_size(model.size, num_frames=position_frames(data.global_seconds), **fields)
-    if model.config_overrides:
-        config.update_from_string(model.config_overrides)
+        fields.setdefault("num_frames", position_frames(data.global_seconds))
+        config = ASiTConfig.from_size(model.size, **fields)
     if model.model_name_or_path:
         return ASiTForPreTraining.from_pretrained(
             model.model_name_or_path, config=config, attn_implementation=model.attn_implementation
         )
     config._attn_implementation = model.attn_implementation
     return ASiTForPreTraining(config)
+
+
+def parse_overrides(text: str | None) -> dict:
+    """`name=value,name=value` as fields of the configuration."""
+    pairs = [pair.partition("=") for pair in text.split(",")] if text else []
+    for name, _, value in pairs:
+        if name not in ASiTConfig.__dataclass_fields__ or not value:
+            raise ValueError(f"config_overrides must read FIELD=VALUE,..., with fields of ASiTConfig; got {name!r}")
+    return {name: yaml.safe_load(value) for name, _, value in pairs}
+
+
+def build_feature_extractor(model: ModelArguments, data: DataArguments, num_mel_bins: int) -> ASiTFeatureExtractor:
+    """The checkpoint's, or a fresh one; with what the command line says."""
+    chosen = {name: getattr(data, name) for name in ("sampling_rate", "mean", "std")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if model.model_name_or_path:
+        return ASiTFeatureExtractor.from_pretrained(model.model_name_or_path, **chosen)
+    return ASiTFeatureExtractor(num_mel_bins=num_mel_bins, **chosen)
 
 
 def position_frames(seconds: float) -> int:
@@ -100,16 +127,10 @@ def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
     logging.set_verbosity_info() if args.should_log else logging.set_verbosity_warning()
     set_seed(args.seed)
 
-    dataset = build_dataset(data_args, args)
     model = build_model(model_args, data_args, args)
-    feature_extractor = ASiTFeatureExtractor(
-        sampling_rate=data_args.sampling_rate,
-        num_mel_bins=model.config.num_mel_bins,
-        mean=data_args.mean,
-        std=data_args.std,
-    )
+    feature_extractor = build_feature_extractor(model_args, data_args, model.config.num_mel_bins)
+    dataset = build_dataset(data_args, args, feature_extractor.sampling_rate)
     trainer = ASiTPreTrainer(model=model, args=args, train_dataset=dataset, processing_class=feature_extractor)
-    trainer.add_callback(PicturesCallback(trainer))
     checkpoint = args.resume_from_checkpoint
     if checkpoint in ("True", "true"):
         checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None

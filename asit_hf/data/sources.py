@@ -16,14 +16,18 @@ def load_unlabelled(specs: "list[str | dict] | str | dict", **defaults: Any):
         defaults: keywords for every source that does not say otherwise.
 
     Returns:
-        A `datasets.Dataset` or `IterableDataset` with the column `audio`.
+        A `datasets.Dataset` with the column `audio`; with `streaming=True` an `IterableDataset`, several sources
+        taking turns until all have been read, a shorter one again from its start.
     """
-    from datasets import concatenate_datasets
+    from datasets import concatenate_datasets, interleave_datasets
 
     specs = specs if isinstance(specs, (list, tuple)) else [specs]
     if not specs:
         raise ValueError("expected at least one source of audio, got none")
-    return concatenate_datasets([_load(spec, defaults).select_columns("audio") for spec in specs])
+    loaded = [_load(spec, defaults).select_columns("audio") for spec in specs]
+    if defaults.get("streaming") and len(loaded) > 1:
+        return interleave_datasets(loaded, stopping_strategy="all_exhausted")  # one by one, not one after another
+    return concatenate_datasets(loaded)
 
 
 def filter_rows(dataset, filters: list[str]):

@@ -23,21 +23,21 @@ def linear_probe(
     seed: int = 0,
     groups: Sequence | None = None,
     weight_decays: Sequence[float] = WEIGHT_DECAYS,
-    validation_fraction: float = 0.2,
+    num_folds: int = 3,
 ) -> dict[str, float]:
     """
-    Logistic regression on standardised features. The weight decay is the one that scores best on a validation part of
-    the training set; then all of the training set is fitted with it. The test set takes no part in any choice.
+    Logistic regression on standardised features. The weight decay is the one that scores best in cross-validation
+    within the training set; then all of the training set is fitted with it. The test set takes no part in any choice.
 
     Args:
         train_x, test_x (`np.ndarray` of shape `(clips, dim)`): embeddings.
         train_y, test_y (`np.ndarray`): class ids `(clips,)` for multinomial regression, or 0-1 targets
             `(clips, classes)` for one binary regression a class.
-        seed (`int`): draws the validation part; the same seed gives the same result.
+        seed (`int`): draws the folds of the cross-validation; the same seed gives the same result.
         groups (`Sequence` of length `clips`, *optional*): of the training clips, such as speaker or fold: a group is
             either fitted or validated on.
         weight_decays (`Sequence[float]`): to choose from; the loss is the mean over clips + weight_decay / 2 * |W|^2.
-        validation_fraction (`float`): approximate, as classes and groups stay whole.
+        num_folds (`int`): of the cross-validation; fewer where there are fewer groups.
 
     Returns:
         The metrics of `asit_hf.finetuning.metrics` on the test set, `weight_decay`, and `validation_accuracy` or
@@ -49,23 +49,25 @@ def linear_probe(
     train_x, train_y, test_x, test_y = _check(train_x, train_y, test_x, test_y)
     name, metrics = _metric(train_y)
     num_classes = _num_classes(train_y, test_y)
-    fitted, held_out = _validation_split(train_y, groups, validation_fraction, seed)
-
-    x, validation_x = _standardise(train_x[fitted], train_x[held_out])
-    weights, best_score, best_decay, failures = None, -np.inf, None, 0
+    folds = [
+        (*_standardise(train_x[fitted], train_x[held_out]), train_y[fitted], train_y[held_out])
+        for fitted, held_out in _folds(train_y, groups, num_folds, seed)
+    ]
+    weights = [None] * len(folds)
+    best_score, best_decay, failures = -np.inf, None, 0
     for decay in sorted(weight_decays, reverse=True):
-        weights = _fit(x, train_y[fitted], num_classes, decay, weights)
-        score = metrics(_predict(weights, validation_x), train_y[held_out])[name]
+        weights = [_fit(x, y, num_classes, decay, start) for (x, _, y, _), start in zip(folds, weights)]
+        scores = [metrics(_predict(fit, x), y)[name] for (_, x, _, y), fit in zip(folds, weights)]
+        score = float(np.mean(scores))
         if score > best_score:
-            best_score, best_decay, best_weights, failures = score, float(decay), weights, 0
+            best_score, best_decay, failures = score, float(decay), 0
         else:
             failures += 1
         if failures == PATIENCE:
             break
 
     x, test_x = _standardise(train_x, test_x)
-    weights = _fit(x, train_y, num_classes, best_decay, best_weights)
-    result = metrics(_predict(weights, test_x), test_y)
+    result = metrics(_predict(_fit(x, train_y, num_classes, best_decay), test_x), test_y)
     return {**result, f"validation_{name}": best_score, "weight_decay": best_decay}
 
 
@@ -122,10 +124,10 @@ def _num_classes(train_y: np.ndarray, test_y: np.ndarray) -> int:
     return train_y.shape[1] if train_y.ndim == 2 else int(max(train_y.max(), test_y.max())) + 1
 
 
-def _validation_split(
-    labels: np.ndarray, groups: Sequence | None, fraction: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to fit on and to validate on."""
+def _folds(
+    labels: np.ndarray, groups: Sequence | None, num_folds: int, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Indices to fit on and to validate on, for every fold."""
     groups = np.arange(len(labels)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     if len(groups) != len(labels):
         raise ValueError(f"expected a group for each of {len(labels)} clips, got {len(groups)}")
@@ -133,9 +135,9 @@ def _validation_split(
     if num_groups < 2:
         raise ValueError("expected at least two groups, to validate on one, got 1")
     classes = labels if labels.ndim == 1 else np.zeros(len(labels), dtype=int)
-    parts = min(round(1 / fraction), num_groups, int(np.bincount(classes).max()))
-    splitter = StratifiedGroupKFold(max(2, parts), shuffle=True, random_state=seed)
-    return next(splitter.split(classes, classes, groups))
+    num_folds = max(2, min(num_folds, num_groups, int(np.bincount(classes).max())))
+    splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
+    return list(splitter.split(classes, classes, groups))
 
 
 def _standardise(train_x: np.ndarray, other_x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What a pretraining run shows of itself."""
+"""What a pretraining run shows of itself; the trainer adds it where `picture_steps` is above 0."""
 
 from pathlib import Path
 
@@ -31,24 +31,15 @@ class PicturesCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.picture_steps > 0 and state.global_step % args.picture_steps == 0:
-            self.draw(args, state)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if args.picture_steps > 0:
+        # the last step's, not on_train_end: by then TensorBoard's writer is closed
+        if state.global_step % args.picture_steps == 0 or state.global_step == state.max_steps:
             self.draw(args, state)
 
     def draw(self, args, state) -> None:
         if not state.is_world_process_zero:
             return
-        views, output = self.trainer.last_views, self.trainer.last_output
-        if output is not None and output.reconstruction is not None:
-            figure = plot_reconstruction(
-                views["input_values"][0, 0],
-                views["corrupted_values"][0, 0],
-                views["corruption_mask"][0, 0],
-                output.reconstruction[0, 0],
-            )
+        if self.trainer.last_example is not None:
+            figure = plot_reconstruction(**self.trainer.last_example)
             self._save(figure, args, state, f"reconstruction-{state.global_step}")
         if any("loss" in row for row in state.log_history):
             self._save(plot_curves(state.log_history, CURVES), args, state, "curves")

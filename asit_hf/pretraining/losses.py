@@ -133,7 +133,7 @@ class _PatchDistillation(torch.autograd.Function):
         ctx.prototypes_grad = prototypes_grad
         ctx.scale = 1 / count
         ctx.student_temp = student_temp
-        ctx.dtypes = student_prototypes.dtype
+        ctx.dtype = student_prototypes.dtype
         return loss / count
 
     @staticmethod
@@ -143,7 +143,8 @@ class _PatchDistillation(torch.autograd.Function):
         if ctx.features_grad is not None:
             features_grad = ctx.features_grad * (grad * ctx.scale)
         if ctx.prototypes_grad is not None:
-            prototypes_grad = (ctx.prototypes_grad * (grad * ctx.scale / ctx.student_temp)).to(ctx.dtypes)
+            prototypes_grad = (ctx.prototypes_grad * (grad * ctx.scale / ctx.student_temp)).to(ctx.dtype)
+        ctx.features_grad = ctx.prototypes_grad = None  # whoever holds on to the loss does not hold on to these
         return features_grad, prototypes_grad, None, None, None, None, None
 
 

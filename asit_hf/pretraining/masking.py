@@ -12,7 +12,7 @@ import torch
 
 BLOCKS_PER_ROUND = 62  # one bit each of a signed 64-bit word
 MAX_ROUNDS = 64
-_SAMPLES_PER_CHUNK = 4
+_SAMPLES_PER_CHUNK = 4  # fits a processor's cache
 # splitmix64's constants 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB as signed integers
 _GOLDEN_GAMMA, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
 
@@ -88,7 +88,9 @@ def draw_block_masks(
         raise ValueError(
             f"expected one share for every key, got {tuple(keys.shape)} keys and {tuple(shares.shape)} shares"
         )
-    chunks = zip(keys.split(_SAMPLES_PER_CHUNK), shares.split(_SAMPLES_PER_CHUNK))
+    # an accelerator takes all at once: it waits for the host once a chunk
+    size = _SAMPLES_PER_CHUNK if keys.device.type == "cpu" else max(len(keys), 1)
+    chunks = zip(keys.split(size), shares.split(size))
     masks = [_draw_chunk(k, num_frames, num_mel_bins, s, max_block, alignment) for k, s in chunks]
     return torch.cat(masks)
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..data.collators import collate_crops
@@ -22,6 +24,7 @@ from .schedules import Schedules, cosine_schedule, stepwise_schedule
 logger = logging.get_logger(__name__)
 
 BAD_FILES_REPORT = "bad_files.jsonl"
+_SET_BY_ASIT = {"warmup_steps": 0, "lr_scheduler_type": "linear", "label_smoothing_factor": 0.0}
 _LOGGED = (
     "global_loss",
     "local_loss",
@@ -73,6 +76,9 @@ class ASiTPreTrainingArguments(TrainingArguments):
     )
     max_block: float | None = field(default=None, metadata={"help": "Longest side of a block, as a share."})
     mask_alignment: int | None = field(default=None, metadata={"help": "Pixels that blocks are aligned to."})
+    steps_per_epoch: int | None = field(
+        default=None, metadata={"help": "For data without a length: the optimiser steps that count as an epoch."}
+    )
     picture_steps: int = field(
         default=500, metadata={"help": "Draws a reconstruction and the curves every so many steps; 0: never."}
     )
@@ -84,6 +90,9 @@ class ASiTPreTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         objective = get_objective(self.objective)
+        for name, default in _SET_BY_ASIT.items():
+            if getattr(self, name) != default:
+                raise ValueError(f"{name} has no effect here: ASiT's own schedules and losses are used")
         super().__post_init__()
         if self.teacher_temperature_warmup_epochs is None:
             self.teacher_temperature_warmup_epochs = objective.teacher_temperature_warmup_epochs
@@ -140,18 +149,31 @@ class ASiTPreTrainer(Trainer):
     ):
         if not isinstance(model, ASiTForPreTraining):
             raise TypeError(f"ASiTPreTrainer trains an ASiTForPreTraining, got {type(model).__name__}")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"expected one GPU a process, got {args.n_gpu}: start with torchrun --nproc_per_node {args.n_gpu}"
+            )
+        if kwargs.get("eval_dataset") is not None:
+            raise ValueError("pretraining has no evaluation data: probe its checkpoints on labelled audio instead")
+        if isinstance(kwargs.get("train_dataset"), IterableDataset):
+            # dispatched batches are joined tensor by tensor, which the list of bad files is not
+            args.accelerator_config.dispatch_batches = False
         super().__init__(
             model=model, args=args, processing_class=processing_class, data_collator=data_collator, **kwargs
         )
         self._check_data()
-        self.last_output: ASiTForPreTrainingOutput | None = None
-        self.last_views: dict[str, torch.Tensor] = {}
+        self._compare_objective()
+        self.last_example: dict[str, torch.Tensor] | None = None
         self._sums: dict[str, torch.Tensor] = {}
         self._num_passes = 0
         self._num_passes_in_step = 0
         self._last_layers = [parameter for name, parameter in model.heads.named_parameters() if "prototypes" in name]
         self.add_callback(EpochCallback(self.train_dataset))
         self.add_callback(_OptimiserSteps(self))
+        if args.picture_steps > 0:
+            from .callbacks import PicturesCallback  # matplotlib takes a second to import
+
+            self.add_callback(PicturesCallback(self))
 
     @cached_property
     def known_bad_files(self) -> set[str]:
@@ -161,9 +183,18 @@ class ASiTPreTrainer(Trainer):
             return set()
         return {json.loads(line)["file"] for line in report.read_text().splitlines()}
 
+    def forget_bad_files(self) -> None:
+        """Starts the report of unreadable files anew, as a run from the start does."""
+        self._bad_files_report().unlink(missing_ok=True)
+        self.__dict__.pop("known_bad_files", None)
+
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple:
         values = super().set_initial_training_values(args, dataloader)
         self._steps_per_epoch, total_steps = values[1], values[-1]
+        if not has_length(dataloader):
+            if args.steps_per_epoch is None:
+                raise ValueError("the data have no length: set steps_per_epoch, which the schedules count in")
+            self._steps_per_epoch = args.steps_per_epoch
         self.schedules = self._build_schedules(total_steps, self._steps_per_epoch)
         return values
 
@@ -203,7 +234,13 @@ class ASiTPreTrainer(Trainer):
         output = model(**views, teacher_temperature=temperature)
         self._num_passes_in_step += 1
         self._add_to_log(output)
-        self.last_views, self.last_output = views, output
+        if self.args.picture_steps > 0 and output.reconstruction is not None:
+            self.last_example = {
+                "clean": views["input_values"][0, 0],
+                "corrupted": views["corrupted_values"][0, 0],
+                "mask": views["corruption_mask"][0, 0],
+                "reconstruction": output.reconstruction[0, 0].detach(),
+            }
         return (output.loss, output) if return_outputs else output.loss
 
     @torch.no_grad()
@@ -255,8 +292,24 @@ class ASiTPreTrainer(Trainer):
                 "per_device_train_batch_size or set dataloader_drop_last to False"
             )
 
+    def _compare_objective(self) -> None:
+        config = self.model.config
+        differing = {
+            name: (getattr(config, name), value)
+            for name, value in get_objective(self.args.objective).config.items()
+            if getattr(config, name) != value
+        }
+        if differing:
+            listed = ", ".join(f"{name} {mine} ({theirs})" for name, (mine, theirs) in differing.items())
+            logger.warning(f"The model differs from objective {self.args.objective} (in brackets): {listed}")
+
     def _build_schedules(self, steps: int, steps_per_epoch: int) -> Schedules:
         args = self.args
+        if args.warmup_epochs * steps_per_epoch > steps:
+            logger.warning(
+                f"The warm-up of {args.warmup_epochs} epochs is longer than the run of {steps / steps_per_epoch:.1f}: "
+                "the learning rate never reaches its peak"
+            )
         return Schedules(
             learning_rate=cosine_schedule(
                 args.learning_rate, args.min_learning_rate, steps, round(args.warmup_epochs * steps_per_epoch)
@@ -307,6 +360,16 @@ class _OptimiserSteps(TrainerCallback):
 
     def __init__(self, trainer: ASiTPreTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.trainer.forget_bad_files()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.trainer.known_bad_files:
+            logger.warning(
+                f"{len(self.trainer.known_bad_files)} files could not be read, see {self.trainer._bad_files_report()}"
+            )
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         trainer = self.trainer

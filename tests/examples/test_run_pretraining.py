@@ -97,13 +97,41 @@ def test_resuming_finds_the_last_checkpoint(script, folder, tmp_path):
         assert (expected == value).all(), name
 
 
-def test_streaming(script, folder, tmp_path):
+def test_streaming_follows_the_schedules(script, folder, tmp_path):
     lines = [json.dumps({"audio": str(path)}) for path in sorted(folder.glob("*.flac"))]
     (tmp_path / "clips.jsonl").write_text("\n".join(lines))
-    trainer = script.main(
-        options(tmp_path / "clips.jsonl", tmp_path / "run", streaming=True, max_steps=3, warmup_epochs=0)
-    )
-    assert trainer.state.global_step == 3
+    streaming = {"streaming": True, "max_steps": 6, "steps_per_epoch": 2, "teacher_temperature_warmup_epochs": 3}
+    trainer = script.main(options(tmp_path / "clips.jsonl", tmp_path / "run", **streaming))
+    assert trainer.state.global_step == 6
+    schedules = trainer.schedules
+    assert schedules.learning_rate.argmax() in (1, 2)
+    assert schedules.learning_rate[-1] < 0.5 * schedules.learning_rate.max()
+    assert schedules.teacher_temperature.tolist() == pytest.approx([0.04, 0.04, 0.055, 0.055, 0.07, 0.07])
+    model = trainer.model
+    prototypes = [heads.distillation.cls_prototypes.weight_v for heads in (model.heads, model.teacher["heads"])]
+    assert not (prototypes[0] == prototypes[1]).all()  # they rested for the first epoch only
+    with pytest.raises(ValueError, match="steps_per_epoch"):
+        script.main(options(tmp_path / "clips.jsonl", tmp_path / "other", streaming=True, max_steps=3))
+
+
+def test_a_checkpoint_keeps_its_rate_and_statistics(script, folder, tmp_path):
+    script.main(options(folder, tmp_path / "run", num_train_epochs=1, sampling_rate=8000, mean=-6.0, std=5.0))
+    chosen = {"model_name_or_path": tmp_path / "run", "num_train_epochs": 1, "std": 4.0}
+    trainer = script.main(options(folder, tmp_path / "next", **chosen))
+    extractor = trainer.processing_class
+    assert (extractor.sampling_rate, extractor.mean, extractor.std) == (8000, -6.0, 4.0)
+    assert trainer.train_dataset.settings.sampling_rate == 8000
+
+
+def test_config_overrides_take_any_field(script):
+    text = "num_patch_prototypes=64,student_temperature=0.2,hidden_act=relu"
+    assert script.parse_overrides(text) == {
+        "num_patch_prototypes": 64,
+        "student_temperature": 0.2,
+        "hidden_act": "relu",
+    }
+    with pytest.raises(ValueError, match="no_field"):
+        script.parse_overrides("no_field=1")
 
 
 def test_a_folder_without_audio_is_refused(script, tmp_path):

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.data import PretrainingCrops
-from asit_hf.pretraining.callbacks import PicturesCallback
 from asit_hf.pretraining.masking import GMML
 from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments, clip_tensor_norms
 
@@ -156,15 +156,51 @@ def test_the_last_layer_rests_for_the_first_epoch_of_2024(clips, tmp_path):
 def test_centres_and_teacher_move_once_a_step_with_accumulation(clips, tmp_path, monkeypatch):
     model = make_model()
     calls = []
-    for name in ("update_teacher", "update_centers"):
-        method = getattr(model, name)
-        monkeypatch.setattr(model, name, lambda *args, name=name, method=method: (calls.append(name), method(*args)))
+    update_teacher, update_centers = model.update_teacher, model.update_centers
+    weight = model.asit.layers[0].mlp.fc1.weight
+
+    def record_teacher(momentum):
+        calls.append(("teacher", momentum, weight.detach().clone()))
+        update_teacher(momentum)
+
+    def record_centers():
+        calls.append(("centers", None, weight.detach().clone()))
+        update_centers()
+
+    monkeypatch.setattr(model, "update_teacher", record_teacher)
+    monkeypatch.setattr(model, "update_centers", record_centers)
     trainer = make_trainer(
-        clips, tmp_path, model, per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=1
+        clips,
+        tmp_path,
+        model,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        num_train_epochs=1,
+        warmup_epochs=0,
     )
+    before = weight.detach().clone()
     trainer.train()
     assert trainer.state.global_step == 3
-    assert calls == ["update_centers", "update_teacher"] * 3
+    assert [name for name, *_ in calls] == ["centers", "teacher"] * 3
+    assert [
+        momentum for name, momentum, _ in calls if name == "teacher"
+    ] == trainer.schedules.teacher_momentum.tolist()
+    weights = [before, *(value for name, _, value in calls if name == "teacher")]
+    assert all(not torch.equal(first, second) for first, second in zip(weights, weights[1:]))  # after the optimiser
+
+
+def test_the_teacher_temperature_of_the_step_reaches_the_model(clips, tmp_path, monkeypatch):
+    model = make_model()
+    forward, seen = model.forward, []
+    monkeypatch.setattr(
+        model,
+        "forward",
+        lambda *args, **kwargs: (seen.append(kwargs["teacher_temperature"]), forward(*args, **kwargs))[1],
+    )
+    trainer = make_trainer(clips, tmp_path, model, num_train_epochs=3, teacher_temperature_warmup_epochs=3)
+    trainer.train()
+    assert seen == trainer.schedules.teacher_temperature.tolist()
+    assert len(set(seen)) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -245,12 +281,14 @@ def test_clipping_treats_every_tensor_by_itself_and_qkv_as_one():
 
 def test_pictures_and_tensorboard(clips, tmp_path):
     trainer = make_trainer(clips, tmp_path, picture_steps=4, report_to="tensorboard", num_train_epochs=2)
-    trainer.add_callback(PicturesCallback(trainer))
     trainer.train()
     names = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert {"curves.png", "reconstruction-4.png", "reconstruction-6.png"} <= names
     assert all(path.stat().st_size > 5000 for path in (tmp_path / "pictures").iterdir())
-    assert list(tmp_path.rglob("events.out.tfevents*"))
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*")).parent), size_guidance={"images": 0})
+    events.Reload()
+    assert {event.step for event in events.Images("reconstruction")} == {4, 6}
+    assert len(events.Scalars("train/local_loss")) == 6
 
 
 def test_arguments_of_the_objectives(tmp_path):
@@ -272,6 +310,8 @@ def test_arguments_of_the_objectives(tmp_path):
         ({"zero_share_min": 1.5}, ["zero_share", "1.5"]),
         ({"replace_probability": -1.0}, ["replace_probability", "-1.0"]),
         ({"mask_alignment": 0}, ["alignment", "0"]),
+        ({"warmup_steps": 10}, ["warmup_steps", "no effect"]),
+        ({"lr_scheduler_type": "cosine"}, ["lr_scheduler_type", "no effect"]),
     ],
 )
 def test_wrong_arguments_are_refused(tmp_path, kwargs, words):
@@ -284,6 +324,24 @@ def test_fewer_clips_than_a_batch_are_refused(clips, tmp_path):
     with pytest.raises(ValueError, match="2 clips.*batch of 4"):
         make_trainer(clips[:2], tmp_path)
     make_trainer(clips[:2], tmp_path, dataloader_drop_last=False, num_train_epochs=1).train()
+
+
+def test_evaluation_data_are_refused(clips, tmp_path):
+    trainer = make_trainer(clips, tmp_path)
+    with pytest.raises(ValueError, match="no evaluation data"):
+        ASiTPreTrainer(
+            make_model(),
+            trainer.args,
+            processing_class=ASiTFeatureExtractor(num_mel_bins=32),
+            train_dataset=trainer.train_dataset,
+            eval_dataset=trainer.train_dataset,
+        )
+
+
+def test_a_fresh_run_starts_a_fresh_report(clips, tmp_path):
+    (tmp_path / "bad_files.jsonl").write_text(json.dumps({"file": "old.wav", "reason": "gone"}) + "\n")
+    make_trainer(clips, tmp_path, num_train_epochs=1).train()
+    assert not (tmp_path / "bad_files.jsonl").exists()
 
 
 def test_another_model_is_refused(tmp_path):

@@ -49,6 +49,7 @@ PRETRAINING = {
     "report_to": "none",
 }
 FINETUNING = {
+    "pooling_mode": "cls_mean",
     "validation_fraction": 0.15,
     "max_seconds": 2.0,
     "max_eval_seconds": 10.0,

@@ -24,6 +24,7 @@ SIZES = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
 }
 POOLING_MODES = ("cls", "mean", "cls_mean")
+LOCAL_LOSS_PATCHES = ("all", "corrupted")
 POSITIVE_FIELDS = (
     "hidden_size",
     "num_attention_heads",
@@ -79,6 +80,8 @@ class ASiTConfig(PreTrainedConfig):
         global_loss_weight (`float`, defaults to 0.5): weight of the CLS loss (2023: 1).
         local_loss_weight (`float`, defaults to 0.5): weight of the patch loss (2023: 1).
         reconstruction_loss_weight (`float`, defaults to 1.0): weight of the L1 reconstruction loss (2023: 2).
+        local_loss_patches (`str`, defaults to `"all"`): patches that the patch loss is the mean over: `"all"`, as the
+            authors have it, or `"corrupted"`, those of which the student does not see half the pixels or more.
 
     ```python
     >>> from asit_hf import ASiTConfig, ASiTModel
@@ -114,6 +117,7 @@ class ASiTConfig(PreTrainedConfig):
     global_loss_weight: float | int = 0.5
     local_loss_weight: float | int = 0.5
     reconstruction_loss_weight: float | int = 1.0
+    local_loss_patches: str = "all"
 
     def validate_architecture(self) -> None:
         """Raises `ValueError` for values that no model can be built from."""
@@ -137,6 +141,10 @@ class ASiTConfig(PreTrainedConfig):
             )
         if self.pooling_mode not in POOLING_MODES:
             raise ValueError(f"pooling_mode must be one of {POOLING_MODES}, got {self.pooling_mode!r}")
+        if self.local_loss_patches not in LOCAL_LOSS_PATCHES:
+            raise ValueError(
+                f"local_loss_patches must be one of {LOCAL_LOSS_PATCHES}, got {self.local_loss_patches!r}"
+            )
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
 

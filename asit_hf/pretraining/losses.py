@@ -128,7 +128,7 @@ class _PatchDistillation(torch.autograd.Function):
                         features_grad[rows] = difference @ student_matrix
                     if needs_prototypes:
                         prototypes_grad += (difference.T @ student[rows]).float()
-        count = len(student)
+        count = max(len(student), 1)
         ctx.features_grad = features_grad
         ctx.prototypes_grad = prototypes_grad
         ctx.scale = 1 / count

@@ -1,8 +1,9 @@
 """
 Group masked model learning (GMML): what the student sees instead of the clean spectrogram.
 
-Rectangles of time and mel are drawn until a share of the pixels is covered; the covered pixels are set to zero or
-replaced by the same region of another clip. Every random number is a hash of a clip's key, so a mask depends on that
+Rectangles of time and mel are drawn until a share of the pixels is covered; the covered pixels are set to zero (or to
+noise) or replaced by the same region of another clip. Bands of time or of mel, and single patches, stand beside the
+rectangles for comparison. Every random number is a hash of a clip's key, so a mask depends on that
 key alone: not on the batch, the device, the number of workers or the state of any generator.
 """
 
@@ -12,6 +13,9 @@ import torch
 
 BLOCKS_PER_ROUND = 62  # one bit each of a signed 64-bit word
 MAX_ROUNDS = 64
+PATTERNS = ("blocks", "time", "frequency", "patches")
+FILLINGS = ("zeros", "noise")
+NOISE_STD = 0.5  # that of a spectrogram normalised by (x - mean) / (2 std)
 _SAMPLES_PER_CHUNK = 4  # fits a processor's cache
 # splitmix64's constants 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB as signed integers
 _GOLDEN_GAMMA, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
@@ -28,6 +32,11 @@ class GMML:
         replace_probability (`float`): how often a view is corrupted by replacement instead of zeros.
         max_block (`float`): longest side of a block, as a share of the time and mel extents.
         alignment (`int`): blocks start and end at multiples of this many pixels; 1 is what the authors run.
+        pattern (`str`): `"blocks"` of time and mel (the authors'), bands of `"time"` over all mel bins, bands of
+            `"frequency"` over all frames, or single `"patches"` chosen uniformly (no groups).
+        filling (`str`): what stands in for zeros: `"zeros"` (the authors' choice) or Gaussian `"noise"` with the
+            standard deviation of a normalised spectrogram. The authors' own noise is drawn at another scale.
+        patch_size (`int`): side of the squares of `"patches"`.
     """
 
     zero_share: tuple[float, float] = (0.5, 0.5)
@@ -35,6 +44,9 @@ class GMML:
     replace_probability: float = 0.5
     max_block: float = 0.3
     alignment: int = 1
+    pattern: str = "blocks"
+    filling: str = "zeros"
+    patch_size: int = 16
 
     def __post_init__(self):
         low, high = self.zero_share
@@ -46,8 +58,14 @@ class GMML:
             raise ValueError(f"replace_probability must be in [0, 1], got {self.replace_probability}")
         if not 0 < self.max_block <= 1:
             raise ValueError(f"max_block must be in (0, 1], got {self.max_block}")
-        if self.alignment < 1:
-            raise ValueError(f"alignment must be at least 1 pixel, got {self.alignment}")
+        if self.alignment < 1 or self.patch_size < 1:
+            raise ValueError(
+                f"alignment and patch_size must be at least 1 pixel, got {self.alignment} and {self.patch_size}"
+            )
+        if self.pattern not in PATTERNS:
+            raise ValueError(f"pattern must be one of {PATTERNS}, got {self.pattern!r}")
+        if self.filling not in FILLINGS:
+            raise ValueError(f"filling must be one of {FILLINGS}, got {self.filling!r}")
 
 
 def mix_keys(keys: torch.Tensor, *values: int | torch.Tensor) -> torch.Tensor:
@@ -68,14 +86,11 @@ def draw_keys(count: int, generator: torch.Generator | None = None) -> torch.Ten
     return torch.randint(2**62, (count,), generator=generator)
 
 
-def draw_block_masks(
-    keys: torch.Tensor, num_frames: int, num_mel_bins: int, shares: torch.Tensor, max_block: float, alignment: int = 1
+def draw_masks(
+    keys: torch.Tensor, num_frames: int, num_mel_bins: int, shares: torch.Tensor, config: GMML
 ) -> torch.Tensor:
     """
-    Masks made of rectangles added until each covers its share of the pixels.
-
-    A rectangle's corner is uniform over the plane and its sides are uniform up to `max_block` of each extent, cut at
-    the far edges: the first frames and the lowest bins are therefore covered less, as in the authors' masks.
+    Masks of the configured pattern, each of its own share of the pixels.
 
     Args:
         keys (`torch.Tensor` of shape `(masks,)`): int64 keys.
@@ -88,10 +103,30 @@ def draw_block_masks(
         raise ValueError(
             f"expected one share for every key, got {tuple(keys.shape)} keys and {tuple(shares.shape)} shares"
         )
+    if config.pattern == "patches":
+        return _draw_patches(keys, num_frames, num_mel_bins, shares, config.patch_size)
+    return draw_block_masks(keys, num_frames, num_mel_bins, shares, config.max_block, config.alignment, config.pattern)
+
+
+def draw_block_masks(
+    keys: torch.Tensor,
+    num_frames: int,
+    num_mel_bins: int,
+    shares: torch.Tensor,
+    max_block: float,
+    alignment: int = 1,
+    pattern: str = "blocks",
+) -> torch.Tensor:
+    """
+    Masks made of rectangles (or bands) added until each covers its share of the pixels; see [`draw_masks`].
+
+    A rectangle's corner is uniform over the plane and its sides are uniform up to `max_block` of each extent, cut at
+    the far edges: the first frames and the lowest bins are therefore covered less, as in the authors' masks.
+    """
     # an accelerator takes all at once: it waits for the host once a chunk
     size = _SAMPLES_PER_CHUNK if keys.device.type == "cpu" else max(len(keys), 1)
     chunks = zip(keys.split(size), shares.split(size))
-    masks = [_draw_chunk(k, num_frames, num_mel_bins, s, max_block, alignment) for k, s in chunks]
+    masks = [_draw_chunk(k, num_frames, num_mel_bins, s, max_block, alignment, pattern) for k, s in chunks]
     return torch.cat(masks)
 
 
@@ -105,7 +140,7 @@ def corrupt(
         clean (`torch.Tensor` of shape `(batch, views, frames, mel)`).
         keys (`torch.Tensor` of shape `(batch,)`): one int64 key per clip; decides its masks.
         donor_key (`int`): decides, with the position in the batch, which other clip replaces a clip's pixels. A batch
-            of one has no other clip and is corrupted by zeros.
+            of one has no other clip and is corrupted by zeros (or noise).
 
     Returns:
         The corrupted spectrograms and the boolean mask of what was corrupted, both of the shape of `clean`.
@@ -119,10 +154,9 @@ def corrupt(
     shares = low + (high - low) * share
     replaces = choice < (config.replace_probability if batch > 1 else 0.0)
     shares = torch.where(replaces, config.replace_share, shares)
-    mask = draw_block_masks(
-        mix_keys(keys, 1).flatten(), frames, mel, shares.flatten(), config.max_block, config.alignment
-    ).view(clean.shape)
-    filling = torch.where(replaces[..., None, None], clean[draw_donors(batch, donor_key, clean.device)], 0.0)
+    mask = draw_masks(mix_keys(keys, 1).flatten(), frames, mel, shares.flatten(), config).view(clean.shape)
+    blank = _gaussian_noise(mix_keys(keys, 2), clean) if config.filling == "noise" else 0.0
+    filling = torch.where(replaces[..., None, None], clean[draw_donors(batch, donor_key, clean.device)], blank)
     return torch.where(mask, filling, clean), mask
 
 
@@ -145,8 +179,32 @@ def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
     return (x >> bits) & (2 ** (64 - bits) - 1)
 
 
+def _gaussian_noise(keys: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(batch, views) keys to noise of the shape and type of `like`, (batch, views, frames, mel)."""
+    frames, mel = like.shape[-2:]
+    uniform = uniform_noise(keys, frames * mel) + 2**-25  # never 0, whose quantile is infinite
+    return (torch.special.ndtri(uniform) * NOISE_STD).view(like.shape).to(like.dtype)
+
+
+def _draw_patches(
+    keys: torch.Tensor, num_frames: int, num_mel_bins: int, shares: torch.Tensor, patch_size: int
+) -> torch.Tensor:
+    """Squares of the patch grid chosen uniformly; those at the far edges may be cut."""
+    rows, columns = -(-num_frames // patch_size), -(-num_mel_bins // patch_size)
+    ranks = uniform_noise(keys, rows * columns).argsort(-1).argsort(-1)
+    chosen = (ranks < (shares[:, None] * rows * columns).ceil()).view(-1, rows, columns)
+    pixels = chosen.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
+    return pixels[:, :num_frames, :num_mel_bins]
+
+
 def _draw_chunk(
-    keys: torch.Tensor, num_frames: int, num_mel_bins: int, shares: torch.Tensor, max_block: float, alignment: int
+    keys: torch.Tensor,
+    num_frames: int,
+    num_mel_bins: int,
+    shares: torch.Tensor,
+    max_block: float,
+    alignment: int,
+    pattern: str,
 ) -> torch.Tensor:
     targets = shares * (num_frames * num_mel_bins)
     mask = torch.zeros(len(keys), num_frames, num_mel_bins, dtype=torch.bool, device=keys.device)
@@ -154,6 +212,10 @@ def _draw_chunk(
         noise = uniform_noise(mix_keys(keys, round_index), 4 * BLOCKS_PER_ROUND).unflatten(-1, (4, -1))
         rows = _block_bits(noise[:, 0], noise[:, 1], num_frames, max_block, alignment)
         columns = _block_bits(noise[:, 2], noise[:, 3], num_mel_bins, max_block, alignment)
+        if pattern == "time":
+            columns = torch.full_like(columns, 2**BLOCKS_PER_ROUND - 1)
+        elif pattern == "frequency":
+            rows = torch.full_like(rows, 2**BLOCKS_PER_ROUND - 1)
         mask, covered = _add_blocks(mask, rows, columns, targets)
         if bool((covered >= targets).all()):
             return mask
@@ -168,9 +230,9 @@ def _block_bits(
 ) -> torch.Tensor:
     """Which pixels of one axis every block covers, block k as bit k: two `(masks, blocks)` -> `(masks, extent)`."""
     starts = (start_noise * (extent - alignment + 1)).long() // alignment * alignment
-    longest = max(int(extent * max_block), alignment)
-    sizes = alignment + (size_noise * (longest - alignment + 1)).long()
-    sizes = ((torch.minimum(sizes, extent - starts) + alignment // 2) // alignment) * alignment
+    longest = max(int(extent * max_block), alignment + 1)
+    sizes = alignment + (size_noise * (longest - alignment)).long()  # half-open, as the authors' range is
+    sizes = (torch.minimum(sizes, extent - starts) / alignment).round().long() * alignment
     pixels = torch.arange(extent, device=starts.device)[:, None]
     inside = (pixels >= starts[:, None]) & (pixels < (starts + sizes)[:, None])
     return (inside.long() << torch.arange(starts.shape[-1], device=starts.device)).sum(-1)

@@ -225,7 +225,7 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
                 cls_tokens = torch.cat((cls_tokens, local_tokens), dim=1)
             self._add_global_loss(output, cls_tokens, teacher[:, :, 0], teacher_temperature)
         if config.local_loss_weight > 0:
-            self._add_local_loss(output, patches, teacher[:, :, 1:], teacher_temperature)
+            self._add_local_loss(output, patches, teacher[:, :, 1:], corruption_mask, teacher_temperature)
         if config.reconstruction_loss_weight > 0:
             pixels = self.heads.reconstruction(patches.flatten(0, 1)).unflatten(0, shape[:2])
             frames = pixels.shape[2]  # the last frames short of a patch are cut
@@ -304,17 +304,26 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
             self.cls_center.accumulate(rows.mean(0), len(rows))
 
     def _add_local_loss(
-        self, output: ASiTForPreTrainingOutput, student: torch.Tensor, teacher: torch.Tensor, temperature: float
+        self,
+        output: ASiTForPreTrainingOutput,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        corruption_mask: torch.Tensor,
+        temperature: float,
     ) -> None:
         with torch.no_grad():
             teacher_features = self.teacher["heads"].distillation(teacher).flatten(0, 2)
             teacher_weight = self.teacher["heads"].distillation.patch_weight()
-        student_features = self.heads.distillation(student).flatten(0, 2)
+        if self.config.local_loss_patches == "corrupted":
+            counted = corrupted_patches(corruption_mask, self.config.patch_size).flatten()
+        else:
+            counted = slice(None)
+        student_features = self.heads.distillation(student.flatten(0, 2)[counted])
         center = self.patch_center.center
         output.local_loss = patch_distillation_loss(
             student_features,
             self.heads.distillation.patch_weight(),
-            teacher_features,
+            teacher_features[counted],
             teacher_weight,
             center,
             self.config.student_temperature,
@@ -327,6 +336,15 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
             with torch.autocast(teacher_features.device.type, enabled=False):
                 mean_logits = teacher_weight.float() @ teacher_features.mean(0)
             self.patch_center.accumulate(mean_logits, len(teacher_features))
+
+
+def corrupted_patches(corruption_mask: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """
+    Patches of which half the pixels or more are corrupted: a mask of shape (batch, views, frames, mel) to one of shape
+    (batch, views, columns * rows), in the order of the tokens.
+    """
+    squares = corruption_mask.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
+    return (squares.float().mean((-2, -1)) >= 0.5).flatten(2)
 
 
 @torch.no_grad()

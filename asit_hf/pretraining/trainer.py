@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..data.collators import collate_crops
 from ..data.epochs import EpochCallback
 from ..feature_extraction_asit import ASiTFeatureExtractor
-from .masking import GMML, corrupt, mix_keys
+from .masking import FILLINGS, GMML, PATTERNS, corrupt, mix_keys
 from .modeling import ASiTForPreTraining, ASiTForPreTrainingOutput
 from .objectives import get_objective
 from .schedules import Schedules, cosine_schedule, stepwise_schedule
@@ -76,6 +76,12 @@ class ASiTPreTrainingArguments(TrainingArguments):
     )
     max_block: float | None = field(default=None, metadata={"help": "Longest side of a block, as a share."})
     mask_alignment: int | None = field(default=None, metadata={"help": "Pixels that blocks are aligned to."})
+    mask_pattern: str = field(
+        default="blocks", metadata={"help": f"What is corrupted together, one of {', '.join(PATTERNS)}."}
+    )
+    mask_filling: str = field(
+        default="zeros", metadata={"help": f"What stands where nothing replaces, one of {', '.join(FILLINGS)}."}
+    )
     steps_per_epoch: int | None = field(
         default=None, metadata={"help": "For data without a length: the optimiser steps that count as an epoch."}
     )
@@ -119,6 +125,8 @@ class ASiTPreTrainingArguments(TrainingArguments):
             "replace_probability": self.replace_probability,
             "max_block": self.max_block,
             "alignment": self.mask_alignment,
+            "pattern": self.mask_pattern,
+            "filling": self.mask_filling,
         }
         return replace(
             default, zero_share=(low, high), **{name: value for name, value in chosen.items() if value is not None}
@@ -262,8 +270,14 @@ class ASiTPreTrainer(Trainer):
         if keys is not None:
             views["drop_path_keys"] = mix_keys(keys, self.state.global_step)
         if "corrupted_values" not in views:
+            if keys is None:
+                raise ValueError(
+                    "a batch without corrupted_values needs sample_keys of shape (batch,), which its masks are drawn "
+                    f"from; it brings {sorted(inputs)}"
+                )
+            gmml = replace(self.args.gmml, patch_size=self.model.config.patch_size)
             views["corrupted_values"], views["corruption_mask"] = corrupt(
-                views["input_values"], keys, self._donor_key(), self.args.gmml
+                views["input_values"], keys, self._donor_key(), gmml
             )
         return views
 

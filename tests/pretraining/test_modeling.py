@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForAudioClassification, AutoModelFo
 
 from asit_hf import ASiTConfig, ASiTForAudioClassification, ASiTForPreTraining, ASiTModel
 from asit_hf.pretraining.masking import GMML, corrupt
+from asit_hf.pretraining.modeling import corrupted_patches
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TINY = {
@@ -181,6 +182,39 @@ def test_a_loss_switched_off_costs_nothing(off, objective):
     outputs.loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_corrupted_patches_are_those_of_which_half_is_hidden():
+    mask = torch.zeros(1, 1, 48, 32, dtype=torch.bool)
+    mask[0, 0, :16, :8] = True  # half of patch 0
+    mask[0, 0, 16:32, 16:23] = True  # less than half of patch 3
+    mask[0, 0, 32:, 16:] = True  # all of patch 5
+    assert corrupted_patches(mask, 16).tolist() == [[[True, False, False, False, False, True]]]
+
+
+def test_local_loss_on_corrupted_patches_only():
+    batch = inputs()
+    everything = batch | {"corruption_mask": torch.ones_like(batch["corruption_mask"])}
+    nothing = batch | {"corruption_mask": torch.zeros_like(batch["corruption_mask"])}
+    model, other = build(), build(local_loss_patches="corrupted")
+    for each in (model, other):
+        move_student(each)
+    full = model(**batch).local_loss
+    torch.testing.assert_close(other(**everything).local_loss, full)
+    outputs = other(**nothing)
+    assert outputs.local_loss == 0
+    outputs.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in other.parameters() if p.grad is not None)
+
+    # one clip's patches at a time: the loss is the mean over the patches that count
+    terms = []
+    for patch in range(12):
+        mask = torch.zeros_like(batch["corruption_mask"])
+        column, row = divmod(patch, 2)
+        mask[:, :, column * 16 : column * 16 + 16, row * 16 : row * 16 + 16] = True
+        terms.append(other(**batch | {"corruption_mask": mask}).local_loss.item())
+    assert len({round(term, 6) for term in terms}) == 12
+    assert np.mean(terms) == pytest.approx(full.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))

@@ -348,3 +348,38 @@ def test_another_model_is_refused(tmp_path):
     args = ASiTPreTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(TypeError, match="ASiTForPreTraining.*Linear"):
         ASiTPreTrainer(torch.nn.Linear(2, 2), args, processing_class=ASiTFeatureExtractor())
+
+
+@pytest.mark.parametrize(("pattern", "filling"), [("time", "zeros"), ("frequency", "noise"), ("patches", "zeros")])
+def test_the_corruption_of_a_run_is_the_chosen_one(clips, tmp_path, pattern, filling):
+    seen = []
+
+    class Recorder(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(trainer.last_example)
+
+    trainer = make_trainer(
+        clips, tmp_path, mask_pattern=pattern, mask_filling=filling, replace_probability=0.0, picture_steps=1
+    )
+    trainer.callback_handler.callbacks = [
+        callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ != "PicturesCallback"
+    ]
+    trainer.add_callback(Recorder())
+    trainer.train()
+    for example in seen:
+        mask, corrupted = example["mask"], example["corrupted"]
+        assert 0.5 <= mask.float().mean() < 0.9
+        assert bool((corrupted[mask] == 0).all()) is (filling == "zeros")
+        squares = mask.unfold(0, 16, 16).unfold(1, 16, 16).flatten(-2)
+        whole = {
+            "time": mask.all(1) == mask.any(1),
+            "frequency": mask.all(0) == mask.any(0),
+            "patches": squares.all(-1) == squares.any(-1),
+        }
+        assert whole[pattern].all()
+
+
+def test_a_batch_without_keys_and_masks_is_refused(clips, tmp_path):
+    trainer = make_trainer(clips, tmp_path)
+    with pytest.raises(ValueError, match="sample_keys of shape"):
+        trainer.prepare_views({"input_values": torch.zeros(2, 2, 48, 32)})

@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +58,7 @@ def export_encoder(
         raise ValueError(f"source must be 'teacher' or 'student', got {source!r}")
     output_dir = Path(output_dir).resolve()
     checkpoint = find_checkpoint(pretraining_dir)
-    _check_replaceable(output_dir, checkpoint.resolve(), overwrite)
+    check_replaceable(output_dir, checkpoint.resolve(), overwrite)
     extractor = _load_feature_extractor(checkpoint, Path(pretraining_dir))
     encoder = _load_encoder(checkpoint, source)
     if extractor.num_mel_bins != encoder.config.num_mel_bins:
@@ -66,15 +67,10 @@ def export_encoder(
             f"{encoder.config.num_mel_bins}"
         )
     facts = {"recipe": _recipe(checkpoint, source, encoder.config), **facts}
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as scratch:
-        export = Path(scratch) / output_dir.name
+    with whole_folder(output_dir) as export:
         encoder.save_pretrained(export)
         extractor.save_pretrained(export)
         write_model_card(export, **facts)
-        if output_dir.exists():
-            output_dir.rename(Path(scratch) / "replaced")
-        export.rename(output_dir)
     return output_dir
 
 
@@ -163,6 +159,33 @@ def write_model_card(
     return path
 
 
+def check_replaceable(output_dir: Path, checkpoint: Path, overwrite: bool) -> None:
+    """Raises where writing `output_dir` would cost the `checkpoint` or, unless `overwrite`, somebody's files."""
+    if output_dir in (checkpoint, *checkpoint.parents):
+        raise ValueError(
+            f"output_dir {output_dir} holds the checkpoint to export, {checkpoint}: choose another folder"
+        )
+    if output_dir.exists() and not output_dir.is_dir():
+        raise FileExistsError(f"output_dir {output_dir} is a file")
+    if overwrite or not output_dir.exists() or not any(output_dir.iterdir()) or _is_export(output_dir):
+        return
+    raise FileExistsError(
+        f"output_dir {output_dir} is neither empty nor an earlier export; overwrite=True replaces it"
+    )
+
+
+@contextmanager
+def whole_folder(output_dir: Path) -> Iterator[Path]:
+    """A folder to write, which takes the place of `output_dir` at the end, or leaves nothing behind after an error."""
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as scratch:
+        folder = Path(scratch) / output_dir.name
+        yield folder
+        if output_dir.exists():
+            output_dir.rename(Path(scratch) / "replaced")
+        folder.rename(output_dir)
+
+
 def _incomplete(folder: Path) -> str | None:
     """Why no model can be loaded from `folder`, or `None`."""
     if not (folder / CONFIG_NAME).is_file():
@@ -212,20 +235,6 @@ def _load_encoder(checkpoint: Path, source: str) -> ASiTModel:
     if missing := sorted(key for key in info["missing_keys"] if key.startswith(prefix)):
         raise ValueError(f"{checkpoint}: {len(missing)} tensors of the {source} are missing: {missing[0]}, ...")
     return model.teacher["asit"] if source == "teacher" else model.asit
-
-
-def _check_replaceable(output_dir: Path, checkpoint: Path, overwrite: bool) -> None:
-    if output_dir in (checkpoint, *checkpoint.parents):
-        raise ValueError(
-            f"output_dir {output_dir} holds the checkpoint to export, {checkpoint}: choose another folder"
-        )
-    if output_dir.exists() and not output_dir.is_dir():
-        raise FileExistsError(f"output_dir {output_dir} is a file")
-    if overwrite or not output_dir.exists() or not any(output_dir.iterdir()) or _is_export(output_dir):
-        return
-    raise FileExistsError(
-        f"output_dir {output_dir} is neither empty nor an earlier export; overwrite=True replaces it"
-    )
 
 
 def _is_export(folder: Path) -> bool:

@@ -1,0 +1,593 @@
+"""
+Converts checkpoints of the ASiT authors.
+
+    python -m asit_hf.convert_original --checkpoint checkpoint.pth --output_dir asit-base
+
+reads a training checkpoint of the 2023 or 2024 release, or a bare backbone such as `ASIT_ssl.pt`, under whatever
+prefixes its keys have, and writes an `ASiTModel` with its feature extractor and a model card. `--pretraining` writes
+student, teacher, heads and centres instead, so that training can go on. Widths, depth and heads are told by the
+tensors; every key that was not used is named.
+
+Nothing but tensors and plain containers is read: a file that would run code is refused.
+"""
+
+import argparse
+import hashlib
+import os
+import pickle
+import re
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .configuration_asit import ASiTConfig
+from .feature_extraction_asit import ASiTFeatureExtractor
+from .hub import check_replaceable, whole_folder, write_model_card
+from .modeling_asit import ASiTModel
+from .pretraining.initialisation import resize_positions
+from .pretraining.modeling import ASiTForPreTraining
+from .pretraining.objectives import get_objective
+
+ARCHITECTURES = {"vit_tiny": 3, "vit_small": 6, "vit_base": 12}
+PATCHES = "patch_embed.proj.weight"
+
+# Our names and the authors', to be replaced one after the other. Query, key and value are one tensor of theirs.
+ENCODER_NAMES = (
+    ("embeddings.cls_token", "cls_token"),
+    ("embeddings.position_embeddings", "pos_embed"),
+    ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
+    ("layers.", "blocks."),
+    (".layernorm_before.", ".norm1."),
+    (".layernorm_after.", ".norm2."),
+    (".attention.q_proj.", ".attn.qkv."),
+    (".attention.k_proj.", ".attn.qkv."),
+    (".attention.v_proj.", ".attn.qkv."),
+    (".attention.o_proj.", ".attn.proj."),
+    ("layernorm.", "norm."),
+)
+_RECONSTRUCTION_NAMES = (
+    ("reconstruction.fc1.", "head_recons.mlp.0."),
+    ("reconstruction.fc2.", "head_recons.mlp.2."),
+    ("reconstruction.fc3.", "head_recons.mlp.4."),
+    ("reconstruction.projection.", "head_recons.convTrans."),
+)
+HEAD_NAMES = {
+    "2023": (
+        ("distillation.fc1.", "head_cls.mlp.0."),
+        ("distillation.fc2.", "head_cls.mlp.2."),
+        ("distillation.fc3.", "head_cls.mlp.4."),
+        ("distillation.cls_prototypes.", "head_cls.cls_layer."),
+        ("distillation.patch_prototypes.", "head_cls.data_layer."),
+        *_RECONSTRUCTION_NAMES,
+    ),
+    "2024": (
+        ("distillation.fc1.", "head.mlp.0."),
+        ("distillation.fc2.", "head.mlp.2."),
+        ("distillation.fc3.", "head.mlp.4."),
+        ("distillation.cls_prototypes.", "head.last_layer."),
+        *_RECONSTRUCTION_NAMES,
+    ),
+}
+CENTERS = {
+    "2023": {"cls_center.center": "loss_cls.center", "patch_center.center": "loss_data.center"},
+    "2024": {"cls_center.center": "CLS_PATCH_loss.center", "patch_center.center": "CLS_PATCH_loss.center2"},
+}
+HEAD_WIDTHS = {
+    "distillation_hidden_size": "distillation.fc1.weight",
+    "distillation_bottleneck_size": "distillation.fc3.weight",
+    "num_prototypes": "distillation.cls_prototypes.weight_v",
+    "num_patch_prototypes": "distillation.patch_prototypes.weight_v",
+    "reconstruction_hidden_size": "reconstruction.fc1.weight",
+    "reconstruction_bottleneck_size": "reconstruction.fc3.weight",
+}
+# The options of a run that a card tells of; paths and machines are nobody's business.
+HYPERPARAMETERS = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "min_lr",
+    "warmup_epochs",
+    "weight_decay",
+    "weight_decay_end",
+    "clip_grad",
+    "drop_path_rate",
+    "momentum_teacher",
+    "warmup_teacher_temp",
+    "teacher_temp",
+    "warmup_teacher_temp_epochs",
+    "freeze_last_layer",
+    "drop_perc",
+    "drop_replace",
+    "num_crops_local",
+    "fromINet",
+)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """
+    What was found in a file and what became of it.
+
+    Args:
+        config ([`ASiTConfig`]): of the written model.
+        feature_extractor ([`ASiTFeatureExtractor`]): written beside it.
+        release (`str`, *optional*): `"2023"` or `"2024"`, as the heads tell; `None` where there are none.
+        written (`str`): which of the file's weights.
+        decisions (`list[str]`): what no tensor tells, with where it was taken from.
+        unused (`list[str]`): keys of the file that are not in the written model. A dictionary of which nothing is used
+            is named as a whole.
+    """
+
+    config: ASiTConfig
+    feature_extractor: ASiTFeatureExtractor
+    release: str | None
+    written: str
+    decisions: list[str]
+    unused: list[str]
+
+    def __str__(self) -> str:
+        config, (columns, rows) = self.config, self.config.position_grid
+        origin = f"a checkpoint of the {self.release} release" if self.release else "a backbone without heads"
+        return "\n".join(
+            [
+                f"found {origin}: width {config.hidden_size}, {config.num_hidden_layers} layers, MLP "
+                f"{config.intermediate_size}, patches {config.patch_size} x {config.patch_size}",
+                *self.decisions,
+                f"positions: {columns} x {rows} (time x mel), {config.num_frames} frames",
+                f"written: {self.written}",
+                *(f"not used: {key}" for key in self.unused),
+            ]
+        )
+
+
+def convert(
+    checkpoint: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    source: Literal["teacher", "student"] | None = None,
+    pretraining: bool = False,
+    num_attention_heads: int | None = None,
+    num_mel_bins: int | None = None,
+    sampling_rate: int | None = None,
+    position_grid: tuple[int, int] | None = None,
+    num_frames: int | None = None,
+    overwrite: bool = False,
+) -> Conversion:
+    """
+    Converts an official checkpoint to a folder that `from_pretrained` loads.
+
+    Args:
+        checkpoint: the file.
+        output_dir: written as a whole or not at all. An earlier export there is replaced.
+        source (`str`, *optional*): which encoder of a training checkpoint, by default the teacher's.
+        pretraining (`bool`, defaults to `False`): write student, teacher, heads and centres, as
+            [`ASiTForPreTraining`].
+        num_attention_heads (`int`, *optional*): told by no tensor; by default that of the file's `args.arch` if it
+            divides the width, else width / 64.
+        num_mel_bins (`int`, *optional*): by default the file's `args.num_mel_bins`, else 128.
+        sampling_rate (`int`, *optional*): of the feature extractor, in Hz; by default the file's `args.sample_rate`,
+            else 16000. The 2023 release has no such option: it tells its filter bank 32000 Hz whatever the audio's
+            rate, so 32000 with audio of that rate repeats what it saw.
+        position_grid (`tuple[int, int]`, *optional*): columns (time) and rows (mel) that the weights were trained to
+            read their positions as, where these are not the file's own. PretrainedSED reads the 37 x 8 grid of
+            `ASIT_weak_1.pt` and `ASIT_strong_1.pt` as `(8, 37)` and resizes that to every length but 592 frames; the
+            files do not tell.
+        num_frames (`int`, *optional*): with `position_grid`, the length to resize to and to store, cut to whole
+            patches; the converted model is right at this length only.
+        overwrite (`bool`, defaults to `False`): whether to replace whatever else `output_dir` holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        FileExistsError: `output_dir` holds something that is not an earlier export.
+        ValueError: a file that cannot be read safely or cannot be an ASiT, or options that do not go with it.
+    """
+    _check_options(source, pretraining, position_grid, num_frames)
+    checkpoint, output_dir = Path(checkpoint), Path(output_dir).resolve()
+    check_replaceable(output_dir, checkpoint.resolve(), overwrite)
+    content = read_checkpoint(checkpoint)
+    args = _run_options(content)
+    tensors = _flatten(content)
+    backbones = _find_backbones(tensors)
+    prefix = backbones[_choose(backbones, source)]
+    root = prefix.removesuffix("backbone.")
+    release = _release(tensors, root) if root != prefix else None
+
+    config, decisions = _infer_config(tensors, prefix, args, num_attention_heads, num_mel_bins)
+    if release is not None:
+        for name, value in _head_fields(tensors, root, release).items():
+            setattr(config, name, value)
+    if pretraining:
+        model, places = ASiTForPreTraining(config), _training_places(backbones, release, checkpoint)
+        written = "student, teacher, heads and centres"
+    else:
+        model, places = ASiTModel(config), {"": prefix}
+        written = f"the encoder {prefix}*" if prefix else "the encoder"
+    state, used = _rename(model.state_dict(), places, release, tensors)
+    if position_grid is not None:
+        model = _with_positions_read_as(config, state, position_grid, num_frames)
+        decisions.append(f"positions were read as {position_grid[0]} x {position_grid[1]} (--position_grid)")
+    model.load_state_dict(state)
+
+    extractor, rate_origin = _feature_extractor(args, config.num_mel_bins, sampling_rate)
+    decisions.append(rate_origin)
+    conversion = Conversion(config, extractor, release, written, decisions, _unused(content, used))
+    facts = _card_facts(checkpoint, content, args, conversion)
+    if position_grid is not None:
+        facts["limitations"] = (
+            f"Trained to read its positions as a grid of {position_grid[0]} x {position_grid[1]} patches. They are "
+            f"stored resized for {config.num_frames} frames, and the model is right at that length only."
+        )
+    with whole_folder(output_dir) as folder:
+        model.save_pretrained(folder)
+        extractor.save_pretrained(folder)
+        write_model_card(folder, **facts)
+    return conversion
+
+
+def _check_options(
+    source: str | None, pretraining: bool, position_grid: tuple[int, int] | None, num_frames: int | None
+) -> None:
+    if source not in (None, "teacher", "student"):
+        raise ValueError(f"source must be 'teacher' or 'student', got {source!r}")
+    if pretraining and source is not None:
+        raise ValueError(f"pretraining keeps both student and teacher, got source {source!r}")
+    if pretraining and position_grid is not None:
+        raise ValueError("position_grid is for encoders, a training checkpoint reads its positions as they are")
+    if (position_grid is None) != (num_frames is None):
+        raise ValueError("position_grid and num_frames go together: the grid that was read, and the length to store")
+
+
+class _NumPyNumber:
+    """Stands where a file has a NumPy number, as the authors' learning rates are: NumPy itself is not called."""
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_SAFE_GLOBALS = [
+    argparse.Namespace,
+    (_NumPyNumber, "numpy.dtype"),
+    (_NumPyNumber, "numpy.core.multiarray.scalar"),
+    (_NumPyNumber, "numpy._core.multiarray.scalar"),
+]
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """
+    Reads a PyTorch file of tensors, plain containers and `argparse.Namespace`; nothing in it is run.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that holds anything else, is damaged, or is no dictionary.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_SAFE_GLOBALS):
+            warnings.simplefilter("ignore")  # of pickle protocols, before the error that follows
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {named[1]}" if named else "it is pickled in another way than PyTorch's"
+        raise ValueError(
+            f"{path} is refused: only tensors, plain containers and argparse.Namespace are read, {reason}"
+        ) from error
+    except Exception as error:  # a damaged pickle fails in any way
+        reason = str(error).splitlines() or [""]
+        raise ValueError(f"{path} is no whole PyTorch file: {type(error).__name__}: {reason[0]}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected a dictionary of tensors, got {type(content).__name__}")
+    return dict(content)
+
+
+def _run_options(content: dict[str, Any]) -> dict[str, Any]:
+    args = content.get("args")
+    if isinstance(args, argparse.Namespace):
+        return vars(args)
+    return dict(args) if isinstance(args, Mapping) else {}
+
+
+def _flatten(content: Mapping, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of nested dictionaries, keys joined by dots."""
+    tensors = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            tensors.update(_flatten(value, f"{prefix}{key}."))
+        elif isinstance(value, torch.Tensor):
+            tensors[f"{prefix}{key}"] = value
+    return tensors
+
+
+def _find_backbones(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Prefixes of the backbones by `"student"`, `"teacher"`, or `"backbone"` where a prefix names neither."""
+    backbones: dict[str, str] = {}
+    for key in tensors:
+        if key != PATCHES and not key.endswith("." + PATCHES):
+            continue
+        prefix = key.removesuffix(PATCHES)
+        role = next((part for part in prefix.split(".") if part in ("student", "teacher")), "backbone")
+        if role in backbones:
+            raise ValueError(f"expected one {role}, got two: {backbones[role]}{PATCHES} and {key}")
+        backbones[role] = prefix
+    if not backbones:
+        keys = ", ".join(list(tensors)[:3])
+        raise ValueError(
+            f"no ASiT backbone: expected a tensor {PATCHES}, with any prefix, got {len(tensors)} tensors ({keys}, ...)"
+        )
+    return backbones
+
+
+def _choose(backbones: dict[str, str], source: str | None) -> str:
+    chosen = source or ("teacher" if "student" in backbones or "teacher" in backbones else "backbone")
+    if chosen not in backbones:
+        raise ValueError(f"the file has no {chosen}, but {' and '.join(sorted(backbones))}")
+    return chosen
+
+
+def _release(tensors: dict[str, torch.Tensor], root: str) -> str | None:
+    if f"{root}head_cls.cls_layer.weight_v" in tensors:
+        return "2023"
+    return "2024" if f"{root}head.last_layer.weight_v" in tensors else None
+
+
+def _infer_config(
+    tensors: dict[str, torch.Tensor],
+    prefix: str,
+    args: dict[str, Any],
+    num_attention_heads: int | None,
+    num_mel_bins: int | None,
+) -> tuple[ASiTConfig, list[str]]:
+    """The configuration that a backbone's shapes ask for, and where the rest of it is taken from."""
+    patches = tensors[prefix + PATCHES]
+    if patches.dim() != 4 or patches.shape[1] != 1 or patches.shape[2] != patches.shape[3]:
+        raise ValueError(
+            f"{prefix}{PATCHES} must have shape (width, 1, patch, patch), one channel and square patches, got "
+            f"{tuple(patches.shape)}"
+        )
+    hidden_size, patch_size = patches.shape[0], patches.shape[2]
+    positions = _tensor(tensors, f"{prefix}pos_embed", 3).shape[1] - 1
+    bins, bins_origin = _first(
+        (num_mel_bins, "--num_mel_bins"), (_number(args, "num_mel_bins"), "args.num_mel_bins"), (128, "assumed")
+    )
+    rows = bins // patch_size
+    if rows < 1 or bins % patch_size or positions < 1 or positions % rows:
+        raise ValueError(
+            f"{positions} patch positions do not fit {bins} mel bins ({bins_origin}) in patches of {patch_size}: "
+            "--num_mel_bins gives another number"
+        )
+    heads, heads_origin = _num_heads(hidden_size, args, num_attention_heads)
+    config = ASiTConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=_depth(tensors, prefix),
+        num_attention_heads=heads,
+        intermediate_size=_tensor(tensors, f"{prefix}blocks.0.mlp.fc1.weight", 2).shape[0],
+        qkv_bias=any(key.startswith(prefix) and key.endswith(".attn.qkv.bias") for key in tensors),
+        patch_size=patch_size,
+        num_mel_bins=bins,
+        num_frames=positions // rows * patch_size,
+    )
+    return config, [f"attention heads: {heads} ({heads_origin})", f"mel bins: {bins} ({bins_origin})"]
+
+
+def _num_heads(hidden_size: int, args: dict[str, Any], asked: int | None) -> tuple[int, str]:
+    if asked is not None:
+        if asked < 1 or hidden_size % asked:
+            raise ValueError(f"a width of {hidden_size} cannot have {asked} attention heads")
+        return asked, "--num_attention_heads"
+    arch = args.get("arch")
+    for name, heads in ARCHITECTURES.items():
+        if isinstance(arch, str) and arch.startswith(name) and hidden_size % heads == 0:
+            return heads, f"args.arch {arch}"
+    if hidden_size % 64:
+        raise ValueError(
+            f"no tensor tells the number of attention heads, and a width of {hidden_size} is no multiple of 64: "
+            "--num_attention_heads is needed"
+        )
+    return hidden_size // 64, "width / 64"
+
+
+def _depth(tensors: dict[str, torch.Tensor], prefix: str) -> int:
+    blocks = (re.match(r"blocks\.(\d+)\.", key.removeprefix(prefix)) for key in tensors if key.startswith(prefix))
+    indices = sorted({int(block[1]) for block in blocks if block})
+    if not indices or indices != list(range(len(indices))):
+        raise ValueError(f"expected {prefix}blocks.0, .1, ... without a gap, got {indices}")
+    return len(indices)
+
+
+def _head_fields(tensors: dict[str, torch.Tensor], root: str, release: str) -> dict[str, Any]:
+    """What a release sets, with the widths of this file's heads."""
+    fields = dict(get_objective(release).config)
+    for field, name in HEAD_WIDTHS.items():
+        key = root + _official_name(name, release)
+        if key in tensors and tensors[key].dim() == 2:
+            fields[field] = tensors[key].shape[0]
+    return fields
+
+
+def _training_places(backbones: dict[str, str], release: str | None, checkpoint: Path) -> dict[str, str]:
+    """Where each part of an [`ASiTForPreTraining`] stands in the file, by the beginnings of names."""
+    if release is None or not {"student", "teacher"} <= backbones.keys():
+        raise ValueError(
+            f"{checkpoint} has no student and teacher with heads to go on pretraining with; without pretraining the "
+            "encoder alone is converted, from which run_pretraining.py starts with fresh heads"
+        )
+    places = dict(CENTERS[release])
+    for part, prefix in (("", backbones["student"]), ("teacher.", backbones["teacher"])):
+        places[f"{part}asit."] = prefix
+        places[f"{part}heads."] = prefix.removesuffix("backbone.")
+    return places
+
+
+def _rename(
+    expected: dict[str, torch.Tensor], places: dict[str, str], release: str | None, tensors: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """The weights `expected` under our names, float32, and the keys they were found at."""
+    state, used = {}, set()
+    for name, like in expected.items():
+        part = next(part for part in places if name.startswith(part))
+        key = places[part] + _official_name(name.removeprefix(part), release)
+        projection = re.search(r"\.([qkv])_proj\.", name)
+        shape = (3 * like.shape[0], *like.shape[1:]) if projection else tuple(like.shape)
+        value = _tensor(tensors, key)
+        if name in CENTERS["2024"]:
+            value = value.flatten()
+        if value.shape != shape or not value.is_floating_point():
+            raise ValueError(
+                f"{key} must be floating point of shape {shape}, got {value.dtype} of shape {tuple(value.shape)}"
+            )
+        if projection:
+            value = value.chunk(3)["qkv".index(projection[1])]
+        state[name] = value.detach().float()
+        used.add(key)
+    return state, used
+
+
+def _official_name(name: str, release: str | None) -> str:
+    for ours, theirs in (*ENCODER_NAMES, *HEAD_NAMES.get(release, ())):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _with_positions_read_as(
+    config: ASiTConfig, state: dict[str, torch.Tensor], grid: tuple[int, int], num_frames: int
+) -> ASiTModel:
+    """A model with the positions that one which reads its grid as `grid` has at `num_frames`; changes both inputs."""
+    if num_frames < config.patch_size:
+        raise ValueError(f"num_frames must be at least one patch of {config.patch_size}, got {num_frames}")
+    config.num_frames = num_frames // config.patch_size * config.patch_size
+    name = "embeddings.position_embeddings"
+    state[name] = resize_positions(state[name], grid, config.position_grid)
+    return ASiTModel(config)
+
+
+def _feature_extractor(
+    args: dict[str, Any], num_mel_bins: int, sampling_rate: int | None
+) -> tuple[ASiTFeatureExtractor, str]:
+    rate, origin = _first(
+        (sampling_rate, "--sampling_rate"), (_number(args, "sample_rate"), "args.sample_rate"), (16000, "assumed")
+    )
+    statistics = {"mean": _number(args, "data_mean"), "std": _number(args, "data_std")}
+    statistics = {name: value for name, value in statistics.items() if value is not None}
+    extractor = ASiTFeatureExtractor(sampling_rate=rate, num_mel_bins=num_mel_bins, **statistics)
+    whose = "args" if statistics else "AudioSet's, assumed"
+    return extractor, (
+        f"sampling rate: {rate} Hz ({origin}); mean {extractor.mean}, standard deviation {extractor.std} ({whose})"
+    )
+
+
+def _unused(content: Mapping, used: set[str], prefix: str = "") -> list[str]:
+    names = []
+    for key, value in content.items():
+        path = f"{prefix}{key}"
+        if path in used or path in ("args", "epoch"):
+            continue
+        if isinstance(value, Mapping) and any(name.startswith(f"{path}.") for name in used):
+            names += _unused(value, used, f"{path}.")
+        else:
+            names.append(path)
+    return names
+
+
+def _card_facts(
+    checkpoint: Path, content: dict[str, Any], args: dict[str, Any], conversion: Conversion
+) -> dict[str, Any]:
+    with checkpoint.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    options = {name: _number(args, name) for name in HYPERPARAMETERS}
+    recipe = {
+        "weights": conversion.written,
+        "SHA-256 of the file": digest,
+        "release": conversion.release,
+        "epochs done": _number(content, "epoch"),
+        **options,
+        "what no tensor tells": "; ".join(conversion.decisions),
+    }
+    return {
+        "license": "unknown",
+        "training_data": f"Converted from `{checkpoint.name}`, weights in the format of ASiT's authors. **Their "
+        "licence is unknown**: the authors' code and weights carry none. What they were trained on the file does not "
+        "tell.",
+        "recipe": {name: value for name, value in recipe.items() if value is not None},
+    }
+
+
+def _tensor(tensors: dict[str, torch.Tensor], key: str, dim: int | None = None) -> torch.Tensor:
+    if key not in tensors:
+        raise ValueError(f"the file cannot be an ASiT: it has no tensor {key}")
+    if dim is not None and tensors[key].dim() != dim:
+        raise ValueError(f"{key} must have {dim} dimensions, got shape {tuple(tensors[key].shape)}")
+    return tensors[key]
+
+
+def _number(values: Mapping, name: str) -> int | float | None:
+    value = values.get(name)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _first(*choices: tuple[Any, str]) -> tuple[Any, str]:
+    return next(choice for choice in choices if choice[0] is not None)
+
+
+def _grid(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected a grid of time x mel like 8x37, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m asit_hf.convert_original",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, help="the authors' file")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument(
+        "--source", choices=["teacher", "student"], help="encoder of a training checkpoint (default: teacher)"
+    )
+    parser.add_argument("--pretraining", action="store_true", help="keep student, teacher, heads and centres")
+    parser.add_argument(
+        "--num_attention_heads", type=int, help="by default from the file's args.arch, else width / 64"
+    )
+    parser.add_argument("--num_mel_bins", type=int, help="by default from the file's args, else 128")
+    parser.add_argument(
+        "--sampling_rate",
+        type=int,
+        help="in Hz; by default from the file's args, else 16000. The 2023 release, whose args have none, told its "
+        "filter bank 32000 for audio of any rate",
+    )
+    parser.add_argument(
+        "--position_grid",
+        type=_grid,
+        metavar="TxF",
+        help="patches in time x mel that the weights were trained to read their positions as: 8x37 for ASIT_weak_1.pt "
+        "and ASIT_strong_1.pt, whose training code swapped the two at every length but 592 frames; needs --num_frames",
+    )
+    parser.add_argument(
+        "--num_frames",
+        type=int,
+        help="with --position_grid: the length in frames of 10 ms, 992 for 10 s, to resize to and store; the model is "
+        "right at this length only",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace whatever output_dir holds")
+    args = parser.parse_args(arguments)
+    try:
+        conversion = convert(**vars(args))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(conversion)
+    print(f"{args.output_dir}: the licence of these weights is unknown")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -111,8 +111,8 @@ class PretrainingCrops(Dataset):
         strict: raise for a clip that cannot be read; otherwise report it in `bad_files` and take another clip, drawn
             anew.
 
-    Items: the tensors of `CropSettings.read`, the numbers `sample_key` and `index` (the row that was read), and
-    `bad_files`, a list of (path, reason).
+    Items: the tensors of `CropSettings.read`, the numbers `sample_key` and `index` (the row that was read), `file`,
+    and `bad_files`, a list of (path, reason).
 
     Raises, from `[]`:
         AudioReadError: with `strict`, for a clip that cannot be read.
@@ -158,7 +158,8 @@ class PretrainingCrops(Dataset):
         while True:
             try:
                 crops = self.settings.read(_source(self.sources[row]), key)
-                return {**crops, "sample_key": key, "index": row, "bad_files": bad_files}
+                name = source_name(_source(self.sources[row]))
+                return {**crops, "sample_key": key, "index": row, "file": name, "bad_files": bad_files}
             except AudioReadError as error:
                 if self.strict:
                     raise
@@ -218,7 +219,7 @@ class StreamingCrops(IterableDataset):
                     raise
                 _report(bad_files, error)
                 continue
-            yield {**crops, "sample_key": key, "index": index, "bad_files": bad_files}
+            yield {**crops, "sample_key": key, "index": index, "file": source_name(source), "bad_files": bad_files}
             bad_files = []
         for path, reason in bad_files:
             logger.warning("left out %s: %s", path, reason)

@@ -42,6 +42,10 @@ class Center(nn.Module):
         self.center.mul_(self.momentum).add_(mean.to(self.center.dtype), alpha=1 - self.momentum)
         self._sum = None
 
+    def forget(self) -> None:
+        """Drops what was accumulated."""
+        self._sum = None
+
 
 def view_distillation_loss(
     student_logits: torch.Tensor,
@@ -77,6 +81,7 @@ def patch_distillation_loss(
     center: torch.Tensor,
     student_temperature: float,
     teacher_temperature: float,
+    count: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Local self-distillation: cross-entropy between the teacher's and the student's prototype distributions of the same
@@ -88,8 +93,9 @@ def patch_distillation_loss(
         student_prototypes (`torch.Tensor` of shape `(prototypes, bottleneck)`): logits are their products.
         teacher_features, teacher_prototypes: the teacher's, same shapes; no gradient flows into them.
         center (`torch.Tensor` of shape `(prototypes,)`): subtracted from the teacher's logits.
+        count (`torch.Tensor` of shape `()`, *optional*): what the sum is divided by instead of the number of patches.
     """
-    return _PatchDistillation.apply(
+    total = _PatchDistillation.apply(
         student_features,
         student_prototypes,
         teacher_features,
@@ -98,6 +104,7 @@ def patch_distillation_loss(
         student_temperature,
         teacher_temperature,
     )
+    return total / (max(len(student_features), 1) if count is None else count)
 
 
 class _PatchDistillation(torch.autograd.Function):
@@ -128,34 +135,47 @@ class _PatchDistillation(torch.autograd.Function):
                         features_grad[rows] = difference @ student_matrix
                     if needs_prototypes:
                         prototypes_grad += (difference.T @ student[rows]).float()
-        count = max(len(student), 1)
         ctx.features_grad = features_grad
         ctx.prototypes_grad = prototypes_grad
-        ctx.scale = 1 / count
         ctx.student_temp = student_temp
         ctx.dtype = student_prototypes.dtype
-        return loss / count
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         features_grad = prototypes_grad = None
         if ctx.features_grad is not None:
-            features_grad = ctx.features_grad * (grad * ctx.scale)
+            features_grad = ctx.features_grad * grad
         if ctx.prototypes_grad is not None:
-            prototypes_grad = (ctx.prototypes_grad * (grad * ctx.scale / ctx.student_temp)).to(ctx.dtype)
+            prototypes_grad = (ctx.prototypes_grad * (grad / ctx.student_temp)).to(ctx.dtype)
         ctx.features_grad = ctx.prototypes_grad = None  # whoever holds on to the loss does not hold on to these
         return features_grad, prototypes_grad, None, None, None, None, None
 
 
-def reconstruction_loss(reconstruction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def reconstruction_loss(
+    reconstruction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, count: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     L1 distance, mean over the corrupted pixels only.
 
     Args:
         reconstruction, target (`torch.Tensor` of any equal shape): the student's output and the clean spectrogram.
         mask (`torch.Tensor` of the same shape): true where the student's input was corrupted.
+        count (`torch.Tensor` of shape `()`, *optional*): what the sum is divided by instead of the mask's pixels.
     """
     mask = mask.to(torch.float32)
     distance = F.l1_loss(reconstruction.float(), target.float(), reduction="none")
-    return (distance * mask).sum() / mask.sum().clamp_min(1)
+    return (distance * mask).sum() / (mask.sum().clamp_min(1) if count is None else count)
+
+
+def mean_over_processes(count: torch.Tensor) -> torch.Tensor:
+    """
+    A count, at least 1, averaged over the processes. Divided by it, and its gradients averaged over the processes, a
+    sum becomes the mean over all of them, however unevenly they share what is counted.
+    """
+    count = count.to(torch.float32)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count.clamp_min(1)

@@ -13,7 +13,13 @@ from transformers.utils.generic import can_return_tuple
 
 from ..configuration_asit import ASiTConfig
 from ..modeling_asit import ASiTModel, ASiTPreTrainedModel
-from .losses import Center, patch_distillation_loss, reconstruction_loss, view_distillation_loss
+from .losses import (
+    Center,
+    mean_over_processes,
+    patch_distillation_loss,
+    reconstruction_loss,
+    view_distillation_loss,
+)
 from .masking import mix_keys, uniform_noise
 
 # The teacher's entropy over patches is watched on this many of them.
@@ -32,6 +38,8 @@ class ASiTForPreTrainingOutput(ModelOutput):
         reconstruction (`torch.Tensor` of shape `(batch, views, frames, mel)`): the student's clean-up of its input.
         cls_entropy, patch_entropy (`torch.Tensor` of shape `()`): mean entropy of the teacher's distributions, in
             nats. At log(prototypes) they are uniform, at 0 one-hot.
+        cls_logit_std, patch_logit_std (`torch.Tensor` of shape `()`): standard deviation over clips, or patches, of
+            the teacher's centred logits, mean over prototypes; 0 when all get the same distribution.
         feature_std (`torch.Tensor` of shape `()`): standard deviation over clips of the teacher's L2-normalised CLS
             features, mean over dimensions; 1 / sqrt(dimensions) when they are spread out, 0 when collapsed.
     """
@@ -43,6 +51,8 @@ class ASiTForPreTrainingOutput(ModelOutput):
     reconstruction: torch.FloatTensor | None = None
     cls_entropy: torch.FloatTensor | None = None
     patch_entropy: torch.FloatTensor | None = None
+    cls_logit_std: torch.FloatTensor | None = None
+    patch_logit_std: torch.FloatTensor | None = None
     feature_std: torch.FloatTensor | None = None
 
 
@@ -182,6 +192,11 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         self.cls_center.update()
         self.patch_center.update()
 
+    def forget_outputs(self) -> None:
+        """Drops the teacher outputs since the last update of the centres, for a step that is skipped."""
+        self.cls_center.forget()
+        self.patch_center.forget()
+
     @can_return_tuple
     def forward(
         self,
@@ -191,6 +206,7 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         local_values: torch.Tensor | None = None,
         teacher_temperature: float = 0.07,
         drop_path_keys: torch.Tensor | None = None,
+        mean_over_all: bool = True,
     ) -> ASiTForPreTrainingOutput:
         r"""
         Args:
@@ -202,6 +218,9 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
             teacher_temperature (`float`, defaults to 0.07): temperature of the teacher's softmax.
             drop_path_keys (`torch.Tensor` of shape `(batch,)`, *optional*): int64 keys that decide what stochastic
                 depth drops for each clip; without them the global generator does.
+            mean_over_all (`bool`, defaults to `True`): over several processes, the reconstruction loss (and the local
+                one on corrupted patches) is the mean over the corrupted pixels of all of them; `False`: each process
+                takes the mean over its own, as the authors do.
         """
         shape = input_values.shape
         if input_values.dim() != 4 or corrupted_values.shape != shape or corruption_mask.shape != shape:
@@ -225,14 +244,18 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
                 cls_tokens = torch.cat((cls_tokens, local_tokens), dim=1)
             self._add_global_loss(output, cls_tokens, teacher[:, :, 0], teacher_temperature)
         if config.local_loss_weight > 0:
-            self._add_local_loss(output, patches, teacher[:, :, 1:], corruption_mask, teacher_temperature)
+            counted = None
+            if config.local_loss_patches == "corrupted":
+                counted = corrupted_patches(corruption_mask, config.patch_size).flatten()
+            teacher_patches = teacher[:, :, 1:]
+            self._add_local_loss(output, patches, teacher_patches, counted, mean_over_all, teacher_temperature)
         if config.reconstruction_loss_weight > 0:
             pixels = self.heads.reconstruction(patches.flatten(0, 1)).unflatten(0, shape[:2])
             frames = pixels.shape[2]  # the last frames short of a patch are cut
             output.reconstruction = pixels
-            output.reconstruction_loss = reconstruction_loss(
-                pixels, input_values[:, :, :frames], corruption_mask[:, :, :frames]
-            )
+            mask = corruption_mask[:, :, :frames]
+            count = mean_over_processes(mask.sum()) if mean_over_all else None
+            output.reconstruction_loss = reconstruction_loss(pixels, input_values[:, :, :frames], mask, count)
         terms = [
             (config.global_loss_weight, output.global_loss),
             (config.local_loss_weight, output.local_loss),
@@ -298,6 +321,7 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
             student_logits, teacher_logits, center, self.config.student_temperature, temperature
         )
         output.cls_entropy = _entropy(teacher_logits, center, temperature)
+        output.cls_logit_std = _spread(teacher_logits)
         output.feature_std = F.normalize(teacher.detach().float(), dim=-1).flatten(0, 1).std(0, correction=0).mean()
         if self.training:
             rows = teacher_logits.float().flatten(0, -2)
@@ -308,29 +332,33 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         output: ASiTForPreTrainingOutput,
         student: torch.Tensor,
         teacher: torch.Tensor,
-        corruption_mask: torch.Tensor,
+        counted: torch.Tensor | None,
+        mean_over_all: bool,
         temperature: float,
     ) -> None:
         with torch.no_grad():
             teacher_features = self.teacher["heads"].distillation(teacher).flatten(0, 2)
             teacher_weight = self.teacher["heads"].distillation.patch_weight()
-        if self.config.local_loss_patches == "corrupted":
-            counted = corrupted_patches(corruption_mask, self.config.patch_size).flatten()
-        else:
-            counted = slice(None)
-        student_features = self.heads.distillation(student.flatten(0, 2)[counted])
+        student, targets, count = student.flatten(0, 2), teacher_features, None
+        if counted is not None:
+            student, targets = student[counted], targets[counted]
+            count = mean_over_processes(counted.sum()) if mean_over_all else None
+        student_features = self.heads.distillation(student)
         center = self.patch_center.center
         output.local_loss = patch_distillation_loss(
             student_features,
             self.heads.distillation.patch_weight(),
-            teacher_features[counted],
+            targets,
             teacher_weight,
             center,
             self.config.student_temperature,
             temperature,
+            count,
         )
         stride = max(1, len(teacher_features) // MONITORED_PATCHES)
-        output.patch_entropy = _entropy(teacher_features[::stride] @ teacher_weight.T, center, temperature)
+        some_logits = teacher_features[::stride] @ teacher_weight.T
+        output.patch_entropy = _entropy(some_logits, center, temperature)
+        output.patch_logit_std = _spread(some_logits)
         if self.training:
             # the mean of the logits is the logits of the mean: no second pass over all of them
             with torch.autocast(teacher_features.device.type, enabled=False):
@@ -351,6 +379,12 @@ def corrupted_patches(corruption_mask: torch.Tensor, patch_size: int) -> torch.T
 def _entropy(logits: torch.Tensor, center: torch.Tensor, temperature: float) -> torch.Tensor:
     log_probabilities = ((logits.float() - center) / temperature).log_softmax(-1)
     return -(log_probabilities.exp() * log_probabilities).sum(-1).mean()
+
+
+@torch.no_grad()
+def _spread(logits: torch.Tensor) -> torch.Tensor:
+    # centring moves every row alike and leaves the deviation as it is
+    return logits.float().flatten(0, -2).std(0, correction=0).mean()
 
 
 __all__ = ["ASiTForPreTraining", "ASiTForPreTrainingOutput"]

@@ -1,23 +1,27 @@
 """ASiT's pretraining as a subclass of Trainer."""
 
 import json
+import shutil
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 from transformers.utils import logging
 
 from ..data.collators import collate_crops
 from ..data.epochs import EpochCallback
 from ..feature_extraction_asit import ASiTFeatureExtractor
+from .checkpoints import UNFINISHED, describe_failed_save, on_termination, publish
 from .masking import FILLINGS, GMML, PATTERNS, corrupt, mix_keys
 from .modeling import ASiTForPreTraining, ASiTForPreTrainingOutput
+from .monitoring import CollapseCallback
 from .objectives import get_objective
 from .schedules import Schedules, cosine_schedule, stepwise_schedule
 
@@ -31,6 +35,8 @@ _LOGGED = (
     "reconstruction_loss",
     "cls_entropy",
     "patch_entropy",
+    "cls_logit_std",
+    "patch_logit_std",
     "feature_std",
 )
 
@@ -91,7 +97,17 @@ class ASiTPreTrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Leaves out the epoch's last batch if it is not full (others each epoch)."}
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hides losses that are not finite."})
+    max_skipped_steps: int = field(
+        default=20,
+        metadata={"help": "Stop after so many steps in a row whose loss or gradient is not finite; they are skipped."},
+    )
+    mean_over_all: bool = field(
+        default=True,
+        metadata={
+            "help": "Over several processes: reconstruction loss as the mean over the pixels of all of them; "
+            "False: each takes the mean over its own, as the authors do."
+        },
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: the data room names its own."})
 
     def __post_init__(self):
@@ -172,12 +188,17 @@ class ASiTPreTrainer(Trainer):
         self._check_data()
         self._compare_objective()
         self.last_example: dict[str, torch.Tensor] | None = None
+        self.next_log: dict[str, float] = {}  # what callbacks add to the next log
+        self.num_skipped_steps = 0
+        self.terminated = False
+        self._staging: Path | None = None
         self._sums: dict[str, torch.Tensor] = {}
         self._num_passes = 0
-        self._num_passes_in_step = 0
+        self._passes_in_step: list[_Pass] = []
         self._last_layers = [parameter for name, parameter in model.heads.named_parameters() if "prototypes" in name]
         self.add_callback(EpochCallback(self.train_dataset))
         self.add_callback(_OptimiserSteps(self))
+        self.add_callback(CollapseCallback())
         if args.picture_steps > 0:
             from .callbacks import PicturesCallback  # matplotlib takes a second to import
 
@@ -239,9 +260,9 @@ class ASiTPreTrainer(Trainer):
         self._report_bad_files(inputs.pop("bad_files", []))
         views = self.prepare_views(inputs)
         temperature = self.schedules.at(self.state.global_step)["teacher_temperature"]
-        output = model(**views, teacher_temperature=temperature)
-        self._num_passes_in_step += 1
-        self._add_to_log(output)
+        output = model(**views, teacher_temperature=temperature, mean_over_all=self.args.mean_over_all)
+        values = {name: output[name].detach().float() for name in _LOGGED if output.get(name) is not None}
+        self._passes_in_step.append(_Pass(output.loss.detach(), values, inputs.get("files", [])))
         if self.args.picture_steps > 0 and output.reconstruction is not None:
             self.last_example = {
                 "clean": views["input_values"][0, 0],
@@ -290,7 +311,44 @@ class ASiTPreTrainer(Trainer):
             step = self.schedules.at(self.state.global_step - 1)
             logs.update({name: value for name, value in step.items() if name != "learning_rate"})
             self._sums, self._num_passes = {}, 0
+        if self.num_skipped_steps:
+            logs["skipped_steps"] = self.num_skipped_steps
+        logs.update(self.next_log)
+        self.next_log.clear()
         super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; at SIGTERM the step is finished, a checkpoint is saved and `terminated` is true."""
+        shutil.rmtree(Path(self.args.output_dir) / UNFINISHED, ignore_errors=True)  # of a run that was killed
+        with on_termination(self._ask_to_stop):
+            return super().train(*args, **kwargs)
+
+    def _ask_to_stop(self) -> None:
+        self.terminated = True
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Under another name until it is whole: a run that is killed leaves no half checkpoint."""
+        step, run_dir = self.state.global_step, Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        push, self.args.push_to_hub = self.args.push_to_hub, False  # only what has its name is pushed
+        self._staging = run_dir / UNFINISHED
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # every process has written its random state
+            if self.args.should_save:
+                publish(self._staging / name, run_dir / name)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            raise OSError(describe_failed_save(error, run_dir, step)) from error
+        finally:
+            self._staging, self.args.push_to_hub = None, push
+        if push:
+            self._push_from_checkpoint(str(run_dir / name))
+        if self.args.should_save:
+            rotate_checkpoints(str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _check_data(self) -> None:
         try:
@@ -342,16 +400,36 @@ class ASiTPreTrainer(Trainer):
     def _donor_key(self) -> int:
         """A key of (seed, step, pass within the step, process)."""
         key = mix_keys(
-            torch.tensor(self.args.seed), self.state.global_step, self._num_passes_in_step, self.args.process_index
+            torch.tensor(self.args.seed), self.state.global_step, len(self._passes_in_step), self.args.process_index
         )
         return int(key)
 
-    def _add_to_log(self, output: ASiTForPreTrainingOutput) -> None:
-        """Sums on the device; they are read, and the device waited for, only when it is time to log."""
-        for name in _LOGGED:
-            if output.get(name) is not None:
-                self._sums[name] = self._sums.get(name, 0) + output[name].detach().float()
-        self._num_passes += 1
+    def _finish_step(self, skipped: bool) -> None:
+        """Adds the step's values to the next log, on the device: they are read, and waited for, when it is time."""
+        if not skipped:
+            for done in self._passes_in_step:
+                for name, value in done.values.items():
+                    self._sums[name] = self._sums.get(name, 0) + value
+            self._num_passes += len(self._passes_in_step)
+        self._passes_in_step = []
+
+    def _agree(self, *flags: bool | torch.Tensor) -> list[bool]:
+        """Each flag, true where it is true in any process."""
+        values = torch.stack([torch.as_tensor(flag, device=self.args.device).float() for flag in flags])
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+        return [value > 0 for value in values.tolist()]
+
+    def _describe_bad_step(self) -> str:
+        files = [name for done in self._passes_in_step if not torch.isfinite(done.loss) for name in done.files] or [
+            name for done in self._passes_in_step for name in done.files
+        ]
+        return (
+            f"{self.args.max_skipped_steps} steps in a row had a loss or gradient that is not finite, up to step "
+            f"{self.state.global_step}; files of the last batch of process {self.args.process_index}: "
+            f"{', '.join(files) or 'not named by the data'}. Nothing was saved since they began: look at these files, "
+            "or go on from the last checkpoint with a lower learning rate."
+        )
 
     def _bad_files_report(self) -> Path:
         rank = f".rank{self.args.process_index}" if self.args.process_index else ""
@@ -369,11 +447,22 @@ class ASiTPreTrainer(Trainer):
                 file.write(json.dumps({"file": name, "reason": reason}) + "\n")
 
 
+@dataclass
+class _Pass:
+    """One forward pass of a step: its loss, what is logged of it, and where its clips come from."""
+
+    loss: torch.Tensor
+    values: dict[str, torch.Tensor]
+    files: list[str]
+
+
 class _OptimiserSteps(TrainerCallback):
     """Once an optimiser step: clipping and weight decay before it, centres and teacher after it."""
 
     def __init__(self, trainer: ASiTPreTrainer):
         self.trainer = trainer
+        self.skips = self.stops = False
+        self.skipped_in_a_row = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
@@ -387,10 +476,12 @@ class _OptimiserSteps(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         trainer = self.trainer
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if args.max_tensor_grad_norm > 0:
-            clip_tensor_norms(model, args.max_tensor_grad_norm)
-        if state.global_step < args.freeze_last_layer_epochs * trainer._steps_per_epoch:
+        trainer.accelerator.unscale_gradients()
+        norm = clip_tensor_norms(trainer.model, args.max_tensor_grad_norm)
+        self.skips, self.stops = trainer._agree(~torch.isfinite(norm), trainer.terminated)
+        if self.skips:
+            self._skip(args)
+        elif state.global_step < args.freeze_last_layer_epochs * trainer._steps_per_epoch:
             for parameter in trainer._last_layers:
                 parameter.grad = None
         weight_decay = trainer.schedules.at(state.global_step)["weight_decay"]
@@ -400,16 +491,39 @@ class _OptimiserSteps(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        model.update_centers()
-        model.update_teacher(self.trainer.schedules.at(state.global_step)["teacher_momentum"])
-        self.trainer._num_passes_in_step = 0
+        if self.skips:
+            model.forget_outputs()
+        else:
+            self.skipped_in_a_row = 0
+            model.update_centers()
+            model.update_teacher(self.trainer.schedules.at(state.global_step)["teacher_momentum"])
+        self.trainer._finish_step(self.skips)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.stops:
+            logger.warning(f"asked to stop: saving at step {state.global_step}")
+            self.trainer.terminated = True  # where another process was asked
+            control.should_save = control.should_training_stop = True
+
+    def _skip(self, args) -> None:
+        trainer = self.trainer
+        trainer.num_skipped_steps += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= args.max_skipped_steps:
+            raise FloatingPointError(trainer._describe_bad_step())
+        if trainer.accelerator.scaler is None:  # a gradient scaler of float16 looks for itself
+            for parameter in trainer.model.parameters():
+                parameter.grad = None
 
 
 @torch.no_grad()
-def clip_tensor_norms(model: nn.Module, max_norm: float) -> None:
+def clip_tensor_norms(model: nn.Module, max_norm: float) -> torch.Tensor:
     """
-    Scales every parameter's gradient down to a norm of at most `max_norm`, each by itself. The query, key and value
-    projections of a layer count as one tensor, as they are one in the authors' code.
+    Scales every parameter's gradient down to a norm of at most `max_norm` (0: not at all), each by itself. The query,
+    key and value projections of a layer count as one tensor, as they are one in the authors' code.
+
+    Returns:
+        `torch.Tensor` of shape `()`: the norm of all gradients before, finite only if each of them is.
     """
     groups: dict[str, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -417,12 +531,14 @@ def clip_tensor_norms(model: nn.Module, max_norm: float) -> None:
             merged = name.replace("q_proj", "qkv").replace("k_proj", "qkv").replace("v_proj", "qkv")
             groups.setdefault(merged, []).append(parameter.grad)
     gradients = [gradient for group in groups.values() for gradient in group]
-    norms = iter(torch._foreach_norm(gradients))
-    scales = []
-    for group in groups.values():
-        norm = torch.stack([next(norms) for _ in group]).norm()
-        scales.extend([(max_norm / (norm + 1e-6)).clamp_max(1.0)] * len(group))
-    torch._foreach_mul_(gradients, scales)
+    norms = torch._foreach_norm(gradients)
+    if max_norm > 0:
+        remaining, scales = iter(norms), []
+        for group in groups.values():
+            norm = torch.stack([next(remaining) for _ in group]).norm()
+            scales.extend([(max_norm / (norm + 1e-6)).clamp_max(1.0)] * len(group))
+        torch._foreach_mul_(gradients, scales)
+    return torch.stack(norms).norm()
 
 
 __all__ = ["ASiTPreTrainer", "ASiTPreTrainingArguments", "clip_tensor_norms"]

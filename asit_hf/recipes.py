@@ -12,15 +12,15 @@ from transformers import HfArgumentParser
 
 def parse_arguments(dataclass_types: tuple[type, ...], arguments: list[str] | None = None) -> tuple[Any, ...]:
     """
-    Parses a command line into dataclasses. `--recipe FILE` (yaml or json, given first or anywhere) supplies options;
-    what stands on the command line overrides it. `$NAME` in a recipe is taken from the environment.
+    Parses a command line into dataclasses. `--recipe FILE ...` (yaml or json, anywhere) supplies options; a later file
+    overrides an earlier one, and the command line both. `$NAME` in a recipe is taken from the environment.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     recipe_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    recipe_parser.add_argument("--recipe", metavar="FILE")
+    recipe_parser.add_argument("--recipe", metavar="FILE", nargs="+", action="extend", default=[])
     chosen, arguments = recipe_parser.parse_known_args(arguments)
-    recipe = recipe_arguments(chosen.recipe) if chosen.recipe else []
-    parser = HfArgumentParser(dataclass_types, epilog="--recipe FILE reads options from a yaml or json file.")
+    recipe = [argument for path in chosen.recipe for argument in recipe_arguments(path)]
+    parser = HfArgumentParser(dataclass_types, epilog="--recipe FILE ... reads options from yaml or json files.")
     return parser.parse_args_into_dataclasses(recipe + arguments)
 
 

@@ -5,10 +5,12 @@ Pretrains ASiT on unlabelled audio.
         --per_device_train_batch_size 32 --num_train_epochs 100
 
 `--train_data` takes folders of audio, csv / json manifests, parquet shards or names of Hub data sets, several of them
-at once. `--recipe FILE` reads options from a file; options on the command line override it. Add
-`--resume_from_checkpoint True` to go on from the last checkpoint of `--output_dir`.
+at once. `--model_name_or_path` starts from the weights of an ASiT or of a ViT of images instead of random ones.
+`--recipe FILE` reads options from a file; options on the command line override it. Add `--resume_from_checkpoint True`
+to go on from the last checkpoint of `--output_dir`.
 """
 
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +21,17 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
-from asit_hf.data import PretrainingCrops, StreamingCrops, load_unlabelled
+from asit_hf.data import LabelledClips, PretrainingCrops, StreamingCrops, label_names, load_unlabelled
+from asit_hf.finetuning import load_labelled_dataset
+from asit_hf.pretraining.initialisation import encoder_from_vit, read_model_type
+from asit_hf.pretraining.monitoring import KnnProbeCallback
 from asit_hf.pretraining.objectives import get_objective
 from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
 from asit_hf.recipes import parse_arguments
 
 logger = logging.get_logger(__name__)
+
+LOSS_OPTIONS = ("global_loss_weight", "local_loss_weight", "reconstruction_loss_weight", "local_loss_patches")
 
 
 @dataclass
@@ -50,14 +57,30 @@ class DataArguments:
     )
     std: float | None = field(default=None, metadata={"help": "Their standard deviation, likewise."})
     strict: bool = field(default=False, metadata={"help": "Stop at a file that cannot be read."})
+    knn_train: str | None = field(
+        default=None, metadata={"help": "csv of labelled clips (columns file and label) that vote in a kNN probe."}
+    )
+    knn_test: str | None = field(default=None, metadata={"help": "csv of the clips that it is scored on."})
+    knn_steps: int = field(default=1000, metadata={"help": "Optimiser steps between two kNN probes."})
 
 
 @dataclass
 class ModelArguments:
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint to go on from: an encoder (heads are fresh) or a pretraining one."}
+        default=None,
+        metadata={
+            "help": "Checkpoint to go on from: an ASiT encoder (heads are fresh, the teacher is a copy), an ASiT "
+            "pretraining checkpoint (all of it goes on), or a ViT of images (as an encoder). An ASiT keeps its "
+            "positions, whatever --global_seconds is."
+        },
     )
-    size: str = field(default="base", metadata={"help": "tiny, small or base."})
+    size: str = field(default="base", metadata={"help": "Of a model from random weights: tiny, small or base."})
+    global_loss_weight: float | None = field(default=None, metadata={"help": "Of the CLS loss (2024: 0.5, 2023: 1)."})
+    local_loss_weight: float | None = field(default=None, metadata={"help": "Of the patch loss (0.5, 1)."})
+    reconstruction_loss_weight: float | None = field(default=None, metadata={"help": "Of the L1 loss (1, 2)."})
+    local_loss_patches: str | None = field(
+        default=None, metadata={"help": "Patches that the patch loss is taken over: all or corrupted."}
+    )
     config_overrides: str | None = field(
         default=None, metadata={"help": "Other fields of ASiTConfig: num_prototypes=4096,num_hidden_layers=6"}
     )
@@ -84,19 +107,37 @@ def build_dataset(data: DataArguments, args: ASiTPreTrainingArguments, sampling_
 
 
 def build_model(model: ModelArguments, data: DataArguments, args: ASiTPreTrainingArguments) -> ASiTForPreTraining:
-    fields = {**get_objective(args.objective).config, "drop_path_rate": model.drop_path_rate}
-    fields |= parse_overrides(model.config_overrides)
-    if model.model_name_or_path:
-        config = ASiTConfig.from_pretrained(model.model_name_or_path, **fields)
-    else:
-        fields.setdefault("num_frames", position_frames(data.global_seconds))
-        config = ASiTConfig.from_size(model.size, **fields)
-    if model.model_name_or_path:
-        return ASiTForPreTraining.from_pretrained(
-            model.model_name_or_path, config=config, attn_implementation=model.attn_implementation
-        )
+    overrides = {"drop_path_rate": model.drop_path_rate, **parse_overrides(model.config_overrides)}
+    overrides |= {name: value for name in LOSS_OPTIONS if (value := getattr(model, name)) is not None}
+    fields = {**get_objective(args.objective).config, **overrides}
+    name = model.model_name_or_path
+    if name and is_asit(name):
+        config = ASiTConfig.from_pretrained(name)
+        if config.architectures == [ASiTForPreTraining.__name__]:  # its heads and loss weights go on as they are
+            if (config.num_patch_prototypes is None) != (fields["num_patch_prototypes"] is None):
+                logger.warning("%s has not the heads of the %s objective; it keeps its own", name, args.objective)
+            fields = overrides
+        config = ASiTConfig.from_pretrained(name, **fields)
+        return ASiTForPreTraining.from_pretrained(name, config=config, attn_implementation=model.attn_implementation)
+    fields.setdefault("num_frames", position_frames(data.global_seconds))
+    encoder = encoder_from_vit(name, **fields) if name else None
+    config = encoder.config if encoder else ASiTConfig.from_size(model.size, **fields)
     config._attn_implementation = model.attn_implementation
-    return ASiTForPreTraining(config)
+    pretraining = ASiTForPreTraining(config)
+    if encoder:
+        pretraining.asit.load_state_dict(encoder.state_dict())
+        pretraining.reset_teacher()
+    return pretraining
+
+
+def is_asit(name_or_path: str) -> bool:
+    """Whether a checkpoint is one of this package's."""
+    if Path(name_or_path).is_file():
+        raise ValueError(
+            f"model_name_or_path must be a folder or Hub name, got the file {name_or_path}; "
+            "python -m asit_hf.convert_original makes a folder of an official checkpoint"
+        )
+    return read_model_type(name_or_path) == ASiTConfig.model_type
 
 
 def parse_overrides(text: str | None) -> dict:
@@ -109,12 +150,21 @@ def parse_overrides(text: str | None) -> dict:
 
 
 def build_feature_extractor(model: ModelArguments, data: DataArguments, num_mel_bins: int) -> ASiTFeatureExtractor:
-    """The checkpoint's, or a fresh one; with what the command line says."""
+    """An ASiT checkpoint's, or a fresh one; with what the command line says."""
     chosen = {name: getattr(data, name) for name in ("sampling_rate", "mean", "std")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    if model.model_name_or_path:
+    if model.model_name_or_path and is_asit(model.model_name_or_path):
         return ASiTFeatureExtractor.from_pretrained(model.model_name_or_path, **chosen)
     return ASiTFeatureExtractor(num_mel_bins=num_mel_bins, **chosen)
+
+
+def build_knn_probe(data: DataArguments, trainer: ASiTPreTrainer) -> KnnProbeCallback:
+    if not data.knn_test:
+        raise ValueError("knn_train needs knn_test, the clips that the probe is scored on")
+    train = load_labelled_dataset(data.knn_train)
+    test = load_labelled_dataset(data.knn_test, names=label_names(train))
+    rate = trainer.processing_class.sampling_rate
+    return KnnProbeCallback(trainer, LabelledClips(train, rate), LabelledClips(test, rate), data.knn_steps)
 
 
 def position_frames(seconds: float) -> int:
@@ -134,7 +184,12 @@ def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
     checkpoint = args.resume_from_checkpoint
     if checkpoint in ("True", "true"):
         checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if data_args.knn_train:
+        trainer.add_callback(build_knn_probe(data_args, trainer))
     trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.terminated:
+        logger.warning(f"terminated at step {trainer.state.global_step}: --resume_from_checkpoint True goes on")
+        sys.exit(128 + signal.SIGTERM)
     trainer.save_model()
     trainer.save_state()
     if args.push_to_hub:

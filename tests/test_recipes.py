@@ -21,6 +21,16 @@ def test_the_command_line_overrides_the_recipe(tmp_path):
         assert options == Options(data=["c"], rate=0.5, flag=True, name=None)
 
 
+def test_later_recipes_override_earlier_ones(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("data: [a, b]\nrate: 0.2\nname: x\n")
+    second.write_text("data: [c]\nrate: 0.3\n")
+    expected = Options(data=["c"], rate=0.3, flag=True, name="x")
+    for given in (["--recipe", str(first), str(second)], ["--recipe", str(first), "--recipe", str(second)]):
+        (options,) = parse_arguments((Options,), [*given, "--flag", "true"])
+        assert options == expected
+
+
 def test_json_recipes_and_nested_values(tmp_path):
     recipe = tmp_path / "recipe.json"
     recipe.write_text('{"data": [{"source": "a.csv", "filter": ["fold=1"]}, "b"]}')

@@ -1,15 +1,24 @@
+import dataclasses
 import importlib.util
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
+from transformers import ViTConfig, ViTModel
 
 from asit_hf import ASiTForPreTraining, ASiTModel, export_encoder
+from asit_hf.convert_original import convert
+from asit_hf.pretraining.masking import GMML
+from asit_hf.pretraining.trainer import ASiTPreTrainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 SMALL = (
     "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64,num_mel_bins=32,"
     "distillation_hidden_size=16,distillation_bottleneck_size=8,num_prototypes=16"
@@ -73,18 +82,94 @@ def test_the_2023_objective_has_its_own_heads_and_no_local_crops(script, folder,
     assert "local_waveforms" not in trainer.data_collator([trainer.train_dataset[0]])
 
 
+def build(script, options):
+    classes = (script.ModelArguments, script.DataArguments, script.ASiTPreTrainingArguments)
+    model_args, data_args, args = script.parse_arguments(classes, options)
+    return script.build_model(model_args, data_args, args)
+
+
+def assert_teacher_is_student(model):
+    for part, teacher in model.teacher.items():
+        student = getattr(model, part).state_dict()
+        assert all(torch.equal(student[name], value) for name, value in teacher.state_dict().items()), part
+
+
+def assert_same(module, state):
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
 def test_it_goes_on_from_an_encoder_with_fresh_heads(script, folder, tmp_path):
-    script.main(options(folder, tmp_path / "run", num_train_epochs=1))
+    trained = script.main(options(folder, tmp_path / "run", num_train_epochs=1)).model
     encoder = export_encoder(tmp_path / "run", tmp_path / "encoder")
-    model_args, data_args, args = script.parse_arguments(
-        (script.ModelArguments, script.DataArguments, script.ASiTPreTrainingArguments),
-        options(folder, tmp_path / "next", model_name_or_path=encoder),
-    )
-    model = script.build_model(model_args, data_args, args)
+    longer = {"model_name_or_path": encoder, "global_seconds": 0.7}
+    model = build(script, options(folder, tmp_path / "next", **longer))
     assert isinstance(model, ASiTForPreTraining)
-    expected = ASiTModel.from_pretrained(encoder).state_dict()
-    for part in (model.asit, model.teacher["asit"]):
-        assert all((part.state_dict()[name] == value).all() for name, value in expected.items())
+    assert_same(model.asit, ASiTModel.from_pretrained(encoder).state_dict())
+    assert_teacher_is_student(model)
+    assert model.config.num_frames == 48  # the encoder's, which resizes its positions by itself
+    for name, value in model.heads.named_parameters():
+        if not name.endswith(("bias", "weight_g")):  # which all begin alike
+            for old in (trained.heads, trained.teacher["heads"]):
+                assert not torch.allclose(value, old.get_parameter(name)), name
+        elif "projection" not in name:
+            assert (value == name.endswith("weight_g")).all(), name
+    assert not model.cls_center.center.any()
+    trainer = script.main(options(folder, tmp_path / "next", **longer, num_train_epochs=1))
+    assert trainer.state.global_step == 2
+
+
+def test_all_of_a_pretraining_checkpoint_goes_on(script, folder, tmp_path, caplog):
+    heads = f"{SMALL},num_patch_prototypes=12,reconstruction_hidden_size=20,reconstruction_bottleneck_size=10"
+    first = options(folder, tmp_path / "run", num_train_epochs=1, objective="2023", config_overrides=heads)
+    trained = script.main(first).model
+    chosen = {
+        "model_name_or_path": tmp_path / "run",
+        "objective": "2023",
+        "config_overrides": "student_temperature=0.2",
+    }
+    model = build(script, options(folder, tmp_path / "next", **chosen))
+    assert_same(model, {name: value.cpu() for name, value in trained.state_dict().items()})
+    assert (model.config.num_patch_prototypes, model.config.global_loss_weight) == (12, 1.0)
+    assert model.config.student_temperature == 0.2
+    assert "keeps its own" not in caplog.text
+    model = build(script, options(folder, tmp_path / "next", **{**chosen, "objective": "2024"}))
+    assert (model.config.num_patch_prototypes, model.config.global_loss_weight) == (12, 1.0)
+    assert "not the heads of the 2024 objective; it keeps its own" in caplog.text
+
+
+def test_it_starts_from_a_vit(script, folder, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
+    vit = ViTModel(ViTConfig(**sizes, image_size=64))
+    vit.save_pretrained(tmp_path / "vit")
+    heads = "num_mel_bins=32,distillation_hidden_size=16,distillation_bottleneck_size=8,num_prototypes=16"
+    chosen = {"model_name_or_path": tmp_path / "vit", "config_overrides": heads}
+    model = build(script, options(folder, tmp_path / "run", **chosen))
+    assert (model.config.num_frames, model.config.intermediate_size, model.config.drop_path_rate) == (48, 40, 0.1)
+    assert torch.equal(model.asit.layers[0].mlp.fc1.weight, vit.layers[0].mlp.fc1.weight)
+    assert_teacher_is_student(model)
+    trainer = script.main(options(folder, tmp_path / "run", **chosen, num_train_epochs=1))
+    assert trainer.state.global_step == 2
+    assert trainer.processing_class.num_mel_bins == 32
+
+
+def test_it_goes_on_from_a_converted_backbone(script, folder, tmp_path):
+    """A file of the authors' without heads, as the public self-supervised one."""
+    arrays = np.load(FIXTURES / "official_2024.npz")
+    teacher = {name.removeprefix("teacher/"): torch.from_numpy(arrays[name]) for name in arrays.files}
+    torch.save({name: value for name, value in teacher.items() if name.startswith("backbone.")}, tmp_path / "ssl.pt")
+    with pytest.raises(ValueError, match="convert_original"):
+        build(script, options(folder, tmp_path / "run", model_name_or_path=tmp_path / "ssl.pt"))
+    convert(tmp_path / "ssl.pt", tmp_path / "asit", num_attention_heads=3, num_mel_bins=32)
+    heads = "distillation_hidden_size=16,distillation_bottleneck_size=8,num_prototypes=16"
+    chosen = {"model_name_or_path": tmp_path / "asit", "config_overrides": heads, "num_train_epochs": 1}
+    model = build(script, options(folder, tmp_path / "run", **chosen))
+    assert torch.equal(model.asit.embeddings.position_embeddings, teacher["backbone.pos_embed"])
+    assert_teacher_is_student(model)
+    trainer = script.main(options(folder, tmp_path / "run", **chosen))
+    assert trainer.state.global_step == 2
+    assert trainer.model.config.num_frames == 96
+    assert not torch.equal(trainer.model.asit.embeddings.position_embeddings, teacher["backbone.pos_embed"])
 
 
 def test_resuming_finds_the_last_checkpoint(script, folder, tmp_path):
@@ -138,3 +223,61 @@ def test_a_folder_without_audio_is_refused(script, tmp_path):
     (tmp_path / "notes.txt").write_text("nothing to hear")
     with pytest.raises(FileNotFoundError, match=r"\.txt"):
         script.main(options(tmp_path, tmp_path / "run"))
+
+
+ABLATIONS = {
+    "full": ({}, {}),
+    "reconstruction": ({"global_loss_weight": 0, "local_loss_weight": 0}, {}),
+    "reconstruction-local": ({"global_loss_weight": 0}, {}),
+    "reconstruction-global": ({"local_loss_weight": 0}, {}),
+    "no-groups": ({}, {"pattern": "patches"}),
+    "no-replacement": ({}, {"replace_probability": 0}),
+    "patch-aligned": ({}, {"alignment": 16}),
+}
+
+
+def test_every_ablation_recipe_is_known():
+    recipes = {path.stem.removeprefix("ablation-") for path in (EXAMPLES / "recipes").glob("ablation-*.yaml")}
+    assert recipes == set(ABLATIONS)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablation_recipes_change_what_they_say_and_nothing_else(script, folder, tmp_path, name):
+    recipe = str(EXAMPLES / "recipes" / f"ablation-{name}.yaml")
+    trainer = script.main([*options(folder, tmp_path, max_steps=1, logging_steps=1), "--recipe", recipe])
+    config, gmml = ABLATIONS[name]
+    weights = {"global_loss_weight": 0.5, "local_loss_weight": 0.5, "reconstruction_loss_weight": 1, **config}
+    assert {field: getattr(trainer.model.config, field) for field in weights} == weights
+    assert trainer.args.gmml == dataclasses.replace(GMML(), **gmml)
+    logged = next(row for row in trainer.state.log_history if "learning_rate" in row)
+    assert {field for field in weights if field.removesuffix("_weight") in logged} == {
+        field for field, weight in weights.items() if weight
+    }
+
+
+def test_a_knn_probe_of_labelled_clips_is_logged(script, folder, tmp_path):
+    for split in ("train", "test"):
+        lines = [f"{folder / f'{index}.flac'},{'ab'[index % 2]}" for index in range(4)]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["file,label", *lines]))
+    arguments = {"knn_train": tmp_path / "train.csv", "knn_test": tmp_path / "test.csv", "knn_steps": 2}
+    trainer = script.main(options(folder, tmp_path / "run", logging_steps=2, **arguments))
+    rows = [row for row in trainer.state.log_history if "knn_accuracy" in row]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert all(row["knn_accuracy"] == 1 for row in rows)  # each clip finds itself
+    with pytest.raises(ValueError, match="needs knn_test"):
+        script.main(options(folder, tmp_path / "run", knn_train=tmp_path / "train.csv"))
+
+
+def test_sigterm_ends_the_script_with_a_checkpoint_and_no_final_model(script, folder, tmp_path, monkeypatch):
+    step = ASiTPreTrainer.training_step
+
+    def terminated(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(ASiTPreTrainer, "training_step", terminated)
+    with pytest.raises(SystemExit) as stopped:
+        script.main(options(folder, tmp_path, save_strategy="steps", save_steps=100))
+    assert stopped.value.code == 143
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
+    assert not (tmp_path / "model.safetensors").exists()

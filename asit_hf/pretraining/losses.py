@@ -171,11 +171,11 @@ def reconstruction_loss(
 
 def mean_over_processes(count: torch.Tensor) -> torch.Tensor:
     """
-    A count, at least 1, averaged over the processes. Divided by it, and its gradients averaged over the processes, a
+    A count, at least 1 in all, averaged over the processes. Divided by it, and its gradients averaged over the processes, a
     sum becomes the mean over all of them, however unevenly they share what is counted.
     """
-    count = count.to(torch.float32)
+    count, processes = count.to(torch.float32), 1
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(count)
-        count = count / dist.get_world_size()
-    return count.clamp_min(1)
+        processes = dist.get_world_size()
+    return count.clamp_min(1) / processes

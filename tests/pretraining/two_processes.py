@@ -1,0 +1,140 @@
+"""
+Runs under torchrun for test_distributed.py: `two_processes.py MODE,MODE,... OUTPUT_DIR CLIPS...`. Writes what each run
+left as `OUTPUT_DIR/MODE-RANK.pt`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from transformers import TrainerCallback
+
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
+from asit_hf.data import PretrainingCrops
+from asit_hf.data.collators import collate_crops
+from asit_hf.pretraining.masking import GMML, corrupt
+from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+GLOBAL_BATCH = 4
+
+
+class GivenViews(Dataset):
+    """Clips that bring their views and masks, of very different coverage."""
+
+    def __init__(self, count: int = 16):
+        generator = torch.Generator().manual_seed(0)
+        clean = torch.randn(count, 2, 48, 32, generator=generator)
+        self.items = {"input_values": clean, "local_values": torch.randn(count, 1, 16, 32, generator=generator)}
+        corrupted, masks = [], []
+        for index in range(count):
+            share = 0.1 + 0.8 * index / count
+            gmml = GMML(zero_share=(share, share), replace_probability=0.0)
+            one, mask = corrupt(clean[index : index + 1], torch.tensor([index]), 0, gmml)
+            corrupted.append(one)
+            masks.append(mask)
+        self.items |= {"corrupted_values": torch.cat(corrupted), "corruption_mask": torch.cat(masks)}
+
+    def __len__(self) -> int:
+        return len(self.items["input_values"])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: value[index] for name, value in self.items.items()} | {"sample_keys": torch.tensor(index)}
+
+
+def stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+class TerminateOne(TrainerCallback):
+    """SIGTERM reaches the second process alone."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1 and RANK == 1:
+            os.kill(os.getpid(), 15)
+
+
+def spoil(items: list[dict]) -> dict:
+    batch = collate_crops(items)
+    spoil.count += 1
+    if spoil.count == 2 and RANK == 1:
+        batch["global_waveforms"][0, 0, 10] = float("nan")
+    return batch
+
+
+spoil.count = 0
+
+
+def main(mode: str, output: str, clips: list[str]) -> None:
+    folder = Path(output) / ("whole" if mode == "resumed" else mode)
+    torch.manual_seed(0)
+    config = ASiTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        num_mel_bins=32,
+        num_frames=48,
+        distillation_hidden_size=32,
+        distillation_bottleneck_size=16,
+        num_prototypes=24,
+        drop_path_rate=0.1,
+        local_loss_patches="corrupted" if mode == "corrupted" else "all",
+    )
+    given = mode in ("given", "corrupted", "per_process")
+    args = ASiTPreTrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=GLOBAL_BATCH // WORLD,
+        num_train_epochs=1 if given else 2,
+        warmup_epochs=0,
+        learning_rate=1e-3,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="steps" if mode in ("whole", "resumed", "terminated") else "no",
+        save_steps=3 if mode != "terminated" else 100,
+        logging_steps=1,
+        picture_steps=0,
+        disable_tqdm=True,
+        train_sampling_strategy="sequential" if given else "random",
+        mean_over_all=mode != "per_process",
+        dataloader_num_workers=1 if mode in ("whole", "resumed") else 0,
+        ddp_backend="gloo" if WORLD > 1 else None,
+    )
+    crops = {"global_seconds": 0.5, "local_seconds": 0.25, "num_local_crops": 1}
+    trainer = ASiTPreTrainer(
+        ASiTForPreTraining(config),
+        args,
+        processing_class=ASiTFeatureExtractor(num_mel_bins=32),
+        train_dataset=GivenViews() if given else PretrainingCrops(clips, 16000, **crops),
+        data_collator=stack if given else spoil if mode == "spoiled" else collate_crops,
+    )
+    if mode == "terminated":
+        trainer.add_callback(TerminateOne())
+    resume = None
+    if mode == "resumed":
+        resume = str(folder / "checkpoint-3")
+    trainer.train(resume_from_checkpoint=resume)
+    result = {
+        "state": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
+        "steps": trainer.state.global_step,
+        "skipped": trainer.num_skipped_steps,
+        "terminated": trainer.terminated,
+        "logs": json.dumps([row for row in trainer.state.log_history if "loss" in row]),
+    }
+    torch.save(result, Path(output) / f"{mode}-{RANK}.pt")
+
+
+if __name__ == "__main__":
+    for mode in sys.argv[1].split(","):
+        main(mode, sys.argv[2], sys.argv[3:])

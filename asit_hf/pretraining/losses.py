@@ -171,8 +171,8 @@ def reconstruction_loss(
 
 def mean_over_processes(count: torch.Tensor) -> torch.Tensor:
     """
-    A count, at least 1 in all, averaged over the processes. Divided by it, and its gradients averaged over the processes, a
-    sum becomes the mean over all of them, however unevenly they share what is counted.
+    A count, at least 1 in all, averaged over the processes. Divided by it, and with gradients averaged over the
+    processes, a sum becomes the mean over all of them, however unevenly they share what is counted.
     """
     count, processes = count.to(torch.float32), 1
     if dist.is_available() and dist.is_initialized():

@@ -323,6 +323,12 @@ class ASiTPreTrainer(Trainer):
         with on_termination(self._ask_to_stop):
             return super().train(*args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # Trainer would add a step to a run that is complete
+            logger.warning(f"nothing to do: the run is complete at step {self.state.global_step}")
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _ask_to_stop(self) -> None:
         self.terminated = True
 

@@ -166,6 +166,18 @@ def test_saving_a_step_again_replaces_it(clips, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-2"]
 
 
+def test_resuming_a_complete_run_changes_nothing(clips, tmp_path):
+    whole = make_trainer(clips, tmp_path)
+    whole.train()
+    again = make_trainer(clips, tmp_path)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 8
+    assert_equal(state(whole), state(again))
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+        f"checkpoint-{step}" for step in (2, 4, 6, 8)
+    }
+
+
 # --- losses that are not finite ------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,165 @@
+"""
+Kills a pretraining run with SIGKILL at random moments, saving included, and lets it resume each time.
+
+    python examples/benchmarks/kill_and_resume.py --kills 20
+
+The run saves a checkpoint every step, so that many kills fall into the saving. After every kill the last checkpoint
+must be whole (model, optimiser, schedules and random state load) and at the end the weights must equal those of a run
+that nobody killed, bit for bit. Prints counts as JSON; the exit status is 1 if anything was lost.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PRELOADED = ["asit_hf.pretraining.trainer", "asit_hf.data"]  # imported once, not after every kill
+
+
+def train(clips: list[str], output_dir: str, steps: int) -> None:
+    import torch
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
+    from asit_hf.data import PretrainingCrops
+    from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = ASiTForPreTraining(
+        ASiTConfig(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=128,
+            num_mel_bins=32,
+            num_frames=48,
+            distillation_hidden_size=64,
+            distillation_bottleneck_size=32,
+            num_prototypes=256,
+            drop_path_rate=0.1,
+        )
+    )
+    args = ASiTPreTrainingArguments(
+        output_dir=output_dir,
+        per_device_train_batch_size=4,
+        max_steps=steps,
+        warmup_epochs=1,
+        learning_rate=1e-3,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
+        logging_steps=10**6,
+        picture_steps=0,
+        disable_tqdm=True,
+    )
+    data = PretrainingCrops(clips, 16000, global_seconds=0.5, local_seconds=0.25, num_local_crops=2)
+    trainer = ASiTPreTrainer(model, args, processing_class=ASiTFeatureExtractor(num_mel_bins=32), train_dataset=data)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir))
+
+
+def check_checkpoint(folder: str) -> None:
+    """Raises unless everything that a resume reads loads from the last checkpoint."""
+    import torch
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from asit_hf import ASiTFeatureExtractor, ASiTForPreTraining
+
+    last = get_last_checkpoint(folder)
+    if last is None:
+        return
+    ASiTForPreTraining.from_pretrained(last)
+    ASiTFeatureExtractor.from_pretrained(last)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.load(Path(last) / name, weights_only=False)
+    json.loads((Path(last) / "trainer_state.json").read_text())
+
+
+def make_clips(folder: Path, count: int = 16) -> list[str]:
+    import numpy as np
+    import soundfile
+
+    generator = np.random.default_rng(0)
+    for index in range(count):
+        soundfile.write(folder / f"{index:02d}.wav", generator.uniform(-0.3, 0.3, 16000), 16000)
+    return sorted(str(path) for path in folder.glob("*.wav"))
+
+
+def kill_and_resume(kills: int, steps: int, seed: int, folder: Path) -> dict[str, int | bool]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    clips = make_clips(folder)
+
+    def start(target, *arguments):
+        process = context.Process(target=target, args=arguments)
+        process.start()
+        return process
+
+    def finish(target, *arguments) -> bool:
+        process = start(target, *arguments)
+        process.join()
+        return process.exitcode == 0
+
+    def start_training(output_dir: Path) -> multiprocessing.Process:
+        """Returns after the first step that is saved."""
+        output_dir.mkdir(exist_ok=True)
+        seen = checkpoints(output_dir)
+        process = start(train, clips, str(output_dir), steps)
+        while process.is_alive() and checkpoints(output_dir) <= seen:
+            time.sleep(0.002)
+        return process
+
+    process, began = start_training(folder / "whole"), time.perf_counter()
+    process.join()
+    seconds_a_step = (time.perf_counter() - began) / (steps - 1)
+    if process.exitcode:
+        raise SystemExit("the run that nobody kills failed")
+
+    generator = random.Random(seed)
+    killed, ended, in_saving, broken = folder / "killed", 0, 0, 0
+    for _ in range(kills):
+        process = start_training(killed)
+        process.join(generator.uniform(0, 2 * seconds_a_step))
+        ended += not process.is_alive()
+        process.kill()
+        process.join()
+        in_saving += (killed / "unfinished").exists()
+        broken += not finish(check_checkpoint, str(killed))
+    if not finish(train, clips, str(killed), steps):
+        raise SystemExit("the killed run cannot be resumed")
+    same = (killed / f"checkpoint-{steps}" / "model.safetensors").read_bytes() == (
+        folder / "whole" / f"checkpoint-{steps}" / "model.safetensors"
+    ).read_bytes()
+    return {
+        "kills": kills - ended,
+        "kills_while_saving": in_saving,
+        "checkpoints_that_do_not_load": broken,
+        "equal_to_the_run_nobody_killed": same,
+        "steps": steps,
+    }
+
+
+def checkpoints(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("checkpoint-*")}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=None, help="optimiser steps of the run (default: 3 a kill)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        counts = kill_and_resume(args.kills, args.steps or 3 * args.kills + 4, args.seed, Path(folder))
+    print(json.dumps(counts))
+    return int(counts["checkpoints_that_do_not_load"] > 0 or not counts["equal_to_the_run_nobody_killed"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -162,7 +162,7 @@ def convert(
 
     Args:
         checkpoint: the file.
-        output_dir: written as a whole or not at all. An earlier export there is replaced.
+        output_dir: written as a whole or not at all. An earlier export of an encoder there is replaced.
         source (`str`, *optional*): which encoder of a training checkpoint, by default the teacher's.
         pretraining (`bool`, defaults to `False`): write student, teacher, heads and centres, as
             [`ASiTForPreTraining`].
@@ -301,6 +301,8 @@ def _flatten(content: Mapping, prefix: str = "") -> dict[str, torch.Tensor]:
         if isinstance(value, Mapping):
             tensors.update(_flatten(value, f"{prefix}{key}."))
         elif isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.is_meta:
+                raise ValueError(f"{prefix}{key} must be a plain tensor, got {value.layout} on {value.device}")
             tensors[f"{prefix}{key}"] = value
     return tensors
 
@@ -317,9 +319,9 @@ def _find_backbones(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
             raise ValueError(f"expected one {role}, got two: {backbones[role]}{PATCHES} and {key}")
         backbones[role] = prefix
     if not backbones:
-        keys = ", ".join(list(tensors)[:3])
+        keys = ": " + ", ".join([*list(tensors)[:3], "..."]) if tensors else ""
         raise ValueError(
-            f"no ASiT backbone: expected a tensor {PATCHES}, with any prefix, got {len(tensors)} tensors ({keys}, ...)"
+            f"no ASiT backbone: expected a tensor {PATCHES}, with any prefix, got {len(tensors)} tensors{keys}"
         )
     return backbones
 
@@ -354,7 +356,7 @@ def _infer_config(
     hidden_size, patch_size = patches.shape[0], patches.shape[2]
     positions = _tensor(tensors, f"{prefix}pos_embed", 3).shape[1] - 1
     bins, bins_origin = _first(
-        (num_mel_bins, "--num_mel_bins"), (_number(args, "num_mel_bins"), "args.num_mel_bins"), (128, "assumed")
+        (num_mel_bins, "--num_mel_bins"), (_count(args, "num_mel_bins"), "args.num_mel_bins"), (128, "assumed")
     )
     rows = bins // patch_size
     if rows < 1 or bins % patch_size or positions < 1 or positions % rows:
@@ -435,6 +437,10 @@ def _rename(
         key = places[part] + _official_name(name.removeprefix(part), release)
         projection = re.search(r"\.([qkv])_proj\.", name)
         shape = (3 * like.shape[0], *like.shape[1:]) if projection else tuple(like.shape)
+        if name in CENTERS["2024"] and key not in tensors:
+            raise ValueError(
+                f"the file has no centre {key} to go on pretraining with; without pretraining its encoder is converted"
+            )
         value = _tensor(tensors, key)
         if name in CENTERS["2024"]:
             value = value.flatten()
@@ -442,6 +448,8 @@ def _rename(
             raise ValueError(
                 f"{key} must be floating point of shape {shape}, got {value.dtype} of shape {tuple(value.shape)}"
             )
+        if not value.isfinite().all():
+            raise ValueError(f"{key} holds values that are not finite")
         if projection:
             value = value.chunk(3)["qkv".index(projection[1])]
         state[name] = value.detach().float()
@@ -471,8 +479,10 @@ def _feature_extractor(
     args: dict[str, Any], num_mel_bins: int, sampling_rate: int | None
 ) -> tuple[ASiTFeatureExtractor, str]:
     rate, origin = _first(
-        (sampling_rate, "--sampling_rate"), (_number(args, "sample_rate"), "args.sample_rate"), (16000, "assumed")
+        (sampling_rate, "--sampling_rate"), (_count(args, "sample_rate"), "args.sample_rate"), (16000, "assumed")
     )
+    if rate < 1:
+        raise ValueError(f"the sampling rate must be above 0 Hz, got {rate} ({origin})")
     statistics = {"mean": _number(args, "data_mean"), "std": _number(args, "data_std")}
     statistics = {name: value for name, value in statistics.items() if value is not None}
     extractor = ASiTFeatureExtractor(sampling_rate=rate, num_mel_bins=num_mel_bins, **statistics)
@@ -529,6 +539,17 @@ def _tensor(tensors: dict[str, torch.Tensor], key: str, dim: int | None = None) 
 def _number(values: Mapping, name: str) -> int | float | None:
     value = values.get(name)
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _count(args: Mapping, name: str) -> int | None:
+    """A whole number above 0, or `None` where the file's args have none."""
+    value = args.get(name)
+    if value is None:
+        return None
+    number = _number(args, name)
+    if number is None or number < 1 or number != int(number):
+        raise ValueError(f"args.{name} must be a whole number above 0, got {value!r}: --help names the option for it")
+    return int(number)
 
 
 def _first(*choices: tuple[Any, str]) -> tuple[Any, str]:

@@ -37,8 +37,10 @@ def bicubic_resize_matrix(
         `torch.Tensor` of shape `(batch, num_targets, source_size)`, rows summing to 1.
     """
     device = target_sizes.device
+    # number / tensor would be a product with a rounded reciprocal
+    scales = torch.full_like(target_sizes, source_size, dtype=dtype) / target_sizes.to(dtype)
     targets = torch.arange(num_targets, device=device, dtype=dtype) + 0.5
-    coordinates = targets * (source_size / target_sizes.to(dtype))[:, None] - 0.5
+    coordinates = targets * scales[:, None] - 0.5
     first = coordinates.floor()
     distance = coordinates - first
     a = -0.75

@@ -88,7 +88,9 @@ class ModelArguments:
     attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, ..."})
 
 
-def build_dataset(data: DataArguments, args: ASiTPreTrainingArguments, sampling_rate: int):
+def build_dataset(
+    data: DataArguments, args: ASiTPreTrainingArguments, sampling_rate: int, num_local_crops: int
+) -> PretrainingCrops | StreamingCrops:
     objective = get_objective(args.objective)
     dataset = load_unlabelled(data.train_data, streaming=data.streaming)
     if data.streaming:
@@ -99,7 +101,7 @@ def build_dataset(data: DataArguments, args: ASiTPreTrainingArguments, sampling_
         sampling_rate=sampling_rate,
         global_seconds=data.global_seconds,
         local_seconds=data.local_seconds,
-        num_local_crops=objective.num_local_crops if data.num_local_crops is None else data.num_local_crops,
+        num_local_crops=num_local_crops,
         roll_probability=objective.roll_probability,
         seed=args.seed,
         strict=data.strict,
@@ -179,7 +181,10 @@ def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
 
     model = build_model(model_args, data_args, args)
     feature_extractor = build_feature_extractor(model_args, data_args, model.config.num_mel_bins)
-    dataset = build_dataset(data_args, args, feature_extractor.sampling_rate)
+    num_local_crops = data_args.num_local_crops
+    if num_local_crops is None:  # they enter the global loss only
+        num_local_crops = get_objective(args.objective).num_local_crops if model.config.global_loss_weight else 0
+    dataset = build_dataset(data_args, args, feature_extractor.sampling_rate, num_local_crops)
     trainer = ASiTPreTrainer(model=model, args=args, train_dataset=dataset, processing_class=feature_extractor)
     checkpoint = args.resume_from_checkpoint
     if checkpoint in ("True", "true"):

@@ -432,3 +432,21 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     with pytest.raises(ValueError, match="choose another folder"):
         convert(file, tmp_path, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "x.pt"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"num_mel_bins": "32"}, "args.num_mel_bins must be a whole number"),
+        ({"num_mel_bins": 32.5}, "args.num_mel_bins must be a whole number"),
+        ({"sample_rate": 0}, "args.sample_rate must be a whole number"),
+        ({"sample_rate": 16000.5}, "args.sample_rate must be a whole number"),
+    ],
+)
+def test_options_of_the_run_that_are_no_counts_are_refused(tmp_path, args, message):
+    content = official_content("2024")
+    content["args"] = argparse.Namespace(**{**vars(content["args"]), **args})
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "file.pth", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -249,6 +249,7 @@ def test_ablation_recipes_change_what_they_say_and_nothing_else(script, folder, 
     weights = {"global_loss_weight": 0.5, "local_loss_weight": 0.5, "reconstruction_loss_weight": 1, **config}
     assert {field: getattr(trainer.model.config, field) for field in weights} == weights
     assert trainer.args.gmml == dataclasses.replace(GMML(), **gmml)
+    assert trainer.train_dataset.settings.num_local_crops == (4 if weights["global_loss_weight"] else 0)
     logged = next(row for row in trainer.state.log_history if "learning_rate" in row)
     assert {field for field in weights if field.removesuffix("_weight") in logged} == {
         field for field, weight in weights.items() if weight

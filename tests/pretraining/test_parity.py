@@ -97,6 +97,7 @@ def official_model(release: str) -> ASiTForPreTraining:
     for name in ("cls", "patch"):
         state[f"{name}_center.center"] = torch.from_numpy(arrays[f"input/{name}_center"])
     model = ASiTForPreTraining(ASiTConfig(**CONFIG, **OBJECTIVES[release])).train()
+    model.set_attn_implementation("eager")  # as theirs
     model.load_state_dict(state)
     return model
 
@@ -292,16 +293,25 @@ def test_three_steps_of_the_trainer_give_the_authors_gradient_norms(run):
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_three_steps_of_the_trainer_give_the_authors_weights(run, who):
-    trainer, expected, *_ = run
+    """
+    Within 1e-5, and 1e-6 for 99 %. Not held to it are the few elements with a gradient below AdamW's epsilon, 1e-8:
+    its rounding errors, theirs and ours, become steps of a hundredth of the learning rate.
+    """
+    trainer, expected, _, after, _ = run
     state, prefix = trainer.model.state_dict(), "teacher." if who == "teacher" else ""
     start = official_model(trainer.args.objective).state_dict()
-    weights = group(expected, f"final/{who}")
-    errors, moves = [], []
-    for name, theirs in weights.items():
-        ours = our_tensor(state, name, prefix)[::2].numpy()  # the fixture holds every second element
+    errors, moves, noise = [], [], []
+    for name, theirs in group(expected, f"final/{who}").items():
+        ours = our_tensor(state, name, prefix).numpy()
         errors.append(np.abs(ours - theirs))
-        moves.append(np.abs(theirs - our_tensor(start, name, prefix)[::2].numpy()))
-    errors, moves = np.concatenate(errors), np.concatenate(moves)
+        moves.append(np.abs(theirs - our_tensor(start, name, prefix).numpy()))
+        trained = all(part in after[0] for part in our_parts(name))
+        gradient = our_tensor(after[0], name).abs().numpy() if trained else np.ones_like(ours)
+        noise.append(gradient < 1e-8)
+    errors, moves, noise = np.concatenate(errors), np.concatenate(moves), np.concatenate(noise)
     assert moves.max() > (1e-3 if who == "student" else 1e-6)
-    assert errors.max() <= 1e-5
+    assert noise.mean() < 3e-3
+    assert errors[~noise].max() <= 1e-5
+    assert errors.max() <= 1e-4
+    assert (errors > 1e-5).sum() <= 3
     assert (errors <= 1e-6).mean() >= 0.99

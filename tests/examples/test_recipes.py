@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -154,13 +156,13 @@ def write_tone(path: Path, hertz: float, generator: np.random.Generator) -> None
 
 @pytest.fixture(scope="module")
 def audioset(tmp_path_factory) -> Path:
-    """Fourteen clips of two classes, low and high, every third one of both."""
+    """Sixteen clips a part, of two classes, low and high, every third one of both."""
     root = tmp_path_factory.mktemp("audioset")
     generator = np.random.default_rng(0)
     (root / "class_labels_indices.csv").write_text("index,mid,display_name\n0,/m/0,low\n1,/m/1,high\n2,/m/2,never\n")
     for part in ("balanced_train", "eval"):
         lines = ["# head", "# head", "# YTID, start_seconds, end_seconds, positive_labels"]
-        for index in range(14):
+        for index in range(16):
             name = f"{part[0]}_{index:09d}"
             mids = ["/m/0,/m/1", "/m/0", "/m/1"][index % 3]
             write_tone(root / part / f"Y{name}.wav", 300 if mids == "/m/0" else 3000, generator)
@@ -185,7 +187,36 @@ def test_multi_label_recipe_with_mixup_and_averaging(script, encoder, audioset, 
     torch.testing.assert_close((weights[0] + weights[1]) / 2, weights[2])
     assert not torch.allclose(weights[0], weights[1])
     assert len((tmp_path / "per_class.csv").read_text().splitlines()) == 4
-    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 15
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 17
+
+
+@pytest.mark.slow
+def test_two_processes_that_accumulate_train_as_one_that_does_not(script, encoder, audioset, tmp_path):
+    """Several labels a clip, soft by mixing, balanced draws, masks and noise: the same losses, norms and weights."""
+    options = TINY | {"model_name_or_path": encoder, "balanced_sampling": True, "logging_steps": 1}
+    options |= {"max_grad_norm": 1.0, "noise": True, "average_last_epochs": 1}  # a norm that is logged
+    runs = {"one": {"per_device_train_batch_size": 8}, "two": {"per_device_train_batch_size": 2}}
+    script.main(command("audioset-20k", audioset, tmp_path / "one", **options | runs["one"]))
+    runs["two"]["gradient_accumulation_steps"] = 2
+    arguments = command("audioset-20k", audioset, tmp_path / "two", **options | runs["two"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [*torchrun, str(EXAMPLES / "run_audio_classification.py"), *arguments],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=240,
+    )
+    logs = []
+    for run in runs:
+        history = json.loads((tmp_path / run / "trainer_state.json").read_text())["log_history"]
+        rows = [row for row in history if "grad_norm" in row]
+        logs.append([(row["loss"], row["grad_norm"], row["learning_rate"]) for row in rows])
+    assert len(logs[0]) == 6
+    np.testing.assert_allclose(logs[1], logs[0], rtol=1e-3)
+    weights = [ASiTForAudioClassification.from_pretrained(tmp_path / run).state_dict() for run in runs]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

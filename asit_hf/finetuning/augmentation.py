@@ -66,7 +66,8 @@ class Augmentation:
         Masks, noise and shift of one normalised log-mel spectrogram.
 
         Args:
-            values (`torch.Tensor` of shape `(frames, mel)`): without padding. Masks are 0, the data's mean.
+            values (`torch.Tensor` of shape `(frames, mel)`): without padding. Masks are 0, the data's mean; AST masks
+                with 0 before it normalises.
             generator (`np.random.Generator`): of all that is drawn.
             patch_size (`int`): side of the patches that `patch_mask_rate` counts.
         """

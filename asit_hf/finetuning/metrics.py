@@ -49,11 +49,11 @@ def d_prime(auc: float) -> float:
     return float(np.sqrt(2) * ndtri(auc))
 
 
-def single_label_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """`accuracy` and, of more than five classes, `top5_accuracy`; arguments as in `top_k_accuracy`."""
+def single_label_metrics(scores: np.ndarray, labels: np.ndarray, k: int = TOP_K) -> dict[str, float]:
+    """`accuracy` and, of more than `k` classes, `top{k}_accuracy`; arguments as in `top_k_accuracy`."""
     metrics = {"accuracy": top_k_accuracy(scores, labels)}
-    if np.shape(scores)[-1] > TOP_K:
-        metrics[f"top{TOP_K}_accuracy"] = top_k_accuracy(scores, labels, TOP_K)
+    if np.shape(scores)[-1] > k:
+        metrics[f"top{k}_accuracy"] = top_k_accuracy(scores, labels, k)
     return metrics
 
 
@@ -169,13 +169,16 @@ def per_class_report(
 
 
 class SingleLabelMetrics(evaluate.Metric):
-    """`single_label_metrics` as a metric of `evaluate`: `predictions` are scores, `references` class ids."""
+    """
+    `single_label_metrics` as a metric of `evaluate`: `predictions` are scores, `references` class ids; `compute` also
+    takes `k`.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         return _metric_info(single_label_metrics, datasets.Value("int64"))
 
-    def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        return single_label_metrics(np.asarray(predictions), np.asarray(references))
+    def _compute(self, predictions: list, references: list, k: int = TOP_K) -> dict[str, float]:
+        return single_label_metrics(np.asarray(predictions), np.asarray(references), k)
 
 
 class MultiLabelMetrics(evaluate.Metric):

@@ -11,12 +11,8 @@ from asit_hf.data.statistics import LogMelStatistics, log_mel_statistics
 @pytest.fixture(scope="module")
 def waveforms() -> list[np.ndarray]:
     generator = np.random.default_rng(0)
-    return [
-        (10 ** generator.uniform(-4, 0) * generator.standard_normal(int(generator.integers(400, 9000)))).astype(
-            np.float32
-        )
-        for _ in range(12)
-    ]
+    sizes = generator.integers(400, 9000, size=12)
+    return [10 ** generator.uniform(-4, 0) * generator.standard_normal(size, dtype=np.float32) for size in sizes]
 
 
 def test_the_statistics_normalise_the_data_to_mean_0_and_std_one_half(waveforms):

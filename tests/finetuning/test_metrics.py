@@ -142,6 +142,7 @@ def test_evaluate_metrics_equal_the_functions_and_take_batches(tmp_path):
     assert metric.compute() == pytest.approx(multi_label_metrics(TARGET_SCORES, TARGETS))
     metric = SingleLabelMetrics(cache_dir=str(tmp_path))
     assert metric.compute(predictions=SCORES, references=LABELS) == single_label_metrics(SCORES, LABELS)
+    assert metric.compute(predictions=SCORES, references=LABELS, k=2) == {"accuracy": 0.5, "top2_accuracy": 1.0}
 
 
 def test_one_label_a_clip_scored_by_binary_cross_entropys_model():

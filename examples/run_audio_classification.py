@@ -287,6 +287,8 @@ def finetune(
     train, validation, evaluation = load_data(data_args, args.seed, args.load_best_model_at_end)
     problem_type = check_problem_type(data_args.problem_type, train)
     names = None if problem_type == "regression" else label_names(train)
+    if problem_type == "regression" and (data_args.balanced_sampling or args.label_smoothing):
+        raise ValueError("balanced_sampling and label_smoothing need classes, the labels are numbers")
     args.choose_metric(problem_type_of(train))
     model, feature_extractor = build_model(model_args, inputs, problem_type, names)
 

@@ -274,6 +274,41 @@ def test_one_label_a_clip_by_binary_cross_entropy_is_scored_by_accuracy(script, 
     assert "precision" in (tmp_path / "fold-1" / "per_class.csv").read_text()
 
 
+@pytest.fixture
+def voxceleb1(tmp_path) -> Path:
+    generator = np.random.default_rng(2)
+    lines = []
+    for speaker, hertz in (("id10001", 300), ("id10002", 3000)):
+        for mark, video in ((1, "a"), (1, "b"), (2, "c"), (3, "d")):
+            clip = f"{speaker}/{video}/00001.wav"
+            write_tone(tmp_path / "wav" / clip, hertz, generator)
+            lines.append(f"{mark} {clip}")
+    (tmp_path / "iden_split.txt").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_one_list_chooses_and_another_is_scored(script, encoder, voxceleb1, tmp_path):
+    options = TINY | {"model_name_or_path": encoder, "max_steps": 2, "eval_steps": 1, "save_steps": 1}
+    output = tmp_path / "run"
+    script.main(command("voxceleb1", voxceleb1, output, **options))
+    rows = (output / "predictions.csv").read_text().splitlines()[1:]
+    assert [row.split("/")[-2] for row in rows] == ["d", "d"]
+    _, data, *_ = parse_arguments(script.GROUPS, command("voxceleb1", voxceleb1, output))
+    parts = script.load_data(data, seed=0)
+    assert [{row["video"].split("/")[1] for row in part} for part in parts] == [{"a", "b"}, {"c"}, {"d"}]
+
+
+def test_training_files_that_are_not_checked_are_left_out_as_they_come(script, encoder, voxceleb1, tmp_path, caplog):
+    (voxceleb1 / "wav" / "id10001" / "a" / "00001.wav").write_bytes(b"not audio")
+    common = command("voxceleb1", voxceleb1, tmp_path / "run")
+    for checked, count in ((True, 3), (False, 4)):
+        _, data, *_ = parse_arguments(script.GROUPS, [*common, "--check_train_files", str(checked)])
+        assert len(script.load_data(data, seed=0)[0]) == count
+    options = TINY | {"model_name_or_path": encoder, "check_train_files": False, "max_steps": 1, "eval_steps": 1}
+    script.main(command("voxceleb1", voxceleb1, tmp_path / "run", save_steps=1, **options))
+    assert "Format not recognised" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

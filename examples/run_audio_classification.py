@@ -130,8 +130,8 @@ class DataArguments:
             self._check_folds()
         elif self.eval_data is None and (self.eval_split or self.eval_filter):
             self.eval_data = self.train_data
-        if self.folds is None and self.eval_data is None and not self.validation_fraction:
-            raise ValueError("give --eval_data, --eval_split or --eval_filter, or --validation_fraction, or --folds")
+        if not (self.folds or self.eval_data or self.validation_split or self.validation_fraction):
+            raise ValueError("give --eval_data, --eval_split or --eval_filter, --validation_*, or --folds")
         if self.validation_split and self.validation_fraction:
             raise ValueError("give --validation_split or --validation_fraction, not both")
 

@@ -23,7 +23,7 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -281,8 +281,9 @@ def finetune(
     inputs: InputArguments,
     augmentation: Augmentation,
     args: FinetuningArguments,
+    build: Callable = build_model,
 ) -> tuple[dict[str, float], FinetuningTrainer]:
-    """The metrics on the evaluation data, and the trainer."""
+    """The metrics on the evaluation data, and the trainer. `build` makes the model and its feature extractor."""
     set_seed(args.seed)
     train, validation, evaluation = load_data(data_args, args.seed, args.load_best_model_at_end)
     problem_type = check_problem_type(data_args.problem_type, train)
@@ -290,7 +291,7 @@ def finetune(
     if problem_type == "regression" and (data_args.balanced_sampling or args.label_smoothing):
         raise ValueError("balanced_sampling and label_smoothing need classes, the labels are numbers")
     args.choose_metric(problem_type_of(train))
-    model, feature_extractor = build_model(model_args, inputs, problem_type, names)
+    model, feature_extractor = build(model_args, inputs, problem_type, names)
 
     rate = feature_extractor.sampling_rate
     held_out = {"sampling_rate": rate, "max_seconds": inputs.max_eval_seconds}
@@ -332,7 +333,9 @@ def finetune(
     return output.metrics, trainer
 
 
-def cross_validate(arguments: list[str], folds: list[str], args: FinetuningArguments) -> dict[str, float]:
+def cross_validate(
+    arguments: list[str], folds: list[str], args: FinetuningArguments, build: Callable
+) -> dict[str, float]:
     """Leaves out one fold after the other; each has its own output folder and its own arguments, parsed anew."""
     if args.push_to_hub:
         raise ValueError("folds give one model each: push the one you choose, not all of them with --push_to_hub")
@@ -340,7 +343,7 @@ def cross_validate(arguments: list[str], folds: list[str], args: FinetuningArgum
     for fold in folds:
         parsed = parse_arguments(GROUPS, [*arguments, "--output_dir", os.path.join(args.output_dir, f"fold-{fold}")])
         parsed[1].hold_out(fold)
-        results[fold], trainer = finetune(*parsed)
+        results[fold], trainer = finetune(*parsed, build=build)
         histories.append(trainer.state.log_history)
     summary = summarise_folds(results)
     if not parsed[1].validation_fraction:  # the history is of the fold that was left out
@@ -376,14 +379,14 @@ def best_common_epoch(histories: list[list[dict]], metric: str, greater_is_bette
     return {"best_common_epoch": rows[0][best]["epoch"], f"best_common_{key}": float(means[best])}
 
 
-def main(arguments: list[str] | None = None) -> dict[str, float]:
+def main(arguments: list[str] | None = None, build: Callable = build_model) -> dict[str, float]:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parsed = parse_arguments(GROUPS, arguments)
     data_args, args = parsed[1], parsed[-1]
     logging.set_verbosity_info() if args.should_log else logging.set_verbosity_warning()
     if data_args.folds is not None:
-        return cross_validate(arguments, data_args.folds.split(","), args)
-    return finetune(*parsed)[0]
+        return cross_validate(arguments, data_args.folds.split(","), args, build)
+    return finetune(*parsed, build=build)[0]
 
 
 if __name__ == "__main__":

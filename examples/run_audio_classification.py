@@ -5,35 +5,50 @@ Finetunes an ASiT encoder to classify audio.
         --eval_data test.csv --output_dir runs/classifier --num_train_epochs 25 --learning_rate 1e-4
 
 One label a clip, several (`--problem_type multi_label_classification`, or rows with lists of labels), or a number. The
-best checkpoint is kept: by the clips that `--validation_fraction` puts aside from the training data, or without it by
-`--eval_data`. `--recipe FILE` reads options from a file, `--resume_from_checkpoint True` goes on from the last
-checkpoint. The output folder loads with `pipeline("audio-classification", model=...)` and holds `eval_results.json`
-and `predictions.csv`.
+best checkpoint is kept: by the clips of `--validation_split`, or those that `--validation_fraction` puts aside from
+the training data, or without them by `--eval_data`.
+
+The data sets of the paper are read as they lie on disk, with their own splits and classes, and have recipes:
+
+    python examples/run_audio_classification.py --recipe examples/recipes/esc50.yaml --model_name_or_path CHECKPOINT \
+        --train_data ESC-50 --output_dir runs/esc50
+
+`--recipe FILE` reads options from a file, which the command line overrides; `--resume_from_checkpoint True` goes on
+from the last checkpoint. The output folder loads with `pipeline("audio-classification", model=...)` and holds
+`eval_results.json`, `predictions.csv`, `per_class.csv` and, up to 100 classes of one label a clip, `confusion.png`.
+`--folds 1,2,3,4,5` leaves one fold out after the other, with an output folder each and `fold_results.json`.
 """
 
 import csv
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import PredictionOutput, get_last_checkpoint
 from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
-from asit_hf.data import ClassificationCollator, LabelledClips, label_names, split_dataset
+from asit_hf.data import BENCHMARKS, ClassificationCollator, LabelledClips, label_names, split_dataset
 from asit_hf.data.audio import source_name
-from asit_hf.data.epochs import EpochCallback
 from asit_hf.evaluation.embeddings import load_encoder
 from asit_hf.finetuning import load_labelled_dataset, problem_type_of
-from asit_hf.finetuning.metrics import MAIN_METRIC, compute_metrics_for
+from asit_hf.finetuning.augmentation import Augmentation, TrainingClips
+from asit_hf.finetuning.metrics import compute_metrics_for, confusion_counts, per_class_report
+from asit_hf.finetuning.sampling import balanced_weights
+from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer
 from asit_hf.recipes import parse_arguments
 
 logger = logging.get_logger(__name__)
+
+MAX_CLASSES_OF_PICTURE = 100
 
 
 @dataclass
@@ -60,12 +75,20 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    train_data: str = field(metadata={"help": "Folder of class folders, csv or json manifest, or Hub data set."})
+    train_data: str = field(
+        metadata={"help": "Folder of class folders, csv or json manifest, Hub data set, or root of a dataset_layout."}
+    )
+    dataset_layout: str | None = field(
+        default=None, metadata={"help": f"A published data set, with its splits and classes: {', '.join(BENCHMARKS)}."}
+    )
     eval_data: str | None = field(
         default=None,
         metadata={"help": "The same; by default --train_data, if --eval_split or --eval_filter is given."},
     )
     train_split: str | None = field(default=None, metadata={"help": "Split of the training data."})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "Split of --train_data that chooses the checkpoint."}
+    )
     eval_split: str | None = field(default=None, metadata={"help": "Split of the evaluation data."})
     train_filter: list[str] = field(
         default_factory=list, metadata={"help": "COLUMN=V1,V2: keep the rows with these values."}
@@ -77,6 +100,10 @@ class DataArguments:
     group_column: str | None = field(
         default=None, metadata={"help": "Rows alike here stay on one side of it; by default speaker, source or fold."}
     )
+    folds: str | None = field(
+        default=None, metadata={"help": "1,2,3,4: train on all of these folds but one and evaluate on that, in turn."}
+    )
+    fold_column: str = field(default="fold", metadata={"help": "Column of the folds."})
     audio_column: str | None = field(default=None, metadata={"help": "Column of the audio."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels."})
     root: str | None = field(default=None, metadata={"help": "Folder that a manifest's paths are relative to."})
@@ -86,54 +113,94 @@ class DataArguments:
             "help": "single_label_classification, multi_label_classification or regression; default: as labelled."
         },
     )
-    max_seconds: float | None = field(default=None, metadata={"help": "Train on random crops of longer clips."})
-    max_eval_seconds: float | None = field(
-        default=None, metadata={"help": "Evaluate on the beginning of longer clips; by default on whole clips."}
+    balanced_sampling: bool = field(
+        default=False,
+        metadata={"help": "Draw training clips with replacement, by their labels' sum of 1000 / (count + 0.01)."},
+    )
+    check_train_files: bool = field(
+        default=True,
+        metadata={"help": "Open every training file beforehand; unreadable ones are left out either way."},
     )
     strict: bool = field(default=False, metadata={"help": "Stop at a file that cannot be read."})
 
     def __post_init__(self):
-        if self.eval_data is None and (self.eval_split or self.eval_filter):
+        if self.dataset_layout is not None:
+            self._use_layout()
+        if self.folds is not None:
+            self._check_folds()
+        elif self.eval_data is None and (self.eval_split or self.eval_filter):
             self.eval_data = self.train_data
-        if self.eval_data is None and not self.validation_fraction:
-            raise ValueError("give --eval_data, --eval_split or --eval_filter, or --validation_fraction")
+        if not (self.folds or self.eval_data or self.validation_split or self.validation_fraction):
+            raise ValueError("give --eval_data, --eval_split or --eval_filter, --validation_*, or --folds")
+        if self.validation_split and self.validation_fraction:
+            raise ValueError("give --validation_split or --validation_fraction, not both")
+
+    def hold_out(self, fold: str) -> None:
+        """Train on the other folds, evaluate on this one."""
+        others = ",".join(other for other in self.folds.split(",") if other != fold)
+        self.train_filter = [*self.train_filter, f"{self.fold_column}={others}"]
+        self.eval_filter = [*self.eval_filter, f"{self.fold_column}={fold}"]
+        self.eval_data, self.eval_split = self.train_data, self.train_split
+
+    def _use_layout(self) -> None:
+        if self.dataset_layout not in BENCHMARKS:
+            raise ValueError(f"dataset_layout must be one of {', '.join(BENCHMARKS)}, got {self.dataset_layout!r}")
+        splits = BENCHMARKS[self.dataset_layout].splits
+        if splits:
+            self.train_split = self.train_split or "train"
+            self.eval_split = self.eval_split or "test"
+            if "validation" in splits and not self.validation_fraction:
+                self.validation_split = self.validation_split or "validation"
+
+    def _check_folds(self) -> None:
+        if self.eval_data or self.eval_split or self.eval_filter or self.validation_split:
+            raise ValueError("folds are evaluated on each other: leave out --eval_* and --validation_split")
+        if len(set(self.folds.split(","))) < 2:
+            raise ValueError(f"folds must name at least two, as 1,2,3; got {self.folds!r}")
 
 
 @dataclass
-class FinetuningArguments(TrainingArguments):
-    """Trainer's arguments with other defaults."""
-
-    eval_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch."})
-    save_strategy: str = field(default="epoch", metadata={"help": "no, steps, epoch or best."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept beside the best."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best checkpoint, not the last."})
-    metric_for_best_model: str | None = field(
-        default="auto", metadata={"help": "auto: accuracy, mAP or mse, as the problem type has it."}
+class InputArguments:
+    mean: float | None = field(
+        default=None, metadata={"help": "Mean of the log-mel values (default: the checkpoint's, or AudioSet's)."}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator reads them."})
+    std: float | None = field(default=None, metadata={"help": "Their standard deviation, likewise."})
+    max_seconds: float | None = field(default=None, metadata={"help": "Train on random crops of longer clips."})
+    max_eval_seconds: float | None = field(
+        default=None, metadata={"help": "Evaluate on the beginning of longer clips; by default on whole clips."}
+    )
 
-    def choose_metric(self, problem_type: str) -> None:
-        if self.metric_for_best_model == "auto":
-            self.metric_for_best_model, self.greater_is_better = MAIN_METRIC[problem_type]
+
+GROUPS = (ModelArguments, DataArguments, InputArguments, Augmentation, FinetuningArguments)
 
 
-def load_data(args: DataArguments, seed: int) -> tuple[Dataset, Dataset, Dataset]:
-    """(training, validation, evaluation) data; the last two are the same unless both were asked for."""
+def load_data(args: DataArguments, seed: int, chooses: bool = True) -> tuple[Dataset, Dataset, Dataset]:
+    """
+    (training, validation, evaluation) data; the last two are the same unless both were asked for. `chooses`: whether
+    the validation data choose a checkpoint.
+    """
     reading = {name: getattr(args, name) for name in ("audio_column", "label_column", "root", "strict")}
-    train = load_labelled_dataset(args.train_data, args.train_filter, split=args.train_split, **reading)
+    reading["layout"] = args.dataset_layout
+    train = load_labelled_dataset(
+        args.train_data, args.train_filter, split=args.train_split, check_files=args.check_train_files, **reading
+    )
     names = None if problem_type_of(train) == "regression" else label_names(train)
     validation = evaluation = None
     if args.eval_data is not None:
         evaluation = load_labelled_dataset(args.eval_data, args.eval_filter, names, split=args.eval_split, **reading)
-    if args.validation_fraction:
+    if args.validation_split:
+        validation = load_labelled_dataset(
+            args.train_data, args.train_filter, names, split=args.validation_split, **reading
+        )
+    elif args.validation_fraction:
         train, validation = split_dataset(train, args.validation_fraction, seed, args.group_column)
-    else:
+    elif chooses:
         logger.warning("The best checkpoint is chosen by the evaluation data: its score is a little too good.")
     return train, validation or evaluation, evaluation or validation
 
 
 def build_model(
-    args: ModelArguments, problem_type: str, names: Sequence[str] | None
+    args: ModelArguments, inputs: InputArguments, problem_type: str, names: Sequence[str] | None
 ) -> tuple[ASiTForAudioClassification, ASiTFeatureExtractor]:
     fields = {"problem_type": problem_type, "drop_path_rate": args.drop_path_rate}
     if names is None:
@@ -152,7 +219,9 @@ def build_model(
         model.asit.load_state_dict(load_encoder(path, args.source).state_dict())
     if args.freeze_encoder:
         model.asit.requires_grad_(False)
-    return model, ASiTFeatureExtractor.from_pretrained(path) if path else ASiTFeatureExtractor()
+    chosen = {name: value for name in ("mean", "std") if (value := getattr(inputs, name)) is not None}
+    extractor = ASiTFeatureExtractor.from_pretrained(path, **chosen) if path else ASiTFeatureExtractor(**chosen)
+    return model, extractor
 
 
 def check_problem_type(wanted: str | None, dataset: Dataset) -> str:
@@ -170,56 +239,85 @@ def write_predictions(
 ) -> None:
     """One row a clip: `file`, `label`, `prediction` and its `score`; several labels are joined by `;`."""
     logits = torch.as_tensor(output.predictions).float()
-    if problem_type == "single_label_classification":
-        scores, best = logits.softmax(-1).max(-1)
-        rows = [(names[label], names[guess], score) for label, guess, score in zip(output.label_ids, best, scores)]
-    elif problem_type == "multi_label_classification":
-        rows = []
-        for targets, probabilities in zip(torch.as_tensor(output.label_ids), logits.sigmoid()):
-            guesses = (probabilities > 0.5).nonzero().flatten()
-            labels = [";".join(names[index] for index in chosen) for chosen in (targets.nonzero().flatten(), guesses)]
-            rows.append((*labels, ";".join(f"{score:.4f}" for score in probabilities[guesses])))
-    else:
+    if problem_type == "regression":
         rows = [(label, guess, "") for label, guess in zip(output.label_ids.flatten(), logits.flatten().tolist())]
+    else:
+        probabilities = logits.softmax(-1) if problem_type == "single_label_classification" else logits.sigmoid()
+        if problem_type_of(dataset) == "single_label_classification":
+            best = zip(dataset["label"][:], *(column.tolist() for column in reversed(probabilities.max(-1))))
+            rows = [(names[label], names[guess], f"{score:.4f}") for label, guess, score in best]
+        else:
+            rows = []
+            for labels, row in zip(dataset["label"][:], probabilities):
+                guesses = (row > 0.5).nonzero().flatten().tolist()
+                joined = (";".join(names[index] for index in chosen) for chosen in (sorted(labels), guesses))
+                rows.append((*joined, ";".join(f"{row[index]:.4f}" for index in guesses)))
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("file", "label", "prediction", "score"))
-        for source, (label, guess, score) in zip(dataset["audio"][:], rows, strict=True):
-            score = f"{score:.4f}" if isinstance(score, torch.Tensor) else score
-            writer.writerow((source_name(source), label, guess, score))
+        for source, row in zip(dataset["audio"][:], rows, strict=True):
+            writer.writerow((source_name(source), *row))
 
 
-def main(arguments: list[str] | None = None) -> dict[str, float]:
-    model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, FinetuningArguments), arguments)
-    logging.set_verbosity_info() if args.should_log else logging.set_verbosity_warning()
+def write_class_reports(folder: Path, dataset: Dataset, output: PredictionOutput, names: Sequence[str]) -> None:
+    """`per_class.csv` and, for one label a clip, `confusion.png`."""
+    single = problem_type_of(dataset) == "single_label_classification"
+    targets = np.asarray(dataset["label"][:]) if single else output.label_ids
+    rows = per_class_report(output.predictions, targets, names)
+    with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    if single and len(names) <= MAX_CLASSES_OF_PICTURE:
+        from asit_hf.plotting import plot_confusion  # matplotlib takes a second to import
+
+        figure = plot_confusion(confusion_counts(output.predictions, targets), names)
+        figure.savefig(folder / "confusion.png", dpi=120)
+
+
+def finetune(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    inputs: InputArguments,
+    augmentation: Augmentation,
+    args: FinetuningArguments,
+    build: Callable = build_model,
+) -> tuple[dict[str, float], FinetuningTrainer]:
+    """The metrics on the evaluation data, and the trainer. `build` makes the model and its feature extractor."""
     set_seed(args.seed)
-
-    train, validation, evaluation = load_data(data_args, args.seed)
+    train, validation, evaluation = load_data(data_args, args.seed, args.load_best_model_at_end)
     problem_type = check_problem_type(data_args.problem_type, train)
     names = None if problem_type == "regression" else label_names(train)
-    args.choose_metric(problem_type)
-    model, feature_extractor = build_model(model_args, problem_type, names)
+    if problem_type == "regression" and (data_args.balanced_sampling or args.label_smoothing):
+        raise ValueError("balanced_sampling and label_smoothing need classes, the labels are numbers")
+    args.choose_metric(problem_type_of(train))
+    model, feature_extractor = build(model_args, inputs, problem_type, names)
 
     rate = feature_extractor.sampling_rate
-    held_out = {"sampling_rate": rate, "max_seconds": data_args.max_eval_seconds}
-    train_clips = LabelledClips(
-        train, rate, data_args.max_seconds, train=True, seed=args.seed, strict=data_args.strict
-    )
-    trainer = Trainer(
+    held_out = {"sampling_rate": rate, "max_seconds": inputs.max_eval_seconds}
+    clips = LabelledClips(train, rate, inputs.max_seconds, train=True, seed=args.seed, strict=data_args.strict)
+    weights = balanced_weights(clips.labels, len(names or ())) if data_args.balanced_sampling else None
+    trainer = FinetuningTrainer(
         model=model,
         args=args,
-        train_dataset=train_clips,
+        train_dataset=TrainingClips(clips, augmentation, weights),
         eval_dataset=LabelledClips(validation, **held_out),
         # log-mel here, so in the loader's workers: a few per cent of the time of a training step
-        data_collator=ClassificationCollator(feature_extractor, model.config.num_labels, problem_type),
+        data_collator=ClassificationCollator(
+            feature_extractor,
+            model.config.num_labels,
+            problem_type,
+            partial(augmentation.spectrogram, patch_size=model.config.patch_size),
+        ),
         compute_metrics=compute_metrics_for(problem_type, names or ["value"]),
         processing_class=feature_extractor,
-        callbacks=[EpochCallback(train_clips)],
     )
     checkpoint = args.resume_from_checkpoint
     if checkpoint in ("True", "true"):
         checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
     trainer.train(resume_from_checkpoint=checkpoint)
+    if args.average_last_epochs:
+        trainer.load_average()
     trainer.save_model()
     trainer.save_state()
 
@@ -228,9 +326,67 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     trainer.save_metrics("eval", output.metrics, combined=False)
     if trainer.is_world_process_zero():
         write_predictions(Path(args.output_dir) / "predictions.csv", evaluation, output, problem_type, names)
+        if names is not None:
+            write_class_reports(Path(args.output_dir), evaluation, output, names)
     if args.push_to_hub:
         trainer.push_to_hub()
-    return output.metrics
+    return output.metrics, trainer
+
+
+def cross_validate(
+    arguments: list[str], folds: list[str], args: FinetuningArguments, build: Callable
+) -> dict[str, float]:
+    """Leaves out one fold after the other; each has its own output folder and its own arguments, parsed anew."""
+    if args.push_to_hub:
+        raise ValueError("folds give one model each: push the one you choose, not all of them with --push_to_hub")
+    results, histories = {}, []
+    for fold in folds:
+        parsed = parse_arguments(GROUPS, [*arguments, "--output_dir", os.path.join(args.output_dir, f"fold-{fold}")])
+        parsed[1].hold_out(fold)
+        results[fold], trainer = finetune(*parsed, build=build)
+        histories.append(trainer.state.log_history)
+    summary = summarise_folds(results)
+    if not parsed[1].validation_fraction:  # the history is of the fold that was left out
+        summary |= best_common_epoch(histories, trainer.args.metric_for_best_model, trainer.args.greater_is_better)
+    logger.info(f"{len(folds)} folds: {summary}")
+    if trainer.is_world_process_zero():
+        content = json.dumps({"summary": summary, "folds": results}, indent=2)
+        Path(args.output_dir, "fold_results.json").write_text(content + "\n")
+    return summary
+
+
+def summarise_folds(results: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Mean over folds of every metric, and `..._std`, its standard deviation."""
+    names = [name for name in next(iter(results.values())) if not name.endswith(("_per_second", "_runtime"))]
+    columns = {name: [metrics[name] for metrics in results.values()] for name in names}
+    means = {name: float(np.mean(values)) for name, values in columns.items()}
+    with np.errstate(invalid="ignore"):  # d' of a perfect score is infinite, its spread NaN
+        return means | {f"{name}_std": float(np.std(values)) for name, values in columns.items()}
+
+
+def best_common_epoch(histories: list[list[dict]], metric: str, greater_is_better: bool) -> dict[str, float]:
+    """
+    The evaluation at which the mean over folds is best, `best_common_epoch`, and that mean: AST's rule for ESC-50. It
+    is chosen by the clips that it scores; the plain mean of a run that keeps the last epoch is not.
+    """
+    key = f"eval_{metric.removeprefix('eval_')}"
+    rows = [[row for row in history if key in row] for history in histories]
+    curves = np.array([[row[key] for row in rows_of_fold] for rows_of_fold in rows])
+    means = curves.mean(0)
+    if means.size == 0:
+        return {}
+    best = int(means.argmax() if greater_is_better else means.argmin())
+    return {"best_common_epoch": rows[0][best]["epoch"], f"best_common_{key}": float(means[best])}
+
+
+def main(arguments: list[str] | None = None, build: Callable = build_model) -> dict[str, float]:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parsed = parse_arguments(GROUPS, arguments)
+    data_args, args = parsed[1], parsed[-1]
+    logging.set_verbosity_info() if args.should_log else logging.set_verbosity_warning()
+    if data_args.folds is not None:
+        return cross_validate(arguments, data_args.folds.split(","), args, build)
+    return finetune(*parsed, build=build)[0]
 
 
 if __name__ == "__main__":

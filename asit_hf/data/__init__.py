@@ -1,6 +1,7 @@
 """Reading audio, data sets of it, and the crops and batches made from them."""
 
 from .audio import AudioInfo, AudioReader, AudioReadError, audio_info, read_audio, resample, to_mono_float
+from .benchmarks import BENCHMARKS, load_benchmark
 from .collators import ClassificationCollator, collate_crops
 from .crops import CropSettings, LabelledClips, PretrainingCrops, StreamingCrops, sample_key
 from .datasets import (
@@ -19,6 +20,7 @@ __all__ = [
     "AudioInfo",
     "AudioReadError",
     "AudioReader",
+    "BENCHMARKS",
     "ClassificationCollator",
     "CropSettings",
     "LabelledClips",
@@ -32,6 +34,7 @@ __all__ = [
     "find_group_column",
     "label_names",
     "load_audio_dataset",
+    "load_benchmark",
     "load_unlabelled",
     "read_audio",
     "resample",

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 logger = logging.getLogger(__name__)
@@ -37,11 +38,14 @@ class ClassificationCollator:
         problem_type: "single_label_classification", "multi_label_classification" or "regression": the kind of
             `labels`.
         num_labels: the classes; needed for the classification types.
+        augment: of items with a `sample_key` (those of `asit_hf.finetuning.augmentation.TrainingClips`, not those that
+            are evaluated on): what their spectrograms become, `augment(values (frames, mel), numpy generator)`.
 
     Returns, when called:
         `input_values` (batch, frames, mel) and `attention_mask` (batch, frames) of the extractor, and, where items
         have a label, `labels`: class ids (batch,) int64, or 0 / 1 per class (batch, num_labels) float32, or the
-        numbers themselves, float32.
+        numbers themselves, float32. Items with a `mixture` give the sum of its labels by their shares, float32:
+        (batch, num_labels) for either classification type.
 
     Raises, when called:
         ValueError: a label that is missing or not in [0, num_labels), or no clip of the batch could be read.
@@ -50,6 +54,7 @@ class ClassificationCollator:
     feature_extractor: Callable[..., Any]
     num_labels: int | None = None
     problem_type: str = "single_label_classification"
+    augment: Callable[[torch.Tensor, np.random.Generator], torch.Tensor] | None = None
 
     def __post_init__(self):
         known = ("single_label_classification", "multi_label_classification", "regression")
@@ -71,9 +76,32 @@ class ClassificationCollator:
             return_tensors="pt",
         )
         batch = dict(features)
-        if "label" in readable[0]:
+        if self.augment is not None:
+            self._augment(batch, readable)
+        if "mixture" in readable[0]:
+            batch["labels"] = self._mixed_labels([item["mixture"] for item in readable])
+        elif "label" in readable[0]:
             batch["labels"] = self._labels([item["label"] for item in readable])
         return batch
+
+    def _augment(self, batch: dict[str, torch.Tensor], items: list[dict[str, Any]]) -> None:
+        """In place, each clip's own frames."""
+        for row, item in enumerate(items):
+            if "sample_key" in item:
+                frames = int(batch["attention_mask"][row].sum()) if "attention_mask" in batch else None
+                generator = np.random.default_rng([item["sample_key"], 2])
+                values = batch["input_values"][row, :frames]
+                values[:] = self.augment(values, generator)
+
+    def _mixed_labels(self, mixtures: list[list[tuple[Any, float]]]) -> torch.Tensor:
+        labels = [label for mixture in mixtures for label, _ in mixture]
+        shares = torch.tensor([share for mixture in mixtures for _, share in mixture])
+        rows = torch.tensor([row for row, mixture in enumerate(mixtures) for _ in mixture])
+        targets = self._labels(labels)
+        if targets.dtype == torch.int64:
+            targets = torch.nn.functional.one_hot(targets, self.num_labels).float()
+        shares = shares.view(-1, *[1] * (targets.dim() - 1))
+        return targets.new_zeros(len(mixtures), *targets.shape[1:]).index_add(0, rows, shares * targets)
 
     def _labels(self, labels: list[Any]) -> torch.Tensor:
         if any(label is None for label in labels):

@@ -269,20 +269,27 @@ class LabelledClips(Dataset):
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if index < 0:
-            index += len(self)
+        index = range(len(self))[index]
+        return self.item(index, sample_key(self.seed, self.epoch, index))
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def item(self, index: int, key: int) -> dict[str, Any]:
+        """The item at `index`, its random crop drawn from the random numbers of `key`."""
         item: dict[str, Any] = {"index": index}
         if self.labels is not None:
             item["label"] = self.labels[index]
         try:
-            item["waveform"] = self._read(index)
+            item["waveform"] = self._read(index, key)
         except AudioReadError as error:
             if self.strict:
                 raise
             item["bad_files"] = [(error.source, error.reason)]
         return item
 
-    def _read(self, index: int) -> np.ndarray:
+    def _read(self, index: int, key: int) -> np.ndarray:
         with AudioReader(_source(self.sources[index])) as reader:
             if self.max_seconds is None:
                 return reader.read(self.sampling_rate)
@@ -291,8 +298,7 @@ class LabelledClips(Dataset):
                 return reader.read(self.sampling_rate, 0, length)
 
             def crop(total: int) -> np.ndarray:
-                generator = np.random.default_rng(sample_key(self.seed, int(self._epoch), index))
-                start = int(generator.integers(0, max(0, total - length) + 1))
+                start = int(np.random.default_rng(key).integers(0, max(0, total - length) + 1))
                 return reader.read(self.sampling_rate, start, length)
 
             return _draw(reader, self.sampling_rate, crop)

@@ -6,7 +6,7 @@ import datasets
 import evaluate
 import numpy as np
 from scipy.special import ndtri
-from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score
+from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_fscore_support, roc_auc_score
 from transformers import EvalPrediction
 
 TOP_K = 5
@@ -49,11 +49,11 @@ def d_prime(auc: float) -> float:
     return float(np.sqrt(2) * ndtri(auc))
 
 
-def single_label_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """`accuracy` and, of more than five classes, `top5_accuracy`; arguments as in `top_k_accuracy`."""
+def single_label_metrics(scores: np.ndarray, labels: np.ndarray, k: int = TOP_K) -> dict[str, float]:
+    """`accuracy` and, of more than `k` classes, `top{k}_accuracy`; arguments as in `top_k_accuracy`."""
     metrics = {"accuracy": top_k_accuracy(scores, labels)}
-    if np.shape(scores)[-1] > TOP_K:
-        metrics[f"top{TOP_K}_accuracy"] = top_k_accuracy(scores, labels, TOP_K)
+    if np.shape(scores)[-1] > k:
+        metrics[f"top{k}_accuracy"] = top_k_accuracy(scores, labels, k)
     return metrics
 
 
@@ -105,7 +105,8 @@ MAIN_METRIC = {
 
 def compute_metrics_for(problem_type: str, label_names: Sequence[str]) -> Callable[[EvalPrediction], dict[str, float]]:
     """
-    The `compute_metrics` of a Trainer.
+    The `compute_metrics` of a Trainer. Where every clip has exactly one label, multi-label metrics come with those of
+    single labels: binary cross-entropy may train a task that is scored by accuracy.
 
     Args:
         problem_type (`str`): as in the model's config.
@@ -118,9 +119,23 @@ def compute_metrics_for(problem_type: str, label_names: Sequence[str]) -> Callab
         scores = prediction.predictions
         if scores.shape[-1] != len(label_names):
             raise ValueError(f"expected scores of {len(label_names)} classes, got shape {scores.shape}")
-        return METRICS[problem_type](scores, prediction.label_ids)
+        targets = prediction.label_ids
+        metrics = METRICS[problem_type](scores, targets)
+        if problem_type == "multi_label_classification" and (targets.sum(-1) == 1).all():
+            metrics |= single_label_metrics(scores, targets.argmax(-1))
+        return metrics
 
     return compute_metrics
+
+
+def confusion_counts(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """
+    Clips by class (rows) and best-scored class (columns), `(classes, classes)` int64, for
+    [`~asit_hf.plotting.plot_confusion`]. Arguments as in `top_k_accuracy`.
+    """
+    scores, labels = _check_scores(scores), np.asarray(labels)
+    _check_class_ids(labels, scores)
+    return confusion_matrix(labels, scores.argmax(axis=1), labels=range(scores.shape[1]))
 
 
 def per_class_report(
@@ -154,13 +169,16 @@ def per_class_report(
 
 
 class SingleLabelMetrics(evaluate.Metric):
-    """`single_label_metrics` as a metric of `evaluate`: `predictions` are scores, `references` class ids."""
+    """
+    `single_label_metrics` as a metric of `evaluate`: `predictions` are scores, `references` class ids; `compute` also
+    takes `k`.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         return _metric_info(single_label_metrics, datasets.Value("int64"))
 
-    def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        return single_label_metrics(np.asarray(predictions), np.asarray(references))
+    def _compute(self, predictions: list, references: list, k: int = TOP_K) -> dict[str, float]:
+        return single_label_metrics(np.asarray(predictions), np.asarray(references), k)
 
 
 class MultiLabelMetrics(evaluate.Metric):

@@ -207,6 +207,8 @@ def test_validation_part_chooses_and_eval_data_is_scored(script, sounds, encoder
         ({"source": "average"}, "source must be"),
         ({"eval_filter": None}, "give --eval_data"),
         ({"model_name_or_path": None}, "or --random_init"),
+        ({"label_column": "pitch", "balanced_sampling": True}, "need classes"),
+        ({"validation_split": "a", "validation_fraction": 0.1}, "not both"),
     ],
 )
 def test_wrong_input(script, sounds, encoder, tmp_path, options, message):

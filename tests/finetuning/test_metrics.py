@@ -8,6 +8,7 @@ from asit_hf.finetuning.metrics import (
     SingleLabelMetrics,
     average_precisions,
     compute_metrics_for,
+    confusion_counts,
     d_prime,
     multi_label_metrics,
     per_class_report,
@@ -141,3 +142,20 @@ def test_evaluate_metrics_equal_the_functions_and_take_batches(tmp_path):
     assert metric.compute() == pytest.approx(multi_label_metrics(TARGET_SCORES, TARGETS))
     metric = SingleLabelMetrics(cache_dir=str(tmp_path))
     assert metric.compute(predictions=SCORES, references=LABELS) == single_label_metrics(SCORES, LABELS)
+    assert metric.compute(predictions=SCORES, references=LABELS, k=2) == {"accuracy": 0.5, "top2_accuracy": 1.0}
+
+
+def test_one_label_a_clip_scored_by_binary_cross_entropys_model():
+    one_hot = np.eye(3)[LABELS]
+    metrics = compute_metrics_for("multi_label_classification", "abc")(EvalPrediction(SCORES, one_hot))
+    assert metrics["accuracy"] == 0.5
+    assert metrics["mAP"] == multi_label_metrics(SCORES, one_hot)["mAP"]
+    several = compute_metrics_for("multi_label_classification", "abc")(EvalPrediction(TARGET_SCORES, TARGETS))
+    assert "accuracy" not in several
+
+
+def test_confusion_counts():
+    assert confusion_counts(SCORES, LABELS).tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
+    assert confusion_counts(np.eye(4)[:1], np.array([0])).shape == (4, 4)
+    with pytest.raises(ValueError, match="class ids from 0 to 2"):
+        confusion_counts(SCORES, np.array([0, 1, 2, 3]))

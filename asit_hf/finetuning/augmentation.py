@@ -1,0 +1,176 @@
+"""
+Augmentation of labelled clips: mixing, rolling and scaling of waveforms, masks and noise on spectrograms.
+
+Everything random is a function of (seed, epoch, position in the epoch), so a resumed run, other numbers of processes
+or of loader workers see the same clips.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..data.crops import LabelledClips, sample_key
+
+# Audio-MAE's: a gain of 0.5 to 1.5, mostly near 1
+_GAIN_BETA, _GAIN_OFFSET = 10.0, 0.5
+# AST's: noise of up to a tenth, on the normalised scale, and a shift of up to so many frames
+_NOISE_LEVEL, _NOISE_ROLL = 0.1, 10
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to the training clips; by default nothing."""
+
+    mixup_rate: float = field(
+        default=0.0, metadata={"help": "Share of clips mixed with another one as waveforms, labels in proportion."}
+    )
+    mixup_alpha: float = field(default=10.0, metadata={"help": "The share of the clip itself is Beta(alpha, alpha)."})
+    roll: bool = field(default=False, metadata={"help": "Shift the waveform in a circle by a random amount."})
+    random_gain: bool = field(default=False, metadata={"help": "Scale the waveform by Beta(10, 10) + 0.5."})
+    frequency_mask: int = field(
+        default=0, metadata={"help": "SpecAugment: one band of up to so many mel bins is masked."}
+    )
+    time_mask: int = field(default=0, metadata={"help": "SpecAugment: one stretch of up to so many frames is masked."})
+    patch_mask_rate: float = field(
+        default=0.0,
+        metadata={"help": "Share of patch columns, and of patch rows, that are masked."},
+    )
+    noise: bool = field(
+        default=False,
+        metadata={"help": "As AST: add rand * U(0, 1) / 10 to the spectrogram, then roll it by up to 10 frames."},
+    )
+
+    def __post_init__(self):
+        for name in ("mixup_rate", "patch_mask_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if min(self.frequency_mask, self.time_mask) < 0 or self.mixup_alpha <= 0:
+            raise ValueError(
+                "frequency_mask and time_mask must be at least 0 and mixup_alpha above 0, got "
+                f"{self.frequency_mask}, {self.time_mask} and {self.mixup_alpha}"
+            )
+
+    def waveform(self, waveform: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Roll and gain of `(samples,)`."""
+        if self.roll:
+            waveform = np.roll(waveform, generator.integers(len(waveform)))
+        if self.random_gain:
+            waveform = waveform * np.float32(generator.beta(_GAIN_BETA, _GAIN_BETA) + _GAIN_OFFSET)
+        return waveform
+
+    def spectrogram(self, values: torch.Tensor, generator: np.random.Generator, patch_size: int = 16) -> torch.Tensor:
+        """
+        Masks, noise and shift of one normalised log-mel spectrogram.
+
+        Args:
+            values (`torch.Tensor` of shape `(frames, mel)`): without padding. Masks are 0, the data's mean; AST masks
+                with 0 before it normalises.
+            generator (`np.random.Generator`): of all that is drawn.
+            patch_size (`int`): side of the patches that `patch_mask_rate` counts.
+        """
+        values = values.clone()
+        frames, mel_bins = values.shape
+        if self.frequency_mask:
+            values[:, _stretch(mel_bins, self.frequency_mask, generator)] = 0
+        if self.time_mask:
+            values[_stretch(frames, self.time_mask, generator)] = 0
+        if self.patch_mask_rate:
+            values[_patch_mask(frames, patch_size, self.patch_mask_rate, generator)] = 0
+            values[:, _patch_mask(mel_bins, patch_size, self.patch_mask_rate, generator)] = 0
+        if self.noise:
+            level = generator.random() * _NOISE_LEVEL
+            values += torch.from_numpy(generator.random(values.shape, dtype=np.float32) * np.float32(level))
+            values = values.roll(int(generator.integers(-_NOISE_ROLL, _NOISE_ROLL)), dims=0)
+        return values
+
+
+class TrainingClips(Dataset):
+    """
+    Labelled clips as an epoch trains on them: drawn by weight, augmented and mixed.
+
+    Args:
+        clips ([`~asit_hf.data.LabelledClips`]): the clips, with labels.
+        augmentation ([`Augmentation`]): what is done to their waveforms.
+        weights (`np.ndarray` of shape `(clips,)`, *optional*): positive or 0; an epoch draws as many clips as there
+            are, by weight, with replacement. The draw of a position is a function of (seed, epoch, position) alone, so
+            that processes which share the positions out share one sequence. `None`: every clip once.
+
+    Items: those of `LabelledClips`, with `sample_key`, of which [`~asit_hf.data.ClassificationCollator`] augments the
+    spectrogram, and with mixing `mixture`: pairs of a label and its share, which sum to 1.
+    """
+
+    def __init__(
+        self, clips: LabelledClips, augmentation: Augmentation = Augmentation(), weights: np.ndarray | None = None
+    ):
+        self.clips = clips
+        self.augmentation = augmentation
+        self._cumulative = None if weights is None else _cumulative(weights, len(clips))
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw anew from the next item on, in running loader workers too."""
+        self.clips.set_epoch(epoch)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        position = range(len(self))[position]
+        key = sample_key(self.clips.seed, self.clips.epoch, position)
+        generator = np.random.default_rng([key, 1])
+        row = position if self._cumulative is None else self._draw(generator)
+        item = {**self._clip(row, key, generator), "sample_key": key}
+        if self.augmentation.mixup_rate:
+            item["mixture"] = [(item["label"], 1.0)]
+            if "waveform" in item and generator.random() < self.augmentation.mixup_rate:
+                self._mix(item, sample_key(self.clips.seed, self.clips.epoch, position, 1), generator)
+        return item
+
+    def _draw(self, generator: np.random.Generator) -> int:
+        total = self._cumulative[-1]
+        return int(np.searchsorted(self._cumulative, generator.random() * total, side="right"))
+
+    def _clip(self, row: int, key: int, generator: np.random.Generator) -> dict[str, Any]:
+        item = self.clips.item(row, key)
+        if "waveform" in item:
+            item["waveform"] = self.augmentation.waveform(item["waveform"], generator)
+        return item
+
+    def _mix(self, item: dict[str, Any], key: int, generator: np.random.Generator) -> None:
+        """With a clip drawn from all of them, cut or filled with zeros to this one's length."""
+        other = self._clip(int(generator.integers(len(self))), key, generator)
+        if "waveform" not in other:  # left unmixed
+            item["bad_files"] = other["bad_files"]
+            return
+        share = float(generator.beta(self.augmentation.mixup_alpha, self.augmentation.mixup_alpha))
+        waveform, added = item["waveform"], other["waveform"][: len(item["waveform"])]
+        # without its mean, as the log-mel takes it: a step where the shorter one ends would be a click
+        mixed = np.float32(share) * (waveform - waveform.mean())
+        mixed[: len(added)] += np.float32(1 - share) * (added - added.mean())
+        item["waveform"] = mixed
+        item["mixture"] = [(item["label"], share), (other["label"], 1 - share)]
+
+
+def _cumulative(weights: np.ndarray, count: int) -> np.ndarray:
+    weights = np.asarray(weights, dtype=np.float64)
+    if weights.shape != (count,) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+        raise ValueError(f"expected {count} finite weights of at least 0, not all 0; got shape {weights.shape}")
+    return np.cumsum(weights)
+
+
+def _stretch(size: int, longest: int, generator: np.random.Generator) -> slice:
+    """SpecAugment's: a length uniform up to `longest`, or to `size` where that is less, anywhere within `size`."""
+    length = int(generator.uniform(0, min(longest, size)))
+    start = int(generator.uniform(0, size - length))
+    return slice(start, start + length)
+
+
+def _patch_mask(size: int, patch_size: int, rate: float, generator: np.random.Generator) -> torch.Tensor:
+    """Boolean `(size,)`: the points of a share of the patches."""
+    patches = size // patch_size
+    masked = torch.zeros(size, dtype=torch.bool)
+    for patch in generator.permutation(patches)[: round(rate * patches)]:
+        masked[patch * patch_size : (patch + 1) * patch_size] = True
+    return masked

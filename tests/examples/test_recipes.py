@@ -1,0 +1,326 @@
+"""The recipes of the paper's tasks against the published hyperparameters, and runs of them on miniatures."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTModel
+from asit_hf.fbank_asit import num_fbank_frames
+from asit_hf.recipes import parse_arguments
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TASKS = ("audioset-20k", "audioset-2m", "esc50", "speech-commands-v1", "speech-commands-v2", "voxceleb1")
+AUDIOSET = (-4.2677393, 4.5689974)
+# lr, epochs (or steps), batch, accumulated, mixup, SpecAugment frequency and time, frames, mean and std, noise,
+# decay start, step and gamma, warm-up, averaged epochs, balanced
+PUBLISHED = {
+    "audioset-20k": (5e-5, 25, 12, 1, 0.5, 48, 192, 1024, AUDIOSET, False, (10, 5, 0.5), 1000, 20, False),
+    "audioset-2m": (1e-5, 5, 12, 1, 0.5, 48, 192, 1024, AUDIOSET, False, (2, 1, 0.5), 1000, 5, True),
+    "esc50": (1e-4, 25, 48, 1, 0, 24, 96, 512, (-6.6268077, 5.358466), False, (5, 1, 0.85), 0, 0, False),
+    "speech-commands-v2": (
+        *(2.5e-4, 30, 128, 1, 0.6, 48, 48, 128, (-6.845978, 5.5654526), True, (5, 1, 0.85), 0, 0, False),
+    ),
+    "speech-commands-v1": (1e-4, 20000, 32, 1, 0, 0, 0, 100, AUDIOSET, False, None, 0, 0, False),
+    "voxceleb1": (1e-4, 40000, 4, 8, 0, 0, 0, 1000, AUDIOSET, False, None, 0, 0, False),
+}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("finetuning_script", EXAMPLES / "run_audio_classification.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def command(name: str, root: Path, output: Path, **options) -> list[str]:
+    given = {"model_name_or_path": "checkpoint", "train_data": root, "output_dir": output, **options}
+    recipe = EXAMPLES / "recipes" / f"{name}.yaml"
+    return [
+        "--recipe",
+        str(recipe),
+        *(part for option, value in given.items() for part in (f"--{option}", str(value))),
+    ]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_recipes_say_what_is_published(script, tmp_path, name):
+    _, data, inputs, augmentation, args = parse_arguments(script.GROUPS, command(name, tmp_path, tmp_path))
+    by_steps = args.max_steps > 0
+    decay = None if args.lr_decay_start is None else (args.lr_decay_start, args.lr_decay_step, args.lr_decay_gamma)
+    frames = [
+        num_fbank_frames(round(seconds * 16000), 16000) for seconds in (inputs.max_seconds, inputs.max_eval_seconds)
+    ]
+    assert frames[0] == frames[1]
+    assert (
+        args.learning_rate,
+        args.max_steps if by_steps else args.num_train_epochs,
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        augmentation.mixup_rate,
+        augmentation.frequency_mask,
+        augmentation.time_mask,
+        frames[0],
+        (inputs.mean, inputs.std),
+        augmentation.noise,
+        decay,
+        args.warmup_steps,
+        args.average_last_epochs,
+        data.balanced_sampling,
+    ) == PUBLISHED[name]
+    assert (args.adam_beta1, args.adam_beta2, args.weight_decay) == (0.95, 0.999, 5e-7)
+    assert augmentation.mixup_alpha == 10
+    assert (args.layer_decay, args.label_smoothing, args.max_grad_norm) == (1, 0, 0)
+    if decay is None:
+        assert args.lr_scheduler_type == "constant"
+
+
+def test_data_and_rules_of_selection(script, tmp_path):
+    rules = {}
+    for name in TASKS:
+        for recipe in (name, f"{name}-modern"):
+            _, data, _, _, args = parse_arguments(script.GROUPS, command(recipe, tmp_path, tmp_path))
+            rules[recipe] = (
+                data.dataset_layout,
+                data.problem_type,
+                (data.train_split, data.validation_split, data.eval_split, data.folds),
+                args.load_best_model_at_end,
+            )
+    with_validation = ("train", "validation", "test", None)
+    assert {name: rules[name] for name in TASKS} == {
+        "audioset-20k": ("audioset-20k", None, ("train", None, "test", None), False),
+        "audioset-2m": ("audioset-2m", None, ("train", None, "test", None), False),
+        "esc50": ("esc50", None, (None, None, None, "1,2,3,4,5"), False),
+        "speech-commands-v1": ("speech-commands-v1-12", None, with_validation, True),
+        "speech-commands-v2": ("speech-commands-v2", "multi_label_classification", with_validation, True),
+        "voxceleb1": ("voxceleb1", None, with_validation, True),
+    }
+    assert all(rules[f"{name}-modern"] == rules[name] for name in TASKS)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_modern_recipes_use_what_they_are_for_and_say_that_they_are_not_measured(script, tmp_path, name):
+    recipe = f"{name}-modern"
+    model, _, inputs, augmentation, args = parse_arguments(script.GROUPS, command(recipe, tmp_path, tmp_path))
+    assert 0.65 <= args.layer_decay <= 0.8
+    assert model.drop_path_rate > 0
+    assert augmentation.patch_mask_rate == 0.2
+    assert augmentation.roll
+    assert augmentation.random_gain
+    assert args.label_smoothing == 0.1
+    assert args.lr_decay_start is None
+    assert (inputs.mean, inputs.std) == PUBLISHED[name][8]
+    for file in (recipe, name):
+        text = (EXAMPLES / "recipes" / f"{file}.yaml").read_text().lower()
+        assert "not measured" in text
+        assert f"examples/recipes/{file}.yaml" in text
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    ASiTModel(ASiTConfig(**sizes, num_frames=48)).save_pretrained(folder)
+    ASiTFeatureExtractor().save_pretrained(folder)
+    return folder
+
+
+TINY = {
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 6,
+    "learning_rate": 3e-3,
+    "dataloader_num_workers": 0,
+    "warmup_steps": 2,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+def write_tone(path: Path, hertz: float, generator: np.random.Generator) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    time = np.arange(int(generator.integers(6000, 9000))) / 16000
+    tone = 0.3 * np.sin(2 * np.pi * hertz * generator.uniform(0.9, 1.1) * time)
+    soundfile.write(path, tone + generator.normal(0, 0.01, len(time)), 16000)
+
+
+@pytest.fixture(scope="module")
+def audioset(tmp_path_factory) -> Path:
+    """Sixteen clips a part, of two classes, low and high, every third one of both."""
+    root = tmp_path_factory.mktemp("audioset")
+    generator = np.random.default_rng(0)
+    (root / "class_labels_indices.csv").write_text("index,mid,display_name\n0,/m/0,low\n1,/m/1,high\n2,/m/2,never\n")
+    for part in ("balanced_train", "eval"):
+        lines = ["# head", "# head", "# YTID, start_seconds, end_seconds, positive_labels"]
+        for index in range(16):
+            name = f"{part[0]}_{index:09d}"
+            mids = ["/m/0,/m/1", "/m/0", "/m/1"][index % 3]
+            write_tone(root / part / f"Y{name}.wav", 300 if mids == "/m/0" else 3000, generator)
+            lines.append(f'{name}, 30.000, 40.000, "{mids}"')
+        (root / f"{part}_segments.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_multi_label_recipe_with_mixup_and_averaging(script, encoder, audioset, tmp_path):
+    options = {"average_last_epochs": 2, "balanced_sampling": True}
+    metrics = script.main(
+        command("audioset-20k", audioset, tmp_path, **TINY | {"model_name_or_path": encoder} | options)
+    )
+    assert metrics["eval_classes_without_positives"] == 1
+    assert metrics["eval_mAP"] > 0.6
+    config = ASiTConfig.from_pretrained(tmp_path)
+    assert config.id2label == {0: "low", 1: "high", 2: "never"}
+    weights = [
+        ASiTForAudioClassification.from_pretrained(tmp_path / folder).classifier.weight
+        for folder in ("epoch-02", "epoch-03", "")
+    ]
+    torch.testing.assert_close((weights[0] + weights[1]) / 2, weights[2])
+    assert not torch.allclose(weights[0], weights[1])
+    assert len((tmp_path / "per_class.csv").read_text().splitlines()) == 4
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 17
+
+
+@pytest.mark.slow
+def test_two_processes_that_accumulate_train_as_one_that_does_not(script, encoder, audioset, tmp_path):
+    """Several labels a clip, soft by mixing, balanced draws, masks and noise: the same losses, norms and weights."""
+    options = TINY | {"model_name_or_path": encoder, "balanced_sampling": True, "logging_steps": 1}
+    options |= {"max_grad_norm": 1.0, "noise": True, "average_last_epochs": 1}  # a norm that is logged
+    runs = {"one": {"per_device_train_batch_size": 8}, "two": {"per_device_train_batch_size": 2}}
+    script.main(command("audioset-20k", audioset, tmp_path / "one", **options | runs["one"]))
+    runs["two"]["gradient_accumulation_steps"] = 2
+    arguments = command("audioset-20k", audioset, tmp_path / "two", **options | runs["two"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [*torchrun, str(EXAMPLES / "run_audio_classification.py"), *arguments],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=240,
+    )
+    logs = []
+    for run in runs:
+        history = json.loads((tmp_path / run / "trainer_state.json").read_text())["log_history"]
+        rows = [row for row in history if "grad_norm" in row]
+        logs.append([(row["loss"], row["grad_norm"], row["learning_rate"]) for row in rows])
+    assert len(logs[0]) == 6
+    np.testing.assert_allclose(logs[1], logs[0], rtol=1e-3)
+    weights = [ASiTForAudioClassification.from_pretrained(tmp_path / run).state_dict() for run in runs]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def esc50(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("esc50")
+    generator = np.random.default_rng(1)
+    lines = ["filename,fold,target,category,esc10,src_file,take"]
+    for index in range(18):
+        target, name, hertz = [(0, "dog", 300), (3, "cow", 3000)][index % 2]
+        file = f"{index // 6 + 1}-{index:06d}-A-{target}.wav"
+        write_tone(root / "audio" / file, hertz, generator)
+        lines.append(f"{file},{index // 6 + 1},{target},{name},False,{index:06d},A")
+    (root / "meta").mkdir()
+    (root / "meta" / "esc50.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_single_label_recipe_over_folds(script, encoder, esc50, tmp_path):
+    """With mixing, cross-entropy takes soft labels; every fold is left out once, and the last epoch counts."""
+    options = {"folds": "1,2,3", "num_train_epochs": 8, "mixup_rate": 0.5, "label_smoothing": 0.1, "layer_decay": 0.75}
+    summary = script.main(command("esc50", esc50, tmp_path, **TINY | {"model_name_or_path": encoder} | options))
+    written = json.loads((tmp_path / "fold_results.json").read_text())
+    assert written["summary"] == summary
+    assert list(written["folds"]) == ["1", "2", "3"]
+    accuracies, curves = [], []
+    for fold, metrics in written["folds"].items():
+        assert (
+            metrics["eval_accuracy"]
+            == json.loads((tmp_path / f"fold-{fold}" / "eval_results.json").read_text())["eval_accuracy"]
+        )
+        rows = (tmp_path / f"fold-{fold}" / "predictions.csv").read_text().splitlines()[1:]
+        assert len(rows) == 6
+        assert all(f"/{fold}-0000" in row for row in rows)
+        accuracies.append(metrics["eval_accuracy"])
+        history = json.loads((tmp_path / f"fold-{fold}" / "trainer_state.json").read_text())["log_history"]
+        curves.append([row["eval_accuracy"] for row in history if "eval_accuracy" in row])
+        assert curves[-1][-1] == metrics["eval_accuracy"]
+        assert (tmp_path / f"fold-{fold}" / "confusion.png").stat().st_size > 1000
+    assert summary["eval_accuracy"] == pytest.approx(np.mean(accuracies))
+    assert summary["eval_accuracy_std"] == pytest.approx(np.std(accuracies))
+    assert summary["eval_accuracy"] > 0.6
+    means = np.mean(curves, axis=0)
+    assert summary["best_common_eval_accuracy"] == pytest.approx(means.max())
+    assert summary["best_common_epoch"] == 1 + means.argmax()
+
+
+def test_one_label_a_clip_by_binary_cross_entropy_is_scored_by_accuracy(script, encoder, esc50, tmp_path):
+    options = {"folds": "1,2", "problem_type": "multi_label_classification", "load_best_model_at_end": True}
+    summary = script.main(command("esc50", esc50, tmp_path, **TINY | {"model_name_or_path": encoder} | options))
+    assert {"eval_accuracy", "eval_mAP"} <= summary.keys()
+    state = json.loads((tmp_path / "fold-1" / "trainer_state.json").read_text())
+    assert state["best_metric"] == max(row["eval_accuracy"] for row in state["log_history"] if "eval_accuracy" in row)
+    rows = (tmp_path / "fold-1" / "predictions.csv").read_text().splitlines()[1:]
+    assert {row.split(",")[2] for row in rows} <= {"dog", "cow"}
+    assert "precision" in (tmp_path / "fold-1" / "per_class.csv").read_text()
+
+
+@pytest.fixture
+def voxceleb1(tmp_path) -> Path:
+    generator = np.random.default_rng(2)
+    lines = []
+    for speaker, hertz in (("id10001", 300), ("id10002", 3000)):
+        for mark, video in ((1, "a"), (1, "b"), (2, "c"), (3, "d")):
+            clip = f"{speaker}/{video}/00001.wav"
+            write_tone(tmp_path / "wav" / clip, hertz, generator)
+            lines.append(f"{mark} {clip}")
+    (tmp_path / "iden_split.txt").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_one_list_chooses_and_another_is_scored(script, encoder, voxceleb1, tmp_path):
+    options = TINY | {"model_name_or_path": encoder, "max_steps": 2, "eval_steps": 1, "save_steps": 1}
+    output = tmp_path / "run"
+    script.main(command("voxceleb1", voxceleb1, output, **options))
+    rows = (output / "predictions.csv").read_text().splitlines()[1:]
+    assert [row.split("/")[-2] for row in rows] == ["d", "d"]
+    _, data, *_ = parse_arguments(script.GROUPS, command("voxceleb1", voxceleb1, output))
+    parts = script.load_data(data, seed=0)
+    assert [{row["video"].split("/")[1] for row in part} for part in parts] == [{"a", "b"}, {"c"}, {"d"}]
+
+
+def test_training_files_that_are_not_checked_are_left_out_as_they_come(script, encoder, voxceleb1, tmp_path, caplog):
+    (voxceleb1 / "wav" / "id10001" / "a" / "00001.wav").write_bytes(b"not audio")
+    common = command("voxceleb1", voxceleb1, tmp_path / "run")
+    for checked, count in ((True, 3), (False, 4)):
+        _, data, *_ = parse_arguments(script.GROUPS, [*common, "--check_train_files", str(checked)])
+        assert len(script.load_data(data, seed=0)[0]) == count
+    options = TINY | {"model_name_or_path": encoder, "check_train_files": False, "max_steps": 1, "eval_steps": 1}
+    script.main(command("voxceleb1", voxceleb1, tmp_path / "run", save_steps=1, **options))
+    assert "Format not recognised" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"folds": "3"}, "folds must name at least two"),
+        ({"eval_filter": "fold=1"}, "folds are evaluated on each other"),
+        ({"dataset_layout": "gtzan"}, "dataset_layout must be one of"),
+        ({"label_column": "category"}, "label_column cannot be used with the layout esc50"),
+        ({"validation_split": "val"}, "leave out"),
+        ({"push_to_hub": True}, "push the one you choose"),
+    ],
+)
+def test_wrong_options(script, encoder, esc50, tmp_path, options, message):
+    options = TINY | {"model_name_or_path": encoder} | options
+    with pytest.raises(ValueError, match=message):
+        script.main(command("esc50", esc50, tmp_path, **options))

@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from asit_hf import ASiTConfig, ASiTForAudioClassification
+from asit_hf.finetuning.optimisation import average_weights
+from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer, epoch_folder
+from asit_hf.modeling_asit import classification_loss
+
+CLIPS, CLASSES = 12, 3
+
+
+def make_trainer(folder, items=None, problem_type="single_label_classification", **kwargs) -> FinetuningTrainer:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ASiTConfig(**sizes, num_frames=32, num_mel_bins=32, num_labels=CLASSES, problem_type=problem_type)
+    defaults = {
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    args = FinetuningArguments(output_dir=str(folder), **{**defaults, **kwargs})
+    items = make_items() if items is None else items
+    return FinetuningTrainer(ASiTForAudioClassification(config), args, train_dataset=items)
+
+
+def make_items() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(CLIPS, 32, 32, generator=generator)
+    return [{"input_values": one, "labels": torch.tensor(index % CLASSES)} for index, one in enumerate(values)]
+
+
+class Rates(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.seen.append(sorted({group["lr"] for group in optimizer.param_groups}))
+
+
+def test_layer_decay_and_step_decay_reach_the_optimiser(tmp_path):
+    options = {"layer_decay": 0.5, "lr_decay_start": 2, "lr_decay_step": 1, "lr_decay_gamma": 0.1, "warmup_steps": 2}
+    trainer = make_trainer(tmp_path, learning_rate=0.8, num_train_epochs=4, **options)
+    rates = Rates()
+    trainer.add_callback(rates)
+    trainer.train()
+    layers = np.array([0.1, 0.2, 0.4, 0.8])
+    factors = [0, 0.5, *[1] * 4, *[0.1] * 3, *[0.01] * 3]
+    assert len(rates.seen) == 12
+    for seen, factor in zip(rates.seen, factors):
+        np.testing.assert_allclose(seen, layers * factor if factor else [0])
+
+
+def test_trainers_own_schedules_stay_available(tmp_path):
+    trainer = make_trainer(tmp_path, learning_rate=0.8, num_train_epochs=1, lr_scheduler_type="constant")
+    rates = Rates()
+    trainer.add_callback(rates)
+    trainer.train()
+    assert rates.seen == [[0.8]] * 3
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
+def test_labels_are_smoothed_in_training_alone(tmp_path, problem_type):
+    items = make_items()
+    if problem_type == "multi_label_classification":
+        items = [{**item, "labels": torch.nn.functional.one_hot(item["labels"], CLASSES).float()} for item in items]
+    options = {"label_smoothing": 0.3, "num_train_epochs": 1, "per_device_train_batch_size": CLIPS}
+    trainer = make_trainer(tmp_path, items, problem_type, **options)
+    torch.nn.init.normal_(trainer.model.classifier.weight)  # sure of itself, so that smoothing shows
+    batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    with torch.no_grad():
+        logits = trainer.model.eval()(batch["input_values"]).logits
+    targets = batch["labels"] if batch["labels"].dim() == 2 else torch.nn.functional.one_hot(batch["labels"], CLASSES)
+    targets = 0.7 * targets + 0.1
+    if problem_type == "multi_label_classification":
+        smoothed = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
+    else:
+        smoothed = -(targets * logits.log_softmax(-1)).sum(-1).mean()
+    evaluated = trainer.evaluate(items)["eval_loss"]
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(smoothed.item(), rel=1e-4)
+    assert evaluated == pytest.approx(classification_loss(logits, batch["labels"], problem_type).item(), rel=1e-4)
+    assert abs(evaluated - smoothed.item()) > 0.01
+
+
+def test_the_mean_of_the_last_epochs(tmp_path):
+    trainer = make_trainer(tmp_path, num_train_epochs=4, learning_rate=0.05, average_last_epochs=2)
+    trainer.train()
+    last = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    assert sorted(path.name for path in tmp_path.glob("epoch-*")) == ["epoch-03", "epoch-04"]
+    trainer.load_average()
+    expected = average_weights([epoch_folder(tmp_path, 3), epoch_folder(tmp_path, 4)])
+    name = "classifier.weight"
+    assert torch.equal(trainer.model.state_dict()[name], expected[name])
+    assert not torch.equal(last[name], expected[name])
+    saved = ASiTForAudioClassification.from_pretrained(epoch_folder(tmp_path, 4))
+    assert torch.equal(saved.state_dict()[name], last[name])
+
+
+def test_more_epochs_to_average_than_there_are_and_a_run_cut_by_steps(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=5, average_last_epochs=9)
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("epoch-*")) == ["epoch-01", "epoch-02"]
+    trainer.load_average()
+
+
+def test_options_that_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match="set one of them"):
+        FinetuningArguments(output_dir=str(tmp_path), average_last_epochs=3)
+    with pytest.raises(ValueError, match="set label_smoothing"):
+        FinetuningArguments(output_dir=str(tmp_path), label_smoothing_factor=0.1)

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.data import ClassificationCollator, LabelledClips, label_names, split_dataset
-from asit_hf.data.audio import source_name
+from asit_hf.data.audio import AudioReadError, source_name
 from asit_hf.data.epochs import EpochCallback
 from asit_hf.evaluation.embeddings import load_encoder
 from asit_hf.finetuning import load_labelled_dataset, problem_type_of
@@ -234,4 +234,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except AudioReadError as error:
+        sys.exit(f"error: {error}; repair this file or take it out of the data")

@@ -37,7 +37,7 @@ from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.data import BENCHMARKS, ClassificationCollator, LabelledClips, label_names, split_dataset
-from asit_hf.data.audio import source_name
+from asit_hf.data.audio import AudioReadError, source_name
 from asit_hf.evaluation.embeddings import load_encoder
 from asit_hf.finetuning import load_labelled_dataset, problem_type_of
 from asit_hf.finetuning.augmentation import Augmentation, TrainingClips
@@ -390,4 +390,7 @@ def main(arguments: list[str] | None = None, build: Callable = build_model) -> d
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except AudioReadError as error:
+        sys.exit(f"error: {error}; repair this file or take it out of the data")

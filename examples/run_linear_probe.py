@@ -8,6 +8,7 @@ What an encoder's frozen embeddings are worth: a linear and a k-nearest-neighbou
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from datasets import Dataset
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTModel
 from asit_hf.configuration_asit import SIZES
+from asit_hf.data.audio import AudioReadError
 from asit_hf.data.crops import LabelledClips
 from asit_hf.data.datasets import find_group_column, label_names
 from asit_hf.evaluation.embeddings import POOLINGS, embed, load_encoder
@@ -175,4 +177,7 @@ def print_table(results: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AudioReadError as error:
+        sys.exit(f"error: {error}; repair this file or take it out of the data")

@@ -19,6 +19,11 @@ _MPEG_LEAD_IN = 16 * 1152
 # A seek into the last page of an Ogg Vorbis stream can land some samples off. A page holds at most 255 packets,
 # and a packet 1024 samples at the usual block size, so a seek to before that is exact, and reading on is too.
 _VORBIS_PAGE = 255 * 1024
+# What libsndfile says of files that are there, but not what they seem; the first is its answer to any damaged mp3.
+_REASONS = {
+    "File does not exist or is not a regular file (possibly a pipe?)": "Format not recognised",
+    "Unspecified internal error": "damaged: its decoder gave up",
+}
 # A writer that cannot seek back (a pipe) leaves a placeholder of about this size in the header of a wav file.
 _UNKNOWN_WAV_SIZE = 0x7FFFF000
 _WAV_DATA_CHUNK = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
@@ -27,7 +32,9 @@ _WAV_DATA_CHUNK = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
 class AudioReadError(ValueError):
     """Audio that cannot be read. `source` names the file (or "bytes", "array"), `reason` says why."""
 
-    def __init__(self, source: str, reason: str):
+    def __init__(self, source: str, reason: str | None = None):
+        if reason is None:  # a DataLoader raises its worker's error anew, from the text of the traceback alone
+            source, reason = source.rstrip().rpartition("cannot read ")[2].split(": ", 1)
         super().__init__(source, reason)
         self.source = source
         self.reason = reason
@@ -337,4 +344,5 @@ def _checked(waveform: np.ndarray, name: str) -> np.ndarray:
 
 
 def _reason(error: soundfile.LibsndfileError) -> str:
-    return error.error_string.removeprefix("Error : ").rstrip(".")
+    reason = error.error_string.removeprefix("Error : ").rstrip(".")
+    return _REASONS.get(reason, reason)

@@ -17,8 +17,11 @@ def collate_crops(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         `global_waveforms` (batch, crops, samples) float32, `global_lengths` (batch, crops) int64, the same with
         `local_` where there are local crops, `sample_keys` (batch,) int64, `indices` (batch,) int64, `files`, a list
-        of names, and `bad_files`, a list of (path, reason).
+        of names, and `bad_files`, a list of (path, reason). Of items without audio, which a resumed stream begins
+        with, `skipped`, their number.
     """
+    if "skipped" in items[0]:
+        return {"skipped": len(items)}
     names = ("global_waveforms", "global_lengths", "local_waveforms", "local_lengths")
     batch: dict[str, Any] = {name: torch.stack([item[name] for item in items]) for name in names if name in items[0]}
     batch["sample_keys"] = torch.tensor([item["sample_key"] for item in items], dtype=torch.int64)

@@ -1,12 +1,13 @@
-"""Audio data sets as Hugging Face `datasets` objects: folders, manifests, parquet, saved and Hub sets, streaming."""
+"""Audio data sets as Hugging Face `datasets` objects: folders, manifests, shards, saved and Hub sets, streaming."""
 
 import csv
 import json
 import logging
 import os
 import re
+import tarfile
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +48,9 @@ def load_audio_dataset(
     Args:
         source: an audio file; a folder of audio files (searched recursively, sorted; names that begin with a dot are
             left out); a csv, tsv, json or jsonl manifest, or a folder with `metadata.csv` or `metadata.jsonl`; a
-            parquet file or folder; a folder written by `save_to_disk`; the name of a data set on the Hub; or a
-            `datasets` object.
+            parquet file or folder; a tar file or a folder of them (webdataset's layout, of which the audio alone is
+            read, as a stream); a folder written by `save_to_disk`; the name of a data set on the Hub; or a `datasets`
+            object.
         split: of a Hub, parquet or saved data set: the split; of a manifest: rows whose `split` column says so; of a
             folder of audio: the subfolder.
         audio_column, label_column: the columns to take; by default the first of the usual names. A manifest's audio
@@ -87,7 +89,8 @@ def load_audio_dataset(
     label_column = _find_column(columns, label_column, _LABEL_COLUMNS, "label", name)
     dataset = _rename(dataset, columns, audio_column, "audio")
     dataset = _rename(dataset, columns, label_column, "label")
-    dataset = dataset.cast_column("audio", Audio(decode=False))
+    if not _is_tar_stream(dataset):
+        dataset = dataset.cast_column("audio", Audio(decode=False))
     if isinstance(dataset, Dataset):
         if label_column is not None:
             dataset = encode_labels(dataset)
@@ -228,7 +231,12 @@ def _open_source(
             return _load_saved(path, split)
         if manifest is not None and not labels_from_folders:
             path = manifest
-        elif not _is_parquet_folder(path):
+        elif tars := _find_shards(path, ".tar"):
+            _refuse(
+                "tar files", split=split, config_name=config_name, root=root, labels_from_folders=labels_from_folders
+            )
+            return _load_tars(tars, streaming)
+        elif not _find_shards(path, ".parquet"):
             _refuse("a folder of audio", config_name=config_name, root=root)
             return _load_folder(path, split, labels_from_folders)
     extension = path.suffix.lower()
@@ -240,8 +248,11 @@ def _open_source(
             "one audio file", split=split, config_name=config_name, root=root, labels_from_folders=labels_from_folders
         )
         return _from_columns({"audio": [str(path)]})
+    if path.is_file() and extension == ".tar":
+        _refuse("a tar file", split=split, config_name=config_name, root=root, labels_from_folders=labels_from_folders)
+        return _load_tars([path], streaming)
     if path.is_file() and extension != ".parquet":
-        expected = " ".join((*AUDIO_EXTENSIONS, *_MANIFEST_EXTENSIONS, ".parquet"))
+        expected = " ".join((*AUDIO_EXTENSIONS, *_MANIFEST_EXTENSIONS, ".parquet", ".tar"))
         raise ValueError(f"cannot tell what {path} is: expected a file with one of the extensions {expected}")
     _refuse("a parquet or Hub data set", root=root, labels_from_folders=labels_from_folders)
     if not path.exists() and not _HUB_NAME.fullmatch(os.fspath(source)):
@@ -401,9 +412,38 @@ def _walk(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def _is_parquet_folder(folder: Path) -> bool:
-    extensions = {file.suffix.lower() for file in _walk(folder)}
-    return ".parquet" in extensions and extensions.isdisjoint(AUDIO_EXTENSIONS)
+def _find_shards(folder: Path, extension: str) -> list[Path]:
+    """The files with `extension` below `folder`; none where there is audio too, which is what is meant then."""
+    files = _walk(folder)
+    if any(file.suffix.lower() in AUDIO_EXTENSIONS for file in files):
+        return []
+    return [file for file in files if file.suffix.lower() == extension]
+
+
+def _load_tars(files: list[Path], streaming: bool) -> "IterableDataset":
+    from datasets import Features, IterableDataset, Value
+
+    if not streaming:
+        raise ValueError(f"tar files are read one after another: load {files[0]} with streaming=True")
+    # Not an Audio feature: that of a stream of rows needs torchcodec, even undecoded.
+    features = Features({"audio": {"bytes": Value("binary"), "path": Value("string")}})
+    return IterableDataset.from_generator(_read_tars, features, gen_kwargs={"paths": [str(file) for file in files]})
+
+
+def _read_tars(paths: list[str]) -> Iterator[dict[str, Any]]:
+    for path in paths:
+        try:
+            with tarfile.open(path, "r|*") as archive:
+                for member in archive:
+                    if member.isfile() and Path(member.name).suffix.lower() in AUDIO_EXTENSIONS:
+                        name = f"{os.path.basename(path)}/{member.name}"
+                        yield {"audio": {"bytes": archive.extractfile(member).read(), "path": name}}
+        except tarfile.TarError as error:
+            raise ValueError(f"cannot read {path}: damaged or truncated tar file ({error})") from error
+
+
+def _is_tar_stream(dataset: Any) -> bool:
+    return not hasattr(dataset, "__len__") and isinstance((dataset.features or {}).get("audio"), dict)
 
 
 def _find_column(

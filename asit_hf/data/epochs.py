@@ -1,24 +1,58 @@
-"""Telling a data set which epoch it is."""
+"""Telling a data set which epoch it is, and a stream which part of it this process reads."""
 
+import logging
 from typing import Any
 
+from accelerate.data_loader import IterableDatasetShard
 from transformers import TrainerCallback
+
+from .crops import StreamingCrops
+
+logger = logging.getLogger(__name__)
 
 
 class EpochCallback(TrainerCallback):
     """
     Calls `dataset.set_epoch` at the start of every epoch. accelerate does so only in a run of one process that was
     not resumed within an epoch.
+
+    A [`~asit_hf.data.StreamingCrops`] becomes one epoch without end: each process reads its own part of the stream,
+    and a resumed run goes on at the clip where it stopped, in whatever pass that was, if it has as many processes and
+    loader workers as before.
     """
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
         self.epoch = 0
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.epoch = int(state.epoch or 0)
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if isinstance(self.dataset, StreamingCrops):
+            self.epoch = 0
+            self._share_stream(args, state, train_dataloader)
+        else:
+            self.epoch = int(state.epoch or 0)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(self.epoch)
         self.epoch += 1
+
+    def _share_stream(self, args, state, train_dataloader) -> None:
+        stream = self.dataset
+        stream.repeat = True
+        stream.rank, stream.world_size = args.process_index, args.world_size
+        num_batches = 0 if args.ignore_data_skip else state.global_step * args.gradient_accumulation_steps
+        stream.skip(num_batches, args.train_batch_size)
+        num_shards = stream.dataset.num_shards
+        if num_shards % args.world_size:
+            logger.warning(
+                "the stream has %d shards, not a multiple of %d processes: each process reads all of them and keeps "
+                "every %d. clip",
+                num_shards,
+                args.world_size,
+                args.world_size,
+            )
+        # accelerate would have every process read and crop everything and throw the others' share away
+        whole = getattr(train_dataloader, "dataset", None)
+        if isinstance(whole, IterableDatasetShard):
+            whole.num_processes, whole.process_index = 1, 0

@@ -16,17 +16,18 @@ def load_unlabelled(specs: "list[str | dict] | str | dict", **defaults: Any):
         defaults: keywords for every source that does not say otherwise.
 
     Returns:
-        A `datasets.Dataset` with the column `audio`; with `streaming=True` an `IterableDataset`, several sources
-        taking turns until all have been read, a shorter one again from its start.
+        A `datasets.Dataset` with the column `audio`; with `streaming=True` an `IterableDataset`, one source after
+        another until `shuffle` mixes their shards.
     """
-    from datasets import concatenate_datasets, interleave_datasets
+    from datasets import concatenate_datasets
 
     specs = specs if isinstance(specs, (list, tuple)) else [specs]
     if not specs:
         raise ValueError("expected at least one source of audio, got none")
     loaded = [_load(spec, defaults).select_columns("audio") for spec in specs]
-    if defaults.get("streaming") and len(loaded) > 1:
-        return interleave_datasets(loaded, stopping_strategy="all_exhausted")  # one by one, not one after another
+    plain = [dataset.features["audio"] for dataset in loaded if isinstance(dataset.features["audio"], dict)]
+    if plain:  # tar files among other streams: all get their kind of column
+        loaded = [dataset.cast_column("audio", plain[0]) for dataset in loaded]
     return concatenate_datasets(loaded)
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
+from torch.utils.data import DataLoader
 
+from asit_hf.data import LabelledClips
 from asit_hf.data.audio import AudioReader, AudioReadError, audio_info, read_audio, resample, to_mono_float
 
 FORMATS = {
@@ -281,6 +283,23 @@ def test_resample_keeps_a_tone():
 def test_errors_survive_pickling():
     error = pickle.loads(pickle.dumps(AudioReadError("a.wav", "empty file")))
     assert (error.source, error.reason, str(error)) == ("a.wav", "empty file", "cannot read a.wav: empty file")
+
+
+def test_a_loader_raises_its_workers_error_as_it_was(tmp_path):
+    wav = write(tmp_path / "a.wav", sweep(2, 16000), 16000)
+    wav.write_bytes(wav.read_bytes()[:32044])
+    expected = f"cannot read {wav}: truncated: its header promises 64000 bytes of audio, it has 32000"
+    for num_workers in (0, 1):
+        with pytest.raises(AudioReadError) as caught:
+            next(iter(DataLoader(LabelledClips([str(wav)], 16000), num_workers=num_workers)))
+        assert str(caught.value) == expected
+        assert caught.value.source == str(wav)
+
+
+def test_an_mp3_of_garbage_is_not_called_missing(tmp_path):
+    (tmp_path / "a.mp3").write_bytes(b"hello " * 300)
+    with pytest.raises(AudioReadError, match="Format not recognised"):
+        read_audio(tmp_path / "a.mp3", 16000)
 
 
 def test_importing_the_package_leaves_datasets_alone():

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import soundfile as sf
@@ -8,7 +6,7 @@ from torch.utils.data import DataLoader
 
 from asit_hf.data.audio import AudioReadError, read_audio
 from asit_hf.data.collators import collate_crops
-from asit_hf.data.crops import LabelledClips, PretrainingCrops, StreamingCrops, sample_key
+from asit_hf.data.crops import LabelledClips, PretrainingCrops, sample_key
 from asit_hf.data.datasets import load_audio_dataset
 
 RATE = 8000
@@ -247,50 +245,6 @@ def test_workers_give_the_same_items_and_follow_the_epoch(clips, tmp_path):
         batches = list(loader)
         assert_same(batches[1], collate_crops([crops[index] for index in range(4, 8)]))
         assert batches[0]["sample_keys"].tolist() == [sample_key(0, epoch, index) for index in range(4)]
-
-
-def collect(stream: StreamingCrops, num_workers: int) -> dict[int, torch.Tensor]:
-    loader = DataLoader(stream, 2, num_workers=num_workers, collate_fn=collate_crops)
-    return {
-        key: waveforms
-        for batch in loader
-        for key, waveforms in zip(batch["sample_keys"].tolist(), batch["global_waveforms"])
-    }
-
-
-def test_a_stream_gives_each_clip_once_whatever_the_workers(clips, tmp_path):
-    stream = StreamingCrops(load_audio_dataset(tmp_path, streaming=True), RATE, **SHORT)
-    alone, shared = collect(stream, 0), collect(stream, 2)
-    assert len(alone) == 10
-    assert alone.keys() == shared.keys()
-    assert all(torch.equal(alone[key], shared[key]) for key in alone)
-    stream.set_epoch(1)
-    assert collect(stream, 0).keys().isdisjoint(alone)
-
-
-def test_a_stream_reports_what_it_leaves_out(clips, tmp_path, caplog):
-    (tmp_path / "11.wav").write_bytes(b"")
-    dataset = load_audio_dataset(tmp_path, streaming=True)
-    items = list(StreamingCrops(dataset, RATE, **SHORT))
-    assert len(items) == 9
-    assert [bad for item in items for bad in item["bad_files"]] == [(clips[3], "Format not recognised")]
-    assert items[3]["bad_files"]
-    assert f"left out {clips[11]}: empty file" in caplog.text
-    with pytest.raises(AudioReadError, match=r"03\.wav"):
-        list(StreamingCrops(dataset, RATE, strict=True, **SHORT))
-
-
-def test_streamed_bytes_without_a_path(clips):
-    rows = [{"bytes": Path(path).read_bytes(), "path": None} for path in clips[:3]]
-    stream = StreamingCrops(FakeStream([{"audio": row} for row in rows]), RATE, **SHORT)
-    items = list(stream)
-    assert len({item["index"] for item in items}) == 3
-    assert_same(items[1], list(stream)[1])
-
-
-class FakeStream(list):
-    def set_epoch(self, epoch):
-        self.epoch = epoch
 
 
 def labelled(clips, labels):

@@ -1,6 +1,8 @@
 import csv
 import importlib.util
 import json
+import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -222,3 +224,21 @@ def test_labels_of_folders_are_those_used(sounds):
     kept = load_labelled_dataset(sounds / "meta.csv", ["category=low,high"], label_column="category")
     assert kept.features["label"].names == ["high", "low"]
     assert len(kept) == 20
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_data_damaged_inside_stop_with_one_line(sounds, encoder, tmp_path, monkeypatch, workers):
+    shutil.copytree(sounds, tmp_path / "sounds")
+    damaged = tmp_path / "sounds" / "high" / "4.flac"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[: len(content) // 2] + bytes(len(content) // 2))  # the header is whole
+    options = arguments(
+        tmp_path / "sounds", encoder, tmp_path / "run", num_train_epochs=1, dataloader_num_workers=workers
+    )
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    message = str(stopped.value)
+    assert message.startswith(f"error: cannot read {damaged}: ")
+    assert "lost sync" in message
+    assert "\n" not in message

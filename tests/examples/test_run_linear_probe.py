@@ -1,5 +1,8 @@
 import importlib.util
 import json
+import runpy
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +133,20 @@ def test_bad_files_are_left_out_or_an_error(script, sounds, checkpoint, tmp_path
     assert "left out 2 of 20 files" in caplog.text
     with pytest.raises(ValueError, match="broken.flac"):
         script.main([*options, "--strict"])
+
+
+def test_a_file_damaged_inside_stops_with_one_line(sounds, checkpoint, tmp_path, monkeypatch):
+    shutil.copytree(sounds, tmp_path / "sounds")
+    damaged = tmp_path / "sounds" / "audio" / "high" / "4.flac"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[: len(content) // 2] + bytes(len(content) // 2))  # the header is whole
+    options = arguments(tmp_path / "sounds", "--model_name_or_path", str(checkpoint))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    message = str(stopped.value)
+    assert message.startswith(f"error: cannot read {damaged}: ")
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(

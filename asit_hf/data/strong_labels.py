@@ -44,7 +44,8 @@ def read_strong_labels(path: str | os.PathLike) -> dict[str, list[Event]]:
             nothing but a file says that nothing happens in it.
 
     Raises:
-        ValueError: a missing column, times that are no numbers, or an offset that is not after the onset; with the line.
+        ValueError: a missing column, times that are no numbers, or an offset that is not after the onset, with the
+            line.
     """
     events: dict[str, list[Event]] = {}
     with open(path, newline="", encoding="utf-8-sig") as file:
@@ -233,9 +234,7 @@ class StronglyLabelledClips(Dataset):
 
 def cut_events(events: Iterable[Event], start: float, duration: float) -> list[Event]:
     """The parts of events within a crop, in seconds from its beginning."""
-    moved = (
-        Event(max(onset - start, 0.0), min(offset - start, duration), label) for onset, offset, label in events
-    )
+    moved = (Event(max(onset - start, 0.0), min(offset - start, duration), label) for onset, offset, label in events)
     return [event for event in moved if event.onset < event.offset]
 
 

@@ -159,7 +159,8 @@ def test_a_batch_fits_the_model_and_padding_does_not_count(folder):
     ).eval()
     collate = FrameCollator(ASiTFeatureExtractor(), ["other", "tone"])
     clips = StronglyLabelledClips(TONES, folder, 16000)
-    short = {**clips[0], "waveform": clips[0]["waveform"][:20000], "duration": 1.25, "events": [Event(1, 1.25, "tone")]}
+    waveform = clips[0]["waveform"][:20000]
+    short = {"waveform": waveform, "duration": 1.25, "events": [Event(1, 1.25, "tone")], "index": 1}
     batch = collate([clips[0], short])
     assert batch["labels"].shape == (2, 298 // 16, 2)
     assert (batch["labels"][1, 123 // 16 :] == -100).all()

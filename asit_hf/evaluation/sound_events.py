@@ -28,8 +28,8 @@ def decode_events(
         names (`Sequence[str]`): the classes.
         edges (`np.ndarray` of shape `(columns + 1,)`): seconds, see [`~asit_hf.data.strong_labels.column_edges`].
         threshold (`float`, defaults to 0.5): a column is on above it.
-        median_columns (`int`, defaults to 1): width, in columns, of a median filter over on and off; odd. It takes away
-            events, and fills gaps, of less than half of it; 1 leaves all as it is.
+        median_columns (`int`, defaults to 1): width, in columns, of a median filter over on and off; odd. It takes
+            away events, and fills gaps, of less than half of it; 1 leaves all as it is.
     """
     scores, edges = np.asarray(scores), np.asarray(edges)
     if scores.ndim != 2 or scores.shape != (len(edges) - 1, len(names)):
@@ -56,7 +56,7 @@ def segment_metrics(
     Segment-based scores: time is cut into segments, and a class is on in every segment that an event of it touches.
 
     Args:
-        reference, estimated: events by file. Files are those of `reference`, where one without events is an empty list.
+        reference, estimated: events by file. Files are those of `reference`, one without events is an empty list.
         names (`Sequence[str]`): the classes; events of others are an error.
         durations (`Mapping[str, float]`, *optional*): seconds by file; events are cut to them. By default a file lasts
             to its last event.
@@ -124,9 +124,8 @@ def psds(
     if scenario not in PSDS_SCENARIOS:
         raise ValueError(f"scenario must be one of {', '.join(PSDS_SCENARIOS)}, got {scenario!r}")
     if set(reference) != set(scores) or set(reference) != set(edges):
-        raise ValueError(
-            f"expected reference, scores and edges of the same files, got {len(reference)}, {len(scores)}, {len(edges)}"
-        )
+        counts = f"{len(reference)}, {len(scores)}, {len(edges)}"
+        raise ValueError(f"expected reference, scores and edges of the same files, got {counts}")
     settings = PSDS_SCENARIOS[scenario]
     true = {file: _spans(events, names) for file, events in reference.items()}
     spans = np.concatenate([spans for spans, _ in true.values()])

@@ -101,6 +101,8 @@ class ParquetOutput:
         self.writer.close()
 
     def _flush(self) -> None:
+        if not self.columns["file"]:
+            return
         self.writer.write_table(pyarrow.table(self.columns, schema=self.writer.schema))
         for values in self.columns.values():
             values.clear()

@@ -1,6 +1,7 @@
 """Strong labels: events with a beginning and an end, their files, and targets for every patch column."""
 
 import csv
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from torch.utils.data import Dataset
 
 from ..fbank_asit import window_and_hop
 from .audio import AudioReader, AudioReadError, audio_info
-from .collators import logger
 from .crops import _draw, _shared_counter, sample_key
+
+logger = logging.getLogger(__name__)
 
 # DCASE's names first, then those of AudioSet's strong labels.
 _COLUMNS = {
@@ -195,8 +197,8 @@ class StronglyLabelledClips(Dataset):
         events = cut_events(self.events[index], start / self.sampling_rate, duration)
         return {"waveform": waveform, "events": events, "duration": duration, "index": index}
 
-    def readable(self) -> "StronglyLabelledClips":
-        """The same clips without those that cannot be opened, each of which is reported."""
+    def drop_unreadable(self) -> None:
+        """Leaves out the clips that cannot be opened, each of which is reported."""
         kept, reasons = {}, []
         for name, events, file in zip(self.names, self.events, self.files):
             try:
@@ -212,7 +214,6 @@ class StronglyLabelledClips(Dataset):
             logger.warning("left out %d of %d files that cannot be read", len(reasons), len(self))
         self.names = list(kept)
         self.events, self.files = (list(column) for column in zip(*kept.values()))
-        return self
 
     def _read(self, index: int) -> tuple[int, np.ndarray]:
         """First sample and waveform of the clip or its crop."""

@@ -88,7 +88,7 @@ def embed(
     with tqdm(total=total, desc="Embedding", unit="clip", disable=not progress) as bar:
         for indices, waveforms in _batches(clips, batch_size, sort_by_length):
             tokens, columns = _tokens(encoder, feature_extractor, waveforms, device, num_layers)
-            pooled = torch.cat([_pool(layer, columns, pooling) for layer in tokens], dim=-1)
+            pooled = torch.cat([pool_tokens(layer, columns, pooling) for layer in tokens], dim=-1)
             embeddings.update(zip(indices, pooled.float().cpu().numpy()))
             bar.update(len(indices))
     if not embeddings:
@@ -261,7 +261,7 @@ def _embed_windows(
             places = order[start : start + batch_size]
             waveforms = [results[place] for place in places]
             tokens, counts = _tokens(encoder, feature_extractor, waveforms, device, num_layers)
-            scenes = torch.cat([_pool(layer, counts, pooling) for layer in tokens], dim=-1).float().cpu().numpy()
+            scenes = torch.cat([pool_tokens(layer, counts, pooling) for layer in tokens], dim=-1).float().cpu().numpy()
             columns = column_means(tokens[-1], encoder.config.position_grid[1]).float().cpu().numpy()
             for place, scene, of_clip, count in zip(places, scenes, columns, counts.tolist()):
                 results[place] = scene, of_clip[:count].copy()  # not a view, which would keep the batch
@@ -321,8 +321,8 @@ def _tokens(
     return tokens, columns
 
 
-def _pool(tokens: torch.Tensor, columns: torch.Tensor, pooling: str) -> torch.Tensor:
-    """`(clips, 1 + patches, hidden)` to `(clips, dim)`, over each clip's own columns."""
+def pool_tokens(tokens: torch.Tensor, columns: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Tokens `(clips, 1 + patches, hidden)` to `(clips, dim)`, over each clip's own `columns` `(clips,)`."""
     cls_token = tokens[:, 0]
     if pooling == "cls":
         return cls_token

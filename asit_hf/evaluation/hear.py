@@ -15,7 +15,7 @@ from ..configuration_asit import ASiTConfig
 from ..fbank_asit import window_and_hop
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..modeling_asit import ASiTModel
-from .embeddings import _pool, check_pooling, column_means, column_times, embedding_size, load_encoder
+from .embeddings import check_pooling, column_means, column_times, embedding_size, load_encoder, pool_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -97,7 +97,8 @@ def get_scene_embeddings(audio: torch.Tensor, model: HearModel) -> torch.Tensor:
     pooled, weights = [], []
     for tokens in model.windows(model.log_mel(audio)):
         columns = (tokens.shape[1] - 1) // rows
-        pooled.append(_pool(tokens, torch.full((len(tokens),), columns, device=tokens.device), model.pooling))
+        counts = torch.full((len(tokens),), columns, device=tokens.device)
+        pooled.append(pool_tokens(tokens, counts, model.pooling))
         weights.append(columns)
     return sum(part.float() * weight for part, weight in zip(pooled, weights)) / sum(weights)
 

@@ -228,3 +228,16 @@ def test_embedding_size(model, feature_extractor, clips, pooling):
     for num_layers in (1, 2):
         found = embed(model, feature_extractor, clips[:1], pooling, progress=False, num_layers=num_layers)
         assert found.shape[1] == embedding_size(model, pooling, num_layers)
+
+
+def test_files_that_end_early(model, feature_extractor, tmp_path):
+    """A damaged flac is one error however much of it could be read; a cut mp3 is used as far as it goes."""
+    flac, mp3, whole = (write(tmp_path / name, 80000) for name in ("a.flac", "a.mp3", "a.wav"))
+    for file in (flac, mp3):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    options = {"window_seconds": 0.5, "batch_size": 1}
+    bad, cut, good = embed_files(model, feature_extractor, [flac, mp3, whole], **options)
+    assert isinstance(bad, AudioReadError)
+    assert "a.flac" in str(bad)
+    assert len(good.timestamps) == 498 // 16
+    assert 10 < len(cut.timestamps) < 17

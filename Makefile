@@ -8,7 +8,7 @@ OUT ?= demo_output
 # all cores for the process that runs; tests and loader workers set their own
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: demo test quality style clean
+.PHONY: demo test hear quality style clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,11 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+# the HEAR benchmark's own validator, beside the environment: it asks for tensorflow, which it does not need
+hear: $(VENV)/ready
+	$(PIP) --no-deps --upgrade --target $(VENV)/hear hearvalidator==2021.0.2
+	PYTHONPATH=$(VENV)/hear $(BIN)/python -m pytest tests/evaluation/test_hear.py -k validator
 
 quality: $(VENV)/ready
 	$(BIN)/ruff check .

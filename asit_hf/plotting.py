@@ -118,3 +118,28 @@ def plot_embeddings(embeddings: Any, labels: Sequence[Any], names: Sequence[str]
     axes.set_xticks([])
     axes.set_yticks([])
     return figure
+
+
+def plot_scores(scores: dict[str, dict[str, Sequence[float]]], unit: str = "%") -> Figure:
+    """
+    Scores of several runs side by side: a panel for each key of `scores`, in it a line for each name, with a dot a run
+    and a bar at their mean.
+    """
+    names = list(dict.fromkeys(name for panel in scores.values() for name in panel))
+    if not names:
+        raise ValueError("expected at least one score, got none")
+    figure = Figure(figsize=(2.2 + 2.3 * len(scores), 1.1 + 0.32 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
+    for axes, (title, panel) in zip(panels, scores.items()):
+        for line, name in enumerate(names):
+            values = panel.get(name, ())
+            axes.plot(values, [line] * len(values), "o", color="C0", alpha=0.6, markersize=4)
+            if len(values):
+                axes.plot([np.mean(values)], [line], "|", color="C3", markersize=14, markeredgewidth=2)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel(unit, fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(axis="x", alpha=0.3)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    return figure

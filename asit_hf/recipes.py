@@ -25,7 +25,7 @@ def parse_arguments(dataclass_types: tuple[type, ...], arguments: list[str] | No
 
 
 def recipe_arguments(path: str | os.PathLike) -> list[str]:
-    """The options of a recipe file as command-line arguments; dictionaries become JSON."""
+    """The options of a recipe file as command-line arguments, see `option_arguments`."""
     text = Path(path).read_text()
     if Path(path).suffix == ".json":
         options = json.loads(text)
@@ -35,6 +35,11 @@ def recipe_arguments(path: str | os.PathLike) -> list[str]:
         options = yaml.safe_load(text)
     if not isinstance(options, dict):
         raise ValueError(f"{path} must hold options as `name: value`, got {type(options).__name__}")
+    return option_arguments(options)
+
+
+def option_arguments(options: dict[str, Any]) -> list[str]:
+    """Options as command-line arguments: a list gives several values, a dictionary its JSON, `None` nothing."""
     arguments: list[str] = []
     for name, value in options.items():
         if value is None:  # as if it were not there

@@ -3,7 +3,14 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from asit_hf.plotting import plot_confusion, plot_curves, plot_embeddings, plot_log_mel, plot_reconstruction
+from asit_hf.plotting import (
+    plot_confusion,
+    plot_curves,
+    plot_embeddings,
+    plot_log_mel,
+    plot_reconstruction,
+    plot_scores,
+)
 
 
 def images(figure: Figure) -> list[np.ndarray]:
@@ -51,3 +58,15 @@ def test_embeddings_have_one_group_of_points_a_label():
     groups = figure.axes[0].collections
     assert [len(group.get_offsets()) for group in groups] == [4, 4, 4]
     assert [group.get_label() for group in groups] == ["x", "y", "z"]
+
+
+def test_scores_have_a_panel_each_and_a_dot_a_run():
+    figure = plot_scores({"one": {"a": [1.0, 3.0], "b": [2.0]}, "two": {"b": [5.0]}})
+    one, two = figure.axes
+    dots = [line.get_xdata().tolist() for line in one.lines if line.get_marker() == "o"]
+    assert dots == [[1.0, 3.0], [2.0]]
+    assert [line.get_xdata()[0] for line in one.lines if line.get_marker() == "|"] == [2.0, 2.0]
+    assert [label.get_text() for label in one.get_yticklabels()] == ["a", "b"]
+    assert [line.get_ydata()[0] for line in two.lines if len(line.get_xdata())] == [1, 1]
+    with pytest.raises(ValueError, match="at least one score"):
+        plot_scores({})

@@ -1,7 +1,8 @@
 """Embeddings of whole clips and of every patch column, from any ASiT checkpoint."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from dataclasses import dataclass
+from itertools import groupby, islice
 from os import PathLike
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..configuration_asit import ASiTConfig
+from ..data.audio import AudioReader, AudioReadError
 from ..fbank_asit import window_and_hop
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..modeling_asit import ASiTModel, ASiTPreTrainedModel
@@ -18,6 +20,8 @@ from ..pretraining.modeling import ASiTForPreTraining
 POOLINGS = ("cls", "mean", "cls_mean", "mean_time")
 # Clips are put in order of length within this many batches, so that a data set need not fit in memory.
 _SORTED_BATCHES = 32
+# The same for windows of files, which are longer.
+_SORTED_WINDOW_BATCHES = 4
 
 
 def load_encoder(path: str | PathLike, source: str = "teacher", **kwargs: Any) -> ASiTModel:
@@ -76,17 +80,15 @@ def embed(
     Returns:
         `np.ndarray` of shape `(clips, dim)`, float32, in the order of `clips`.
     """
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling must be one of {POOLINGS}, got {pooling!r}")
+    check_pooling(pooling)
     encoder = _encoder_of(model)
-    if not 1 <= num_layers <= len(encoder.layers):
-        raise ValueError(f"num_layers must be from 1 to {len(encoder.layers)}, got {num_layers}")
+    _check_layers(encoder, num_layers)
     total = len(clips) if hasattr(clips, "__len__") else None
     embeddings: dict[int, np.ndarray] = {}
     with tqdm(total=total, desc="Embedding", unit="clip", disable=not progress) as bar:
         for indices, waveforms in _batches(clips, batch_size, sort_by_length):
             tokens, columns = _tokens(encoder, feature_extractor, waveforms, device, num_layers)
-            pooled = torch.cat([_pool(layer, columns, pooling) for layer in tokens], dim=-1)
+            pooled = torch.cat([pool_tokens(layer, columns, pooling) for layer in tokens], dim=-1)
             embeddings.update(zip(indices, pooled.float().cpu().numpy()))
             bar.update(len(indices))
     if not embeddings:
@@ -113,12 +115,157 @@ def timestamp_embeddings(
     """
     encoder = _encoder_of(model)
     (tokens,), columns = _tokens(encoder, feature_extractor, [waveform], device)
-    embeddings = tokens[0, 1:].unflatten(0, (int(columns), -1)).mean(1)
-    window, hop = window_and_hop(feature_extractor.sampling_rate)
-    first_frames = np.arange(int(columns)) * encoder.config.patch_size
-    middles = (first_frames + (encoder.config.patch_size - 1) / 2) * hop + window / 2
-    times = 1000 * middles / feature_extractor.sampling_rate
-    return embeddings.float().cpu().numpy(), times.astype(np.float32)
+    embeddings = column_means(tokens, encoder.config.position_grid[1])[0]
+    times = column_times(len(embeddings), feature_extractor.sampling_rate, encoder.config.patch_size)
+    return embeddings.float().cpu().numpy(), times
+
+
+@dataclass(frozen=True)
+class ClipEmbeddings:
+    """
+    Of one clip: `scene` `(dim,)`; `timestamps` `(columns, hidden_size)` and the columns' middles, `milliseconds`
+    `(columns,)`; all float32.
+    """
+
+    scene: np.ndarray
+    timestamps: np.ndarray
+    milliseconds: np.ndarray
+
+
+def embed_files(
+    model: ASiTPreTrainedModel,
+    feature_extractor: ASiTFeatureExtractor,
+    sources: Iterable,
+    pooling: str = "cls",
+    batch_size: int = 16,
+    device: str | torch.device | None = None,
+    num_layers: int = 1,
+    window_seconds: float = 30.0,
+    max_seconds: float | None = None,
+) -> Iterator[ClipEmbeddings | AudioReadError]:
+    """
+    Embeddings of files of any length, one after another in the order of `sources`: only a few windows are in memory.
+
+    Args:
+        model, feature_extractor, pooling, batch_size, device, num_layers: as in [`embed`]; timestamps are those of the
+            last layer.
+        sources: see [`~asit_hf.data.audio.AudioReader`].
+        window_seconds (`float`, defaults to 30): longer clips are read and embedded in windows of this length, cut to
+            whole patch columns. The scene embedding is the mean over windows, weighted by their columns.
+        max_seconds (`float`, *optional*): use only the beginning of longer clips.
+
+    Yields:
+        For every source [`ClipEmbeddings`], or the error that says why it cannot be read.
+    """
+    check_pooling(pooling)
+    encoder = _encoder_of(model)
+    _check_layers(encoder, num_layers)
+    rate, patch_size = feature_extractor.sampling_rate, encoder.config.patch_size
+    window_columns = int(window_seconds * rate) // (patch_size * window_and_hop(rate)[1])
+    if window_columns < 1:
+        raise ValueError(f"window_seconds must be at least one patch column, got {window_seconds}")
+    if max_seconds is not None and max_seconds <= 0:
+        raise ValueError(f"expected max_seconds above 0, got {max_seconds}")
+    windows = _file_windows(sources, rate, window_columns * patch_size, patch_size, max_seconds)
+    embedded = _embed_windows(
+        windows,
+        encoder,
+        feature_extractor,
+        pooling=pooling,
+        batch_size=batch_size,
+        device=device,
+        num_layers=num_layers,
+    )
+    for _, parts in groupby(embedded, key=lambda part: part[0]):
+        parts = [part for _, part in parts]
+        if isinstance(parts[-1], AudioReadError):
+            yield parts[-1]
+            continue
+        scenes, columns = zip(*parts)
+        timestamps = np.concatenate(columns)
+        scene = np.average(scenes, axis=0, weights=[len(part) for part in columns]).astype(np.float32)
+        yield ClipEmbeddings(scene, timestamps, column_times(len(timestamps), rate, patch_size))
+
+
+def column_means(tokens: torch.Tensor, rows: int) -> torch.Tensor:
+    """Tokens `(clips, 1 + columns * rows, hidden)` to one embedding a patch column, `(clips, columns, hidden)`."""
+    return tokens[:, 1:].unflatten(1, (-1, rows)).mean(2)
+
+
+def column_times(num_columns: int, sampling_rate: int, patch_size: int, hop_frames: int | None = None) -> np.ndarray:
+    """
+    The middles of patch columns in milliseconds, `(num_columns,)`, float32: 87.5, 247.5, ... at 16 kHz. `hop_frames`
+    is the distance between columns, by default `patch_size`.
+    """
+    window, hop = window_and_hop(sampling_rate)
+    first_frames = np.arange(num_columns) * (patch_size if hop_frames is None else hop_frames)
+    middles = (first_frames + (patch_size - 1) / 2) * hop + window / 2
+    return (1000 * middles / sampling_rate).astype(np.float32)
+
+
+def check_pooling(pooling: str) -> None:
+    """Raises `ValueError` for a pooling that is not one of `POOLINGS`."""
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {POOLINGS}, got {pooling!r}")
+
+
+def embedding_size(encoder: ASiTModel, pooling: str, num_layers: int = 1) -> int:
+    """Width of the clip embeddings."""
+    rows = {"cls_mean": 2, "mean_time": encoder.config.position_grid[1]}.get(pooling, 1)
+    return rows * encoder.config.hidden_size * num_layers
+
+
+def _check_layers(encoder: ASiTModel, num_layers: int) -> None:
+    if not 1 <= num_layers <= len(encoder.layers):
+        raise ValueError(f"num_layers must be from 1 to {len(encoder.layers)}, got {num_layers}")
+
+
+def _file_windows(
+    sources: Iterable, rate: int, window_frames: int, patch_size: int, max_seconds: float | None
+) -> Iterator[tuple[int, np.ndarray | AudioReadError]]:
+    """(index of the source, waveform of a window) of every window, or an error, which ends the source."""
+    window, hop = window_and_hop(rate)
+    length, column = ((frames - 1) * hop + window for frames in (window_frames, patch_size))
+    limit = float("inf") if max_seconds is None else max(1, round(max_seconds * rate))
+    for index, source in enumerate(sources):
+        try:
+            with AudioReader(source) as reader:
+                start = 0
+                # the rest needs a whole column; the beginning is taken whatever its length
+                while start == 0 or start + column <= min(reader.num_samples(rate), limit):
+                    try:
+                        yield index, reader.read(rate, start, int(min(length, limit - start)))
+                    except AudioReadError:
+                        if start < reader.num_samples(rate):  # else an mp3 was shorter than its header says
+                            raise
+                    start += window_frames * hop
+        except AudioReadError as error:
+            yield index, error
+
+
+def _embed_windows(
+    windows: Iterator[tuple[int, np.ndarray | AudioReadError]],
+    encoder: ASiTModel,
+    feature_extractor: ASiTFeatureExtractor,
+    pooling: str,
+    batch_size: int,
+    device: str | torch.device | None,
+    num_layers: int,
+) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray] | AudioReadError]]:
+    """Scene `(dim,)` and columns `(columns, hidden)` of every window, in order; errors are passed on."""
+    while buffer := list(islice(windows, batch_size * _SORTED_WINDOW_BATCHES)):
+        results: list[Any] = [item for _, item in buffer]
+        order = [place for place, item in enumerate(results) if not isinstance(item, AudioReadError)]
+        order.sort(key=lambda place: len(results[place]))
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            waveforms = [results[place] for place in places]
+            tokens, counts = _tokens(encoder, feature_extractor, waveforms, device, num_layers)
+            scenes = torch.cat([pool_tokens(layer, counts, pooling) for layer in tokens], dim=-1).float().cpu().numpy()
+            columns = column_means(tokens[-1], encoder.config.position_grid[1]).float().cpu().numpy()
+            for place, scene, of_clip, count in zip(places, scenes, columns, counts.tolist()):
+                results[place] = scene, of_clip[:count].copy()  # not a view, which would keep the batch
+        yield from ((index, result) for (index, _), result in zip(buffer, results))
 
 
 def _encoder_of(model: ASiTPreTrainedModel) -> ASiTModel:
@@ -174,8 +321,8 @@ def _tokens(
     return tokens, columns
 
 
-def _pool(tokens: torch.Tensor, columns: torch.Tensor, pooling: str) -> torch.Tensor:
-    """`(clips, 1 + patches, hidden)` to `(clips, dim)`, over each clip's own columns."""
+def pool_tokens(tokens: torch.Tensor, columns: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Tokens `(clips, 1 + patches, hidden)` to `(clips, dim)`, over each clip's own `columns` `(clips,)`."""
     cls_token = tokens[:, 0]
     if pooling == "cls":
         return cls_token

@@ -1,9 +1,18 @@
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTForPreTraining, ASiTModel
-from asit_hf.evaluation.embeddings import POOLINGS, embed, load_encoder, timestamp_embeddings
+from asit_hf.data.audio import AudioReadError, read_audio
+from asit_hf.evaluation.embeddings import (
+    POOLINGS,
+    embed,
+    embed_files,
+    embedding_size,
+    load_encoder,
+    timestamp_embeddings,
+)
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SMALL |= {"num_frames": 64, "num_prototypes": 16, "distillation_hidden_size": 16, "distillation_bottleneck_size": 8}
@@ -153,3 +162,82 @@ def test_load_encoder_refuses_what_is_not_whole(tmp_path):
         load_encoder(tmp_path)
     with pytest.raises(ValueError, match="source must be"):
         load_encoder(tmp_path, "average")
+
+
+def write(path, samples, rate=16000, seed=0):
+    soundfile.write(path, np.random.default_rng(seed).normal(0, 0.1, samples).clip(-1, 1), rate)
+    return path
+
+
+def test_files_of_any_length(model, feature_extractor, tmp_path):
+    """Short ones as `embed` and `timestamp_embeddings` have them, long ones in windows, bad ones as errors."""
+    files = [write(tmp_path / f"{samples}.wav", samples, seed=samples) for samples in (16000, 300, 40000)]
+    files.insert(1, tmp_path / "gone.wav")
+    options = {"pooling": "cls_mean", "num_layers": 2}
+    found = list(embed_files(model, feature_extractor, files, batch_size=2, window_seconds=1.3, **options))
+    assert isinstance(found[1], AudioReadError)
+    for index in (0, 2):
+        clip = read_audio(files[index], 16000)
+        expected = embed(model, feature_extractor, [clip], progress=False, **options)[0]
+        np.testing.assert_allclose(found[index].scene, expected, atol=1e-5)
+        columns, times = timestamp_embeddings(model, feature_extractor, clip)
+        np.testing.assert_allclose(found[index].timestamps, columns, atol=1e-5)
+        np.testing.assert_array_equal(found[index].milliseconds, times)
+    # 2.5 s are 248 frames: a window of 8 columns, and 7 columns
+    long, clip = found[3], read_audio(files[3], 16000)
+    assert long.timestamps.shape == (15, 32)
+    np.testing.assert_allclose(np.diff(long.milliseconds), 160)
+    parts = [clip[: 127 * 160 + 400], clip[128 * 160 :]]
+    scenes = embed(model, feature_extractor, parts, progress=False, **options)
+    np.testing.assert_allclose(long.scene, np.average(scenes, axis=0, weights=[8, 7]), atol=1e-5)
+    second, _ = timestamp_embeddings(model, feature_extractor, parts[1])
+    np.testing.assert_allclose(long.timestamps[8:], second, atol=1e-5)
+    (cut,) = embed_files(model, feature_extractor, files[3:], max_seconds=1.0, **options)
+    np.testing.assert_allclose(
+        cut.scene, embed(model, feature_extractor, [clip[:16000]], progress=False, **options)[0], atol=1e-5
+    )
+
+
+def test_files_are_read_as_they_are_asked_for(model, feature_extractor, tmp_path):
+    file = write(tmp_path / "a.wav", 3000)
+    asked = []
+
+    def sources():
+        for index in range(1000):
+            asked.append(index)
+            yield file
+
+    embedded = embed_files(model, feature_extractor, sources(), batch_size=2)
+    next(embedded)
+    assert len(asked) < 20
+
+
+def test_embed_files_wrong_input(model, feature_extractor):
+    for options, message in (
+        ({"pooling": "max"}, "pooling must be one of"),
+        ({"num_layers": 3}, "num_layers must be from 1 to 2"),
+        ({"window_seconds": 0.1}, "at least one patch column"),
+        ({"max_seconds": 0.0}, "max_seconds above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(embed_files(model, feature_extractor, [], **options))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_embedding_size(model, feature_extractor, clips, pooling):
+    for num_layers in (1, 2):
+        found = embed(model, feature_extractor, clips[:1], pooling, progress=False, num_layers=num_layers)
+        assert found.shape[1] == embedding_size(model, pooling, num_layers)
+
+
+def test_files_that_end_early(model, feature_extractor, tmp_path):
+    """A damaged flac is one error however much of it could be read; a cut mp3 is used as far as it goes."""
+    flac, mp3, whole = (write(tmp_path / name, 80000) for name in ("a.flac", "a.mp3", "a.wav"))
+    for file in (flac, mp3):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    options = {"window_seconds": 0.5, "batch_size": 1}
+    bad, cut, good = embed_files(model, feature_extractor, [flac, mp3, whole], **options)
+    assert isinstance(bad, AudioReadError)
+    assert "a.flac" in str(bad)
+    assert len(good.timestamps) == 498 // 16
+    assert 10 < len(cut.timestamps) < 17

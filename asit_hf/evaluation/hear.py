@@ -1,0 +1,133 @@
+"""
+The common API of the HEAR benchmark (https://hearbenchmark.com/hear-api.html):
+
+    hear-validator asit_hf.evaluation.hear --model CHECKPOINT
+    python -m heareval.embeddings.runner asit_hf.evaluation.hear --model CHECKPOINT --tasks-dir TASKS
+"""
+
+from os import PathLike
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ..configuration_asit import ASiTConfig
+from ..fbank_asit import window_and_hop
+from ..feature_extraction_asit import ASiTFeatureExtractor
+from ..modeling_asit import ASiTModel
+from .embeddings import check_pooling, column_means, column_times, embedding_size, load_encoder, pool_tokens
+
+logger = logging.get_logger(__name__)
+
+# the rates that HEAR's data sets come in
+SAMPLING_RATES = (16000, 22050, 32000, 44100, 48000)
+# Timestamps lie a quarter of a patch apart, 40 ms: HEAR asks for 50 ms at most.
+SHIFTS = 4
+# Attention costs the square of the length, and clips last up to 20 minutes.
+WINDOW_SECONDS = 30
+
+
+class HearModel(nn.Module):
+    """
+    An encoder and its feature extractor, with the attributes that HEAR asks for: `sample_rate` in Hz,
+    `scene_embedding_size` and `timestamp_embedding_size`.
+    """
+
+    def __init__(self, encoder: ASiTModel, feature_extractor: ASiTFeatureExtractor, pooling: str = "cls_mean"):
+        check_pooling(pooling)
+        if feature_extractor.sampling_rate not in SAMPLING_RATES:
+            raise ValueError(
+                f"HEAR's audio is at {', '.join(map(str, SAMPLING_RATES))} Hz, the model's at "
+                f"{feature_extractor.sampling_rate} Hz"
+            )
+        super().__init__()
+        self.encoder = encoder.eval()
+        self.feature_extractor = feature_extractor
+        self.pooling = pooling
+        self.sample_rate = feature_extractor.sampling_rate
+        self.scene_embedding_size = embedding_size(encoder, pooling)
+        self.timestamp_embedding_size = encoder.config.hidden_size
+
+    def log_mel(self, audio: torch.Tensor) -> torch.Tensor:
+        """Waveforms `(sounds, samples)` to model input `(sounds, frames, mel)` on the model's device."""
+        if audio.dim() != 2:
+            raise ValueError(f"expected audio of shape (sounds, samples), got {tuple(audio.shape)}")
+        audio = audio.to(self.encoder.device)
+        features = self.feature_extractor(audio, sampling_rate=self.sample_rate, return_tensors="pt")
+        return features["input_values"].to(self.encoder.dtype)
+
+    def windows(self, input_values: torch.Tensor) -> list[torch.Tensor]:
+        """Tokens `(sounds, 1 + patches, hidden)` of windows of at most 30 s, cut to whole patch columns."""
+        patch_size, (_, hop) = self.encoder.config.patch_size, window_and_hop(self.sample_rate)
+        window = WINDOW_SECONDS * self.sample_rate // hop // patch_size * patch_size
+        pieces = [piece for piece in input_values.split(window, dim=1) if piece.shape[1] >= patch_size]
+        return [self.encoder(piece).last_hidden_state for piece in pieces or [input_values]]
+
+
+def load_model(model_file_path: str | PathLike = "", pooling: str = "cls_mean") -> HearModel:
+    """
+    Args:
+        model_file_path (`str`): folder or Hub name of an encoder, a classifier or a pretraining checkpoint (its
+            teacher). Empty: a tiny encoder with random weights, the same ones every time.
+        pooling (`str`): of the scene embeddings, see [`~asit_hf.evaluation.embeddings.embed`].
+
+    Raises:
+        ValueError: a model for a rate that HEAR has no audio at, or an unknown pooling.
+    """
+    if model_file_path:
+        encoder = load_encoder(model_file_path)
+        return HearModel(encoder, ASiTFeatureExtractor.from_pretrained(model_file_path), pooling)
+    logger.warning("no model_file_path was given: the encoder has random weights")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = ASiTModel(ASiTConfig.from_size("tiny"))
+    return HearModel(encoder, ASiTFeatureExtractor(), pooling)
+
+
+@torch.no_grad()
+def get_scene_embeddings(audio: torch.Tensor, model: HearModel) -> torch.Tensor:
+    """
+    Args:
+        audio (`torch.Tensor` of shape `(sounds, samples)`): mono, at `model.sample_rate`, in [-1, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(sounds, scene_embedding_size)`, float32; of long sounds the mean over windows.
+    """
+    rows = model.encoder.config.position_grid[1]
+    pooled, weights = [], []
+    for tokens in model.windows(model.log_mel(audio)):
+        columns = (tokens.shape[1] - 1) // rows
+        counts = torch.full((len(tokens),), columns, device=tokens.device)
+        pooled.append(pool_tokens(tokens, counts, model.pooling))
+        weights.append(columns)
+    return sum(part.float() * weight for part, weight in zip(pooled, weights)) / sum(weights)
+
+
+@torch.no_grad()
+def get_timestamp_embeddings(audio: torch.Tensor, model: HearModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The mean of a patch column's patches over mel, every 40 ms: the spectrogram is encoded four times, each time
+    begun a quarter of a patch later.
+
+    Args:
+        audio (`torch.Tensor` of shape `(sounds, samples)`): mono, at `model.sample_rate`, in [-1, 1].
+
+    Returns:
+        embeddings `(sounds, timestamps, timestamp_embedding_size)`, and the milliseconds that they are centred at,
+        `(sounds, timestamps)`; float32.
+    """
+    config = model.encoder.config
+    hop_frames = max(1, config.patch_size // SHIFTS)
+    input_values = model.log_mel(audio)
+    shifted = []
+    for shift in range(0, config.patch_size, hop_frames):
+        if shift == 0 or input_values.shape[1] - shift >= config.patch_size:
+            windows = model.windows(input_values[:, shift:])
+            shifted.append(torch.cat([column_means(tokens, config.position_grid[1]) for tokens in windows], dim=1))
+    # taking turns; the later ones may have one column less
+    count = sum(columns.shape[1] for columns in shifted)
+    embeddings = input_values.new_empty(len(input_values), count, config.hidden_size, dtype=torch.float32)
+    for turn, columns in enumerate(shifted):
+        embeddings[:, turn :: len(shifted)] = columns
+    times = torch.from_numpy(column_times(count, model.sample_rate, config.patch_size, hop_frames))
+    return embeddings, times.to(embeddings.device).expand(len(embeddings), -1)

@@ -1,0 +1,215 @@
+"""Sound event detection: from scores of patch columns to events, and what they are worth."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from scipy.ndimage import median_filter
+
+from ..data.strong_labels import Event
+
+# The DCASE challenge's two scenarios: timing matters, and confusion of classes matters.
+PSDS_SCENARIOS = {
+    "psds1": {"dtc": 0.7, "gtc": 0.7, "cttc": 0.3, "alpha_ct": 0.0, "alpha_st": 1.0, "max_efpr": 100.0},
+    "psds2": {"dtc": 0.1, "gtc": 0.1, "cttc": 0.3, "alpha_ct": 0.5, "alpha_st": 1.0, "max_efpr": 100.0},
+}
+PSDS_THRESHOLDS = tuple((np.arange(50) + 0.5) / 50)
+
+Events = Mapping[str, Sequence[Event]]
+
+
+def decode_events(
+    scores: np.ndarray, names: Sequence[str], edges: np.ndarray, threshold: float = 0.5, median_columns: int = 1
+) -> list[Event]:
+    """
+    Runs of columns whose score is above a threshold, as events by onset.
+
+    Args:
+        scores (`np.ndarray` of shape `(columns, classes)`): probabilities.
+        names (`Sequence[str]`): the classes.
+        edges (`np.ndarray` of shape `(columns + 1,)`): seconds, see [`~asit_hf.data.strong_labels.column_edges`].
+        threshold (`float`, defaults to 0.5): a column is on above it.
+        median_columns (`int`, defaults to 1): width, in columns, of a median filter over on and off; odd. It takes
+            away events, and fills gaps, of less than half of it; 1 leaves all as it is.
+    """
+    scores, edges = np.asarray(scores), np.asarray(edges)
+    if scores.ndim != 2 or scores.shape != (len(edges) - 1, len(names)):
+        raise ValueError(f"expected scores of shape {(len(edges) - 1, len(names))}, got {scores.shape}")
+    if median_columns < 1 or median_columns % 2 == 0:
+        raise ValueError(f"median_columns must be an odd number of columns, got {median_columns}")
+    on = median_filter((scores > threshold).astype(np.int8), size=(median_columns, 1), mode="nearest")
+    changes = np.diff(on, axis=0, prepend=0, append=0)
+    events = []
+    for index, name in enumerate(names):
+        firsts, ends = (np.flatnonzero(changes[:, index] == step) for step in (1, -1))
+        events += [Event(float(edges[first]), float(edges[end]), name) for first, end in zip(firsts, ends)]
+    return sorted(events)
+
+
+def segment_metrics(
+    reference: Events,
+    estimated: Events,
+    names: Sequence[str],
+    durations: Mapping[str, float] | None = None,
+    segment_seconds: float = 1.0,
+) -> dict[str, float]:
+    """
+    Segment-based scores: time is cut into segments, and a class is on in every segment that an event of it touches.
+
+    Args:
+        reference, estimated: events by file. Files are those of `reference`, one without events is an empty list.
+        names (`Sequence[str]`): the classes; events of others are an error.
+        durations (`Mapping[str, float]`, *optional*): seconds by file; events are cut to them. By default a file lasts
+            to its last event.
+        segment_seconds (`float`, defaults to 1): length of a segment.
+
+    Returns:
+        `segment_f1`, `segment_precision`, `segment_recall` over all segments and classes (micro), `segment_f1_macro`,
+        the mean over classes that occur in either, and `segment_error_rate`: substitutions, deletions and insertions
+        for each reference segment. NaN where there is nothing to divide by.
+
+    Raises:
+        ValueError: an unknown label, or a file in `estimated` that is not in `reference`.
+    """
+    strangers = set(estimated) - set(reference)
+    if strangers:
+        raise ValueError(f"{len(strangers)} estimated files have no reference, for instance {min(strangers)}")
+    hits, false_alarms, misses = (np.zeros(len(names)) for _ in range(3))
+    errors = 0.0
+    for file, events in reference.items():
+        both = (events, estimated.get(file, ()))
+        last = max((event.offset for one in both for event in one), default=0.0)
+        duration = last if durations is None else durations[file]
+        true, guessed = (_segments(one, names, duration, segment_seconds) for one in both)
+        hit, false_alarm, miss = true & guessed, guessed & ~true, true & ~guessed
+        hits += hit.sum(0)
+        false_alarms += false_alarm.sum(0)
+        misses += miss.sum(0)
+        # of a segment's false alarms and misses, pairs are substitutions
+        errors += np.maximum(false_alarm.sum(1), miss.sum(1)).sum()
+    total, wrong = hits.sum(), false_alarms.sum() + misses.sum()
+    per_class = [_ratio(2 * hit, 2 * hit + bad) for hit, bad in zip(hits, false_alarms + misses) if hit + bad > 0]
+    return {
+        "segment_f1": _ratio(2 * total, 2 * total + wrong),
+        "segment_precision": _ratio(total, total + false_alarms.sum()),
+        "segment_recall": _ratio(total, total + misses.sum()),
+        "segment_f1_macro": float(np.mean(per_class)) if per_class else float("nan"),
+        "segment_error_rate": _ratio(errors, total + misses.sum()),
+    }
+
+
+def psds(
+    reference: Events,
+    scores: Mapping[str, np.ndarray],
+    edges: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    scenario: str = "psds1",
+    median_columns: int = 1,
+    thresholds: Sequence[float] = PSDS_THRESHOLDS,
+) -> float:
+    """
+    Polyphonic sound detection score (arXiv 1910.08440), from 0 to 1: the area under the curve of found events over
+    false alarms an hour, as events at many thresholds draw it.
+
+    Args:
+        reference: events by file; a file without events is an empty list.
+        scores: probabilities `(columns, classes)` by file, of the same files.
+        edges: `(columns + 1,)` by file, seconds; a file lasts to the last of them.
+        names, median_columns: as in `decode_events`. A class without reference events is left out.
+        scenario (`str`): `"psds1"` or `"psds2"` of the DCASE challenge.
+        thresholds (`Sequence[float]`): of the detection; the more, the finer the curve.
+
+    Raises:
+        ValueError: no reference event, an unknown label, or files that are not the same.
+    """
+    if scenario not in PSDS_SCENARIOS:
+        raise ValueError(f"scenario must be one of {', '.join(PSDS_SCENARIOS)}, got {scenario!r}")
+    if set(reference) != set(scores) or set(reference) != set(edges):
+        counts = f"{len(reference)}, {len(scores)}, {len(edges)}"
+        raise ValueError(f"expected reference, scores and edges of the same files, got {counts}")
+    settings = PSDS_SCENARIOS[scenario]
+    true = {file: _spans(events, names) for file, events in reference.items()}
+    spans = np.concatenate([spans for spans, _ in true.values()])
+    classes = np.concatenate([ids for _, ids in true.values()])
+    counts = np.bincount(classes, minlength=len(names))
+    present = counts > 0
+    if not present.any():
+        raise ValueError("expected at least one reference event, got none")
+    class_hours = np.bincount(classes, np.diff(spans)[:, 0], len(names)) / 3600
+    hours = sum(float(of_file[-1]) for of_file in edges.values()) / 3600
+
+    points = []
+    for threshold in thresholds:
+        found, false_alarms, confused = np.zeros(len(names)), np.zeros(len(names)), np.zeros((len(names), len(names)))
+        for file, of_file in scores.items():
+            detected = _spans(decode_events(of_file, names, edges[file], threshold, median_columns), names)
+            _count_detections(true[file], detected, settings, found, false_alarms, confused)
+        # confusions with each other class that occurs, an hour of that class
+        rates = confused[:, present] / class_hours[present]
+        num_others = np.maximum(present.sum() - present, 1)
+        costs = false_alarms / hours + settings["alpha_ct"] * rates.sum(1) / num_others
+        points.append((costs[present], found[present] / counts[present]))
+    costs, ratios = (np.stack(column) for column in zip(*points))
+
+    limit = settings["max_efpr"]
+    grid = np.unique(np.concatenate(([0.0, limit], costs[costs < limit])))
+    # of each class the best threshold that costs no more
+    curves = np.stack([np.where(costs <= cost, ratios, 0.0).max(0) for cost in grid[:-1]])
+    stable = np.maximum(curves.mean(1) - settings["alpha_st"] * curves.std(1), 0.0)
+    return float((stable * np.diff(grid)).sum() / limit)
+
+
+def _spans(events: Iterable[Event], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Onsets and offsets `(events, 2)`, and class ids `(events,)`."""
+    events, ids = list(events), _ids(names)
+    spans = np.array([(event.onset, event.offset) for event in events]).reshape(-1, 2)
+    return spans, np.array([_id(event, ids) for event in events], dtype=np.int64)
+
+
+def _count_detections(
+    true: tuple[np.ndarray, np.ndarray],
+    detected: tuple[np.ndarray, np.ndarray],
+    settings: Mapping[str, float],
+    found: np.ndarray,
+    false_alarms: np.ndarray,
+    confused: np.ndarray,
+) -> None:
+    """Adds one file's reference events found `(classes,)`, false alarms, and those that lie on another class."""
+    (spans, classes), (guesses, guessed) = true, detected
+    shared = np.minimum(guesses[:, None, 1], spans[:, 1]) - np.maximum(guesses[:, None, 0], spans[:, 0])
+    shared = np.maximum(shared, 0.0)
+    same = guessed[:, None] == classes
+    lengths, guess_lengths = np.diff(spans)[:, 0], np.diff(guesses)
+    precise = (shared * same).sum(1) >= settings["dtc"] * guess_lengths[:, 0]
+    covered = (shared * same * precise[:, None]).sum(0) >= settings["gtc"] * lengths
+    np.add.at(found, classes[covered], 1)
+    wrong = ~precise
+    np.add.at(false_alarms, guessed[wrong], 1)
+    for other in np.unique(classes):
+        overlap = shared[:, classes == other].sum(1)
+        on_other = wrong & (guessed != other) & (overlap >= settings["cttc"] * guess_lengths[:, 0])
+        np.add.at(confused[:, other], guessed[on_other], 1)
+
+
+def _segments(events: Iterable[Event], names: Sequence[str], duration: float, seconds: float) -> np.ndarray:
+    """Which classes are on, `(segments, classes)`, bool."""
+    # times are rounded first: 0.3 / 0.1 is 2.9999999999999996
+    active = np.zeros((int(np.ceil(round(duration / seconds, 6))), len(names)), dtype=bool)
+    ids = _ids(names)
+    for event in events:
+        first, last = round(event.onset / seconds, 6), round(event.offset / seconds, 6)
+        active[int(first) : int(np.ceil(last)), _id(event, ids)] = True
+    return active
+
+
+def _ids(names: Sequence[str]) -> dict[str, int]:
+    return {name: index for index, name in enumerate(names)}
+
+
+def _id(event: Event, ids: Mapping[str, int]) -> int:
+    if event.label not in ids:
+        raise ValueError(f"unknown label {event.label!r}; the known labels are {', '.join(ids)}")
+    return ids[event.label]
+
+
+def _ratio(count: float, total: float) -> float:
+    return float(count / total) if total > 0 else float("nan")

@@ -1,0 +1,243 @@
+"""
+Embeddings of a folder of audio, or of whatever a manifest or Hub data set names, as parquet or npz.
+
+    python examples/extract_embeddings.py --model_name_or_path CHECKPOINT --data FOLDER --scenes clips.parquet
+    python examples/extract_embeddings.py --model_name_or_path CHECKPOINT --data meta.csv --root audio \
+        --scenes clips.npz --timestamps columns.npz --pooling cls_mean
+
+Scenes: one embedding a clip. Timestamps: one for every patch column, 160 ms with the usual patches of 16 frames, each
+the mean over mel of the last layer, with the milliseconds that it is centred at.
+
+parquet: rows of `file`, `label` (scenes, where there are labels), `milliseconds` (timestamps) and `embedding`; read it
+with `datasets.load_dataset("parquet", data_files=...)` or pandas. npz: `embeddings` (rows, dim), `files` (clips,) and,
+for timestamps, `clips` (rows,), each row's place in `files`, and `milliseconds` (rows,). Both hold `settings`, JSON.
+
+Clips are read and written as they come, whatever their number and length. An output gets its name when it is whole;
+files that cannot be read are named once, counted and left out.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import torch
+from tqdm.auto import tqdm
+
+from asit_hf import ASiTFeatureExtractor
+from asit_hf.data import AudioReadError, label_names, load_audio_dataset
+from asit_hf.data.audio import source_name
+from asit_hf.evaluation.embeddings import POOLINGS, embed_files, embedding_size, load_encoder
+
+# rows of a parquet row group: what is in memory before it is written
+GROUP_ROWS = 4096
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model_name_or_path", required=True, help="encoder, classifier or pretraining checkpoint, folder or Hub name"
+    )
+    parser.add_argument(
+        "--source", choices=("teacher", "student"), default="teacher", help="of a pretraining checkpoint"
+    )
+    parser.add_argument("--data", required=True, help="folder of audio, csv or json manifest, parquet or Hub data set")
+    parser.add_argument("--split")
+    parser.add_argument("--audio_column")
+    parser.add_argument("--label_column")
+    parser.add_argument("--root", help="folder that a manifest's paths are relative to")
+    parser.add_argument("--scenes", type=Path, help=".parquet or .npz to write clip embeddings to")
+    parser.add_argument("--timestamps", type=Path, help=".parquet or .npz to write patch columns' embeddings to")
+    parser.add_argument("--pooling", choices=POOLINGS, default="cls", help="of the scenes")
+    parser.add_argument("--num_layers", type=int, default=1, help="scenes: concatenate this many last layers")
+    parser.add_argument("--max_seconds", type=float, help="use only the beginning of longer clips")
+    parser.add_argument("--window_seconds", type=float, default=30.0, help="longer clips are embedded in windows")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--strict", action="store_true", help="stop at a file that cannot be read")
+    args = parser.parse_args(argv)
+    outputs = [path for path in (args.scenes, args.timestamps) if path is not None]
+    if not outputs:
+        parser.error("give --scenes or --timestamps, or both")
+    for path in outputs:
+        if path.suffix not in (".parquet", ".npz"):
+            parser.error(f"an output must end in .parquet or .npz, got {path}")
+    if len(set(outputs)) < len(outputs):
+        parser.error(f"scenes and timestamps need a file each, got {args.scenes} for both")
+    return args
+
+
+class ParquetOutput:
+    """Rows of embeddings, written a group at a time."""
+
+    def __init__(self, path: Path, dim: int, columns: dict[str, pyarrow.DataType], settings: dict[str, Any]):
+        self.columns: dict[str, list] = {name: [] for name in ("file", *columns, "embedding")}
+        types = {"file": pyarrow.string(), **columns, "embedding": pyarrow.list_(pyarrow.float32(), dim)}
+        metadata = {"settings": json.dumps(settings)}
+        self.writer = pyarrow.parquet.ParquetWriter(path, pyarrow.schema(types, metadata=metadata))
+
+    def write(self, file: str, embeddings: np.ndarray, **values: list) -> None:
+        """`embeddings` of shape `(rows, dim)`, and of every other column a value a row."""
+        for start in range(0, len(embeddings), GROUP_ROWS):
+            rows = embeddings[start : start + GROUP_ROWS]
+            self.columns["file"] += [file] * len(rows)
+            self.columns["embedding"] += list(rows)
+            for name, of_column in values.items():
+                self.columns[name] += of_column[start : start + GROUP_ROWS]
+            if len(self.columns["file"]) >= GROUP_ROWS:
+                self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self.writer.close()
+
+    def _flush(self) -> None:
+        if not self.columns["file"]:
+            return
+        self.writer.write_table(pyarrow.table(self.columns, schema=self.writer.schema))
+        for values in self.columns.values():
+            values.clear()
+
+
+class NpzOutput:
+    """The same as arrays: rows wait in a file beside the output until their number, which comes first, is known."""
+
+    def __init__(self, path: Path, dim: int, columns: dict[str, Any], settings: dict[str, Any]):
+        self.path, self.dim, self.settings = path, dim, settings
+        self.rows = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  closed by close
+        self.num_rows = 0
+        self.files: list[str] = []
+        self.columns: dict[str, list] = {name: [] for name in columns}
+        self.counts: list[int] = []
+
+    def write(self, file: str, embeddings: np.ndarray, **values: list) -> None:
+        self.rows.write(np.ascontiguousarray(embeddings, dtype="<f4").tobytes())
+        self.num_rows += len(embeddings)
+        self.files.append(file)
+        self.counts.append(len(embeddings))
+        for name, of_column in values.items():
+            self.columns[name] += of_column
+
+    def close(self) -> None:
+        arrays = {name: np.asarray(values) for name, values in self.columns.items()}
+        if "milliseconds" in arrays:
+            arrays["clips"] = np.repeat(np.arange(len(self.files)), self.counts)
+        elif "label" in arrays:
+            arrays["labels"] = arrays.pop("label")
+        arrays |= {"files": np.asarray(self.files), "settings": np.asarray(json.dumps(self.settings))}
+        with zipfile.ZipFile(self.path, "w") as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+            header = {"descr": "<f4", "fortran_order": False, "shape": (self.num_rows, self.dim)}
+            with archive.open("embeddings.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                self.rows.seek(0)
+                shutil.copyfileobj(self.rows, member, 1 << 20)
+        self.rows.close()
+
+
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    args = parse_args(argv)
+    dataset = load_audio_dataset(
+        args.data,
+        split=args.split,
+        audio_column=args.audio_column,
+        label_column=args.label_column,
+        root=args.root,
+    )
+    encoder = load_encoder(args.model_name_or_path, args.source)
+    feature_extractor = ASiTFeatureExtractor.from_pretrained(args.model_name_or_path)
+    embedded = embed_files(
+        encoder,
+        feature_extractor,
+        (row["audio"] for row in dataset.select_columns("audio")),
+        pooling=args.pooling,
+        batch_size=args.batch_size,
+        device=args.device,
+        num_layers=args.num_layers,
+        window_seconds=args.window_seconds,
+        max_seconds=args.max_seconds,
+    )
+    settings = {"model": args.model_name_or_path, "sampling_rate": feature_extractor.sampling_rate}
+    settings |= {name: getattr(args, name) for name in ("source", "window_seconds", "max_seconds")}
+    labels = class_names_of(dataset) if "label" in dataset.column_names else None
+    outputs: dict[str, ParquetOutput | NpzOutput] = {}
+    try:
+        if args.scenes:
+            dim = embedding_size(encoder, args.pooling, args.num_layers)
+            kinds = {} if labels is None else {"label": pyarrow.string()}
+            outputs["scenes"] = open_output(
+                args.scenes, dim, kinds, {**settings, "pooling": args.pooling, "num_layers": args.num_layers}
+            )
+        if args.timestamps:
+            dim = encoder.config.hidden_size
+            outputs["timestamps"] = open_output(args.timestamps, dim, {"milliseconds": pyarrow.float32()}, settings)
+        counts = write_all(embedded, dataset, labels, outputs, args.strict)
+        for output in outputs.values():
+            output.close()
+        for name in outputs:
+            os.replace(partial(getattr(args, name)), getattr(args, name))
+    finally:
+        for name in ("scenes", "timestamps"):
+            if getattr(args, name):
+                partial(getattr(args, name)).unlink(missing_ok=True)
+    print(f"{counts['clips']} clips embedded, {counts['unreadable']} unreadable", file=sys.stderr)
+    return counts
+
+
+def write_all(embedded: Iterator, dataset: Any, labels: list[str | None] | None, outputs: dict, strict: bool) -> dict:
+    """Writes what comes, as it comes; counts of `clips` and `unreadable` files."""
+    counts = {"clips": 0, "unreadable": 0}
+    rows = zip(dataset.select_columns("audio"), embedded, strict=True)
+    for index, (row, result) in enumerate(tqdm(rows, total=len(dataset), desc="Embedding", unit="clip")):
+        if isinstance(result, AudioReadError):
+            if strict:
+                raise result
+            tqdm.write(str(result), file=sys.stderr)
+            counts["unreadable"] += 1
+            continue
+        counts["clips"] += 1
+        file = source_name(row["audio"])
+        if "scenes" in outputs:
+            values = {} if labels is None else {"label": [labels[index]]}
+            outputs["scenes"].write(file, result.scene[None], **values)
+        if "timestamps" in outputs:
+            milliseconds = result.milliseconds.tolist()
+            outputs["timestamps"].write(file, result.timestamps, milliseconds=milliseconds)
+    if not counts["clips"]:
+        raise ValueError(f"none of the {len(dataset)} files can be read")
+    return counts
+
+
+def class_names_of(dataset: Any) -> list[str]:
+    """The label of every row as text; several are joined by `;`."""
+    labels = dataset["label"][:]
+    if str(getattr(dataset.features["label"], "dtype", "")).startswith("float"):
+        return [str(label) for label in labels]
+    names = label_names(dataset)
+    ids = [label if isinstance(label, list) else [label] for label in labels]
+    return [";".join(names[one] for one in of_row if one is not None) for of_row in ids]
+
+
+def open_output(path: Path, dim: int, columns: dict, settings: dict[str, Any]) -> ParquetOutput | NpzOutput:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return (ParquetOutput if path.suffix == ".parquet" else NpzOutput)(partial(path), dim, columns, settings)
+
+
+def partial(path: Path) -> Path:
+    """Where an output is written before it is whole."""
+    return path.with_name(f"{path.name}.partial")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""
+Finetunes an ASiT encoder to say what sounds when: a score for every class in every patch column of 160 ms.
+
+    python examples/run_frame_classification.py --model_name_or_path CHECKPOINT --train_labels train.tsv \
+        --eval_labels test.tsv --audio FOLDER --output_dir runs/events --num_train_epochs 20 --learning_rate 1e-4
+
+Labels are tables of events, `filename onset offset event_label` (DCASE) or AudioSet's strong labels. The output folder
+holds the last model, `eval_results.json` and `events.tsv`, the events found in the evaluation clips: runs of columns
+above `--threshold` after a median filter of `--median_columns`. The evaluation data choose nothing.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification
+from asit_hf.data import audio_info
+from asit_hf.data.epochs import EpochCallback
+from asit_hf.data.strong_labels import (
+    IGNORED,
+    FrameCollator,
+    StronglyLabelledClips,
+    column_edges,
+    event_names,
+    read_strong_labels,
+    write_strong_labels,
+)
+from asit_hf.evaluation.embeddings import load_encoder
+from asit_hf.evaluation.sound_events import PSDS_SCENARIOS, decode_events, psds, segment_metrics
+from asit_hf.finetuning.metrics import multi_label_metrics
+from asit_hf.recipes import parse_arguments
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Encoder, classifier or pretraining checkpoint; the classifier starts afresh."}
+    )
+    source: str = field(default="teacher", metadata={"help": "Encoder of a pretraining checkpoint: teacher, student."})
+    random_init: bool = field(
+        default=False, metadata={"help": "Fresh weights, in the checkpoint's architecture or in that of --size."}
+    )
+    size: str = field(default="base", metadata={"help": "tiny, small or base; with --random_init and no checkpoint."})
+    drop_path_rate: float = field(default=0.0, metadata={"help": "Stochastic depth."})
+
+    def __post_init__(self):
+        if self.model_name_or_path is None and not self.random_init:
+            raise ValueError("give --model_name_or_path, or --random_init")
+
+
+@dataclass
+class DataArguments:
+    train_labels: str = field(metadata={"help": "tsv or csv of events, one a row."})
+    eval_labels: str = field(metadata={"help": "The same of the evaluation clips."})
+    audio: str = field(metadata={"help": "Folder that the files of the tables are in."})
+    eval_audio: str | None = field(default=None, metadata={"help": "That of the evaluation clips, if another."})
+    max_seconds: float | None = field(default=None, metadata={"help": "Train on random crops of longer clips."})
+    threshold: float = field(default=0.5, metadata={"help": "A class is on in the columns that score above it."})
+    median_columns: int = field(default=1, metadata={"help": "Width of the median filter; odd."})
+    segment_seconds: float = field(default=1.0, metadata={"help": "Of the segment-based scores."})
+    strict: bool = field(default=False, metadata={"help": "Stop at a file that cannot be read."})
+
+
+@dataclass
+class FrameTrainingArguments(TrainingArguments):
+    """Trainer's arguments with other defaults."""
+
+    eval_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator reads them."})
+
+
+def build_model(
+    args: ModelArguments, names: list[str]
+) -> tuple[ASiTForAudioFrameClassification, ASiTFeatureExtractor]:
+    fields = {"drop_path_rate": args.drop_path_rate, "problem_type": "multi_label_classification"}
+    fields |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    path = args.model_name_or_path
+    config = ASiTConfig.from_pretrained(path, **fields) if path else ASiTConfig.from_size(args.size, **fields)
+    model = ASiTForAudioFrameClassification(config)
+    if not args.random_init:
+        model.asit.load_state_dict(load_encoder(path, args.source).state_dict())
+    return model, ASiTFeatureExtractor.from_pretrained(path) if path else ASiTFeatureExtractor()
+
+
+class Scorer:
+    """What the predictions for the evaluation clips, which come in their order, are worth."""
+
+    def __init__(self, clips: StronglyLabelledClips, names: list[str], patch_size: int, args: DataArguments):
+        self.names, self.args = names, args
+        self.rate, self.patch_size = clips.sampling_rate, patch_size
+        self.reference = dict(zip(clips.names, clips.events))
+        self.durations = {name: audio_info(file).duration for name, file in zip(clips.names, clips.files)}
+
+    def scores(self, predictions: np.ndarray, labels: np.ndarray) -> tuple[dict, dict]:
+        """Probabilities `(columns, classes)` and edges `(columns + 1,)` by file, without padding."""
+        scores, edges = {}, {}
+        for logits, targets, (name, duration) in zip(predictions, labels, self.durations.items(), strict=True):
+            columns = int((targets[:, 0] != IGNORED).sum())
+            scores[name] = 1 / (1 + np.exp(-logits[:columns].astype(np.float64)))
+            edges[name] = column_edges(columns, duration, self.rate, self.patch_size)
+        return scores, edges
+
+    def detect(self, scores: dict, edges: dict) -> dict:
+        """Events by file."""
+        options = {"threshold": self.args.threshold, "median_columns": self.args.median_columns}
+        return {name: decode_events(scores[name], self.names, edges[name], **options) for name in scores}
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        scores, edges = self.scores(prediction.predictions, prediction.label_ids)
+        targets = np.concatenate([rows[rows[:, 0] != IGNORED] for rows in prediction.label_ids])
+        columns = multi_label_metrics(np.concatenate(list(scores.values())), targets)
+        segments = segment_metrics(
+            self.reference, self.detect(scores, edges), self.names, self.durations, self.args.segment_seconds
+        )
+        return {**columns, **segments}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, FrameTrainingArguments), arguments)
+    logging.set_verbosity_info() if args.should_log else logging.set_verbosity_warning()
+    set_seed(args.seed)
+
+    train_events, eval_events = (read_strong_labels(path) for path in (data_args.train_labels, data_args.eval_labels))
+    names = event_names(train_events)
+    model, feature_extractor = build_model(model_args, names)
+    rate = feature_extractor.sampling_rate
+    train = StronglyLabelledClips(
+        train_events, data_args.audio, rate, data_args.max_seconds, train=True, seed=args.seed, strict=data_args.strict
+    )
+    evaluation = StronglyLabelledClips(eval_events, data_args.eval_audio or data_args.audio, rate)
+    if not data_args.strict:
+        train.drop_unreadable()
+        evaluation.drop_unreadable()
+    scorer = Scorer(evaluation, names, model.config.patch_size, data_args)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        data_collator=FrameCollator(feature_extractor, names, model.config.patch_size),
+        compute_metrics=scorer,
+        processing_class=feature_extractor,
+        callbacks=[EpochCallback(train)],
+    )
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint in ("True", "true"):
+        checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+
+    output = trainer.predict(evaluation, metric_key_prefix="eval")
+    scores, edges = scorer.scores(output.predictions, output.label_ids)
+    for scenario in PSDS_SCENARIOS:
+        options = {"scenario": scenario, "median_columns": data_args.median_columns}
+        output.metrics[f"eval_{scenario}"] = psds(scorer.reference, scores, edges, names, **options)
+    trainer.log_metrics("eval", output.metrics)
+    trainer.save_metrics("eval", output.metrics, combined=False)
+    if trainer.is_world_process_zero():
+        write_strong_labels(Path(args.output_dir) / "events.tsv", scorer.detect(scores, edges))
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return output.metrics
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,120 @@
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification, ASiTModel
+from asit_hf.data.strong_labels import Event, read_strong_labels, write_strong_labels
+from asit_hf.evaluation.sound_events import segment_metrics
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "run_frame_classification.py"
+TONES = {"high": 3500, "low": 200}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("run_frame_classification", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    ASiTModel(ASiTConfig(**sizes, num_frames=96)).save_pretrained(folder)
+    ASiTFeatureExtractor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory) -> Path:
+    """Clips of 1.5 to 2.5 s with noise, and a low and a high tone somewhere in it."""
+    folder = tmp_path_factory.mktemp("sounds")
+    generator = np.random.default_rng(0)
+    tables: dict[str, dict[str, list[Event]]] = {"train": {}, "test": {}}
+    for index in range(24):
+        seconds = float(generator.uniform(1.5, 2.5))
+        time = np.arange(int(seconds * 16000)) / 16000
+        waveform, events = generator.normal(0, 0.01, len(time)), []
+        for name, hertz in TONES.items():
+            onset = round(float(generator.uniform(0, seconds - 0.8)), 3)
+            offset = onset + 0.6
+            waveform += np.where((time >= onset) & (time < offset), 0.3 * np.sin(2 * np.pi * hertz * time), 0)
+            events.append(Event(onset, offset, name))
+        soundfile.write(folder / f"{index}.flac", waveform, 16000)
+        tables["test" if index >= 16 else "train"][f"{index}.flac"] = events
+    for split, events in tables.items():
+        write_strong_labels(folder / f"{split}.tsv", events)
+    return folder
+
+
+def arguments(sounds: Path, encoder: Path, output: Path, **options: object) -> list[str]:
+    options = {
+        "model_name_or_path": encoder,
+        "train_labels": sounds / "train.tsv",
+        "eval_labels": sounds / "test.tsv",
+        "audio": sounds,
+        "output_dir": output,
+        "num_train_epochs": 12,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+    } | options
+    return [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def test_it_learns_what_sounds_when(script, sounds, encoder, tmp_path):
+    metrics = script.main(arguments(sounds, encoder, tmp_path, segment_seconds=0.2, per_device_eval_batch_size=3))
+    assert metrics["eval_mAP"] > 0.8
+    assert metrics["eval_segment_f1"] > 0.7
+    # strict scores: in so short a time one false alarm is more than 100 an hour
+    assert 0 <= metrics["eval_psds1"] <= metrics["eval_psds2"] <= 1
+    assert metrics["eval_psds2"] > 0.3
+    saved = json.loads((tmp_path / "eval_results.json").read_text())
+    assert saved["eval_segment_f1"] == metrics["eval_segment_f1"]
+
+    found, reference = read_strong_labels(tmp_path / "events.tsv"), read_strong_labels(sounds / "test.tsv")
+    assert list(found) == list(reference)
+    durations = {name: soundfile.info(sounds / name).duration for name in reference}
+    again = segment_metrics(reference, found, list(TONES), durations, segment_seconds=0.2)
+    assert again["segment_f1"] == pytest.approx(metrics["eval_segment_f1"], abs=0.02)  # times in whole milliseconds
+    model = ASiTForAudioFrameClassification.from_pretrained(tmp_path)
+    assert model.config.id2label == {0: "high", 1: "low"}
+    assert ASiTFeatureExtractor.from_pretrained(tmp_path).sampling_rate == 16000
+
+
+def test_crops_resume_and_bad_files(script, sounds, encoder, tmp_path, caplog):
+    labels = tmp_path / "train.tsv"
+    labels.write_text((sounds / "train.tsv").read_text() + "gone.flac\t0.0\t1.0\tlow\n")
+    options = {"train_labels": labels, "max_seconds": 1.0, "save_strategy": "steps", "save_steps": 2}
+    options |= {"eval_strategy": "steps", "eval_steps": 1}
+    script.main(arguments(sounds, encoder, tmp_path / "run", max_steps=2, **options))
+    assert "left out 1 of 17 files" in caplog.text
+    resumed = {"max_steps": 4, "resume_from_checkpoint": "True"}
+    script.main(arguments(sounds, encoder, tmp_path / "run", **options, **resumed))
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_segment_f1" in entry] == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match=r"gone\.flac"):
+        script.main(arguments(sounds, encoder, tmp_path / "strict", max_steps=5, strict=True, train_labels=labels))
+
+
+def test_wrong_input(script, sounds, encoder, tmp_path):
+    labels = tmp_path / "test.tsv"
+    labels.write_text((sounds / "test.tsv").read_text().replace("low", "bell"))
+    with pytest.raises(ValueError, match="unknown label 'bell'"):
+        script.main(arguments(sounds, encoder, tmp_path, max_steps=1, eval_labels=labels))
+    with pytest.raises(ValueError, match="--random_init"):
+        script.main(arguments(sounds, None, tmp_path))

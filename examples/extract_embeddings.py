@@ -39,7 +39,7 @@ from asit_hf.data.audio import source_name
 from asit_hf.evaluation.embeddings import POOLINGS, embed_files, embedding_size, load_encoder
 
 # rows of a parquet row group: what is in memory before it is written
-GROUP_ROWS = 4096
+GROUP_ROWS = 1024
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
@@ -18,6 +19,9 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_asit import ASiTConfig
 
 logger = logging.get_logger(__name__)
+
+# Attention scores, over all heads, that exist at one time in blockwise attention: 2 MiB in half precision.
+BLOCK_SCORES = 2**20
 
 
 def bicubic_resize_matrix(
@@ -134,6 +138,45 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class _BlockwiseAttention(torch.autograd.Function):
+    """
+    Attention in half precision on a processor, a few clips at a time, so that their scores stay in its cache: torch's
+    fused kernel does not reach the rate of its matrix products there, least of all backward.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, scaling):
+        batch, heads, tokens, _ = query.shape
+        ctx.size = max(1, BLOCK_SCORES // (heads * tokens * tokens))
+        ctx.scaling = scaling
+        keeps = any(ctx.needs_input_grad)
+        output, kept = torch.empty_like(query), []
+        for start in range(0, batch, ctx.size):
+            block = slice(start, start + ctx.size)
+            q, k, v = (tensor[block].flatten(0, 1) for tensor in (query * scaling, key, value))
+            weights = (q @ k.transpose(1, 2)).softmax(-1)
+            output[block] = (weights @ v).view_as(output[block])
+            if keeps:
+                kept.append(weights)
+        if keeps:
+            ctx.save_for_backward(query, key, value, *kept)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        query, key, value, *kept = ctx.saved_tensors
+        grads = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+        for index, weights in enumerate(kept):
+            block = slice(index * ctx.size, (index + 1) * ctx.size)
+            q, k, v, g = (tensor[block].flatten(0, 1) for tensor in (query, key, value, grad))
+            scores = torch._softmax_backward_data(g @ v.transpose(1, 2), weights, -1, weights.dtype).mul_(ctx.scaling)
+            parts = (scores @ k, scores.transpose(1, 2) @ q, weights.transpose(1, 2) @ g)
+            for whole, part in zip(grads, parts):
+                whole[block] = part.view_as(whole[block])
+        return *grads, None
+
+
 class ASiTAttention(nn.Module):
     """Multi-head self-attention over `(batch, tokens, hidden_size)`."""
 
@@ -160,6 +203,9 @@ class ASiTAttention(nn.Module):
             projection(hidden_states).view(heads_shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self._is_blockwise(query, attention_mask):
+            output = _BlockwiseAttention.apply(query, key, value, self.scaling).transpose(1, 2)
+            return self.o_proj(output.reshape(hidden_states.shape)), None
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -174,6 +220,16 @@ class ASiTAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _is_blockwise(self, query: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+        return (
+            self.config._attn_implementation == "sdpa"
+            and query.device.type == "cpu"
+            and query.dtype == torch.bfloat16
+            and attention_mask is None
+            and not (self.training and self.attention_dropout > 0)
+            and not torch.compiler.is_compiling()
+        )
 
 
 class ASiTMLP(nn.Module):
@@ -205,16 +261,30 @@ class ASiTLayer(GradientCheckpointingLayer):
         drop_path_scale: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
-        attended = self.dropout(attended)
-        if drop_path_scale is not None:
-            attended = attended * drop_path_scale[0]
-        hidden_states = hidden_states + attended
+        def attend(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            return self.dropout(self.attention(self.layernorm_before(states), mask, **kwargs)[0])
 
-        transformed = self.dropout(self.mlp(self.layernorm_after(hidden_states)))
-        if drop_path_scale is not None:
-            transformed = transformed * drop_path_scale[1]
-        return hidden_states + transformed
+        def transform(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            return self.dropout(self.mlp(self.layernorm_after(states)))
+
+        for index, branch in enumerate((attend, transform)):
+            scale = None if drop_path_scale is None else drop_path_scale[index]
+            hidden_states = _add_branch(hidden_states, attention_mask, branch, scale)
+        return hidden_states
+
+
+def _add_branch(
+    hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, branch: Callable, scale: torch.Tensor | None
+) -> torch.Tensor:
+    """Adds a branch, scaled per clip. On a processor, what is dropped is not computed; a device would have to wait."""
+    if scale is None:
+        return hidden_states + branch(hidden_states, attention_mask)
+    if hidden_states.device.type == "cpu" and not torch.compiler.is_compiling():
+        kept = scale.flatten().nonzero().flatten()
+        if 0 < len(kept) < len(scale):
+            mask = None if attention_mask is None else attention_mask[kept]
+            return hidden_states.index_add(0, kept, branch(hidden_states.index_select(0, kept), mask) * scale[kept])
+    return torch.addcmul(hidden_states, branch(hidden_states, attention_mask), scale)
 
 
 class ASiTPreTrainedModel(PreTrainedModel):

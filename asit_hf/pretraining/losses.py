@@ -65,7 +65,8 @@ def view_distillation_loss(
     targets = ((teacher_logits.float() - center) / teacher_temperature).softmax(-1)
     log_probabilities = (student_logits.float() / student_temperature).log_softmax(-1)
     with torch.autocast(targets.device.type, enabled=False):  # it would round the product's inputs
-        cross_entropies = -torch.einsum("btk,bsk->ts", targets, log_probabilities) / len(student_logits)
+        targets, log_probabilities = (rows.transpose(0, 1).flatten(1) for rows in (targets, log_probabilities))
+        cross_entropies = -(targets @ log_probabilities.T) / len(student_logits)
     teachers, students = cross_entropies.shape
     if students < 2:
         raise ValueError("global self-distillation needs at least two student views")
@@ -126,11 +127,10 @@ class _PatchDistillation(torch.autograd.Function):
                 rows = slice(start, start + CHUNK_ROWS)
                 # softmax and cross-entropy in float32: in half precision the tail of 8192 prototypes is lost
                 targets = (teacher[rows] @ teacher_matrix.T).float().sub_(bias).softmax(-1)
-                logits = (student[rows] @ student_matrix.T).float()
-                log_normaliser = logits.logsumexp(-1, keepdim=True)
-                loss += (log_normaliser[:, 0] - torch.linalg.vecdot(targets, logits)).sum()
+                log_probabilities = (student[rows] @ student_matrix.T).float().log_softmax(-1)
+                loss -= torch.linalg.vecdot(targets, log_probabilities).sum()
                 if needs_features or needs_prototypes:
-                    difference = logits.sub_(log_normaliser).exp_().sub_(targets).to(dtype)
+                    difference = log_probabilities.exp_().sub_(targets).to(dtype)
                     if needs_features:
                         features_grad[rows] = difference @ student_matrix
                     if needs_prototypes:

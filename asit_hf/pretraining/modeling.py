@@ -300,6 +300,7 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         tokens = encoder(views.flatten(0, 1), drop_path_noise=drop_path_noise).last_hidden_state
         return tokens.unflatten(0, views.shape[:2])
 
+    @torch.compiler.disable  # the compiler's constants overflow where the hash wraps around
     def _drop_path_noise(self, keys: torch.Tensor | None, num_views: int, stream: int) -> torch.Tensor | None:
         """Noise of shape (layers, 2, batch * views) from one key a clip."""
         if keys is None or not self.training or self.config.drop_path_rate == 0:

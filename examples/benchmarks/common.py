@@ -1,0 +1,185 @@
+"""What the benchmarks share: rows with targets, interleaved timing, facts of the machine, and the files of results."""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "accelerate", "numpy", "soundfile", "soxr", "kaldi-native-fbank")
+
+
+@dataclass
+class Row:
+    """
+    One comparison.
+
+    Args:
+        name (`str`): what is compared with what.
+        ours, theirs (`float`): medians, in `unit`.
+        unit (`str`): of both.
+        target (`float`, *optional*): what `ratio` must reach; `None` where the row only informs.
+        higher_is_better (`bool`): of the two figures: clips a second are, seconds are not.
+        at_most (`bool`): the ratio is ours / theirs and must stay below the target: for memory and the like.
+    """
+
+    name: str
+    ours: float
+    theirs: float
+    unit: str = "s"
+    target: float | None = None
+    higher_is_better: bool = False
+    at_most: bool = False
+
+    @property
+    def ratio(self) -> float:
+        """How many times better ours is, or with `at_most` how large a part of theirs."""
+        if self.at_most or self.higher_is_better:
+            return self.ours / self.theirs
+        return self.theirs / self.ours
+
+    @property
+    def reached(self) -> bool | None:
+        if self.target is None:
+            return None
+        return self.ratio <= self.target if self.at_most else self.ratio >= self.target
+
+
+@dataclass
+class Report:
+    """What one part of the benchmark found: its rows, and notes in sentences."""
+
+    part: str
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def time_interleaved(calls: dict[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """
+    Seconds of each call in each round. A round runs every call once, in turn, so that what slows the machine for a
+    while slows all of them. The warm-up rounds are not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(warm_up + rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if index >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def spread(seconds: dict[str, list[float]]) -> str:
+    """`name median (least to most)` of every call, for the notes."""
+    return "; ".join(f"{name} {median(v):.3g} s ({min(v):.3g} to {max(v):.3g})" for name, v in seconds.items())
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """As many threads for torch within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def machine_facts() -> dict[str, str | int]:
+    """What the figures depend on."""
+    facts: dict[str, str | int] = {
+        "date": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "processor": _processor(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "memory": f"{_memory_bytes() / 2**30:.0f} GiB",
+        "capability": torch.backends.cpu.get_cpu_capability() + (", avx512_bf16" if "avx512_bf16" in _flags() else ""),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+    for package in PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "absent"
+    return facts
+
+
+def to_markdown(reports: Sequence[Report], facts: dict[str, str | int]) -> str:
+    """All rows as one table, the notes of each part and the machine."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "| part | what | ours | theirs | ratio | target | reached |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for report in reports:
+        for row in report.rows:
+            target = "" if row.target is None else f"{'at most' if row.at_most else 'at least'} {row.target:g}"
+            reached = {None: "", True: "yes", False: "**no**"}[row.reached]
+            lines.append(
+                f"| {report.part} | {row.name} | {row.ours:.3g} {row.unit} | {row.theirs:.3g} {row.unit} | "
+                f"{row.ratio:.2f} | {target} | {reached} |"
+            )
+    for report in reports:
+        if report.notes:
+            lines += ["", f"## {report.part}", "", *(f"- {note}" for note in report.notes)]
+    return "\n".join([*lines, "", "## Machine", "", *(f"- {name}: {value}" for name, value in facts.items()), ""])
+
+
+def write_results(reports: Sequence[Report], facts: dict[str, str | int], folder: Path, name: str) -> None:
+    """`folder/name.json` and `folder/name.md`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [
+        {
+            "part": report.part,
+            "rows": [{**asdict(row), "ratio": row.ratio, "reached": row.reached} for row in report.rows],
+            "notes": report.notes,
+        }
+        for report in reports
+    ]
+    (folder / f"{name}.json").write_text(json.dumps({"machine": facts, "parts": parts}, indent=2) + "\n")
+    (folder / f"{name}.md").write_text(to_markdown(reports, facts))
+
+
+def run_alone(measure: Callable[[bool], Report]) -> None:
+    """What a part does when it is started by itself: measures and prints."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="toy sizes: shows that it runs, measures nothing")
+    print(to_markdown([measure(parser.parse_args().quick)], machine_facts()))
+
+
+def _processor() -> str:
+    for line in _cpuinfo():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _flags() -> list[str]:
+    return next((line.split() for line in _cpuinfo() if line.startswith("flags")), [])
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,94 @@
+"""
+Log-mel of 32 clips of 10 s at 16 kHz: ours against transformers' ASTFeatureExtractor without torchaudio and against
+kaldi-native-fbank.
+
+    python examples/benchmarks/log_mel.py
+
+kaldi-native-fbank is optional: `pip install "kaldi-native-fbank>=1.20,<1.23"` (later ones refuse 128 bins at 16 kHz).
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
+
+import numpy as np
+import torch
+from common import Report, Row, medians, run_alone, spread, threads, time_interleaved
+from transformers import ASTFeatureExtractor
+from transformers.models.audio_spectrogram_transformer import feature_extraction_audio_spectrogram_transformer as ast
+
+from asit_hf import ASiTFeatureExtractor
+
+RATE = 16000
+TARGETS = {"ASTFeatureExtractor": 8.0, "kaldi-native-fbank": 3.0}
+
+
+def kaldi_log_mel(clips: list[np.ndarray], num_threads: int) -> list[np.ndarray]:
+    """`(frames, 128)` of every clip by kaldi-native-fbank, clips shared out to threads."""
+    import kaldi_native_fbank
+
+    options = kaldi_native_fbank.FbankOptions()
+    options.frame_opts.samp_freq = RATE
+    options.frame_opts.dither = 0.0
+    options.frame_opts.window_type = "hanning"
+    options.mel_opts.num_bins = 128
+
+    def extract(clip: np.ndarray) -> np.ndarray:
+        fbank = kaldi_native_fbank.OnlineFbank(options)
+        fbank.accept_waveform(RATE, clip - clip.mean())
+        fbank.input_finished()
+        return np.stack([fbank.get_frame(index) for index in range(fbank.num_frames_ready)])
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(extract, clips))
+
+
+def has_kaldi() -> bool:
+    try:
+        import kaldi_native_fbank  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def build_calls(clips: list[np.ndarray], num_threads: int) -> dict[str, Callable[[], object]]:
+    """Whatever there is to compare, by name; ours first."""
+    extractor = ASiTFeatureExtractor()
+    with mock.patch.object(ast, "is_speech_available", return_value=False):
+        baseline = ASTFeatureExtractor()  # it makes its filters here
+
+    def transformers_log_mel():
+        with mock.patch.object(ast, "is_speech_available", return_value=False):
+            return baseline(clips, sampling_rate=RATE, return_tensors="pt")
+
+    calls = {
+        "ours": lambda: extractor(clips, sampling_rate=RATE, return_tensors="pt"),
+        "ASTFeatureExtractor": transformers_log_mel,
+    }
+    if has_kaldi():
+        calls["kaldi-native-fbank"] = lambda: kaldi_log_mel(clips, num_threads)
+    return calls
+
+
+def measure(quick: bool = False) -> Report:
+    """On one thread, and on as many as torch has."""
+    report = Report("log-mel")
+    generator = np.random.default_rng(0)
+    clips = list(generator.uniform(-0.5, 0.5, (2 if quick else 32, RATE * (1 if quick else 10))).astype(np.float32))
+    for count in sorted({1, torch.get_num_threads()}):
+        with threads(count):
+            seconds = time_interleaved(build_calls(clips, count), rounds=1 if quick else 5)
+        found = medians(seconds)
+        report.rows += [
+            Row(f"{name}, threads: {count}", found["ours"], found[name], target=TARGETS[name])
+            for name in found
+            if name != "ours"
+        ]
+        report.notes.append(f"threads: {count}: {spread(seconds)}.")
+    if not has_kaldi():
+        report.notes.append("kaldi-native-fbank is absent and was left out.")
+    return report
+
+
+if __name__ == "__main__":
+    run_alone(measure)

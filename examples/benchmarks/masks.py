@@ -1,0 +1,39 @@
+"""
+GMML's corruption of 32 clips of two views of 592 x 128: ours in batch against a loop in Python, clip by clip.
+
+    python examples/benchmarks/masks.py
+"""
+
+import torch
+from common import Report, Row, medians, run_alone, spread, threads, time_interleaved
+from official_loop import corrupt_in_python
+
+from asit_hf.pretraining.masking import corrupt, draw_keys
+from asit_hf.pretraining.objectives import OBJECTIVES
+
+TARGET = 20.0
+
+
+def measure(quick: bool = False) -> Report:
+    """Both objectives, which differ in how much is covered; on one thread, and on as many as torch has."""
+    report = Report("masks")
+    torch.manual_seed(0)
+    clean = torch.randn(2 if quick else 32, 2, 592, 128)
+    views = [view[:, None] for view in clean.unbind(1)]
+    for name, objective in OBJECTIVES.items():
+        calls = {
+            "ours": lambda gmml=objective.gmml: corrupt(clean, draw_keys(len(clean)), 0, gmml),
+            "theirs": lambda gmml=objective.gmml: corrupt_in_python(views, gmml),
+        }
+        for count in sorted({1, torch.get_num_threads()}):
+            with threads(count):
+                seconds = time_interleaved(calls, rounds=1 if quick else 5)
+            found = medians(seconds)
+            row = Row(f"{name}, against a loop, threads: {count}", found["ours"], found["theirs"], target=TARGET)
+            report.rows.append(row)
+            report.notes.append(f"{name}, threads: {count}: {spread(seconds)}.")
+    return report
+
+
+if __name__ == "__main__":
+    run_alone(measure)

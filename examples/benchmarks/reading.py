@@ -1,0 +1,260 @@
+"""
+Reading: crops of an hour against crops of a minute, the loader against the authors' data path restated, and the time
+that a training step waits for its data.
+
+    python examples/benchmarks/reading.py
+
+The files are made in a temporary folder; with ASIT_REAL_AUDIO set, the loader reads ESC-50 from there instead.
+"""
+
+import logging
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from common import Report, Row, medians, run_alone, spread, time_interleaved
+from official_loop import replace_in_python, zeros_in_python
+from torch.utils.data import DataLoader, Dataset, default_collate
+from training_step import build_model
+from transformers import PrinterCallback, TrainerCallback
+
+from asit_hf import ASiTFeatureExtractor
+from asit_hf.data import PretrainingCrops
+from asit_hf.data.audio import read_audio
+from asit_hf.data.collators import collate_crops
+from asit_hf.fbank_asit import _mel_filters
+from asit_hf.pretraining.masking import corrupt
+from asit_hf.pretraining.objectives import get_objective
+from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
+
+RATE = 16000
+LONG_RATE = 24000  # of the long files, so that crops are resampled
+FORMATS = ("wav", "flac", "ogg", "mp3")
+LENGTH_TARGET, LOADER_TARGET, WAITING_TARGET = 2.0, 5.0, 0.05
+WORKERS = 2
+
+
+class OfficialDataset(Dataset):
+    """
+    The authors' data path restated: decode the whole file, cut crops, log-mel of each, masks in Python; all of it in
+    the loader's workers. The second half of the corruption follows in `official_collate`, where clips meet.
+    """
+
+    def __init__(self, files: list[str], objective: str):
+        self.files = files
+        self.objective = get_objective(objective)
+        self.extractor = ASiTFeatureExtractor()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        waveform, rate = soundfile.read(self.files[index], dtype="float32", always_2d=True)
+        waveform = torch.from_numpy(soxr.resample(waveform.mean(1), rate, RATE))
+        if random.random() < self.objective.roll_probability:
+            waveform = waveform.roll(random.randrange(len(waveform)))
+        views = [self._spectrogram(waveform, 6.0) for _ in range(2)]
+        pairs = [zeros_in_python(view, self.objective.gmml) for view in views]
+        local = [self._spectrogram(waveform, 2.0) for _ in range(self.objective.num_local_crops)]
+        return {"clean": views, "corrupted": [p[0] for p in pairs], "masks": [p[1] for p in pairs], "local": local}
+
+    def _spectrogram(self, waveform: torch.Tensor, seconds: float) -> torch.Tensor:
+        length = round(seconds * RATE)
+        waveform = torch.nn.functional.pad(waveform, (0, max(0, length - len(waveform))))
+        start = random.randrange(len(waveform) - length + 1)
+        log_mel = plain_log_mel(waveform[start : start + length])
+        return self.extractor.normalize(log_mel)[None, : len(log_mel) // 16 * 16]
+
+
+def plain_log_mel(waveform: torch.Tensor) -> torch.Tensor:
+    """`(samples,)` -> `(frames, 128)`: the definition of `asit_hf.fbank_asit`, each step over the whole clip."""
+    waveform = waveform - waveform.mean()
+    frames = waveform.unfold(0, 400, 160)
+    frames = frames - frames.mean(1, keepdim=True)
+    previous = torch.cat((frames[:, :1], frames[:, :-1]), dim=1)
+    frames = (frames - 0.97 * previous) * torch.hann_window(400, periodic=False)
+    power = torch.fft.rfft(frames, n=512).abs() ** 2
+    return (power @ _mel_filters(RATE, 128, 512)).clamp_min(torch.finfo(torch.float32).eps).log()
+
+
+def official_collate(items: list[dict[str, Any]], objective: str) -> dict[str, Any]:
+    batch = default_collate(items)
+    for clean, corrupted, masks in zip(batch["clean"], batch["corrupted"], batch["masks"]):
+        replace_in_python(clean, corrupted, masks, get_objective(objective).gmml)
+    return batch
+
+
+def measure(quick: bool = False) -> Report:
+    """Long files, loader throughput, and waiting."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    report = Report("reading")
+    with tempfile.TemporaryDirectory() as folder:
+        _measure_length(report, Path(folder), quick)
+        files = find_files(Path(folder), quick)
+        _measure_loader(report, files, quick)
+        _measure_waiting(report, files, folder, quick)
+    return report
+
+
+def find_files(folder: Path, quick: bool) -> list[str]:
+    """200 flac files: of ESC-50 where there is real audio, else 10 s of noise each."""
+    count = 8 if quick else 200
+    real = os.environ.get("ASIT_REAL_AUDIO")
+    if real:
+        return [str(path) for path in sorted(Path(real, "esc50-16k", "audio").glob("*.flac"))[:count]]
+    generator = np.random.default_rng(0)
+    for index in range(count):
+        write_noise(folder / f"{index}.flac", 7 if quick else 10, RATE, generator)
+    return [str(folder / f"{index}.flac") for index in range(count)]
+
+
+def write_noise(path: Path, seconds: int, rate: int, generator: np.random.Generator) -> None:
+    """Noise that swells and fades every second, written second by second."""
+    envelope = np.hanning(rate)
+    with soundfile.SoundFile(path, "w", samplerate=rate, channels=1) as file:
+        for _ in range(seconds):
+            file.write(0.3 * envelope * generator.uniform(-1, 1, rate))
+
+
+def _measure_length(report: Report, folder: Path, quick: bool) -> None:
+    """A crop of 6 s at a random place: an hour against a minute, and against decoding the hour."""
+    generator = np.random.default_rng(0)
+    short, long = (10, 60) if quick else (60, 3600)
+    for extension in FORMATS:
+        paths = {seconds: folder / f"{seconds}.{extension}" for seconds in (short, long)}
+        for seconds, path in paths.items():
+            write_noise(path, seconds, LONG_RATE, generator)
+
+        def crop(seconds: int, paths: dict[int, Path] = paths) -> None:
+            read_audio(paths[seconds], RATE, offset=generator.uniform(0, seconds - 6), duration=6.0)
+
+        seconds = time_interleaved({"short": lambda: crop(short), "long": lambda: crop(long)}, 1 if quick else 15)
+        start = time.perf_counter()
+        soxr.resample(soundfile.read(paths[long], dtype="float32")[0], LONG_RATE, RATE)
+        whole = time.perf_counter() - start
+        found = medians(seconds)
+        name = f"{extension}, crop of 6 s: file of {long} s against {short} s"
+        report.rows.append(Row(name, found["long"], found["short"], target=LENGTH_TARGET, at_most=True))
+        report.rows.append(Row(f"{extension}, crop of 6 s against the whole {long} s", found["long"], whole))
+        for path in paths.values():
+            path.unlink()
+
+
+def _measure_loader(report: Report, files: list[str], quick: bool) -> None:
+    """Clips a second until the model could start: clean and corrupted log-mel and masks, in batches of 16."""
+    batch = 4 if quick else 16
+    for objective in ("2023", "2024"):
+        calls = {
+            "ours": lambda objective=objective: sum(1 for _ in our_batches(files, objective, batch)),
+            "theirs": lambda objective=objective: sum(1 for _ in official_batches(files, objective, batch)),
+        }
+        seconds = time_interleaved(calls, rounds=1 if quick else 3, warm_up=0 if quick else 1)
+        found = {name: len(files) / value for name, value in medians(seconds).items()}
+        report.rows.append(
+            Row(
+                f"{objective}, loader with {WORKERS} workers",
+                found["ours"],
+                found["theirs"],
+                unit="clips/s",
+                target=LOADER_TARGET,
+                higher_is_better=True,
+            )
+        )
+        report.notes.append(f"{objective}, loader, {len(files)} files: {spread(seconds)}.")
+
+
+def our_batches(files: list[str], objective: str, batch: int) -> Iterator[dict[str, torch.Tensor]]:
+    """What `ASiTPreTrainer.prepare_views` makes of the loader's batches."""
+    chosen, extractor = get_objective(objective), ASiTFeatureExtractor()
+    crops = PretrainingCrops(
+        files, RATE, num_local_crops=chosen.num_local_crops, roll_probability=chosen.roll_probability
+    )
+    for waveforms in DataLoader(crops, batch_size=batch, num_workers=WORKERS, collate_fn=collate_crops):
+        clean = extractor.extract(waveforms["global_waveforms"], waveforms["global_lengths"])
+        clean = clean[:, :, : clean.shape[2] // 16 * 16]
+        corrupted, mask = corrupt(clean, waveforms["sample_keys"], 0, chosen.gmml)
+        views = {"clean": clean, "corrupted": corrupted, "masks": mask}
+        if chosen.num_local_crops:
+            views["local"] = extractor.extract(waveforms["local_waveforms"], waveforms["local_lengths"])
+        yield views
+
+
+def official_batches(files: list[str], objective: str, batch: int) -> Iterator[dict[str, Any]]:
+    yield from DataLoader(
+        OfficialDataset(files, objective),
+        batch_size=batch,
+        num_workers=WORKERS,
+        collate_fn=partial(official_collate, objective=objective),
+    )
+
+
+class WaitingTime(TrainerCallback):
+    """Seconds of the steps, and between them: what the loop waits for its data."""
+
+    def __init__(self):
+        self.steps: list[float] = []
+        self.waits: list[float] = []
+        self._ended: float | None = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._began = time.perf_counter()
+        if self._ended is not None:
+            self.waits.append(self._began - self._ended)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._ended = time.perf_counter()
+        self.steps.append(self._ended - self._began)
+
+
+def _measure_waiting(report: Report, files: list[str], folder: str, quick: bool) -> None:
+    """Steps of the small model, objective 2023, batch 4, fed by workers."""
+    args = ASiTPreTrainingArguments(
+        output_dir=folder,
+        objective="2023",
+        per_device_train_batch_size=4,
+        max_steps=2 if quick else 8,
+        bf16=True,
+        dataloader_num_workers=WORKERS,
+        warmup_epochs=0,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        picture_steps=0,
+        disable_tqdm=True,
+    )
+    model = build_model("2023", quick)
+    seconds = 6.0 * model.config.num_frames / 592
+    trainer = ASiTPreTrainer(
+        model=model,
+        args=args,
+        train_dataset=PretrainingCrops(files, RATE, global_seconds=seconds + 0.025, num_local_crops=0),
+        processing_class=ASiTFeatureExtractor(num_mel_bins=model.config.num_mel_bins),
+    )
+    waiting = WaitingTime()
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(waiting)
+    trainer.train()
+    report.rows.append(
+        Row(
+            f"waiting for data against the step, {WORKERS} workers",
+            median(waiting.waits),
+            median(waiting.steps),
+            target=WAITING_TARGET,
+            at_most=True,
+        )
+    )
+
+
+if __name__ == "__main__":
+    run_alone(measure)

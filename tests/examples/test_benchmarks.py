@@ -1,0 +1,124 @@
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from asit_hf.fbank_asit import log_mel_spectrogram
+from asit_hf.pretraining.masking import GMML, corrupt
+
+FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks():
+    """The benchmarks import each other by name, as scripts do."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and Path(sys.modules[name].__file__).parent == FOLDER:
+            del sys.modules[name]
+
+
+def load(name: str):
+    return importlib.import_module(name)
+
+
+def views(batch: torch.Tensor) -> list[torch.Tensor]:
+    return [view[:, None] for view in batch.unbind(1)]
+
+
+@pytest.mark.parametrize("objective", ["2023", "2024"])
+def test_the_restated_loop_computes_our_losses(objective):
+    model = load("training_step").build_model(objective, quick=True)
+    model.config.drop_path_rate = 0.0
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in [*model.asit.parameters(), *model.heads.parameters()]:
+            parameter.add_(torch.randn_like(parameter) * 0.02)  # student and teacher differ
+    model.cls_center.center.normal_(std=0.1)
+    model.patch_center.center.normal_(std=0.1)
+    batch = load("training_step").build_batch(model.config, objective, 3)
+    clean, local = batch["input_values"], batch.get("local_values")
+    corrupted, mask = corrupt(clean, torch.arange(3), 0, GMML())
+    loop = load("official_loop").OfficialLoop(model, GMML())
+    theirs = loop.losses(views(clean), views(corrupted), views(mask), [] if local is None else views(local))
+    ours = model(clean, corrupted, mask, local, teacher_temperature=0.04)
+    for name, value in theirs.items():
+        assert value.item() == pytest.approx(ours[name].item(), rel=1e-5), name
+    model.update_centers()
+    torch.testing.assert_close(loop.cls_center, model.cls_center.center, rtol=0, atol=1e-6)
+    torch.testing.assert_close(loop.patch_center, model.patch_center.center, rtol=0, atol=1e-6)
+
+
+def test_a_step_of_the_restated_loop_moves_student_teacher_and_centers():
+    model = load("training_step").build_model("2024", quick=True)
+    batch = load("training_step").build_batch(model.config, "2024", 2)
+    loop = load("official_loop").OfficialLoop(model, GMML())
+    before = [loop.student.encoder.cls_token.clone(), loop.teacher.encoder.cls_token.clone(), loop.cls_center]
+    losses = loop.step(batch["input_values"], batch["local_values"])
+    after = [loop.student.encoder.cls_token, loop.teacher.encoder.cls_token, loop.cls_center]
+    assert all(np.isfinite(value) for value in losses.values())
+    assert not any(torch.equal(one, other) for one, other in zip(before, after))
+
+
+def test_restated_masks_cover_their_share():
+    clip = torch.randn(1, 96, 64)
+    corrupted, mask = load("official_loop").draw_in_python(clip, torch.zeros_like(clip), 0.5, GMML())
+    assert 0.5 <= mask.mean() < 0.6
+    assert torch.equal(corrupted, clip * (1 - mask))
+
+
+def test_restated_log_mel_is_ours():
+    waveform = torch.rand(8000, generator=torch.Generator().manual_seed(0)) - 0.5
+    expected = log_mel_spectrogram(waveform - waveform.mean(), 16000)
+    torch.testing.assert_close(load("reading").plain_log_mel(waveform), expected, rtol=0, atol=2e-3)
+
+
+def test_ratios_and_targets():
+    row = load("common").Row
+    assert row("time", ours=1.0, theirs=3.0, target=2.0).reached
+    assert not row("time", ours=2.0, theirs=3.0, target=2.0).reached
+    assert row("rate", ours=3.0, theirs=1.0, unit="1/s", higher_is_better=True).ratio == 3.0
+    assert row("memory", ours=1.0, theirs=4.0, target=0.4, at_most=True).reached
+    assert row("memory", ours=1.0, theirs=2.0, target=0.4, at_most=True).reached is False
+    assert row("only told", ours=1.0, theirs=2.0).reached is None
+
+
+def test_interleaved_rounds():
+    called = []
+    calls = {name: lambda name=name: called.append(name) for name in "ab"}
+    seconds = load("common").time_interleaved(calls, rounds=2, warm_up=1)
+    assert "".join(called) == "ababab"
+    assert [len(values) for values in seconds.values()] == [2, 2]
+
+
+def test_an_error_in_the_training_thread_reaches_the_caller(tmp_path):
+    training_step = load("training_step")
+    model = training_step.build_model("2023", quick=True)
+    batches = training_step.Batches({"input_values": torch.zeros(1, 2, 96, 7), "sample_keys": torch.arange(1)})
+    run = training_step.SteppedRun(training_step.build_trainer(model, "2023", batches, str(tmp_path)))
+    with pytest.raises(ValueError, match="32 mel bins"):
+        run.step()
+
+
+def test_peak_memory_counts_both_sides():
+    for side in ("ours bf16", "theirs fp32"):
+        assert load("training_step").peak_memory(side, "2024", 2, quick=True) > 100
+
+
+def test_a_quick_run_writes_its_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("ASIT_REAL_AUDIO", raising=False)
+    load("run").main(["--quick", "--output_dir", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [part["part"] for part in results["parts"]] == ["training step", "log-mel", "masks", "reading"]
+    assert all(row["ratio"] > 0 for part in results["parts"] for row in part["rows"])
+    assert results["machine"]["torch"] == torch.__version__
+    table = (tmp_path / "results.md").read_text()
+    assert table in capsys.readouterr().out
+    assert table.count("| reading |") == len(results["parts"][-1]["rows"])

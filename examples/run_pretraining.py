@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.data import LabelledClips, PretrainingCrops, StreamingCrops, label_names, load_unlabelled
+from asit_hf.data.audio import AudioReadError
 from asit_hf.finetuning import load_labelled_dataset
 from asit_hf.pretraining.initialisation import encoder_from_vit, read_model_type
 from asit_hf.pretraining.monitoring import KnnProbeCallback
@@ -203,4 +204,7 @@ def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except AudioReadError as error:
+        sys.exit(f"error: {error}; repair this file, take it out of the data, or leave out --strict")

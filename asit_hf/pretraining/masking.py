@@ -99,10 +99,7 @@ def draw_masks(
     Returns:
         Boolean `torch.Tensor` of shape `(masks, num_frames, num_mel_bins)`, `True` where corrupted.
     """
-    if keys.shape != shares.shape:
-        raise ValueError(
-            f"expected one share for every key, got {tuple(keys.shape)} keys and {tuple(shares.shape)} shares"
-        )
+    _check_shares(keys, shares)
     if config.pattern == "patches":
         return _draw_patches(keys, num_frames, num_mel_bins, shares, config.patch_size)
     return draw_block_masks(keys, num_frames, num_mel_bins, shares, config.max_block, config.alignment, config.pattern)
@@ -123,6 +120,7 @@ def draw_block_masks(
     A rectangle's corner is uniform over the plane and its sides are uniform up to `max_block` of each extent, cut at
     the far edges: the first frames and the lowest bins are therefore covered less, as in the authors' masks.
     """
+    _check_shares(keys, shares)
     # an accelerator takes all at once: it waits for the host once a chunk
     size = _SAMPLES_PER_CHUNK if keys.device.type == "cpu" else max(len(keys), 1)
     chunks = zip(keys.split(size), shares.split(size))
@@ -177,6 +175,13 @@ def _finalise(x: torch.Tensor) -> torch.Tensor:
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Logical shift; torch's own shift of signed integers keeps the sign."""
     return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _check_shares(keys: torch.Tensor, shares: torch.Tensor) -> None:
+    if keys.shape != shares.shape:
+        raise ValueError(
+            f"expected one share for every key, got {tuple(keys.shape)} keys and {tuple(shares.shape)} shares"
+        )
 
 
 def _gaussian_noise(keys: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..data.collators import collate_crops
 from ..data.epochs import EpochCallback
+from ..data.workers import clear_worker_errors
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from .checkpoints import UNFINISHED, describe_failed_save, on_termination, publish
 from .masking import FILLINGS, GMML, PATTERNS, corrupt, mix_keys
@@ -320,7 +321,7 @@ class ASiTPreTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; at SIGTERM the step is finished, a checkpoint is saved and `terminated` is true."""
         shutil.rmtree(Path(self.args.output_dir) / UNFINISHED, ignore_errors=True)  # of a run that was killed
-        with on_termination(self._ask_to_stop):
+        with on_termination(self._ask_to_stop), clear_worker_errors():
             return super().train(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ HOP_SECONDS = 0.010
 LOW_FREQUENCY = 20.0
 PREEMPHASIS = 0.97
 # Frames are transformed in chunks whose buffers stay in the processor's cache; one pass over a large batch is slower.
-CHUNK_FRAMES = 256
+CHUNK_FRAMES = 1024
 
 
 def window_and_hop(sampling_rate: int) -> tuple[int, int]:

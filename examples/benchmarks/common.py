@@ -64,6 +64,11 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def add(self, row: Row) -> None:
+        """Keeps a row and tells it at once: the whole takes minutes."""
+        self.rows.append(row)
+        print(f"{self.part}: {row.name}: {row.ratio:.2f}", file=sys.stderr, flush=True)
+
 
 def time_interleaved(calls: dict[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
     """
@@ -108,6 +113,7 @@ def machine_facts() -> dict[str, str | int]:
         "processor": _processor(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
+        "load at the start": f"{os.getloadavg()[0]:.1f} processes",
         "memory": f"{_memory_bytes() / 2**30:.0f} GiB",
         "capability": torch.backends.cpu.get_cpu_capability() + (", avx512_bf16" if "avx512_bf16" in _flags() else ""),
         "system": platform.platform(),

@@ -79,11 +79,8 @@ def measure(quick: bool = False) -> Report:
         with threads(count):
             seconds = time_interleaved(build_calls(clips, count), rounds=1 if quick else 5)
         found = medians(seconds)
-        report.rows += [
-            Row(f"{name}, threads: {count}", found["ours"], found[name], target=TARGETS[name])
-            for name in found
-            if name != "ours"
-        ]
+        for name in list(found)[1:]:
+            report.add(Row(f"{name}, threads: {count}", found["ours"], found[name], target=TARGETS[name]))
         report.notes.append(f"threads: {count}: {spread(seconds)}.")
     if not has_kaldi():
         report.notes.append("kaldi-native-fbank is absent and was left out.")

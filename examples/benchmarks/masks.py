@@ -29,8 +29,8 @@ def measure(quick: bool = False) -> Report:
             with threads(count):
                 seconds = time_interleaved(calls, rounds=1 if quick else 5)
             found = medians(seconds)
-            row = Row(f"{name}, against a loop, threads: {count}", found["ours"], found["theirs"], target=TARGET)
-            report.rows.append(row)
+            what = f"{name}, against a loop, threads: {count}"
+            report.add(Row(what, found["ours"], found["theirs"], target=TARGET))
             report.notes.append(f"{name}, threads: {count}: {spread(seconds)}.")
     return report
 

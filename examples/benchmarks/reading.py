@@ -144,8 +144,8 @@ def _measure_length(report: Report, folder: Path, quick: bool) -> None:
         whole = time.perf_counter() - start
         found = medians(seconds)
         name = f"{extension}, crop of 6 s: file of {long} s against {short} s"
-        report.rows.append(Row(name, found["long"], found["short"], target=LENGTH_TARGET, at_most=True))
-        report.rows.append(Row(f"{extension}, crop of 6 s against the whole {long} s", found["long"], whole))
+        report.add(Row(name, found["long"], found["short"], target=LENGTH_TARGET, at_most=True))
+        report.add(Row(f"{extension}, crop of 6 s against the whole {long} s", found["long"], whole))
         for path in paths.values():
             path.unlink()
 
@@ -160,7 +160,7 @@ def _measure_loader(report: Report, files: list[str], quick: bool) -> None:
         }
         seconds = time_interleaved(calls, rounds=1 if quick else 3, warm_up=0 if quick else 1)
         found = {name: len(files) / value for name, value in medians(seconds).items()}
-        report.rows.append(
+        report.add(
             Row(
                 f"{objective}, loader with {WORKERS} workers",
                 found["ours"],
@@ -245,7 +245,7 @@ def _measure_waiting(report: Report, files: list[str], folder: str, quick: bool)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(waiting)
     trainer.train()
-    report.rows.append(
+    report.add(
         Row(
             f"waiting for data against the step, {WORKERS} workers",
             median(waiting.waits),

@@ -129,6 +129,10 @@ def build_trainer(
     return trainer
 
 
+class _Stopped(Exception):
+    pass
+
+
 class SteppedRun(TrainerCallback):
     """`trainer.train()` in a thread of its own, which goes one optimiser step further at each call of `step`."""
 
@@ -142,7 +146,7 @@ class SteppedRun(TrainerCallback):
 
     def step(self, context: AbstractContextManager | None = None) -> None:
         """One step; `context` is entered around it, in the thread that trains."""
-        self._context = context or nullcontext()
+        self._context = nullcontext() if context is None else context
         if not self._thread.is_alive():
             self._thread.start()
         self._go.release()
@@ -157,16 +161,19 @@ class SteppedRun(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._go.acquire()
+        if self._stops:
+            raise _Stopped
         self._context.__enter__()
 
     def on_step_end(self, args, state, control, **kwargs):
         self._context.__exit__(None, None, None)
-        control.should_training_stop = self._stops
         self._done.release()
 
     def _train(self, trainer: ASiTPreTrainer) -> None:
         try:
             trainer.train()
+        except _Stopped:
+            pass
         except BaseException as error:
             self._error = error
             self._done.release()
@@ -208,14 +215,14 @@ def _measure_steps(report: Report, objective: str, folder: str, quick: bool) -> 
     with FlopCounterMode(display=False) as counter:
         _official_step(loops["theirs fp32"], batch)
     flops = counter.get_total_flops()
-    seconds = time_interleaved(calls, rounds=1 if quick else 5)
+    seconds = time_interleaved(calls, rounds=1 if quick else 4)
     table = profile_step(runs["ours bf16"])
     for run in runs.values():
         run.stop()
 
     found = medians(seconds)
     for precision in ("fp32", "bf16"):
-        report.rows.append(
+        report.add(
             Row(
                 f"{objective}, {precision} against {precision}",
                 found[f"ours {precision}"],
@@ -225,7 +232,7 @@ def _measure_steps(report: Report, objective: str, folder: str, quick: bool) -> 
         )
     best = min(found["ours bf16"], found["ours fp32"])
     target = TARGETS.get((objective, "best / fp32"))
-    report.rows.append(Row(f"{objective}, best against fp32", best, found["theirs fp32"], target=target))
+    report.add(Row(f"{objective}, best against fp32", best, found["theirs fp32"], target=target))
     report.notes.append(f"{objective}: {spread(seconds)}.")
     for precision in ("bf16", "fp32"):
         rate = calls[f"matmul {precision}"].flops / found[f"matmul {precision}"]
@@ -275,8 +282,6 @@ def _measure_options(report: Report, folder: str, quick: bool) -> None:
         "gradient checkpointing": {"activation_checkpointing": True},
         "2 accumulated passes": {"gradient_accumulation_steps": 2},
     }
-    if not quick:
-        options["torch.compile"] = {"torch_compile": True}
     batch = build_batch(build_model("2023", quick).config, "2023", BATCH)
     runs = {
         name: SteppedRun(
@@ -289,16 +294,13 @@ def _measure_options(report: Report, folder: str, quick: bool) -> None:
         run.stop()
     found = medians(seconds)
     found["2 accumulated passes"] /= 2  # a pass each
-    report.rows += [
-        Row(f"2023, bf16, {name} against without", found[name], found["as it is"])
-        for name in options
-        if name != "as it is"
-    ]
+    for name in list(options)[1:]:
+        report.add(Row(f"2023, bf16, {name} against without", found[name], found["as it is"]))
     report.notes.append(f"options, 2023 in bf16: {spread(seconds)}.")
     model = build_model("2023", quick)
     updates = {"foreach": lambda: model.update_teacher(0.996), "loop": lambda: _update_in_loop(model, 0.996)}
     found = medians(time_interleaved(updates, rounds=1 if quick else 5))
-    report.rows.append(Row("teacher's update, foreach against a loop", found["foreach"], found["loop"]))
+    report.add(Row("teacher's update, foreach against a loop", found["foreach"], found["loop"]))
 
 
 @torch.no_grad()
@@ -315,7 +317,7 @@ def _measure_memory(report: Report, objective: str) -> None:
     }
     few, many = MEMORY_BATCHES
     slopes = {side: (peaks[side, many] - peaks[side, few]) / (many - few) for side, _ in peaks}
-    report.rows.append(
+    report.add(
         Row(
             f"{objective}, memory per added clip, bf16 against fp32",
             slopes["ours bf16"],

@@ -87,5 +87,6 @@ def _log_mel_of_frames(
     torch.mul(frames[:, :-1], -PREEMPHASIS, out=emphasised[:, 1:size])
     emphasised[:, 1:size] += frames[:, 1:]
     emphasised[:, :size] *= window
-    power = torch.fft.rfft(emphasised).abs().square_()
+    spectrum = torch.fft.rfft(emphasised)
+    power = spectrum.real.square().add_(spectrum.imag.square())
     return (power @ filters).clamp_min_(torch.finfo(torch.float32).eps).log_()

@@ -93,7 +93,8 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
             real = torch.arange(waveforms.shape[-1], device=waveforms.device) < lengths[..., None]
             mean = waveforms.sum(-1, keepdim=True) / lengths[..., None]
             waveforms = (waveforms - mean) * real
-        return self.normalize(log_mel_spectrogram(waveforms, self.sampling_rate, self.num_mel_bins))
+        log_mel = log_mel_spectrogram(waveforms, self.sampling_rate, self.num_mel_bins)
+        return log_mel.sub_(self.mean).div_(2 * self.std)  # as normalize, in place
 
     def __call__(
         self,
@@ -235,7 +236,8 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
             )
         if clip.numel() == 0:
             raise ValueError(f"waveform {index} is empty")
-        if not torch.isfinite(clip).all():
+        # one pass first: a finite sum has finite terms
+        if not torch.isfinite(clip.sum()) and not torch.isfinite(clip).all():
             raise ValueError(f"waveform {index} holds values that are not finite (NaN or infinity)")
         return clip.float()
 

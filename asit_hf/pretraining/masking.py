@@ -121,8 +121,7 @@ def draw_block_masks(
     the far edges: the first frames and the lowest bins are therefore covered less, as in the authors' masks.
     """
     _check_shares(keys, shares)
-    # an accelerator takes all at once: it waits for the host once a chunk
-    size = _SAMPLES_PER_CHUNK if keys.device.type == "cpu" else max(len(keys), 1)
+    size = _chunk_size(keys)
     chunks = zip(keys.split(size), shares.split(size))
     masks = [_draw_chunk(k, num_frames, num_mel_bins, s, max_block, alignment, pattern) for k, s in chunks]
     return torch.cat(masks)
@@ -153,9 +152,20 @@ def corrupt(
     replaces = choice < (config.replace_probability if batch > 1 else 0.0)
     shares = torch.where(replaces, config.replace_share, shares)
     mask = draw_masks(mix_keys(keys, 1).flatten(), frames, mel, shares.flatten(), config).view(clean.shape)
-    blank = _gaussian_noise(mix_keys(keys, 2), clean) if config.filling == "noise" else 0.0
-    filling = torch.where(replaces[..., None, None], clean[draw_donors(batch, donor_key, clean.device)], blank)
-    return torch.where(mask, filling, clean), mask
+    donors = draw_donors(batch, donor_key, clean.device)
+    corrupted = torch.empty_like(clean)
+    size = _chunk_size(clean)
+    for start in range(0, batch, size):
+        rows = slice(start, start + size)
+        blank = _gaussian_noise(mix_keys(keys[rows], 2), clean[rows]) if config.filling == "noise" else 0.0
+        filling = torch.where(replaces[rows, :, None, None], clean[donors[rows]], blank)
+        torch.where(mask[rows], filling, clean[rows], out=corrupted[rows])
+    return corrupted, mask
+
+
+def _chunk_size(samples: torch.Tensor) -> int:
+    """What is worked on at one time; by an accelerator all of it: it waits for the host once a chunk."""
+    return _SAMPLES_PER_CHUNK if samples.device.type == "cpu" else max(len(samples), 1)
 
 
 def draw_donors(batch: int, key: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -213,8 +223,8 @@ def _draw_chunk(
 ) -> torch.Tensor:
     targets = shares * (num_frames * num_mel_bins)
     masks = torch.empty(len(keys), num_frames, num_mel_bins, dtype=torch.bool, device=keys.device)
-    pending, rounds = torch.arange(len(keys), device=keys.device), 1
-    while rounds <= MAX_ROUNDS:
+    pending = torch.arange(len(keys), device=keys.device)
+    for rounds in range(1, MAX_ROUNDS + 1):
         round_keys = mix_keys(keys[pending], torch.arange(rounds, device=keys.device)[:, None])
         noise = uniform_noise(round_keys, 4 * BLOCKS_PER_ROUND).unflatten(-1, (4, -1))
         rows = _block_sides(noise[:, :, 0], noise[:, :, 1], num_frames, max_block, alignment)
@@ -227,7 +237,6 @@ def _draw_chunk(
         pending = pending[areas < targets[pending]]
         if len(pending) == 0:
             return masks
-        rounds *= 2
     raise ValueError(
         f"{MAX_ROUNDS * BLOCKS_PER_ROUND} blocks of at most {max_block} of each side, aligned to {alignment} pixels, "
         f"do not cover {shares.max().item():.2f} of {num_frames} x {num_mel_bins} pixels"
@@ -253,31 +262,34 @@ def _cover(
     targets: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Masks `(masks, frames, mel)` of blocks, in their order, up to the one that reaches the target of pixels; also the
-    pixels covered. Sides are `(rounds, masks, blocks)`.
+    Masks `(masks, frames, mel)` of all rounds' blocks but the last's, and of the last's in their order up to the one
+    that reaches the target of pixels; also the pixels covered. Sides are `(rounds, masks, blocks)`.
 
     Frames between two edges of blocks are alike: they are looked at once, as a strip.
     """
     starts, stops = rows
     zero = starts.new_zeros(len(targets), 1)
     edges = torch.cat((zero, *starts, *stops), dim=1).sort(dim=1).values
+    if edges.shape[1] > num_frames:
+        edges = torch.arange(num_frames, device=zero.device).expand(len(zero), -1)
     heights = edges.diff(dim=1, append=zero + num_frames)
-    weights = heights.to(targets.dtype)[:, :, None].expand(-1, -1, num_mel_bins).flatten(1)
     covered = torch.zeros(*edges.shape, num_mel_bins, dtype=torch.bool, device=zero.device)
-    area = torch.zeros_like(targets)
     for row_starts, row_stops, column_starts, column_stops in zip(starts, stops, *columns):
+        before = covered
         strips = _block_bits(row_starts, row_stops, num_frames + 1).gather(1, edges)
         blocks = strips[:, :, None] & _block_bits(column_starts, column_stops, num_mel_bins)[:, None, :]
-        first = (blocks & -blocks).masked_fill_(covered, 0)  # the first block that covers a pixel, as a power of two
-        exponents = first.double().view(torch.int64) >> 52  # of the float: 0: none; 1023 + k: block k
-        gains = torch.zeros(len(targets), 1023 + BLOCKS_PER_ROUND, device=zero.device, dtype=targets.dtype)
-        gains.scatter_add_(1, exponents.flatten(1), weights)
-        areas = area[:, None] + gains[:, 1023:].cumsum(1)
-        needed = (areas < targets[:, None]).sum(1) + 1  # blocks up to the one that reaches the target
-        needed = torch.where(area >= targets, 0, needed.clamp_max(BLOCKS_PER_ROUND))
-        covered |= (blocks & ((1 << needed) - 1)[:, None, None]) != 0
-        area = torch.where(needed > 0, areas.gather(1, (needed - 1).clamp_min(0)[:, None])[:, 0], area)
-    return covered.flatten(0, 1).repeat_interleave(heights.flatten(), 0).view(-1, num_frames, num_mel_bins), area
+        covered = before | (blocks != 0)
+
+    first = (blocks & -blocks).masked_fill_(before, 0)  # the first block that covers a pixel, as a power of two
+    exponents = first.double().view(torch.int64) >> 52  # the float's own: 0: none; 1023 + k: block k
+    gains = torch.zeros(len(targets), 1023 + BLOCKS_PER_ROUND, device=zero.device, dtype=targets.dtype)
+    weights = heights[:, :, None].to(targets.dtype).expand_as(blocks)
+    gains.scatter_add_(1, exponents.flatten(1), weights.flatten(1))
+    areas = (before.sum(-1) * heights).sum(-1, keepdim=True) + gains[:, 1023:].cumsum(1)
+    needed = (areas < targets[:, None]).sum(1, keepdim=True).clamp_max(BLOCKS_PER_ROUND - 1)
+    covered = before | (blocks & ((2 << needed) - 1)[:, :, None] != 0)
+    masks = covered.flatten(0, 1).repeat_interleave(heights.flatten(), 0).view(-1, num_frames, num_mel_bins)
+    return masks, areas.gather(1, needed)[:, 0]
 
 
 def _block_bits(starts: torch.Tensor, stops: torch.Tensor, extent: int) -> torch.Tensor:

@@ -11,7 +11,6 @@ Both sides take the same clean log-mel crops, start from the same weights and dr
 import argparse
 import json
 import logging
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, repeat
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -349,7 +349,9 @@ def peak_memory(side: str, objective: str, size: int, quick: bool = False) -> fl
         loop = OfficialLoop(model, get_objective(objective).gmml, bf16=precision == "bf16")
         for batch in batches:
             _official_step(loop, batch)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # not getrusage: its peak is inherited from the process that started this one
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
 
 
 if __name__ == "__main__":

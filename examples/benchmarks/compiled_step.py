@@ -5,28 +5,20 @@ C++ compiler.
     python examples/benchmarks/compiled_step.py
 """
 
-import logging
-import tempfile
-
 from common import Report, Row, medians, run_alone, spread, time_interleaved
-from training_step import BATCH, Batches, SteppedRun, build_batch, build_model, build_trainer
+from training_step import BATCH, Contestant
 
 
 def measure(quick: bool = False) -> Report:
     """Objective 2023 in bf16, with `torch_compile=True` and without."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     report = Report("compiled step")
-    with tempfile.TemporaryDirectory() as folder:
-        batches = Batches(build_batch(build_model("2023", quick).config, "2023", BATCH))
-        runs = {
-            name: SteppedRun(
-                build_trainer(build_model("2023", quick), "2023", batches, folder, bf16=True, torch_compile=compiles)
-            )
-            for name, compiles in (("as it is", False), ("compiled", True))
-        }
-        seconds = time_interleaved({name: run.step for name, run in runs.items()}, rounds=1 if quick else 5, warm_up=2)
-        for run in runs.values():
-            run.stop()
+    runs = {
+        "as it is": Contestant("ours bf16", "2023", [BATCH], quick),
+        "compiled": Contestant("ours bf16", "2023", [BATCH], quick, torch_compile=True),
+    }
+    seconds = time_interleaved(runs, rounds=1 if quick else 5, warm_up=2)
+    for run in runs.values():
+        run.stop()
     found = medians(seconds)
     report.add(Row("2023, bf16, torch.compile against without", found["compiled"], found["as it is"]))
     report.notes.append(f"2023 in bf16: {spread(seconds)}.")

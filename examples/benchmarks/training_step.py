@@ -8,16 +8,13 @@ Both sides take the same clean log-mel crops, start from the same weights and dr
 `ASiTPreTrainer.train`.
 """
 
-import argparse
-import json
 import logging
-import subprocess
-import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, repeat
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -37,6 +34,7 @@ from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
 BATCH = 4
 MEMORY_BATCHES = (4, 16)
 OBJECTIVES = ("2023", "2024")
+PRECISIONS = ("fp32", "bf16")
 TARGETS = {
     ("2023", "fp32"): 1.0,
     ("2023", "bf16"): 1.25,
@@ -129,123 +127,142 @@ def build_trainer(
     return trainer
 
 
-class _Stopped(Exception):
-    pass
+class Contestant:
+    """
+    A process of its own that goes one training step further at each call: `ours` inside `ASiTPreTrainer.train`,
+    `theirs` in [`OfficialLoop`]. Threads would share the processor's with each other while they wait.
 
+    Args:
+        side (`str`): "ours" or "theirs", and "bf16" or "fp32".
+        sizes (`list[int]`): clips of the first batches; the last size goes on.
+        options: ours: arguments of the trainer.
+    """
 
-class SteppedRun(TrainerCallback):
-    """`trainer.train()` in a thread of its own, which goes one optimiser step further at each call of `step`."""
+    def __init__(self, side: str, objective: str, sizes: list[int], quick: bool = False, **options: Any):
+        context = get_context("forkserver")  # a process that has used its threads must not be forked
+        context.set_forkserver_preload(["asit_hf.pretraining.trainer"])
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, side, objective, sizes, quick, options)
+        self._process = context.Process(target=_compete, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
 
-    def __init__(self, trainer: ASiTPreTrainer):
-        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._stops = False
-        self._context: AbstractContextManager = nullcontext()
-        self._error: BaseException | None = None
-        trainer.add_callback(self)
-        self._thread = threading.Thread(target=self._train, args=(trainer,), daemon=True)
-
-    def step(self, context: AbstractContextManager | None = None) -> None:
-        """One step; `context` is entered around it, in the thread that trains."""
-        self._context = nullcontext() if context is None else context
-        if not self._thread.is_alive():
-            self._thread.start()
-        self._go.release()
-        self._done.acquire()
-        if self._error is not None:
-            raise self._error
+    def __call__(self, command: str = "step") -> Any:
+        """One step. Returns what `command` asks for: see `_reply`."""
+        self._connection.send(command)
+        reply = self._connection.recv()
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     def stop(self) -> None:
-        self._stops = True
-        self._go.release()
-        self._thread.join()
+        self._connection.send("stop")
+        self._process.join()
+
+
+def _compete(
+    connection: Connection, side: str, objective: str, sizes: list[int], quick: bool, options: dict[str, Any]
+) -> None:
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    side, precision = side.split()
+    try:
+        model = build_model(objective, quick)
+        batches = Batches(*(build_batch(model.config, objective, size) for size in sizes))
+        if side == "ours":
+            with tempfile.TemporaryDirectory() as folder:
+                trainer = build_trainer(model, objective, batches, folder, bf16=precision == "bf16", **options)
+                trainer.add_callback(_OnCommand(connection))
+                trainer.train()
+        else:
+            loop = OfficialLoop(model, get_objective(objective).gmml, bf16=precision == "bf16")
+            for batch in batches:
+                context = _await(connection)
+                with context:
+                    loop.step(batch["input_values"], batch.get("local_values"))
+                connection.send(_reply(context))
+    except Exception as error:
+        connection.recv()
+        connection.send(error)
+
+
+class _OnCommand(TrainerCallback):
+    def __init__(self, connection: Connection):
+        self.connection = connection
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._go.acquire()
-        if self._stops:
-            raise _Stopped
-        self._context.__enter__()
+        self.context = _await(self.connection)
+        self.context.__enter__()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self._context.__exit__(None, None, None)
-        self._done.release()
+        self.context.__exit__(None, None, None)
+        self.connection.send(_reply(self.context))
 
-    def _train(self, trainer: ASiTPreTrainer) -> None:
-        try:
-            trainer.train()
-        except _Stopped:
-            pass
-        except BaseException as error:
-            self._error = error
-            self._done.release()
+
+def _await(connection: Connection) -> AbstractContextManager:
+    """Waits for a command; returns what the step is to run in."""
+    command = connection.recv()
+    if command == "stop":
+        raise SystemExit
+    if command == "profile":
+        return profile(activities=[ProfilerActivity.CPU])
+    return FlopCounterMode(display=False) if command == "count" else nullcontext()
+
+
+def _reply(context: AbstractContextManager) -> Any:
+    """To "profile": shares of the time by kind; "count": operations; "step": the peak memory of the process in MB."""
+    if isinstance(context, FlopCounterMode):
+        return context.get_total_flops()
+    if not isinstance(context, profile):
+        # not getrusage: its peak is inherited from the process that started this one
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["VmHWM"].split()[0]) / 1024
+    shares = dict.fromkeys([*KINDS, "the rest"], 0.0)
+    for event in context.key_averages():
+        kinds = (kind for kind, names in KINDS.items() if any(name in event.key.lower() for name in names))
+        shares[next(kinds, "the rest")] += event.self_cpu_time_total
+    return {kind: share / sum(shares.values()) for kind, share in shares.items()}
 
 
 def measure(quick: bool = False) -> Report:
     """Steps and memory of both objectives, options of ours, and where the time goes."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     report = Report("training step")
-    with tempfile.TemporaryDirectory() as folder:
-        for objective in OBJECTIVES:
-            _measure_steps(report, objective, folder, quick)
-        _measure_options(report, folder, quick)
+    for objective in OBJECTIVES:
+        _measure_steps(report, objective, quick)
+    _measure_options(report, quick)
     if not quick:  # toys take no memory to speak of
         for objective in OBJECTIVES:
             _measure_memory(report, objective)
     return report
 
 
-def _measure_steps(report: Report, objective: str, folder: str, quick: bool) -> None:
-    batch = build_batch(build_model(objective, quick).config, objective, BATCH)
-    runs = {
-        f"ours {precision}": SteppedRun(
-            build_trainer(build_model(objective, quick), objective, Batches(batch), folder, bf16=precision == "bf16")
-        )
-        for precision in ("bf16", "fp32")
-    }
-    loops = {
-        f"theirs {precision}": OfficialLoop(
-            build_model(objective, quick), get_objective(objective).gmml, bf16=precision == "bf16"
-        )
-        for precision in ("bf16", "fp32")
-    }
-    calls: dict[str, Callable[[], object]] = {}
-    for precision in ("bf16", "fp32"):
-        calls[f"ours {precision}"] = runs[f"ours {precision}"].step
-        calls[f"theirs {precision}"] = lambda loop=loops[f"theirs {precision}"]: _official_step(loop, batch)
-        calls[f"matmul {precision}"] = MatrixProducts(precision, 64 if quick else 2048)
-    with FlopCounterMode(display=False) as counter:
-        _official_step(loops["theirs fp32"], batch)
-    flops = counter.get_total_flops()
-    seconds = time_interleaved(calls, rounds=1 if quick else 4)
-    table = profile_step(runs["ours bf16"])
+def _measure_steps(report: Report, objective: str, quick: bool) -> None:
+    sides = [f"{side} {precision}" for precision in ("bf16", "fp32") for side in ("ours", "theirs")]
+    runs = {side: Contestant(side, objective, [BATCH], quick) for side in sides}
+    products = {f"matmul {precision}": MatrixProducts(precision, 64 if quick else 2048) for precision in PRECISIONS}
+    flops = runs["theirs fp32"]("count")
+    seconds = time_interleaved({**runs, **products}, rounds=1 if quick else 4)
+    shares = runs["ours bf16"]("profile")
     for run in runs.values():
         run.stop()
 
     found = medians(seconds)
-    for precision in ("fp32", "bf16"):
-        report.add(
-            Row(
-                f"{objective}, {precision} against {precision}",
-                found[f"ours {precision}"],
-                found[f"theirs {precision}"],
-                target=TARGETS.get((objective, precision)),
-            )
-        )
+    for precision in PRECISIONS:
+        ours, theirs = found[f"ours {precision}"], found[f"theirs {precision}"]
+        target = TARGETS.get((objective, precision))
+        report.add(Row(f"{objective}, {precision} against {precision}", ours, theirs, target=target))
     best = min(found["ours bf16"], found["ours fp32"])
     target = TARGETS.get((objective, "best / fp32"))
     report.add(Row(f"{objective}, best against fp32", best, found["theirs fp32"], target=target))
     report.notes.append(f"{objective}: {spread(seconds)}.")
-    for precision in ("bf16", "fp32"):
-        rate = calls[f"matmul {precision}"].flops / found[f"matmul {precision}"]
+    for precision in PRECISIONS:
+        rate = products[f"matmul {precision}"].flops / found[f"matmul {precision}"]
         reached = flops / found[f"ours {precision}"]
         report.notes.append(
             f"{objective}, {precision}: the loop's {flops / 1e9:.0f} GF in {found[f'ours {precision}']:.2f} s are "
             f"{reached / 1e9:.0f} GF/s, {reached / rate:.0%} of the {rate / 1e9:.0f} GF/s of a matrix product."
         )
-    report.notes.append(f"{objective}, profile of one of our steps in bf16: {table}.")
-
-
-def _official_step(loop: OfficialLoop, batch: dict[str, torch.Tensor]) -> None:
-    loop.step(batch["input_values"], batch.get("local_values"))
+    listed = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
+    report.notes.append(f"{objective}, profile of one of our steps in bf16: {listed}.")
 
 
 class MatrixProducts:
@@ -262,19 +279,7 @@ class MatrixProducts:
             self.left @ self.right
 
 
-def profile_step(run: SteppedRun) -> str:
-    """`kind share, ...` of the time of one step."""
-    profiler = profile(activities=[ProfilerActivity.CPU])
-    run.step(profiler)
-    shares = dict.fromkeys([*KINDS, "the rest"], 0.0)
-    for event in profiler.key_averages():
-        kinds = (kind for kind, names in KINDS.items() if any(name in event.key.lower() for name in names))
-        shares[next(kinds, "the rest")] += event.self_cpu_time_total
-    total = sum(shares.values())
-    return ", ".join(f"{kind} {share / total:.0%}" for kind, share in shares.items())
-
-
-def _measure_options(report: Report, folder: str, quick: bool) -> None:
+def _measure_options(report: Report, quick: bool) -> None:
     """What Trainer's options do to our step, objective 2023 in bf16."""
     options = {
         "as it is": {},
@@ -282,14 +287,8 @@ def _measure_options(report: Report, folder: str, quick: bool) -> None:
         "gradient checkpointing": {"activation_checkpointing": True},
         "2 accumulated passes": {"gradient_accumulation_steps": 2},
     }
-    batch = build_batch(build_model("2023", quick).config, "2023", BATCH)
-    runs = {
-        name: SteppedRun(
-            build_trainer(build_model("2023", quick), "2023", Batches(batch), folder, bf16=True, **chosen)
-        )
-        for name, chosen in options.items()
-    }
-    seconds = time_interleaved({name: run.step for name, run in runs.items()}, rounds=1 if quick else 3)
+    runs = {name: Contestant("ours bf16", "2023", [BATCH], quick, **chosen) for name, chosen in options.items()}
+    seconds = time_interleaved(runs, rounds=1 if quick else 3)
     for run in runs.values():
         run.stop()
     found = medians(seconds)
@@ -310,57 +309,21 @@ def _update_in_loop(model: ASiTForPreTraining, momentum: float) -> None:
 
 
 def _measure_memory(report: Report, objective: str) -> None:
-    peaks = {
-        (side, size): _peak_in_subprocess(side, objective, size)
-        for side in ("ours bf16", "theirs fp32")
-        for size in MEMORY_BATCHES
-    }
+    """Peaks of processes that make two steps: one of one clip, for the optimiser's state, and one of all."""
+    peaks: dict[tuple[str, int], float] = {}
+    for side in ("ours bf16", "theirs fp32"):
+        for size in MEMORY_BATCHES:
+            run = Contestant(side, objective, [1, size])
+            run()
+            peaks[side, size] = run()
+            run.stop()
     few, many = MEMORY_BATCHES
-    slopes = {side: (peaks[side, many] - peaks[side, few]) / (many - few) for side, _ in peaks}
-    report.add(
-        Row(
-            f"{objective}, memory per added clip, bf16 against fp32",
-            slopes["ours bf16"],
-            slopes["theirs fp32"],
-            unit="MB",
-            target=MEMORY_TARGET,
-            at_most=True,
-        )
-    )
+    ours, theirs = ((peaks[side, many] - peaks[side, few]) / (many - few) for side in ("ours bf16", "theirs fp32"))
+    name = f"{objective}, memory per added clip, bf16 against fp32"
+    report.add(Row(name, ours, theirs, unit="MB", target=MEMORY_TARGET, at_most=True))
     listed = ", ".join(f"{side} {size} clips {peak:.0f} MB" for (side, size), peak in peaks.items())
     report.notes.append(f"{objective}, peak memory of a process: {listed}.")
 
 
-def _peak_in_subprocess(side: str, objective: str, size: int) -> float:
-    command = [sys.executable, __file__, "--peak", side, "--objective", objective, "--batch", str(size)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-
-
-def peak_memory(side: str, objective: str, size: int, quick: bool = False) -> float:
-    """Peak memory in MB of this process after a step of one clip, for the optimiser's state, and a step of all."""
-    side, precision = side.split()
-    model = build_model(objective, quick)
-    batches = [build_batch(model.config, objective, count) for count in (1, size)]
-    if side == "ours":
-        with tempfile.TemporaryDirectory() as folder:
-            options = {"bf16": precision == "bf16", "max_steps": len(batches)}
-            build_trainer(model, objective, Batches(*batches), folder, **options).train()
-    else:
-        loop = OfficialLoop(model, get_objective(objective).gmml, bf16=precision == "bf16")
-        for batch in batches:
-            _official_step(loop, batch)
-    # not getrusage: its peak is inherited from the process that started this one
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) / 1024
-
-
 if __name__ == "__main__":
-    if "--peak" in sys.argv:
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--peak")
-        parser.add_argument("--objective")
-        parser.add_argument("--batch", type=int)
-        chosen = parser.parse_args()
-        print(json.dumps(peak_memory(chosen.peak, chosen.objective, chosen.batch)))
-    else:
-        run_alone(measure)
+    run_alone(measure)

@@ -98,18 +98,17 @@ def test_interleaved_rounds():
     assert [len(values) for values in seconds.values()] == [2, 2]
 
 
-def test_an_error_in_the_training_thread_reaches_the_caller(tmp_path):
-    training_step = load("training_step")
-    model = training_step.build_model("2023", quick=True)
-    batches = training_step.Batches({"input_values": torch.zeros(1, 2, 96, 7), "sample_keys": torch.arange(1)})
-    run = training_step.SteppedRun(training_step.build_trainer(model, "2023", batches, str(tmp_path)))
-    with pytest.raises(ValueError, match="32 mel bins"):
-        run.step()
-
-
-def test_peak_memory_counts_both_sides():
+def test_contestants_step_on_command_and_tell_their_memory():
     for side in ("ours bf16", "theirs fp32"):
-        assert load("training_step").peak_memory(side, "2024", 2, quick=True) > 100
+        run = load("training_step").Contestant(side, "2024", [1, 2], quick=True)
+        assert 100 < run() <= run()
+        run.stop()
+
+
+def test_an_error_of_a_contestant_reaches_the_caller():
+    run = load("training_step").Contestant("ours fp32", "2023", [2], quick=True, optim="no such optimiser")
+    with pytest.raises(ValueError, match="no such optimiser"):
+        run()
 
 
 def test_a_quick_run_writes_its_table(tmp_path, capsys, monkeypatch):

@@ -149,32 +149,33 @@ class _BlockwiseAttention(torch.autograd.Function):
         batch, heads, tokens, _ = query.shape
         ctx.size = max(1, BLOCK_SCORES // (heads * tokens * tokens))
         ctx.scaling = scaling
-        keeps = any(ctx.needs_input_grad)
-        output, kept = torch.empty_like(query), []
+        ctx.save_for_backward(query, key, value)
+        output = torch.empty_like(query)
         for start in range(0, batch, ctx.size):
             block = slice(start, start + ctx.size)
-            q, k, v = (tensor[block].flatten(0, 1) for tensor in (query * scaling, key, value))
-            weights = (q @ k.transpose(1, 2)).softmax(-1)
-            output[block] = (weights @ v).view_as(output[block])
-            if keeps:
-                kept.append(weights)
-        if keeps:
-            ctx.save_for_backward(query, key, value, *kept)
+            q, k, v = (tensor[block].flatten(0, 1) for tensor in (query, key, value))
+            output[block] = (_attention_weights(q, k, scaling) @ v).view_as(output[block])
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        query, key, value, *kept = ctx.saved_tensors
-        grads = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
-        for index, weights in enumerate(kept):
-            block = slice(index * ctx.size, (index + 1) * ctx.size)
-            q, k, v, g = (tensor[block].flatten(0, 1) for tensor in (query, key, value, grad))
+        # the weights are computed anew: kept, they would be the largest part of a layer's memory
+        inputs = ctx.saved_tensors
+        grads = tuple(torch.empty_like(tensor) for tensor in inputs)
+        for start in range(0, len(grad), ctx.size):
+            block = slice(start, start + ctx.size)
+            q, k, v, g = (tensor[block].flatten(0, 1) for tensor in (*inputs, grad))
+            weights = _attention_weights(q, k, ctx.scaling)
             scores = torch._softmax_backward_data(g @ v.transpose(1, 2), weights, -1, weights.dtype).mul_(ctx.scaling)
             parts = (scores @ k, scores.transpose(1, 2) @ q, weights.transpose(1, 2) @ g)
             for whole, part in zip(grads, parts):
                 whole[block] = part.view_as(whole[block])
         return *grads, None
+
+
+def _attention_weights(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    return (query @ key.transpose(1, 2)).mul_(scaling).softmax(-1)
 
 
 class ASiTAttention(nn.Module):

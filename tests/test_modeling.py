@@ -12,7 +12,7 @@ from asit_hf import (
     ASiTForAudioFrameClassification,
     ASiTModel,
 )
-from asit_hf.modeling_asit import bicubic_resize_matrix
+from asit_hf.modeling_asit import _BlockwiseAttention, bicubic_resize_matrix
 
 CLASSES = [ASiTModel, ASiTForAudioClassification, ASiTForAudioFrameClassification]
 MEL = 32
@@ -126,6 +126,23 @@ def test_sdpa_equals_eager(masked):
     real = torch.tensor([1 + 6 * ROWS, 1 + 2 * ROWS, 1 + 15 * ROWS]) if masked else torch.full((3,), 31)
     for sdpa, eager, tokens in zip(*outputs, real):
         torch.testing.assert_close(sdpa[:tokens], eager[:tokens], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 2**20])
+def test_blockwise_attention_in_bfloat16_equals_attention(monkeypatch, block):
+    monkeypatch.setattr("asit_hf.modeling_asit.BLOCK_SCORES", block)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(5, 2, 13, 8, generator=generator, dtype=torch.float64) for _ in range(3)]
+    rounded = [value.bfloat16().requires_grad_() for value in inputs]
+    exact = [value.detach().double().requires_grad_() for value in rounded]
+    output = _BlockwiseAttention.apply(*rounded, 8**-0.5)
+    expected = nn.functional.scaled_dot_product_attention(*exact)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=0.02)
+    direction = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    gradients = torch.autograd.grad(output, rounded, direction.bfloat16())
+    references = torch.autograd.grad(expected, exact, direction)
+    for gradient, reference in zip(gradients, references):
+        torch.testing.assert_close(gradient.double(), reference, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("autocast", [True, False])

@@ -144,35 +144,35 @@ class _BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, scaling):
-        batch, heads, tokens, _ = query.shape
-        ctx.size = max(1, BLOCK_SCORES // (heads * tokens * tokens))
+        ctx.save_for_backward(query, key, value)
         ctx.scaling = scaling
-        keeps = any(ctx.needs_input_grad)
-        output, kept = torch.empty_like(query), []
-        for start in range(0, batch, ctx.size):
-            block = slice(start, start + ctx.size)
-            q, k, v = (tensor[block].flatten(0, 1) for tensor in (query * scaling, key, value))
-            weights = (q @ k.transpose(1, 2)).softmax(-1)
+        output = torch.empty_like(query)
+        for block in _blocks(query):
+            q, k, v = (tensor[block].flatten(0, 1) for tensor in (query, key, value))
+            weights = (q * scaling @ k.transpose(1, 2)).softmax(-1)
             output[block] = (weights @ v).view_as(output[block])
-            if keeps:
-                kept.append(weights)
-        if keeps:
-            ctx.save_for_backward(query, key, value, *kept)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        query, key, value, *kept = ctx.saved_tensors
+        query, key, value = ctx.saved_tensors
         grads = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
-        for index, weights in enumerate(kept):
-            block = slice(index * ctx.size, (index + 1) * ctx.size)
+        for block in _blocks(query):
             q, k, v, g = (tensor[block].flatten(0, 1) for tensor in (query, key, value, grad))
+            weights = (q * ctx.scaling @ k.transpose(1, 2)).softmax(-1)  # computed again rather than kept
             scores = torch._softmax_backward_data(g @ v.transpose(1, 2), weights, -1, weights.dtype).mul_(ctx.scaling)
             parts = (scores @ k, scores.transpose(1, 2) @ q, weights.transpose(1, 2) @ g)
             for whole, part in zip(grads, parts):
                 whole[block] = part.view_as(whole[block])
         return *grads, None
+
+
+def _blocks(query: torch.Tensor) -> list[slice]:
+    """Slices of the batch of `(batch, heads, tokens, head_dim)` whose scores make one block."""
+    batch, heads, tokens, _ = query.shape
+    size = max(1, BLOCK_SCORES // (heads * tokens * tokens))
+    return [slice(start, start + size) for start in range(0, batch, size)]
 
 
 class ASiTAttention(nn.Module):

@@ -146,27 +146,23 @@ class _BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, scaling):
-        batch, heads, tokens, _ = query.shape
-        ctx.size = max(1, BLOCK_SCORES // (heads * tokens * tokens))
-        ctx.scaling = scaling
         ctx.save_for_backward(query, key, value)
+        ctx.scaling = scaling
         output = torch.empty_like(query)
-        for start in range(0, batch, ctx.size):
-            block = slice(start, start + ctx.size)
+        for block in _blocks(query):
             q, k, v = (tensor[block].flatten(0, 1) for tensor in (query, key, value))
-            output[block] = (_attention_weights(q, k, scaling) @ v).view_as(output[block])
+            weights = (q * scaling @ k.transpose(1, 2)).softmax(-1)
+            output[block] = (weights @ v).view_as(output[block])
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        # the weights are computed anew: kept, they would be the largest part of a layer's memory
-        inputs = ctx.saved_tensors
-        grads = tuple(torch.empty_like(tensor) for tensor in inputs)
-        for start in range(0, len(grad), ctx.size):
-            block = slice(start, start + ctx.size)
-            q, k, v, g = (tensor[block].flatten(0, 1) for tensor in (*inputs, grad))
-            weights = _attention_weights(q, k, ctx.scaling)
+        query, key, value = ctx.saved_tensors
+        grads = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+        for block in _blocks(query):
+            q, k, v, g = (tensor[block].flatten(0, 1) for tensor in (query, key, value, grad))
+            weights = (q * ctx.scaling @ k.transpose(1, 2)).softmax(-1)  # computed again rather than kept
             scores = torch._softmax_backward_data(g @ v.transpose(1, 2), weights, -1, weights.dtype).mul_(ctx.scaling)
             parts = (scores @ k, scores.transpose(1, 2) @ q, weights.transpose(1, 2) @ g)
             for whole, part in zip(grads, parts):
@@ -174,8 +170,11 @@ class _BlockwiseAttention(torch.autograd.Function):
         return *grads, None
 
 
-def _attention_weights(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
-    return (query @ key.transpose(1, 2)).mul_(scaling).softmax(-1)
+def _blocks(query: torch.Tensor) -> list[slice]:
+    """Slices of the batch of `(batch, heads, tokens, head_dim)` whose scores make one block."""
+    batch, heads, tokens, _ = query.shape
+    size = max(1, BLOCK_SCORES // (heads * tokens * tokens))
+    return [slice(start, start + size) for start in range(0, batch, size)]
 
 
 class ASiTAttention(nn.Module):

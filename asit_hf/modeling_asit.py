@@ -146,28 +146,34 @@ class _BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, scaling):
+        query, key, value = (tensor.contiguous() for tensor in (query, key, value))  # once, not in every product
         ctx.save_for_backward(query, key, value)
         ctx.scaling = scaling
         output = torch.empty_like(query)
         for block in _blocks(query):
-            q, k, v = (tensor[block].flatten(0, 1) for tensor in (query, key, value))
-            weights = (q * scaling @ k.transpose(1, 2)).softmax(-1)
-            output[block] = (weights @ v).view_as(output[block])
+            q, k, v, o = (tensor[block].flatten(0, 1) for tensor in (query, key, value, output))
+            torch.bmm(_attention_weights(q, k, scaling), v, out=o)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        query, key, value = ctx.saved_tensors
-        grads = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
-        for block in _blocks(query):
-            q, k, v, g = (tensor[block].flatten(0, 1) for tensor in (query, key, value, grad))
-            weights = (q * ctx.scaling @ k.transpose(1, 2)).softmax(-1)  # computed again rather than kept
+        inputs = (*ctx.saved_tensors, grad.contiguous())
+        grads = tuple(torch.empty_like(tensor) for tensor in inputs[:3])
+        for block in _blocks(grad):
+            q, k, v, g = (tensor[block].flatten(0, 1) for tensor in inputs)
+            grad_q, grad_k, grad_v = (tensor[block].flatten(0, 1) for tensor in grads)
+            weights = _attention_weights(q, k, ctx.scaling)  # computed again rather than kept
             scores = torch._softmax_backward_data(g @ v.transpose(1, 2), weights, -1, weights.dtype).mul_(ctx.scaling)
-            parts = (scores @ k, scores.transpose(1, 2) @ q, weights.transpose(1, 2) @ g)
-            for whole, part in zip(grads, parts):
-                whole[block] = part.view_as(whole[block])
+            torch.bmm(scores, k, out=grad_q)
+            torch.bmm(scores.transpose(1, 2), q, out=grad_k)
+            torch.bmm(weights.transpose(1, 2), g, out=grad_v)
         return *grads, None
+
+
+def _attention_weights(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    scores = query.new_empty(len(query), query.shape[1], key.shape[1])
+    return torch.baddbmm(scores, query, key.transpose(1, 2), beta=0, alpha=scaling).softmax(-1)
 
 
 def _blocks(query: torch.Tensor) -> list[slice]:

@@ -9,6 +9,7 @@ key alone: not on the batch, the device, the number of workers or the state of a
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 BLOCKS_PER_ROUND = 62  # one bit each of a signed 64-bit word
@@ -16,7 +17,6 @@ MAX_ROUNDS = 64
 PATTERNS = ("blocks", "time", "frequency", "patches")
 FILLINGS = ("zeros", "noise")
 NOISE_STD = 0.5  # that of a spectrogram normalised by (x - mean) / (2 std)
-_SAMPLES_PER_CHUNK = 8  # fits a processor's cache
 # splitmix64's constants 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB as signed integers
 _GOLDEN_GAMMA, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
 
@@ -121,10 +121,8 @@ def draw_block_masks(
     the far edges: the first frames and the lowest bins are therefore covered less, as in the authors' masks.
     """
     _check_shares(keys, shares)
-    size = _chunk_size(keys)
-    chunks = zip(keys.split(size), shares.split(size))
-    masks = [_draw_chunk(k, num_frames, num_mel_bins, s, max_block, alignment, pattern) for k, s in chunks]
-    return torch.cat(masks)
+    draw = _draw_one_by_one if keys.device.type == "cpu" else _draw_at_once
+    return draw(keys, num_frames, num_mel_bins, shares, max_block, alignment, pattern)
 
 
 def corrupt(
@@ -153,19 +151,16 @@ def corrupt(
     shares = torch.where(replaces, config.replace_share, shares)
     mask = draw_masks(mix_keys(keys, 1).flatten(), frames, mel, shares.flatten(), config).view(clean.shape)
     donors = draw_donors(batch, donor_key, clean.device)
+    blank = _gaussian_noise(mix_keys(keys, 2), clean) if config.filling == "noise" else clean.new_zeros(())
+    if clean.device.type != "cpu":
+        filling = torch.where(replaces[:, :, None, None], clean[donors], blank)
+        return torch.where(mask, filling, clean), mask
     corrupted = torch.empty_like(clean)
-    size = _chunk_size(clean)
-    for start in range(0, batch, size):
-        rows = slice(start, start + size)
-        blank = _gaussian_noise(mix_keys(keys[rows], 2), clean[rows]) if config.filling == "noise" else 0.0
-        filling = torch.where(replaces[rows, :, None, None], clean[donors[rows]], blank)
-        torch.where(mask[rows], filling, clean[rows], out=corrupted[rows])
+    blank, replaces, donors = blank.expand_as(clean), replaces.tolist(), donors.tolist()
+    for clip, view in np.ndindex(batch, views):  # one view stays in a processor's cache
+        filling = clean[donors[clip], view] if replaces[clip][view] else blank[clip, view]
+        torch.where(mask[clip, view], filling, clean[clip, view], out=corrupted[clip, view])
     return corrupted, mask
-
-
-def _chunk_size(samples: torch.Tensor) -> int:
-    """What is worked on at one time; by an accelerator all of it: it waits for the host once a chunk."""
-    return _SAMPLES_PER_CHUNK if samples.device.type == "cpu" else max(len(samples), 1)
 
 
 def draw_donors(batch: int, key: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -212,34 +207,78 @@ def _draw_patches(
     return pixels[:, :num_frames, :num_mel_bins]
 
 
-def _draw_chunk(
-    keys: torch.Tensor,
-    num_frames: int,
-    num_mel_bins: int,
-    shares: torch.Tensor,
-    max_block: float,
-    alignment: int,
-    pattern: str,
+def _draw_at_once(
+    keys: torch.Tensor, num_frames: int, num_mel_bins: int, shares: torch.Tensor, longest: float, *kind: int | str
 ) -> torch.Tensor:
+    """All masks in a few operations, for an accelerator; `longest` and `kind` as for [`_draw_blocks`]."""
     targets = shares * (num_frames * num_mel_bins)
     masks = torch.empty(len(keys), num_frames, num_mel_bins, dtype=torch.bool, device=keys.device)
     pending = torch.arange(len(keys), device=keys.device)
     for rounds in range(1, MAX_ROUNDS + 1):
-        round_keys = mix_keys(keys[pending], torch.arange(rounds, device=keys.device)[:, None])
-        noise = uniform_noise(round_keys, 4 * BLOCKS_PER_ROUND).unflatten(-1, (4, -1))
-        rows = _block_sides(noise[:, :, 0], noise[:, :, 1], num_frames, max_block, alignment)
-        columns = _block_sides(noise[:, :, 2], noise[:, :, 3], num_mel_bins, max_block, alignment)
-        if pattern == "time":
-            columns = (torch.zeros_like(columns[0]), torch.full_like(columns[1], num_mel_bins))
-        elif pattern == "frequency":
-            rows = (torch.zeros_like(rows[0]), torch.full_like(rows[1], num_frames))
+        drawn = [_draw_blocks(keys[pending], index, masks.shape[1:], longest, *kind) for index in range(rounds)]
+        rows, columns = (tuple(map(torch.stack, zip(*sides))) for sides in zip(*drawn))
         masks[pending], areas = _cover(rows, columns, num_frames, num_mel_bins, targets[pending])
         pending = pending[areas < targets[pending]]
         if len(pending) == 0:
             return masks
-    raise ValueError(
-        f"{MAX_ROUNDS * BLOCKS_PER_ROUND} blocks of at most {max_block} of each side, aligned to {alignment} pixels, "
-        f"do not cover {shares.max().item():.2f} of {num_frames} x {num_mel_bins} pixels"
+    raise _not_covered(shares, masks, longest, *kind)
+
+
+def _draw_one_by_one(
+    keys: torch.Tensor, num_frames: int, num_mel_bins: int, shares: torch.Tensor, longest: float, *kind: int | str
+) -> torch.Tensor:
+    """The same masks, block by block: a processor is faster so, as most blocks need no count of what is covered."""
+    masks = torch.zeros(len(keys), num_frames, num_mel_bins, dtype=torch.bool)
+    planes = list(masks.numpy())
+    missing = (shares * (num_frames * num_mel_bins)).tolist()
+    pending = list(range(len(keys)))
+    for index in range(MAX_ROUNDS):
+        rows, columns = _draw_blocks(keys[pending], index, masks.shape[1:], longest, *kind)
+        blocks = torch.stack((*rows, *columns), dim=-1).tolist()
+        for mask, mask_blocks in zip(pending, blocks):
+            missing[mask] = _add_blocks(planes[mask], mask_blocks, missing[mask])
+        pending = [mask for mask in pending if missing[mask] > 0]
+        if not pending:
+            return masks
+    raise _not_covered(shares, masks, longest, *kind)
+
+
+def _add_blocks(mask: np.ndarray, blocks: list[list[int]], missing: float) -> float:
+    """Adds blocks to a mask in place until it has `missing` pixels more. Returns how many are missing then."""
+    wanted = missing + np.count_nonzero(mask)
+    added = 0  # pixels since the last count, at most: blocks overlap
+    for top, bottom, left, right in blocks:
+        mask[top:bottom, left:right] = True
+        added += (bottom - top) * (right - left)
+        if added >= missing:
+            missing, added = wanted - np.count_nonzero(mask), 0
+            if missing <= 0:
+                break
+    else:
+        missing = wanted - np.count_nonzero(mask)
+    return missing
+
+
+def _draw_blocks(
+    keys: torch.Tensor, index: int, extents: tuple[int, int], longest: float, alignment: int, pattern: str
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Round `index` of blocks: starts and stops along time, and along mel, each `(masks, BLOCKS_PER_ROUND)`."""
+    noise = uniform_noise(mix_keys(keys, index), 4 * BLOCKS_PER_ROUND).unflatten(-1, (4, -1))
+    rows = _block_sides(noise[:, 0], noise[:, 1], extents[0], longest, alignment)
+    columns = _block_sides(noise[:, 2], noise[:, 3], extents[1], longest, alignment)
+    if pattern == "time":
+        columns = (torch.zeros_like(columns[0]), torch.full_like(columns[1], extents[1]))
+    elif pattern == "frequency":
+        rows = (torch.zeros_like(rows[0]), torch.full_like(rows[1], extents[0]))
+    return rows, columns
+
+
+def _not_covered(
+    shares: torch.Tensor, masks: torch.Tensor, longest: float, alignment: int, pattern: str
+) -> ValueError:
+    return ValueError(
+        f"{MAX_ROUNDS * BLOCKS_PER_ROUND} blocks of at most {longest} of each side, aligned to {alignment} pixels, "
+        f"do not cover {shares.max().item():.2f} of {masks.shape[1]} x {masks.shape[2]} pixels"
     )
 
 

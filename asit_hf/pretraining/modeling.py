@@ -231,7 +231,7 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         config = self.config
         output = ASiTForPreTrainingOutput()
         student = self._encode(self.asit, corrupted_values, self._drop_path_noise(drop_path_keys, shape[1], 0))
-        patches = student[:, :, 1:]
+        patches = student[:, :, 1:].contiguous()  # a slice would cost every linear layer a copy
         if self.distils:
             with torch.no_grad():
                 teacher = self._encode(self.teacher["asit"], input_values)
@@ -247,7 +247,7 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
             counted = None
             if config.local_loss_patches == "corrupted":
                 counted = corrupted_patches(corruption_mask, config.patch_size).flatten()
-            teacher_patches = teacher[:, :, 1:]
+            teacher_patches = teacher[:, :, 1:].contiguous()
             self._add_local_loss(output, patches, teacher_patches, counted, mean_over_all, teacher_temperature)
         if config.reconstruction_loss_weight > 0:
             pixels = self.heads.reconstruction(patches.flatten(0, 1)).unflatten(0, shape[:2])

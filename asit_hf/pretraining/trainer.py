@@ -21,6 +21,7 @@ from ..data.workers import clear_worker_errors
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from .checkpoints import UNFINISHED, describe_failed_save, on_termination, publish
 from .masking import FILLINGS, GMML, PATTERNS, corrupt, mix_keys
+from .memory import keep_freed_memory
 from .modeling import ASiTForPreTraining, ASiTForPreTrainingOutput
 from .monitoring import CollapseCallback
 from .objectives import get_objective
@@ -108,6 +109,10 @@ class ASiTPreTrainingArguments(TrainingArguments):
             "help": "Over several processes: reconstruction loss as the mean over the pixels of all of them; "
             "False: each takes the mean over its own, as the authors do."
         },
+    )
+    keep_freed_memory: bool = field(
+        default=True,
+        metadata={"help": "On a processor: the process keeps what a step frees, for the next one (glibc only)."},
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: the data room names its own."})
 
@@ -321,6 +326,8 @@ class ASiTPreTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; at SIGTERM the step is finished, a checkpoint is saved and `terminated` is true."""
         shutil.rmtree(Path(self.args.output_dir) / UNFINISHED, ignore_errors=True)  # of a run that was killed
+        if self.args.keep_freed_memory and self.args.device.type == "cpu":
+            keep_freed_memory()
         with on_termination(self._ask_to_stop), clear_worker_errors():
             return super().train(*args, **kwargs)
 

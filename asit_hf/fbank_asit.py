@@ -10,7 +10,7 @@ HOP_SECONDS = 0.010
 LOW_FREQUENCY = 20.0
 PREEMPHASIS = 0.97
 # Frames are transformed in chunks whose buffers stay in the processor's cache; one pass over a large batch is slower.
-CHUNK_FRAMES = 1024
+CHUNK_FRAMES = 512
 
 
 def window_and_hop(sampling_rate: int) -> tuple[int, int]:
@@ -25,9 +25,11 @@ def num_fbank_frames(num_samples: int, sampling_rate: int) -> int:
 
 
 @lru_cache(maxsize=32)
-def _mel_filters(sampling_rate: int, num_mel_bins: int, fft_size: int) -> torch.Tensor:
-    """Kaldi's triangular filters, from 20 Hz to Nyquist: (fft_size // 2 + 1, num_mel_bins)."""
-
+def _mel_filters(sampling_rate: int, num_mel_bins: int, fft_size: int) -> list[tuple[slice, torch.Tensor]]:
+    """
+    Kaldi's triangular filters, from 20 Hz to Nyquist, whose bin it leaves out: the low and the high half of them, each
+    as the frequency bins that it looks at and its (bins, filters). The whole matrix is mostly zeros.
+    """
     low, high = (1127.0 * math.log1p(hertz / 700.0) for hertz in (LOW_FREQUENCY, sampling_rate / 2))
     step = (high - low) / (num_mel_bins + 1)
     index = torch.arange(num_mel_bins, dtype=torch.float32, device="cpu")
@@ -35,7 +37,12 @@ def _mel_filters(sampling_rate: int, num_mel_bins: int, fft_size: int) -> torch.
     hertz = sampling_rate / fft_size * torch.arange(fft_size // 2, dtype=torch.float32, device="cpu")
     bins = 1127.0 * (1.0 + hertz / 700.0).log()[:, None]
     filters = torch.minimum((bins - left) / (center - left), (right - bins) / (right - center)).clamp_min(0)
-    return torch.nn.functional.pad(filters, (0, 0, 0, 1))  # Kaldi leaves the Nyquist bin out
+    halves = []
+    for half in filters.chunk(2, dim=1):
+        used = half.any(1).nonzero().flatten().tolist() or [0]
+        bins = slice(used[0], used[-1] + 1)
+        halves.append((bins, half[bins].contiguous()))
+    return halves
 
 
 def log_mel_spectrogram(waveforms: torch.Tensor, sampling_rate: int, num_mel_bins: int = 128) -> torch.Tensor:
@@ -61,7 +68,7 @@ def log_mel_spectrogram(waveforms: torch.Tensor, sampling_rate: int, num_mel_bin
     device = waveforms.device
     with torch.autocast(device.type, enabled=False):
         fft_size = 2 ** math.ceil(math.log2(window_size))
-        filters = _mel_filters(sampling_rate, num_mel_bins, fft_size).to(device)
+        filters = [(bins, half.to(device)) for bins, half in _mel_filters(sampling_rate, num_mel_bins, fft_size)]
         window = torch.hann_window(window_size, periodic=False, dtype=torch.float32, device=device)
         frames = waveforms.float().unfold(-1, window_size, hop)
         shape = frames.shape[:-1]
@@ -70,23 +77,30 @@ def log_mel_spectrogram(waveforms: torch.Tensor, sampling_rate: int, num_mel_bin
         # rows of one clip are views into the waveform: a chunk never copies more than CHUNK_FRAMES windows
         for clip in frames.reshape(-1, *frames.shape[-2:]):
             for chunk in clip.split(CHUNK_FRAMES):
-                outputs[start : start + len(chunk)] = _log_mel_of_frames(chunk, window, fft_size, filters)
+                _log_mel_of_frames(chunk, window, fft_size, filters, outputs[start : start + len(chunk)])
                 start += len(chunk)
     return outputs.view(*shape, num_mel_bins)
 
 
 def _log_mel_of_frames(
-    frames: torch.Tensor, window: torch.Tensor, fft_size: int, filters: torch.Tensor
-) -> torch.Tensor:
-    """(frames, samples) -> (frames, mel)."""
+    frames: torch.Tensor,
+    window: torch.Tensor,
+    fft_size: int,
+    filters: list[tuple[slice, torch.Tensor]],
+    output: torch.Tensor,
+) -> None:
+    """(frames, samples) -> (frames, mel), written to `output`."""
     frames = frames - frames.mean(-1, keepdim=True)
     size = frames.shape[-1]
-    emphasised = frames.new_zeros(len(frames), fft_size)
+    emphasised = frames.new_empty(len(frames), fft_size)
     emphasised[:, 0] = (1 - PREEMPHASIS) * frames[:, 0]  # Kaldi repeats the first sample
     # two roundings as in Kaldi: a fused multiply-add moves quiet bins by up to 2e-3
     torch.mul(frames[:, :-1], -PREEMPHASIS, out=emphasised[:, 1:size])
     emphasised[:, 1:size] += frames[:, 1:]
     emphasised[:, :size] *= window
-    spectrum = torch.fft.rfft(emphasised)
-    power = spectrum.real.square().add_(spectrum.imag.square())
-    return (power @ filters).clamp_min_(torch.finfo(torch.float32).eps).log_()
+    emphasised[:, size:] = 0
+    squares = torch.view_as_real(torch.fft.rfft(emphasised)).square_()
+    power = squares[..., 0] + squares[..., 1]
+    for (bins, half), part in zip(filters, output.chunk(len(filters), dim=1)):
+        torch.mm(power[:, bins], half, out=part)
+    output.clamp_min_(torch.finfo(torch.float32).eps).log_()

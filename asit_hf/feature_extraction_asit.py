@@ -144,7 +144,9 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
         strategy = self._padding_strategy(padding, truncation, num_frames)
         clips = [self._to_tensor(clip, index) for index, clip in enumerate(self._to_clips(raw_speech))]
 
-        features = self._extract_clips(clips)
+        # a processor's cache holds one clip, an accelerator wants all at once
+        groups = [[clip] for clip in clips] if clips[0].device.type == "cpu" else [clips]
+        features = [feature for group in groups for feature in self._extract_clips(group)]
         if truncation:
             features = [feature[:num_frames] for feature in features]
         target = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,10 @@ def collate_crops(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if "skipped" in items[0]:
         return {"skipped": len(items)}
     names = ("global_waveforms", "global_lengths", "local_waveforms", "local_lengths")
-    batch: dict[str, Any] = {name: torch.stack([item[name] for item in items]) for name in names if name in items[0]}
+    # torch's own, which in a loader worker stacks straight into shared memory
+    batch: dict[str, Any] = {
+        name: default_collate([item[name] for item in items]) for name in names if name in items[0]
+    }
     batch["sample_keys"] = torch.tensor([item["sample_key"] for item in items], dtype=torch.int64)
     batch["indices"] = torch.tensor([item["index"] for item in items], dtype=torch.int64)
     batch["files"] = [item["file"] for item in items]

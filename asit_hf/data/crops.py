@@ -86,7 +86,7 @@ class CropSettings:
             item |= _stack("local", crops[self.num_global_crops :], self.local_samples)
         return item
 
-    def _read(self, reader: AudioReader, total: int, lengths: list[int], key: int) -> list[np.ndarray]:
+    def _read(self, reader: AudioReader, total: int, lengths: list[int], key: int) -> list[list[np.ndarray]]:
         generator = np.random.default_rng(key)
         starts = [int(generator.integers(0, max(0, total - length) + 1)) for length in lengths]
         shift = int(generator.integers(0, total)) if generator.random() < self.roll_probability else 0
@@ -97,7 +97,7 @@ class CropSettings:
         parts = [[(first, last) for first, last in pair if first < last] for pair in parts]
         windows = _merge([part for pair in parts for part in pair], gap=round(_MERGE_SECONDS * self.sampling_rate))
         audio = {(first, last): reader.read(self.sampling_rate, first, last - first) for first, last in windows}
-        return [np.concatenate([_cut(audio, *part) for part in pair]) for pair in parts]
+        return [[_cut(audio, *part) for part in pair] for pair in parts]
 
 
 class PretrainingCrops(Dataset):
@@ -419,8 +419,10 @@ def _cut(audio: dict[tuple[int, int], np.ndarray], first: int, last: int) -> np.
     return audio[start, stop][first - start : last - start]
 
 
-def _stack(name: str, crops: list[np.ndarray], length: int) -> dict[str, torch.Tensor]:
-    waveforms = torch.zeros(len(crops), length)
-    for row, crop in enumerate(crops):
-        waveforms[row, : len(crop)] = torch.from_numpy(crop)
-    return {f"{name}_waveforms": waveforms, f"{name}_lengths": torch.tensor([len(crop) for crop in crops])}
+def _stack(name: str, crops: list[list[np.ndarray]], length: int) -> dict[str, torch.Tensor]:
+    """Crops, each in the parts it was read in, as rows that end in zeros."""
+    waveforms, lengths = np.empty((len(crops), length), np.float32), [sum(map(len, parts)) for parts in crops]
+    for row, parts, filled in zip(waveforms, crops, lengths):
+        np.concatenate(parts, out=row[:filled])
+        row[filled:] = 0
+    return {f"{name}_waveforms": torch.from_numpy(waveforms), f"{name}_lengths": torch.tensor(lengths)}

@@ -156,10 +156,11 @@ def corrupt(
         filling = torch.where(replaces[:, :, None, None], clean[donors], blank)
         return torch.where(mask, filling, clean), mask
     corrupted = torch.empty_like(clean)
-    blank, replaces, donors = blank.expand_as(clean), replaces.tolist(), donors.tolist()
-    for clip, view in np.ndindex(batch, views):  # one view stays in a processor's cache
-        filling = clean[donors[clip], view] if replaces[clip][view] else blank[clip, view]
-        torch.where(mask[clip, view], filling, clean[clip, view], out=corrupted[clip, view])
+    donors = (donors[:, None] * views + torch.arange(views)).flatten().tolist()
+    planes = [tensor.flatten(0, 1).unbind() for tensor in (clean, mask, blank.expand_as(clean), corrupted)]
+    # plane by plane, in a processor's cache
+    for source, where, nothing, out, donor, is_replaced in zip(*planes, donors, replaces.flatten().tolist()):
+        torch.where(where, planes[0][donor] if is_replaced else nothing, source, out=out)
     return corrupted, mask
 
 

@@ -78,8 +78,16 @@ def manifest_of(name: str, task: dict[str, Any], folder: Path) -> str:
     return str(target)
 
 
-def run(method: str, task: dict[str, Any], train: list[str], test: list[str], args: argparse.Namespace, out: Path):
-    """The accuracies of one split, one a seed."""
+def run(
+    method: str,
+    task: dict[str, Any],
+    train: list[str],
+    test: list[str],
+    args: argparse.Namespace,
+    out: Path,
+    known: dict[tuple, np.ndarray],
+) -> dict[str, list[float]]:
+    """The accuracies of one split, one a seed. `known` keeps embeddings for the task's other splits."""
     data = {name: task[name] for name in ("audio_column", "label_column", "root") if name in task}
     shared = [text for name, value in data.items() for text in (f"--{name}", str(value))]
     test_data = task.get("test") or task["train"]
@@ -89,7 +97,7 @@ def run(method: str, task: dict[str, Any], train: list[str], test: list[str], ar
         if method == "mfcc":
             return {name: [result["mean"]] for name, result in mfcc.main(options).items()}
         options += ["--model_name_or_path", args.model_name_or_path, "--pooling", args.pooling, "--batch_size", "32"]
-        results = run_linear_probe.main([*options, *(["--random_init"] if method == "probe-random" else [])])
+        results = run_linear_probe.main([*options, *(["--random_init"] if method == "probe-random" else [])], known)
         return {"accuracy": [seed["linear"]["accuracy"] for seed in results["runs"]]}
     options = [*shared, "--model_name_or_path", args.model_name_or_path, "--output_dir", str(out / "run")]
     options += ["--train_data", task["train"], "--eval_data", test_data, "--seed", str(args.seeds[0])]
@@ -154,14 +162,14 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     chosen, rows = args.only or list(tasks), []
     for method in args.methods:
         for name in chosen:
-            task, results = dict(tasks[name]), []
+            task, results, known = dict(tasks[name]), [], {}
             if "pattern" in task:
                 task["train"] = manifest_of(name, task, args.output_dir)
             for split, train, test in splits(task):
                 out = args.output_dir / name / split / method
                 result = out / "result.json"
                 if not result.is_file():
-                    scores = run(method, task, train, test, args, out)
+                    scores = run(method, task, train, test, args, out, known)
                     out.mkdir(parents=True, exist_ok=True)
                     result.write_text(json.dumps(scores) + "\n")
                 results.append(json.loads(result.read_text()))

@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTModel
 from asit_hf.configuration_asit import SIZES
-from asit_hf.data.audio import AudioReadError
+from asit_hf.data.audio import AudioReadError, source_name
 from asit_hf.data.crops import LabelledClips
 from asit_hf.data.datasets import find_group_column, label_names
 from asit_hf.evaluation.embeddings import POOLINGS, embed, load_encoder
@@ -76,8 +76,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> dict:
+def main(argv: list[str] | None = None, known: dict[tuple, np.ndarray] | None = None) -> dict:
+    """
+    Probes, prints and returns the scores. `known` keeps embeddings by (seed of fresh weights, file) for further calls
+    with the same model options, whose splits share clips.
+    """
     args = parse_args(argv)
+    known = {} if known is None else known
     reading = {name: getattr(args, name) for name in ("audio_column", "label_column", "root", "strict")}
     train = load_labelled_dataset(args.train, args.train_filter or (), split=args.train_split, **reading)
     if problem_type_of(train) == "regression":
@@ -94,7 +99,7 @@ def main(argv: list[str] | None = None) -> dict:
     for seed in args.seeds:
         start = time.perf_counter()
         if embeddings is None or args.random_init:
-            embeddings = embed_both(args, train, test, seed)
+            embeddings = embed_both(args, train, test, seed, known)
             seconds += time.perf_counter() - start
         train_x, test_x = embeddings
         linear = linear_probe(train_x, train_y, test_x, test_y, seed, groups)
@@ -122,8 +127,10 @@ def main(argv: list[str] | None = None) -> dict:
     return results
 
 
-def embed_both(args: argparse.Namespace, train: Dataset, test: Dataset, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings `(clips, dim)` of both sets."""
+def embed_both(
+    args: argparse.Namespace, train: Dataset, test: Dataset, seed: int, known: dict[tuple, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings `(clips, dim)` of both sets; only the files that are not in `known` are read."""
     path = args.model_name_or_path
     feature_extractor = ASiTFeatureExtractor.from_pretrained(path) if path else ASiTFeatureExtractor()
     if args.random_init:
@@ -131,18 +138,27 @@ def embed_both(args: argparse.Namespace, train: Dataset, test: Dataset, seed: in
         model = ASiTModel(ASiTConfig.from_pretrained(path) if path else ASiTConfig.from_size(args.size))
     else:
         model = load_encoder(path, args.source)
-    return tuple(
-        embed(
-            model,
-            feature_extractor,
-            LabelledClips(dataset, feature_extractor.sampling_rate, args.max_seconds),
-            pooling=args.pooling,
-            batch_size=args.batch_size,
-            device=args.device,
-            num_layers=args.num_layers,
-        )
-        for dataset in (train, test)
-    )
+
+    def embed_set(dataset: Dataset) -> np.ndarray:
+        names = [source_name(row["audio"]) for row in dataset.select_columns("audio")]
+        if len(set(names)) < len(names):  # bytes have no names
+            names = [object() for _ in names]
+        keys = [(seed if args.random_init else None, name) for name in names]
+        new = [index for index, key in enumerate(keys) if key not in known]
+        if new:
+            embeddings = embed(
+                model,
+                feature_extractor,
+                LabelledClips(dataset.select(new), feature_extractor.sampling_rate, args.max_seconds),
+                pooling=args.pooling,
+                batch_size=args.batch_size,
+                device=args.device,
+                num_layers=args.num_layers,
+            )
+            known.update(zip([keys[index] for index in new], embeddings))
+        return np.stack([known[key] for key in keys])
+
+    return embed_set(train), embed_set(test)
 
 
 def targets(dataset: Dataset) -> np.ndarray:

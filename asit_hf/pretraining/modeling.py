@@ -230,11 +230,11 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
             )
         config = self.config
         output = ASiTForPreTrainingOutput()
-        student = self._encode(self.asit, corrupted_values, self._drop_path_noise(drop_path_keys, shape[1], 0))
-        patches = student[:, :, 1:].contiguous()  # a slice would cost every linear layer a copy
-        if self.distils:
+        if self.distils:  # first, while nothing is kept for the backward pass
             with torch.no_grad():
                 teacher = self._encode(self.teacher["asit"], input_values)
+        student = self._encode(self.asit, corrupted_values, self._drop_path_noise(drop_path_keys, shape[1], 0))
+        patches = student[:, :, 1:].contiguous()  # a slice would cost every linear layer a copy
 
         if config.global_loss_weight > 0:
             cls_tokens = student[:, :, 0]

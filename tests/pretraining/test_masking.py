@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from asit_hf.pretraining import masking
 from asit_hf.pretraining.masking import (
     GMML,
     corrupt,
@@ -322,3 +323,11 @@ def test_other_types_and_small_planes():
     corrupted, mask = corrupt(values, keys(2), 0, GMML())
     assert corrupted.dtype == torch.bfloat16
     assert mask.flatten(2).float().mean(-1).min() >= 0.3
+
+
+@pytest.mark.parametrize("pattern", ["blocks", "time", "frequency"])
+@pytest.mark.parametrize("alignment, longest", [(1, 0.3), (16, 0.3), (1, 0.05), (8, 1.0)])
+def test_accelerators_draw_the_masks_that_processors_draw(pattern, alignment, longest):
+    shares = torch.linspace(0.1, 0.8, 12)
+    arguments = (keys(12), 192, 64, shares, longest, alignment, pattern)
+    assert torch.equal(masking._draw_at_once(*arguments), masking._draw_one_by_one(*arguments))

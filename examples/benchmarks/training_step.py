@@ -286,6 +286,7 @@ def _measure_options(report: Report, quick: bool) -> None:
         "AdamW not fused": {"optim": "adamw_torch"},
         "gradient checkpointing": {"activation_checkpointing": True},
         "2 accumulated passes": {"gradient_accumulation_steps": 2},
+        "freed memory not kept": {"keep_freed_memory": False},
     }
     runs = {name: Contestant("ours bf16", "2023", [BATCH], quick, **chosen) for name, chosen in options.items()}
     seconds = time_interleaved(runs, rounds=1 if quick else 3)

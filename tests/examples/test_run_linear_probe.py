@@ -84,7 +84,7 @@ def test_random_encoders_differ_by_seed(script, sounds, checkpoint):
     assert again["runs"][0] == results["runs"][1]
     args = script.parse_args(arguments(sounds, *more))
     dataset = script.load_labelled_dataset(sounds / "audio")
-    first, second = (script.embed_both(args, dataset, dataset, seed)[0] for seed in (0, 1))
+    first, second = (script.embed_both(args, dataset, dataset, seed, {})[0] for seed in (0, 1))
     assert not np.allclose(first, second, atol=1e-3)
 
 
@@ -191,3 +191,14 @@ def test_real_audio(script, real_audio, tmp_path):
     assert results["test_clips"] == 32
     assert results["group_column"] == "src_file"
     assert results["summary"]["linear"]["accuracy"]["mean"] > 0.4
+
+
+def test_known_embeddings_are_not_computed_again(script, sounds, checkpoint, monkeypatch):
+    args = script.parse_args(arguments(sounds, "--model_name_or_path", str(checkpoint)))
+    dataset = script.load_labelled_dataset(sounds / "audio")
+    known = {}
+    first, _ = script.embed_both(args, dataset, dataset, 0, known)
+    assert len(known) == len(dataset)
+    monkeypatch.setattr(script, "embed", lambda *arguments, **options: pytest.fail("embedded again"))
+    second, _ = script.embed_both(args, dataset.select([2, 0]), dataset, 0, known)
+    assert np.array_equal(first[[2, 0]], second)

@@ -326,7 +326,7 @@ def test_other_types_and_small_planes():
 
 
 @pytest.mark.parametrize("pattern", ["blocks", "time", "frequency"])
-@pytest.mark.parametrize("alignment, longest", [(1, 0.3), (16, 0.3), (1, 0.05), (8, 1.0)])
+@pytest.mark.parametrize(("alignment", "longest"), [(1, 0.3), (16, 0.3), (1, 0.05), (8, 1.0)])
 def test_accelerators_draw_the_masks_that_processors_draw(pattern, alignment, longest):
     shares = torch.linspace(0.1, 0.8, 12)
     arguments = (keys(12), 192, 64, shares, longest, alignment, pattern)

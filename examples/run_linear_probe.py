@@ -18,6 +18,7 @@ from datasets import Dataset
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTModel
 from asit_hf.configuration_asit import SIZES
+from asit_hf.data import BENCHMARKS
 from asit_hf.data.audio import AudioReadError, source_name
 from asit_hf.data.crops import LabelledClips
 from asit_hf.data.datasets import find_group_column, label_names
@@ -44,6 +45,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--train", required=True, help="folder of class folders, csv or json manifest, or Hub data set"
     )
     parser.add_argument("--test", help="the same; by default --train")
+    parser.add_argument(
+        "--dataset_layout",
+        choices=tuple(BENCHMARKS),
+        help="--train is the root of such a data set, whose splits are chosen by --train_split and --test_split",
+    )
     parser.add_argument("--train_split")
     parser.add_argument("--test_split")
     parser.add_argument("--train_filter", nargs="+", metavar="COLUMN=V1,V2", help="keep the rows with these values")
@@ -84,6 +90,7 @@ def main(argv: list[str] | None = None, known: dict[tuple, np.ndarray] | None = 
     args = parse_args(argv)
     known = {} if known is None else known
     reading = {name: getattr(args, name) for name in ("audio_column", "label_column", "root", "strict")}
+    reading["layout"] = args.dataset_layout
     train = load_labelled_dataset(args.train, args.train_filter or (), split=args.train_split, **reading)
     if problem_type_of(train) == "regression":
         raise ValueError("a probe needs classes, the labels are floating-point numbers")

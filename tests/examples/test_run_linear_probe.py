@@ -202,3 +202,22 @@ def test_known_embeddings_are_not_computed_again(script, sounds, checkpoint, mon
     monkeypatch.setattr(script, "embed", lambda *arguments, **options: pytest.fail("embedded again"))
     second, _ = script.embed_both(args, dataset.select([2, 0]), dataset, 0, known)
     assert np.array_equal(first[[2, 0]], second)
+
+
+def test_a_published_layout(script, sounds, checkpoint, tmp_path):
+    lines = ["filename,fold,target,category,esc10,src_file,take"]
+    (tmp_path / "audio").mkdir()
+    for target, name in enumerate(CLASSES):
+        for index in range(10):
+            file = f"{index % 5 + 1}-{target}{index}-A-{target}.wav"
+            samples, rate = soundfile.read(sounds / "audio" / name / f"{index}.flac")
+            soundfile.write(tmp_path / "audio" / file, samples, rate)
+            lines.append(f"{file},{index % 5 + 1},{target},{name},False,{target}{index},A")
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "esc50.csv").write_text("\n".join(lines) + "\n")
+    options = ["--dataset_layout", "esc50", "--train", str(tmp_path), "--model_name_or_path", str(checkpoint)]
+    folds = ["--train_filter", "fold=1,2,3", "--test_filter", "fold=4", "--device", "cpu", "--k", "3"]
+    results = script.main([*options, *folds, "--seeds", "0"])
+    assert (results["train_clips"], results["test_clips"], results["classes"]) == (18, 6, 3)
+    with pytest.raises(ValueError, match="root cannot be used with the layout esc50"):
+        script.main([*options, *folds, "--root", str(tmp_path)])

@@ -94,11 +94,11 @@ class Calls(BaseHTTPRequestHandler):
                 return self.answer(
                     [{"type": "file", "path": one, "size": len(data), "oid": oid(data)} for one, data in files.items()]
                 )
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.+)?", path):
-            if match[1] in self.server.repositories:
-                siblings = [{"rfilename": one} for one in self.server.repositories[match[1]]]
-                commit = self.server.commit_of(match[1])
-                return self.answer({"id": match[1], "sha": commit, "siblings": siblings, "tags": [], "private": False})
+        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.+)?", path)
+        if match and match[1] in self.server.repositories:
+            siblings = [{"rfilename": one} for one in self.server.repositories[match[1]]]
+            commit = self.server.commit_of(match[1])
+            return self.answer({"id": match[1], "sha": commit, "siblings": siblings, "tags": [], "private": False})
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             data = self.server.repositories.get(match[1], {}).get(match[3])
             if data is not None:

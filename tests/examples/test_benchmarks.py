@@ -121,3 +121,11 @@ def test_a_quick_run_writes_its_table(tmp_path, capsys, monkeypatch):
     table = (tmp_path / "results.md").read_text()
     assert table in capsys.readouterr().out
     assert table.count("| reading |") == len(results["parts"][-1]["rows"])
+
+
+@pytest.mark.slow
+def test_chosen_parts_have_results_of_their_own(tmp_path):
+    load("run").main(["--quick", "--parts", "inference", "--output_dir", str(tmp_path)])
+    rows = json.loads((tmp_path / "inference.json").read_text())["parts"][0]["rows"]
+    assert len(rows) == 8
+    assert all(row["ours"] > 0 for row in rows)

@@ -1,0 +1,78 @@
+"""
+From array to label: ASiT's pipeline against transformers' AST, both of base size with random weights, on clips of 10 s
+and of 1 s, one by one and 16 at a time. AST pads every clip to 10.24 s and takes overlapping patches.
+
+    python examples/benchmarks/inference.py
+"""
+
+from collections.abc import Callable
+from unittest import mock
+
+import numpy as np
+import torch
+from common import Report, Row, medians, run_alone, spread, time_interleaved
+from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTForAudioClassification,
+    AudioClassificationPipeline,
+    pipeline,
+)
+from transformers.models.audio_spectrogram_transformer import feature_extraction_audio_spectrogram_transformer as ast
+
+import asit_hf  # noqa: F401  its pipeline
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
+
+RATE = 16000
+LABELS = 50
+TARGETS = {10: 2.7, 1: 15.0}
+BATCHES = (1, 16)
+TOY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def build_pipelines(dtype: torch.dtype, quick: bool) -> dict[str, AudioClassificationPipeline]:
+    """Both pipelines with models of the same width, depth and precision."""
+    sizes = TOY if quick else {}
+    ours = ASiTForAudioClassification(ASiTConfig(num_labels=LABELS, **sizes))
+    theirs = ASTForAudioClassification(ASTConfig(num_labels=LABELS, **sizes))
+    extractors = {"ours": ASiTFeatureExtractor(), "theirs": _without_torchaudio(ASTFeatureExtractor)}
+    return {
+        name: pipeline("audio-classification", model=model.to(dtype).eval(), feature_extractor=extractors[name])
+        for name, model in (("ours", ours), ("theirs", theirs))
+    }
+
+
+def measure(quick: bool = False) -> Report:
+    """In float32 and bfloat16."""
+    report = Report("inference")
+    generator = np.random.default_rng(0)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        pipelines = build_pipelines(dtype, quick)
+        for seconds, target in TARGETS.items():
+            for batch in BATCHES:
+                count = 1 if quick else batch
+                clips = list(generator.uniform(-0.5, 0.5, (count, RATE * seconds)).astype(np.float32))
+                calls = {name: _call(one, clips, batch) for name, one in pipelines.items()}
+                found = time_interleaved(calls, rounds=1 if quick else 5)
+                what = f"{precision}, clips of {seconds} s, batch {batch}"
+                chosen = medians(found)
+                report.add(Row(f"{what}, against AST", chosen["ours"], chosen["theirs"], target=target))
+                report.notes.append(f"{what}: {spread(found)}.")
+    return report
+
+
+def _call(classifier: AudioClassificationPipeline, clips: list[np.ndarray], batch: int) -> Callable[[], object]:
+    def call() -> object:
+        with mock.patch.object(ast, "is_speech_available", return_value=False):
+            return classifier([clip.copy() for clip in clips], batch_size=batch)
+
+    return call
+
+
+def _without_torchaudio(extractor_class: type[ASTFeatureExtractor]) -> ASTFeatureExtractor:
+    with mock.patch.object(ast, "is_speech_available", return_value=False):
+        return extractor_class()
+
+
+if __name__ == "__main__":
+    run_alone(measure)

@@ -1,0 +1,50 @@
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+FIVE_LINES = """
+import sys
+import numpy as np
+import asit_hf
+from transformers import pipeline
+
+assert asit_hf.__file__.startswith(sys.argv[1]), asit_hf.__file__
+config = asit_hf.ASiTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+asit_hf.ASiTForAudioClassification(config).save_pretrained("classifier")
+asit_hf.ASiTFeatureExtractor().save_pretrained("classifier")
+classifier = pipeline("audio-classification", model="classifier")
+print(len(classifier(np.zeros(16000, np.float32))))
+import asit_hf.pretraining.trainer, asit_hf.finetuning.trainer, asit_hf.evaluation.hear, asit_hf.predict
+"""
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_all_that_is_needed(tmp_path):
+    """Built from a copy of the sources, unpacked and used where these are not."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    sources = tmp_path / "sources"
+    shutil.copytree(ROOT / "asit_hf", sources / "asit_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    built = subprocess.run([*command, "--wheel-dir", tmp_path, sources], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("asit_hf-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        folders = {name.split("/")[0] for name in archive.namelist()}
+        assert folders == {"asit_hf", f"{wheel.stem.split('-py')[0]}.dist-info"}
+        archive.extractall(tmp_path / "installed")
+    installed = str(tmp_path / "installed")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {installed!r})\n{FIVE_LINES}", installed],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "2"

@@ -25,9 +25,10 @@ from typing import Any, Literal
 
 import torch
 
+from .cards import write_model_card
 from .configuration_asit import ASiTConfig
 from .feature_extraction_asit import ASiTFeatureExtractor
-from .hub import check_replaceable, whole_folder, write_model_card
+from .hub import check_replaceable, whole_folder
 from .modeling_asit import ASiTModel
 from .pretraining.initialisation import resize_positions
 from .pretraining.modeling import ASiTForPreTraining

@@ -36,6 +36,7 @@ from transformers.trainer_utils import PredictionOutput, get_last_checkpoint
 from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
+from asit_hf.cards import CardArguments, describe_run
 from asit_hf.data import BENCHMARKS, ClassificationCollator, LabelledClips, label_names, split_dataset
 from asit_hf.data.audio import AudioReadError, source_name
 from asit_hf.evaluation.embeddings import load_encoder
@@ -49,6 +50,7 @@ from asit_hf.recipes import parse_arguments
 logger = logging.get_logger(__name__)
 
 MAX_CLASSES_OF_PICTURE = 100
+CARD_METRICS = ("accuracy", "top_5_accuracy", "mAP", "mAUC", "mse")
 
 
 @dataclass
@@ -171,7 +173,7 @@ class InputArguments:
     )
 
 
-GROUPS = (ModelArguments, DataArguments, InputArguments, Augmentation, FinetuningArguments)
+GROUPS = (ModelArguments, DataArguments, InputArguments, Augmentation, CardArguments, FinetuningArguments)
 
 
 def load_data(args: DataArguments, seed: int, chooses: bool = True) -> tuple[Dataset, Dataset, Dataset]:
@@ -280,10 +282,15 @@ def finetune(
     data_args: DataArguments,
     inputs: InputArguments,
     augmentation: Augmentation,
+    card_args: CardArguments,
     args: FinetuningArguments,
+    arguments: list[str],
     build: Callable = build_model,
 ) -> tuple[dict[str, float], FinetuningTrainer]:
-    """The metrics on the evaluation data, and the trainer. `build` makes the model and its feature extractor."""
+    """
+    The metrics on the evaluation data, and the trainer. `arguments` are those of the command line, which the card
+    tells; `build` makes the model and its feature extractor.
+    """
     set_seed(args.seed)
     train, validation, evaluation = load_data(data_args, args.seed, args.load_best_model_at_end)
     problem_type = check_problem_type(data_args.problem_type, train)
@@ -324,12 +331,19 @@ def finetune(
     output = trainer.predict(LabelledClips(evaluation, **held_out), metric_key_prefix="eval")
     trainer.log_metrics("eval", output.metrics)
     trainer.save_metrics("eval", output.metrics, combined=False)
+    if trainer.is_world_process_zero() and model.config.model_type == "asit":
+        split = ", ".join(data_args.eval_filter) or data_args.eval_split or "evaluation"
+        data = f"{Path(data_args.eval_data or data_args.train_data).name} ({split})"
+        results = [(data, metric, output.metrics.get(f"eval_{metric}")) for metric in CARD_METRICS]
+        results = [row for row in results if row[-1] is not None]
+        command = ["examples/run_audio_classification.py", *arguments]
+        describe_run(trainer, command, card_args, train.select_columns("audio"), results)
+    if args.push_to_hub:
+        trainer.push_to_hub()  # before there is a table that names files of this machine
     if trainer.is_world_process_zero():
         write_predictions(Path(args.output_dir) / "predictions.csv", evaluation, output, problem_type, names)
         if names is not None:
             write_class_reports(Path(args.output_dir), evaluation, output, names)
-    if args.push_to_hub:
-        trainer.push_to_hub()
     return output.metrics, trainer
 
 
@@ -343,7 +357,7 @@ def cross_validate(
     for fold in folds:
         parsed = parse_arguments(GROUPS, [*arguments, "--output_dir", os.path.join(args.output_dir, f"fold-{fold}")])
         parsed[1].hold_out(fold)
-        results[fold], trainer = finetune(*parsed, build=build)
+        results[fold], trainer = finetune(*parsed, arguments, build=build)
         histories.append(trainer.state.log_history)
     summary = summarise_folds(results)
     if not parsed[1].validation_fraction:  # the history is of the fold that was left out
@@ -386,7 +400,7 @@ def main(arguments: list[str] | None = None, build: Callable = build_model) -> d
     logging.set_verbosity_info() if args.should_log else logging.set_verbosity_warning()
     if data_args.folds is not None:
         return cross_validate(arguments, data_args.folds.split(","), args, build)
-    return finetune(*parsed, build=build)[0]
+    return finetune(*parsed, arguments, build=build)[0]
 
 
 if __name__ == "__main__":

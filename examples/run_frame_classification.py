@@ -20,6 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification
+from asit_hf.cards import CardArguments, ModelCardMixin, describe_run
 from asit_hf.data import audio_info
 from asit_hf.data.epochs import EpochCallback
 from asit_hf.data.strong_labels import (
@@ -125,8 +126,14 @@ class Scorer:
         return {**columns, **segments}
 
 
+class FrameTrainer(ModelCardMixin, Trainer):
+    """Trainer, with our model card."""
+
+
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, FrameTrainingArguments), arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    groups = (ModelArguments, DataArguments, CardArguments, FrameTrainingArguments)
+    model_args, data_args, card_args, args = parse_arguments(groups, arguments)
     logging.set_verbosity_info() if args.should_log else logging.set_verbosity_warning()
     set_seed(args.seed)
 
@@ -142,7 +149,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         train.drop_unreadable()
         evaluation.drop_unreadable()
     scorer = Scorer(evaluation, names, model.config.patch_size, data_args)
-    trainer = Trainer(
+    trainer = FrameTrainer(
         model=model,
         args=args,
         train_dataset=train,
@@ -168,6 +175,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     trainer.save_metrics("eval", output.metrics, combined=False)
     if trainer.is_world_process_zero():
         write_strong_labels(Path(args.output_dir) / "events.tsv", scorer.detect(scores, edges))
+        data = Path(data_args.eval_labels).name
+        results = [(data, name, output.metrics[f"eval_{name}"]) for name in ("segment_f1", *PSDS_SCENARIOS)]
+        command = ["examples/run_frame_classification.py", *arguments]
+        describe_run(trainer, command, card_args, train.files, results)
     if args.push_to_hub:
         trainer.push_to_hub()
     return output.metrics

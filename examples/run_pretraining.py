@@ -21,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
+from asit_hf.cards import CardArguments, describe_run
 from asit_hf.data import LabelledClips, PretrainingCrops, StreamingCrops, label_names, load_unlabelled
 from asit_hf.data.audio import AudioReadError
 from asit_hf.finetuning import load_labelled_dataset
@@ -176,7 +177,9 @@ def position_frames(seconds: float) -> int:
 
 
 def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
-    model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, ASiTPreTrainingArguments), arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    groups = (ModelArguments, DataArguments, CardArguments, ASiTPreTrainingArguments)
+    model_args, data_args, card_args, args = parse_arguments(groups, arguments)
     logging.set_verbosity_info() if args.should_log else logging.set_verbosity_warning()
     set_seed(args.seed)
 
@@ -198,6 +201,9 @@ def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
         sys.exit(128 + signal.SIGTERM)
     trainer.save_model()
     trainer.save_state()
+    if trainer.is_world_process_zero():
+        sources = None if data_args.streaming else dataset.sources
+        describe_run(trainer, ["examples/run_pretraining.py", *arguments], card_args, sources)
     if args.push_to_hub:
         trainer.push_to_hub()
     return trainer

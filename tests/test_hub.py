@@ -18,7 +18,8 @@ from asit_hf import (
     ASiTForPreTraining,
     ASiTModel,
 )
-from asit_hf.hub import export_encoder, find_checkpoint, main, write_model_card
+from asit_hf.cards import write_model_card
+from asit_hf.hub import export_encoder, find_checkpoint, main
 
 EXTRACTOR = {"num_mel_bins": 32, "sampling_rate": 8000, "mean": -3.25, "std": 2.5}
 

@@ -73,12 +73,14 @@ def log_mel_spectrogram(waveforms: torch.Tensor, sampling_rate: int, num_mel_bin
         frames = waveforms.float().unfold(-1, window_size, hop)
         shape = frames.shape[:-1]
         outputs = torch.empty(shape.numel(), num_mel_bins, dtype=torch.float32, device=device)
-        start = 0
-        # rows of one clip are views into the waveform: a chunk never copies more than CHUNK_FRAMES windows
-        for clip in frames.reshape(-1, *frames.shape[-2:]):
-            for chunk in clip.split(CHUNK_FRAMES):
-                _log_mel_of_frames(chunk, window, fft_size, filters, outputs[start : start + len(chunk)])
-                start += len(chunk)
+        clips, start = frames.reshape(-1, *frames.shape[-2:]), 0
+        if device.type == "cpu":  # rows of one clip are views into the waveform: never more than a chunk is copied
+            chunks = [chunk for clip in clips for chunk in clip.split(CHUNK_FRAMES)]
+        else:
+            chunks = [clips.flatten(0, 1)]
+        for chunk in chunks:
+            _log_mel_of_frames(chunk, window, fft_size, filters, outputs[start : start + len(chunk)])
+            start += len(chunk)
     return outputs.view(*shape, num_mel_bins)
 
 

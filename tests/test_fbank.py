@@ -122,3 +122,13 @@ def test_input_is_not_changed():
 def test_a_waveform_shorter_than_one_window_is_an_error():
     with pytest.raises(ValueError, match="400 samples at 16000 Hz, got 399"):
         log_mel_spectrogram(torch.zeros(2, 399), 16000)
+
+
+def test_all_clips_at_once_give_what_chunks_give():
+    """What other devices than the processor compute."""
+    waveforms = torch.rand(2, 3, 16000, generator=torch.Generator().manual_seed(0)) - 0.5
+    filters, window = fbank_asit._mel_filters(16000, 128, 512), torch.hann_window(400, periodic=False)
+    frames = waveforms.unfold(-1, 400, 160)
+    output = torch.empty(2 * 3 * 98, 128)
+    fbank_asit._log_mel_of_frames(frames.flatten(0, 2), window, 512, filters, output)
+    torch.testing.assert_close(output.view(2, 3, 98, 128), log_mel_spectrogram(waveforms, 16000), rtol=0, atol=1e-5)

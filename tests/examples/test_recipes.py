@@ -54,7 +54,7 @@ def command(name: str, root: Path, output: Path, **options) -> list[str]:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_recipes_say_what_is_published(script, tmp_path, name):
-    _, data, inputs, augmentation, args = parse_arguments(script.GROUPS, command(name, tmp_path, tmp_path))
+    _, data, inputs, augmentation, _, args = parse_arguments(script.GROUPS, command(name, tmp_path, tmp_path))
     by_steps = args.max_steps > 0
     decay = None if args.lr_decay_start is None else (args.lr_decay_start, args.lr_decay_step, args.lr_decay_gamma)
     frames = [
@@ -88,7 +88,7 @@ def test_data_and_rules_of_selection(script, tmp_path):
     rules = {}
     for name in TASKS:
         for recipe in (name, f"{name}-modern"):
-            _, data, _, _, args = parse_arguments(script.GROUPS, command(recipe, tmp_path, tmp_path))
+            _, data, _, _, _, args = parse_arguments(script.GROUPS, command(recipe, tmp_path, tmp_path))
             rules[recipe] = (
                 data.dataset_layout,
                 data.problem_type,
@@ -110,7 +110,7 @@ def test_data_and_rules_of_selection(script, tmp_path):
 @pytest.mark.parametrize("name", TASKS)
 def test_modern_recipes_use_what_they_are_for_and_say_that_they_are_not_measured(script, tmp_path, name):
     recipe = f"{name}-modern"
-    model, _, inputs, augmentation, args = parse_arguments(script.GROUPS, command(recipe, tmp_path, tmp_path))
+    model, _, inputs, augmentation, _, args = parse_arguments(script.GROUPS, command(recipe, tmp_path, tmp_path))
     assert 0.65 <= args.layer_decay <= 0.8
     assert model.drop_path_rate > 0
     assert augmentation.patch_mask_rate == 0.2

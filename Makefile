@@ -8,7 +8,7 @@ OUT ?= demo_output
 # all cores for the process that runs; tests and loader workers set their own
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: demo test hear quality style clean
+.PHONY: demo test hear common quality style clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,17 @@ test: $(VENV)/ready
 hear: $(VENV)/ready
 	$(PIP) --no-deps --upgrade --target $(VENV)/hear hearvalidator==2021.0.2
 	PYTHONPATH=$(VENV)/hear $(BIN)/python -m pytest tests/evaluation/test_hear.py -k validator
+
+# transformers' own common tests, which only its source distribution holds; they use marks that are not ours
+common: SOURCE := $(VENV)/transformers-source
+common: $(VENV)/ready
+	$(PIP) parameterized
+	rm -rf $(SOURCE) && mkdir $(SOURCE)
+	$(BIN)/pip download --quiet --no-deps --no-binary transformers --dest $(SOURCE) \
+		"$$($(BIN)/pip freeze | grep '^transformers==')"
+	tar --extract --gzip --strip-components 1 --directory $(SOURCE) --file $(SOURCE)/transformers-*.tar.gz
+	TRANSFORMERS_SOURCE=$(SOURCE) $(BIN)/python -m pytest tests/common --override-ini addopts=--import-mode=importlib \
+		-rs -W ignore::pytest.PytestUnknownMarkWarning
 
 quality: $(VENV)/ready
 	$(BIN)/ruff check .

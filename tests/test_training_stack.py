@@ -1,0 +1,366 @@
+"""What trains, compiles, exports, quantises and spreads a model, from the libraries that users bring along."""
+
+import copy
+import importlib.util
+import logging
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.export import Dim
+from transformers import TorchAoConfig
+
+from asit_hf import (
+    ASiTConfig,
+    ASiTForAudioClassification,
+    ASiTForAudioFrameClassification,
+    ASiTForPreTraining,
+    ASiTModel,
+)
+
+MEL = 32
+TINY = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 96,
+    "num_frames": 96,
+    "num_mel_bins": MEL,
+    "num_labels": 5,
+    "initializer_range": 0.2,  # large, so that positions and attention matter
+    "distillation_hidden_size": 64,
+    "distillation_bottleneck_size": 32,
+    "num_prototypes": 64,
+}
+CLASSIFIERS = [ASiTForAudioClassification, ASiTForAudioFrameClassification]
+DYNAMIC = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}  # batch and time
+
+
+def build(cls=ASiTForAudioClassification, **kwargs):
+    torch.manual_seed(0)
+    return cls(ASiTConfig(**{**TINY, **kwargs})).eval()
+
+
+def padded_batch(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Clips of these lengths in frames, as the model takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(len(lengths), max(lengths), MEL, generator=generator)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return {"input_values": values * mask[..., None], "attention_mask": mask}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    build().save_pretrained(folder)
+    return folder
+
+
+# --- adapters ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_trains_saves_and_loads(checkpointing, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = build()
+    before = copy.deepcopy(base.state_dict())
+    targets = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, **targets)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert sum(map(torch.numel, trained)) < 0.05 * sum(map(torch.numel, model.parameters()))
+    optimizer = torch.optim.AdamW(trained, lr=0.01)
+    batch, labels, losses = padded_batch([96, 40, 250, 96]), torch.arange(4), []
+    for _ in range(8):
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in trained)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    frozen = build()
+    loaded = peft.PeftModel.from_pretrained(frozen, tmp_path).eval()
+    expected = model.eval()(**batch).logits
+    torch.testing.assert_close(loaded(**batch).logits, expected, rtol=0, atol=1e-5)
+    merged = loaded.merge_and_unload()
+    assert type(merged) is ASiTForAudioClassification
+    torch.testing.assert_close(merged(**batch).logits, expected, rtol=0, atol=1e-4)
+    unchanged = model.unload().state_dict()
+    for name, value in before.items():
+        assert torch.equal(unchanged[name], value) is not name.startswith("classifier."), name
+
+
+def test_lora_of_every_linear_layer():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build(), peft.LoraConfig(r=2, target_modules="all-linear"))
+    adapted = {name.rpartition(".")[2] for name in model.targeted_module_names}
+    assert adapted >= {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"}
+
+
+# --- memory and precision ------------------------------------------------------------------------------------------
+
+
+def gradients_of(model: nn.Module, batch: dict, **kwargs) -> dict[str, torch.Tensor]:
+    model.train()(**batch, **kwargs).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_keeps_the_gradients_of_a_padded_batch(reentrant):
+    batch, labels = padded_batch([96, 40]), torch.tensor([[0, 1, 2, 3, -100, 4], [3, 1, 0, 0, 0, 0]])
+    expected = gradients_of(build(ASiTForAudioFrameClassification), batch, labels=labels)
+    model = build(ASiTForAudioFrameClassification)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    calls = []
+    model.asit.layers[0].mlp.register_forward_pre_hook(lambda *args: calls.append(1))
+    gradients = gradients_of(model, batch, labels=labels)
+    assert len(calls) == 2  # forward, and once more backward
+    torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("cls", CLASSIFIERS)
+def test_a_step_in_bfloat16_autocast_is_near_float32(cls, masked):
+    batch = padded_batch([96, 96, 96, 40])
+    if not masked:
+        del batch["attention_mask"]
+    labels = torch.arange(4) if cls is ASiTForAudioClassification else torch.arange(24).view(4, 6) % 5
+    losses, gradients = [], []
+    for context in (nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        model = build(cls, initializer_range=0.05)
+        with context:
+            loss = model.train()(**batch, labels=labels).loss
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert torch.isfinite(gradients[1]).all()
+    assert nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_load(checkpoint, dtype):
+    model = ASiTForAudioClassification.from_pretrained(checkpoint, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    batch = padded_batch([96, 40, 250])
+    expected = build()(**batch).logits
+    logits = model(batch["input_values"].to(dtype), attention_mask=batch["attention_mask"]).logits
+    assert logits.dtype == dtype
+    assert (logits.float() - expected).abs().max() < 0.1 * expected.std()
+
+
+# --- attention -----------------------------------------------------------------------------------------------------
+
+
+def test_attention_is_chosen_when_loading_and_later(checkpoint):
+    batch = padded_batch([96, 40, 250])
+    model = ASiTForAudioClassification.from_pretrained(checkpoint, attn_implementation="eager")
+    assert model.asit.config._attn_implementation == "eager"
+    eager = model(**batch).logits
+    assert model(**batch, output_attentions=True).attentions[0] is not None
+    model.set_attn_implementation("sdpa")
+    assert model.asit.layers[0].attention.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(model(**batch).logits, eager, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_flex_attention_equals_sdpa(checkpoint):
+    if not shutil.which("g++"):
+        pytest.skip("flex attention compiles, and there is no C++ compiler")
+    model = ASiTForAudioClassification.from_pretrained(checkpoint, attn_implementation="flex_attention")
+    batch = padded_batch([96, 40, 250])
+    torch.testing.assert_close(model(**batch).logits, build()(**batch).logits, rtol=0, atol=1e-5)
+
+
+def test_flash_attention_without_its_package_or_a_gpu_says_so(checkpoint):
+    if importlib.util.find_spec("flash_attn") or torch.cuda.is_available():
+        pytest.skip("flash attention, or a GPU that its kernels can be fetched for, is there")
+    with pytest.raises(ImportError, match="FlashAttention2 .*installed"):
+        ASiTForAudioClassification.from_pretrained(checkpoint, attn_implementation="flash_attention_2")
+
+
+def test_an_unknown_attention_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="eager"):
+        ASiTForAudioClassification.from_pretrained(checkpoint, attn_implementation="no_such_attention")
+
+
+# --- compiling and exporting ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", CLASSIFIERS)
+def test_compiles_as_one_graph(cls):
+    model = build(cls)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for batch in (padded_batch([96, 40]), {"input_values": padded_batch([96, 96])["input_values"]}):
+        torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_training_compiles_as_one_graph():
+    labels = torch.tensor([[0, 1, 2, 3, -100, 4], [3, 1, 0, 0, 0, 0]])
+    batch = padded_batch([96, 40]) | {"labels": labels}
+    expected = gradients_of(build(ASiTForAudioFrameClassification), batch)
+    model = build(ASiTForAudioFrameClassification)
+    model.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradients_of(model, batch), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_inductor_equals_eager():
+    if not shutil.which("g++"):
+        pytest.skip("inductor needs a C++ compiler")
+    model, batch = build(), padded_batch([96, 40])
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_exports_with_dynamic_batch_and_frames():
+    model, batch = build(), padded_batch([96, 40, 250])
+    program = torch.export.export(model, (), batch, dynamic_shapes=dict.fromkeys(batch, DYNAMIC))
+    for lengths in ([96, 40, 250], [64, 130]):
+        batch = padded_batch(lengths)
+        torch.testing.assert_close(program.module()(**batch)["logits"], model(**batch).logits, rtol=0, atol=1e-5)
+
+
+def to_onnx(model: nn.Module, batch: dict[str, torch.Tensor], **options):
+    """By transformers' own exporter."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    return OnnxExporter().export(model, batch, OnnxConfig(dynamic_shapes=dict.fromkeys(batch, DYNAMIC), **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", CLASSIFIERS)
+@torch.no_grad()
+def test_onnx_equals_torch_at_other_batch_sizes_and_lengths(cls, tmp_path):
+    model = build(cls, pooling_mode="cls_mean")
+    exported = to_onnx(model, padded_batch([112, 60, 98]))
+    exported.save_pretrained(tmp_path)
+    loaded = type(exported).from_pretrained(tmp_path)
+    for lengths in ([112, 60, 98], [64], [250, 96, 16, 33, 130], [1998, 250]):
+        batch = padded_batch(lengths)
+        expected = model(**batch)
+        for run in (exported, loaded):
+            for name, value in run(**batch).items():
+                torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-4)
+
+
+# --- int8 ----------------------------------------------------------------------------------------------------------
+
+
+def assert_labels_agree(logits: torch.Tensor, expected: torch.Tensor) -> None:
+    assert not torch.equal(logits, expected)
+    assert (logits.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
+    assert (logits - expected).abs().mean() < 0.1 * expected.std()
+
+
+@pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+@torch.no_grad()
+def test_int8_by_torchao_keeps_labels_and_is_smaller(checkpoint, name, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    options = TorchAoConfig(getattr(quantization, name)())
+    model = ASiTForAudioClassification.from_pretrained(checkpoint, quantization_config=options)
+    batch = padded_batch([96, 40, 112, 96] * 16)
+    logits = model(**batch).logits
+    assert_labels_agree(logits, build()(**batch).logits)
+    model.save_pretrained(tmp_path)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (tmp_path, checkpoint)]
+    assert sizes[0] < 0.6 * sizes[1]
+    torch.testing.assert_close(ASiTForAudioClassification.from_pretrained(tmp_path)(**batch).logits, logits)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_int8_by_onnxruntime_keeps_labels(caplog):
+    pytest.importorskip("onnxruntime")
+    from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
+
+    model = build()
+    with caplog.at_level(logging.ERROR):
+        exported = to_onnx(
+            model, padded_batch([112, 60, 98]), quantizer=OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig())
+        )
+    batch = padded_batch([96, 40, 112, 96] * 16)
+    assert_labels_agree(exported(**batch)["logits"], model(**batch).logits)
+
+
+# --- spreading over devices ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto"])
+def test_device_map_loads(checkpoint, device_map):
+    model = ASiTForAudioClassification.from_pretrained(checkpoint, device_map=device_map)
+    batch = padded_batch([96, 40])
+    torch.testing.assert_close(model(**batch).logits.cpu(), build()(**batch).logits, rtol=0, atol=1e-4)
+
+
+def test_a_layer_on_disk_computes_the_same(checkpoint, tmp_path):
+    parts = ["asit.embeddings", "asit.layers.0", "asit.layers.1", "asit.layernorm", "classifier"]
+    places = dict.fromkeys(parts, "cpu") | {"asit.embeddings": "disk", "asit.layers.1": "disk"}
+    model = ASiTForAudioClassification.from_pretrained(checkpoint, device_map=places, offload_folder=tmp_path)
+    assert model.asit.layers[1].mlp.fc1.weight.device.type == "meta"
+    batch = padded_batch([96, 40])
+    torch.testing.assert_close(model(**batch).logits, build()(**batch).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [ASiTModel, *CLASSIFIERS, ASiTForPreTraining])
+def test_modules_that_must_not_be_split_exist_and_stay_whole(cls):
+    from accelerate import infer_auto_device_map
+
+    model = build(cls, num_hidden_layers=6)
+    names = set(model._no_split_modules)
+    whole = [name for name, module in model.named_modules() if type(module).__name__ in names]
+    assert {type(model.get_submodule(name)).__name__ for name in whole} == names
+    total = sum(value.nbytes for value in model.state_dict().values())
+    places = infer_auto_device_map(
+        model, max_memory={"cpu": 3 * total // 4, "disk": 2 * total}, no_split_module_classes=sorted(names)
+    )
+    assert set(places.values()) == {"cpu", "disk"}
+    assert not any(place.startswith(f"{name}.") for place in places for name in whole)
+
+
+def test_sharding_by_those_modules_keeps_the_gradients(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    batch = padded_batch([96, 40]) | {"labels": torch.tensor([1, 3])}
+    expected = gradients_of(build(), batch)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = build()
+        mesh = init_device_mesh("cpu", (1,))
+        for module in list(model.modules()):
+            if type(module).__name__ in model._no_split_modules:
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        gradients = {name: value.full_tensor() for name, value in gradients_of(model, batch).items()}
+        torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-7)
+    finally:
+        distributed.destroy_process_group()
+
+
+# --- pretraining ---------------------------------------------------------------------------------------------------
+
+
+def test_pretraining_loads_by_device_map_in_half_precision(tmp_path):
+    model = build(ASiTForPreTraining)
+    model.save_pretrained(tmp_path)
+    loaded = ASiTForPreTraining.from_pretrained(tmp_path, device_map="cpu", dtype=torch.bfloat16)
+    state = loaded.state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(state[name].float(), value.float(), rtol=0.01, atol=1e-6)

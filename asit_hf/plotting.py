@@ -135,7 +135,9 @@ def plot_attention(spectrogram: Array, attention: Array, title: str = "attention
     return figure
 
 
-def plot_timeline(timeline: Sequence[Mapping[str, Any]], count: int = 5) -> Figure:
+def plot_timeline(
+    timeline: Sequence[Mapping[str, Any]], count: int = 5, title: str = "scores of every window"
+) -> Figure:
     """
     Scores of windows over time, a line a label, with a dot in the middle of every window.
 
@@ -159,6 +161,7 @@ def plot_timeline(timeline: Sequence[Mapping[str, Any]], count: int = 5) -> Figu
     for label in sorted(highest, key=highest.get, reverse=True)[:count]:
         scores = [window.get(label, np.nan) for window in windows]
         axes.plot(middles, scores, "o-", markersize=3, linewidth=1.2, label=label)
+    axes.set_title(title, fontsize=9)
     axes.set_xlim(min(window["start"] for window in timeline), max(window["end"] for window in timeline))
     axes.set_xlabel("seconds", fontsize=8)
     axes.set_ylabel("score", fontsize=8)

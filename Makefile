@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 AUDIO ?=
 OUT ?= demo_output
+MODEL ?=
 # all cores for the process that runs; tests and loader workers set their own
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: demo test hear common quality style clean
+.PHONY: demo test hear common space browser quality style clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +38,16 @@ common: $(VENV)/ready
 	tar --extract --gzip --strip-components 1 --directory $(SOURCE) --file $(SOURCE)/transformers-*.tar.gz
 	TRANSFORMERS_SOURCE=$(SOURCE) $(BIN)/python -m pytest tests/common --override-ini addopts=--import-mode=importlib \
 		-rs -W ignore::pytest.PytestUnknownMarkWarning
+
+# a page in the browser, to try a checkpoint on a sound
+space: $(VENV)/ready
+	$(PIP) --editable ".[space]"
+	$(BIN)/python examples/space/app.py $(if $(MODEL),--model "$(MODEL)")
+
+# that page in headless Chromium; skipped with a message where Debian's chromium and chromium-driver are not installed
+browser: $(VENV)/ready
+	$(PIP) --editable ".[space]" selenium
+	$(BIN)/python -m pytest tests/examples/test_space.py
 
 quality: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -1,17 +1,30 @@
 """Pictures of what the model hears, learns and predicts. Every function returns a matplotlib figure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
+
+Array = np.ndarray | Tensor | Sequence
+
+PROJECTIONS = ("pca", "tsne")
 
 
-def _as_array(values: Any) -> np.ndarray:
-    return values.detach().float().cpu().numpy() if hasattr(values, "detach") else np.asarray(values, dtype=np.float32)
+def _as_array(values: Array) -> np.ndarray:
+    return values.detach().float().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float32)
 
 
-def _draw_spectrogram(axes, spectrogram: np.ndarray, limits: tuple[float, float], title: str) -> None:
+def _as_matrix(values: Array, name: str, axes: str) -> np.ndarray:
+    matrix = _as_array(values)
+    if matrix.ndim != 2 or matrix.size == 0:
+        raise ValueError(f"expected {name} of shape ({axes}), got {matrix.shape}")
+    return matrix
+
+
+def _draw_spectrogram(axes: Axes, spectrogram: np.ndarray, limits: tuple[float, float], title: str) -> None:
     seconds = len(spectrogram) / 100
     axes.imshow(
         spectrogram.T,
@@ -28,9 +41,19 @@ def _draw_spectrogram(axes, spectrogram: np.ndarray, limits: tuple[float, float]
     axes.tick_params(labelsize=7)
 
 
-def plot_log_mel(spectrogram: Any, title: str = "log-mel") -> Figure:
+def _draw_rows(rows: Mapping[str, np.ndarray]) -> Figure:
+    """Spectrograms of one shape below each other, all in the colours of the first."""
+    clean = next(iter(rows.values()))
+    figure = Figure(figsize=(7, 1.8 * len(rows)), layout="constrained")
+    for axes, (title, spectrogram) in zip(figure.subplots(len(rows), 1, sharex=True), rows.items()):
+        _draw_spectrogram(axes, spectrogram, (clean.min(), clean.max()), title)
+    axes.set_xlabel("seconds", fontsize=8)
+    return figure
+
+
+def plot_log_mel(spectrogram: Array, title: str = "log-mel") -> Figure:
     """One spectrogram of shape `(frames, mel)`, hop 10 ms."""
-    spectrogram = _as_array(spectrogram)
+    spectrogram = _as_matrix(spectrogram, "a spectrogram", "frames, mel")
     figure = Figure(figsize=(7, 2.4), layout="constrained")
     axes = figure.subplots()
     _draw_spectrogram(axes, spectrogram, (spectrogram.min(), spectrogram.max()), title)
@@ -38,25 +61,113 @@ def plot_log_mel(spectrogram: Any, title: str = "log-mel") -> Figure:
     return figure
 
 
-def plot_reconstruction(clean: Any, corrupted: Any, mask: Any, reconstruction: Any) -> Figure:
+def plot_corruption(clean: Array, corrupted: Array, mask: Array) -> Figure:
+    """What GMML makes of a spectrogram: clean, corrupted, and in white where; all of shape `(frames, mel)`."""
+    clean, corrupted, mask = _of_one_shape(clean=clean, corrupted=corrupted, mask=mask)
+    limits = clean.min(), clean.max()
+    rows = {
+        "clean": clean,
+        "corrupted": corrupted,
+        "corrupted where white": np.where(mask > 0.5, limits[1], limits[0]),
+    }
+    return _draw_rows(rows)
+
+
+def plot_reconstruction(clean: Array, corrupted: Array, mask: Array, reconstruction: Array) -> Figure:
     """
-    What the student was given and what it made of it; all of shape `(frames, mel)`. The last row shows its output
-    where the input was corrupted and the input elsewhere.
+    What the student was given and what it made of it; all of shape `(frames, mel)`, where the reconstruction may lack
+    the last frames, those short of a patch. The last row shows the student's output where the input was corrupted and
+    the input elsewhere.
     """
-    clean, corrupted, reconstruction = _as_array(clean), _as_array(corrupted), _as_array(reconstruction)
+    clean, corrupted, mask = _of_one_shape(clean=clean, corrupted=corrupted, mask=mask)
+    reconstruction = _as_matrix(reconstruction, "a reconstruction", "frames, mel")
     frames = min(len(clean), len(reconstruction))
-    mask = _as_array(mask)[:frames] > 0.5
+    if reconstruction.shape[1] != clean.shape[1]:
+        raise ValueError(f"expected a reconstruction of {clean.shape[1]} mel bins, got {reconstruction.shape[1]}")
     clean, corrupted, reconstruction = clean[:frames], corrupted[:frames], reconstruction[:frames]
-    limits = (float(clean.min()), float(clean.max()))
-    rows = [
-        ("clean", clean),
-        ("corrupted (student's input)", corrupted),
-        ("restored", np.where(mask, reconstruction, corrupted)),
-    ]
-    figure = Figure(figsize=(7, 5.4), layout="constrained")
-    for axes, (title, spectrogram) in zip(figure.subplots(len(rows), 1, sharex=True), rows):
-        _draw_spectrogram(axes, spectrogram, limits, title)
+    restored = np.where(mask[:frames] > 0.5, reconstruction, corrupted)
+    return _draw_rows({"clean": clean, "corrupted (student's input)": corrupted, "restored": restored})
+
+
+def _of_one_shape(**spectrograms: Array) -> list[np.ndarray]:
+    matrices = [_as_matrix(values, name, "frames, mel") for name, values in spectrograms.items()]
+    if len({matrix.shape for matrix in matrices}) > 1:
+        shapes = [matrix.shape for matrix in matrices]
+        raise ValueError(f"expected {', '.join(spectrograms)} of one shape (frames, mel), got {shapes}")
+    return matrices
+
+
+def plot_attention(spectrogram: Array, attention: Array, title: str = "attention") -> Figure:
+    """
+    Where the model looks: a spectrogram above, and below it in grey, as bright as each patch is attended to.
+
+    Args:
+        spectrogram: shape `(frames, mel)`, hop 10 ms.
+        attention: shape `(columns, rows)`, one value a patch, rows from low to high mel bins, as
+            [`~asit_hf.evaluation.inspection.attention_rollout`] gives it. The last frames short of a patch have none.
+    """
+    spectrogram = _as_matrix(spectrogram, "a spectrogram", "frames, mel")
+    attention = _as_matrix(attention, "attention", "columns, rows")
+    (frames, mel), (columns, rows) = spectrogram.shape, attention.shape
+    patch = mel // rows
+    if mel % rows or columns != max(1, frames // patch):
+        raise ValueError(
+            f"expected attention of whole square patches of {frames} frames and {mel} mel bins, got {columns} columns "
+            f"and {rows} rows"
+        )
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    _draw_spectrogram(above, spectrogram, (spectrogram.min(), spectrogram.max()), "log-mel")
+    heat = attention.repeat(patch, 0).repeat(patch, 1)[:frames]
+    below.imshow(
+        heat.T,
+        origin="lower",
+        aspect="auto",
+        cmap="viridis",
+        extent=(0, len(heat) / 100, 0, mel),
+        interpolation="nearest",
+    )
+    below.set_xlim(0, frames / 100)
+    below.set_title(title, fontsize=9)
+    below.set_ylabel("mel bin", fontsize=8)
+    below.set_xlabel("seconds", fontsize=8)
+    below.tick_params(labelsize=7)
+    return figure
+
+
+def plot_timeline(
+    timeline: Sequence[Mapping[str, Any]], count: int = 5, title: str = "scores of every window"
+) -> Figure:
+    """
+    Scores of windows over time, a line a label, with a dot in the middle of every window.
+
+    Args:
+        timeline: what the pipeline returns as `"timeline"`: windows of `{"start", "end", "labels"}`, in seconds, with
+            `"labels"` a list of `{"score", "label"}`. Where a window's labels stop before a label (`top_k`), its line
+            has a gap.
+        count (`int`, defaults to 5): how many labels are drawn, those of the highest scores of any window.
+    """
+    if not timeline:
+        raise ValueError("expected at least one window, got none")
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    windows = [{entry["label"]: entry["score"] for entry in window["labels"]} for window in timeline]
+    highest: dict[str, float] = {}
+    for label, score in (item for window in windows for item in window.items()):
+        highest[label] = max(score, highest.get(label, score))
+    middles = [(window["start"] + window["end"]) / 2 for window in timeline]
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    axes = figure.subplots()
+    for label in sorted(highest, key=highest.get, reverse=True)[:count]:
+        scores = [window.get(label, np.nan) for window in windows]
+        axes.plot(middles, scores, "o-", markersize=3, linewidth=1.2, label=label)
+    axes.set_title(title, fontsize=9)
+    axes.set_xlim(min(window["start"] for window in timeline), max(window["end"] for window in timeline))
     axes.set_xlabel("seconds", fontsize=8)
+    axes.set_ylabel("score", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -80,9 +191,11 @@ def plot_curves(history: Sequence[dict[str, float]], names: Sequence[str]) -> Fi
     return figure
 
 
-def plot_confusion(matrix: Any, labels: Sequence[str]) -> Figure:
-    """Confusion matrix of counts, rows true and columns predicted, each row scaled to its share."""
-    matrix = _as_array(matrix)
+def plot_confusion(matrix: Array, labels: Sequence[str]) -> Figure:
+    """Confusion matrix of counts `(labels, labels)`, rows true and columns predicted, each row scaled to its share."""
+    matrix = _as_matrix(matrix, "a confusion matrix", "labels, labels")
+    if matrix.shape != (len(labels), len(labels)):
+        raise ValueError(f"expected a confusion matrix of {len(labels)} labels a side, got shape {matrix.shape}")
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     side = max(4.0, 0.28 * len(labels) + 1.5)
     figure = Figure(figsize=(side, side), layout="constrained")
@@ -100,13 +213,26 @@ def plot_confusion(matrix: Any, labels: Sequence[str]) -> Figure:
     return figure
 
 
-def plot_embeddings(embeddings: Any, labels: Sequence[Any], names: Sequence[str] | None = None) -> Figure:
-    """Embeddings of shape `(clips, dim)` on their two first principal components, coloured by label."""
-    embeddings = _as_array(embeddings)
-    centred = embeddings - embeddings.mean(0)
-    _, _, axes_of_variance = np.linalg.svd(centred, full_matrices=False)
-    points = centred @ axes_of_variance[:2].T
+def plot_embeddings(
+    embeddings: Array, labels: Sequence[Any], names: Sequence[str] | None = None, projection: str = "pca"
+) -> Figure:
+    """
+    A map of embeddings, coloured by label.
+
+    Args:
+        embeddings: shape `(clips, dim)`.
+        labels: one of each clip, integers where there are `names`.
+        names (`Sequence[str]`, *optional*): what the legend calls labels 0, 1, 2...; by default the labels themselves.
+        projection (`str`, defaults to `"pca"`): the two axes: `"pca"`, the first principal components, or `"tsne"`,
+            scikit-learn's t-SNE, which keeps neighbours together, but neither distances nor densities.
+    """
+    embeddings = _as_matrix(embeddings, "embeddings", "clips, dim")
+    if not np.isfinite(embeddings).all():
+        raise ValueError("expected finite embeddings, got NaN or infinity")
     labels = np.asarray(labels)
+    if labels.shape != embeddings.shape[:1]:
+        raise ValueError(f"expected one label for each of {len(embeddings)} clips, got labels of shape {labels.shape}")
+    points = _project(embeddings, projection)
     figure = Figure(figsize=(6.5, 5), layout="constrained")
     axes = figure.subplots()
     for index, label in enumerate(np.unique(labels)):
@@ -118,6 +244,23 @@ def plot_embeddings(embeddings: Any, labels: Sequence[Any], names: Sequence[str]
     axes.set_xticks([])
     axes.set_yticks([])
     return figure
+
+
+def _project(embeddings: np.ndarray, projection: str) -> np.ndarray:
+    """`(clips, dim)` -> `(clips, 2)`."""
+    clips, dim = embeddings.shape
+    if projection not in PROJECTIONS:
+        raise ValueError(f"projection must be one of {PROJECTIONS}, got {projection!r}")
+    if clips < 3 or dim < 2:
+        raise ValueError(f"a map needs at least 3 clips of 2 dimensions, got {clips} of {dim}")
+    if projection == "tsne":
+        from sklearn.manifold import TSNE  # takes a second to import
+
+        # its default perplexity of 30 needs as many clips
+        return TSNE(perplexity=min(30, (clips - 1) / 3), random_state=0).fit_transform(embeddings)
+    centred = embeddings - embeddings.mean(0)
+    _, _, axes_of_variance = np.linalg.svd(centred, full_matrices=False)
+    return centred @ axes_of_variance[:2].T
 
 
 def plot_scores(scores: dict[str, dict[str, Sequence[float]]], unit: str = "%") -> Figure:

@@ -4,12 +4,15 @@ import torch
 from matplotlib.figure import Figure
 
 from asit_hf.plotting import (
+    plot_attention,
     plot_confusion,
+    plot_corruption,
     plot_curves,
     plot_embeddings,
     plot_log_mel,
     plot_reconstruction,
     plot_scores,
+    plot_timeline,
 )
 
 
@@ -70,3 +73,77 @@ def test_scores_have_a_panel_each_and_a_dot_a_run():
     assert [line.get_ydata()[0] for line in two.lines if len(line.get_xdata())] == [1, 1]
     with pytest.raises(ValueError, match="at least one score"):
         plot_scores({})
+
+
+def test_corruption_shows_the_mask_in_the_colours_of_the_clean_clip():
+    clean, mask = torch.randn(40, 32), torch.rand(40, 32) < 0.5
+    corrupted = torch.where(mask, torch.zeros(()), clean)
+    shown = images(plot_corruption(clean, corrupted, mask))
+    np.testing.assert_array_equal(shown[0], clean.T.numpy())
+    np.testing.assert_array_equal(shown[1], corrupted.T.numpy())
+    np.testing.assert_array_equal(shown[2] == clean.max().item(), mask.T.numpy())
+
+
+def test_attention_covers_whole_patches_of_the_spectrogram():
+    attention = torch.rand(3, 2)
+    above, below = plot_attention(torch.randn(60, 32), attention).axes
+    heat = np.asarray(below.images[0].get_array())
+    assert heat.shape == (32, 48)
+    np.testing.assert_allclose(heat[::16, ::16], attention.T.numpy())
+    assert below.images[0].get_extent()[1] == 0.48
+    assert above.get_xlim() == below.get_xlim() == (0, 0.6)
+    short = plot_attention(torch.randn(5, 32), torch.rand(1, 2))
+    assert images(short)[1].shape == (32, 5)
+
+
+def test_timeline_draws_the_highest_labels_at_the_windows_middles():
+    timeline = [
+        {"start": 0.0, "end": 2.0, "labels": [{"label": "dog", "score": 0.9}, {"label": "cat", "score": 0.1}]},
+        {"start": 1.0, "end": 3.0, "labels": [{"label": "rain", "score": 0.6}, {"label": "cat", "score": 0.2}]},
+    ]
+    (axes,) = plot_timeline(timeline, count=2).axes
+    dog, rain = axes.lines
+    assert [line.get_label() for line in axes.lines] == ["dog", "rain"]
+    assert dog.get_xdata().tolist() == [1.0, 2.0]
+    np.testing.assert_array_equal(dog.get_ydata(), [0.9, np.nan])
+    np.testing.assert_array_equal(rain.get_ydata(), [np.nan, 0.6])
+    assert axes.get_xlim() == (0.0, 3.0)
+
+
+def test_neighbours_stay_neighbours_in_either_map():
+    generator = np.random.default_rng(0)
+    labels = np.arange(30) % 3
+    embeddings = generator.normal(size=(30, 16)) + 50 * np.eye(3, 16)[labels]
+    for projection in ("pca", "tsne"):
+        figure = plot_embeddings(embeddings, labels, projection=projection)
+        groups = [np.asarray(group.get_offsets()) for group in figure.axes[0].collections]
+        centres = np.stack([group.mean(0) for group in groups])
+        spread = max(np.linalg.norm(group - group.mean(0), axis=1).max() for group in groups)
+        apart = min(np.linalg.norm(centres[a] - centres[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+        assert apart > spread, projection
+
+
+MEL = np.zeros((48, 32))
+
+
+@pytest.mark.parametrize(
+    ("plot", "message"),
+    [
+        (lambda: plot_log_mel(np.zeros(48)), r"\(frames, mel\), got \(48,\)"),
+        (lambda: plot_log_mel(np.zeros((0, 32))), "got"),
+        (lambda: plot_corruption(MEL, MEL[:40], MEL), "one shape"),
+        (lambda: plot_reconstruction(MEL, MEL, MEL, MEL[:, :16]), "32 mel bins, got 16"),
+        (lambda: plot_attention(MEL, np.zeros((4, 2))), "4 columns and 2 rows"),
+        (lambda: plot_attention(MEL, np.zeros((3, 5))), "3 columns and 5 rows"),
+        (lambda: plot_timeline([]), "at least one window"),
+        (lambda: plot_timeline([{"start": 0, "end": 1, "labels": []}], count=0), "count must be at least 1, got 0"),
+        (lambda: plot_confusion([[1, 2]], ["a", "b"]), "2 labels a side"),
+        (lambda: plot_embeddings(MEL, [0, 1]), "one label for each of 48 clips"),
+        (lambda: plot_embeddings(MEL[:2], [0, 1]), "at least 3 clips"),
+        (lambda: plot_embeddings(MEL, [0] * 48, projection="umap"), "got 'umap'"),
+        (lambda: plot_embeddings(MEL * np.nan, [0] * 48), "finite"),
+    ],
+)
+def test_wrong_input_is_named(plot, message):
+    with pytest.raises(ValueError, match=message):
+        plot()

@@ -109,7 +109,8 @@ class ASiTEmbeddings(nn.Module):
         source_columns, rows = self.config.position_grid
         positions = self.position_embeddings[0, 1:].view(source_columns, rows, -1)
         if num_columns is None:
-            if columns == source_columns:
+            # a graph traced at this very length must do for others
+            if not torch.compiler.is_compiling() and columns == source_columns:
                 return positions[None]
             num_columns = torch.full((1,), columns, device=positions.device)
         # float32: under autocast the weights would be rounded to 3 digits

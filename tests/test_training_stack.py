@@ -227,11 +227,17 @@ def test_inductor_equals_eager():
 
 
 @pytest.mark.slow
-def test_exports_with_dynamic_batch_and_frames():
-    model, batch = build(), padded_batch([96, 40, 250])
-    program = torch.export.export(model, (), batch, dynamic_shapes=dict.fromkeys(batch, DYNAMIC))
-    for lengths in ([96, 40, 250], [64, 130]):
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("frames", [96, 250])  # as many as the positions were learned at, and others
+def test_exports_with_dynamic_batch_and_frames(frames, masked):
+    def clips(lengths: list[int]) -> dict[str, torch.Tensor]:
         batch = padded_batch(lengths)
+        return batch if masked else {"input_values": batch["input_values"]}
+
+    model, batch = build(), clips([96, 40, frames])
+    program = torch.export.export(model, (), batch, dynamic_shapes=dict.fromkeys(batch, DYNAMIC))
+    for lengths in ([96, 40, 250], [64, 130], [96]):
+        batch = clips(lengths)
         torch.testing.assert_close(program.module()(**batch)["logits"], model(**batch).logits, rtol=0, atol=1e-5)
 
 
@@ -249,7 +255,7 @@ def to_onnx(model: nn.Module, batch: dict[str, torch.Tensor], **options):
 @torch.no_grad()
 def test_onnx_equals_torch_at_other_batch_sizes_and_lengths(cls, tmp_path):
     model = build(cls, pooling_mode="cls_mean")
-    exported = to_onnx(model, padded_batch([112, 60, 98]))
+    exported = to_onnx(model, padded_batch([96, 60, 88]))
     exported.save_pretrained(tmp_path)
     loaded = type(exported).from_pretrained(tmp_path)
     for lengths in ([112, 60, 98], [64], [250, 96, 16, 33, 130], [1998, 250]):

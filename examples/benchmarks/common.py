@@ -17,7 +17,10 @@ from statistics import median
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "accelerate", "numpy", "soundfile", "soxr", "kaldi-native-fbank")
+PACKAGES = (
+    *("torch", "transformers", "accelerate", "numpy", "soundfile", "soxr", "kaldi-native-fbank"),
+    *("onnxruntime", "torchao"),
+)
 
 
 @dataclass

@@ -129,3 +129,15 @@ def test_chosen_parts_have_results_of_their_own(tmp_path):
     rows = json.loads((tmp_path / "inference.json").read_text())["parts"][0]["rows"]
     assert len(rows) == 8
     assert all(row["ours"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_exported_models_are_compared(capsys):
+    for package in ("onnx", "onnxscript", "onnxruntime", "torchao"):
+        pytest.importorskip(package)
+    report = load("exported").measure(quick=True)
+    assert len(report.rows) == 12  # three contestants, two lengths, two batch sizes
+    assert all(row.ratio > 0 for row in report.rows)
+    differences = {note.partition(":")[0]: float(note.split("most ")[1].split()[0]) for note in report.notes[-3:]}
+    assert differences["onnxruntime"] < 1e-4
+    assert all(1e-4 < differences[name] < 0.3 for name in ("onnxruntime int8", "torchao int8"))

@@ -1,0 +1,74 @@
+"""
+A classifier's forward pass in onnxruntime, in float32 and in int8, and in torchao's int8, each beside torch in
+float32. Not part of a plain `run.py`: it needs the extras `onnx` and `int8`, and exporting alone takes a minute.
+
+    pip install "asit-hf[onnx,int8]"
+    python examples/benchmarks/exported.py
+"""
+
+import copy
+from collections.abc import Callable
+
+import onnxruntime
+import torch
+from common import Report, Row, medians, run_alone, spread, time_interleaved
+from torch.export import Dim
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+from training_step import TOY
+from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
+
+from asit_hf import ASiTConfig, ASiTForAudioClassification
+
+SECONDS = (1, 10)
+BATCHES = (1, 4)
+BASE = {"num_labels": 527}
+
+
+def build_batch(config: ASiTConfig, batch: int, frames: int) -> dict[str, torch.Tensor]:
+    return {
+        "input_values": torch.randn(batch, frames, config.num_mel_bins, generator=torch.Generator().manual_seed(0))
+    }
+
+
+def build_runs(model: ASiTForAudioClassification) -> dict[str, Callable[..., dict[str, torch.Tensor]]]:
+    """The contestants by name, torch in float32 first; all of them on torch's number of threads."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    sample = build_batch(model.config, 2, model.config.num_frames)
+    shapes = {"input_values": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
+    quantizers = {"onnxruntime": None, "onnxruntime int8": OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig())}
+    runs = {"torch": model}
+    for name, quantizer in quantizers.items():
+        exported = OnnxExporter().export(model, sample, OnnxConfig(dynamic_shapes=shapes, quantizer=quantizer))
+        runs[name] = exported.to("cpu", session_options=options)
+    runs["torchao int8"] = copy.deepcopy(model)
+    quantize_(runs["torchao int8"], Int8DynamicActivationInt8WeightConfig())
+    return runs
+
+
+@torch.no_grad()
+def measure(quick: bool = False) -> Report:
+    """Base size, clips of 1 s and 10 s, one and four at a time; and how far the logits are from torch's."""
+    report = Report("exported")
+    torch.manual_seed(0)
+    model = ASiTForAudioClassification(ASiTConfig(**(TOY if quick else BASE))).eval()
+    runs = build_runs(model)
+    for seconds in SECONDS:
+        for batch in BATCHES:
+            inputs = build_batch(model.config, batch, 100 * seconds - 2)
+            calls = {name: lambda run=run, inputs=inputs: run(**inputs) for name, run in runs.items()}
+            found = time_interleaved(calls, rounds=1 if quick else 3)
+            middle = medians(found)
+            what = f"{seconds} s clips, batch {batch}"
+            for name in list(runs)[1:]:
+                report.add(Row(f"{name} against torch, {what}", middle[name], middle["torch"]))
+            report.notes.append(f"{what}: {spread(found)}.")
+    logits = {name: run(**inputs)["logits"] for name, run in runs.items()}
+    for name in list(runs)[1:]:
+        difference = (logits[name] - logits["torch"]).abs().max() / logits["torch"].std()
+        report.notes.append(f"{name}: logits differ by at most {difference:.1g} of their standard deviation.")
+    return report
+
+
+if __name__ == "__main__":
+    run_alone(measure)

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .cards import CARD_NAME, RUN_NAME, load_config, load_feature_extractor, write_model_card
@@ -30,6 +32,7 @@ def export_encoder(
     output_dir: str | os.PathLike,
     source: Literal["teacher", "student"] = "teacher",
     overwrite: bool = False,
+    half: bool = False,
     **facts: Any,
 ) -> Path:
     """
@@ -42,6 +45,7 @@ def export_encoder(
         output_dir: written as a whole or not at all. An earlier export there is replaced.
         source (`str`, defaults to `"teacher"`): which encoder, `"teacher"` or `"student"`.
         overwrite (`bool`, defaults to `False`): whether to replace whatever else `output_dir` holds.
+        half (`bool`, defaults to `False`): whether to store the weights in 16 bits, see [`halve_weights`].
         facts: what is known for the card, see `write_model_card`.
 
     Returns:
@@ -69,10 +73,41 @@ def export_encoder(
     with whole_folder(output_dir) as export:
         encoder.save_pretrained(export)
         extractor.save_pretrained(export)
+        if half:
+            halve_weights(export)
         if run is not None:
             shutil.copy(run, export)
         write_model_card(export, **facts)
     return output_dir
+
+
+def halve_weights(folder: str | os.PathLike) -> None:
+    """
+    Stores the float32 weights of a saved model as float16, in half the space. `config.json` goes on saying float32, so
+    that they load, and compute, as float32 unless `dtype` asks for something else.
+
+    Args:
+        folder: a saved model in one `model.safetensors`.
+
+    Raises:
+        `FileNotFoundError`: no such model there.
+        `ValueError`: a weight that float16 cannot hold.
+    """
+    folder = Path(folder)
+    if reason := _incomplete(folder):
+        raise FileNotFoundError(f"{folder}: expected a saved model, found {reason}")
+    path = folder / SAFE_WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: expected the weights in one {SAFE_WEIGHTS_NAME}, they are in several")
+    tensors = load_file(path)
+    halves = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in tensors.items()}
+    if overflown := [name for name, tensor in halves.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{path}: float16 cannot hold the values of {overflown[0]}")
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")) | {"dtype": "float32"}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".half-") as scratch:
+        save_file(halves, Path(scratch) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        os.replace(Path(scratch) / SAFE_WEIGHTS_NAME, path)
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def find_checkpoint(folder: str | os.PathLike) -> Path:
@@ -182,13 +217,19 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("output_dir", type=Path)
     export.add_argument("--source", choices=["teacher", "student"], default="teacher")
     export.add_argument("--overwrite", action="store_true", help="replace whatever output_dir holds")
+    export.add_argument("--half", action="store_true", help="store the weights in 16 bits")
+    halve = commands.add_parser("halve", help="store the weights of any saved model in 16 bits")
+    halve.add_argument("output_dir", type=Path, metavar="folder")
     args = parser.parse_args(arguments)
     try:
-        path = export_encoder(args.pretraining_dir, args.output_dir, source=args.source, overwrite=args.overwrite)
+        if args.command == "halve":
+            halve_weights(args.output_dir)
+        else:
+            export_encoder(args.pretraining_dir, args.output_dir, args.source, args.overwrite, args.half)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(path)
+    print(args.output_dir.resolve())
     return 0
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 from asit_hf import (
     ASiTConfig,
@@ -19,7 +20,7 @@ from asit_hf import (
     ASiTModel,
 )
 from asit_hf.cards import write_model_card
-from asit_hf.hub import export_encoder, find_checkpoint, main
+from asit_hf.hub import export_encoder, find_checkpoint, halve_weights, main
 
 EXTRACTOR = {"num_mel_bins": 32, "sampling_rate": 8000, "mean": -3.25, "std": 2.5}
 
@@ -236,6 +237,33 @@ def test_command_line(pretrained, tmp_path, capsys):
     assert "overwrite" in capsys.readouterr().err
     assert main(["export", str(folder), str(output), "--overwrite"]) == 0
     assert_bit_identical(output, model.teacher["asit"])
+
+
+def test_half_the_size_computes_in_float32(pretrained, tmp_path):
+    folder, model = pretrained
+    assert main(["export", str(folder), str(tmp_path / "half"), "--half"]) == 0
+    stored = load_file(tmp_path / "half" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    for loaded in (AutoModel.from_pretrained(tmp_path / "half"), ASiTModel.from_pretrained(tmp_path / "half")):
+        assert loaded.dtype == torch.float32
+        for name, tensor in model.teacher["asit"].state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor.half().float()), name
+    assert AutoModel.from_pretrained(tmp_path / "half", dtype=torch.float16).dtype == torch.float16
+
+    classifier = save_classifier(tmp_path / "classifier")
+    assert main(["halve", str(classifier)]) == 0
+    assert ASiTForAudioClassification.from_pretrained(classifier).dtype == torch.float32
+
+
+def test_what_cannot_be_halved_stays(tmp_path, capsys):
+    assert main(["halve", str(tmp_path)]) == 1
+    assert "no config.json" in capsys.readouterr().err
+    model = ASiTModel(tiny_config())
+    model.embeddings.cls_token.data[:] = 1e6
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="float16 cannot hold the values of embeddings.cls_token"):
+        halve_weights(tmp_path)
+    assert_bit_identical(tmp_path, model)
 
 
 SECTIONS = ["What it is", "Use", "Training data", "Training recipe", "Measured results", "Limits"]

@@ -43,14 +43,14 @@ from asit_hf.fbank_asit import log_mel_spectrogram
 
 SAMPLING_RATE = 16000
 CLIPS_PER_SHARD = 500
-# A frame of 20 ms is silent if its swing is 60 dB below that of the file's loudest frame; a DC offset is no swing. Of a
-# stretch of more than SILENT_FRAMES, half as many frames are left; at the beginning and the end, nothing.
+# A frame of 20 ms is silent if its swing is 60 dB below that of the file's loudest frame; a DC offset is no swing.
+# Of a stretch of more than SILENT_FRAMES, half as many frames are left; at the beginning and the end, nothing.
 FRAME = SAMPLING_RATE // 50
 SILENT_FRAMES = 25
 SILENCE = 1e-3
 SHORTEST = SAMPLING_RATE // 4
 # Two files are one recording if their fingerprints' cosine is at least SAME and their lengths differ by less than two
-# steps. Of 2,362 files of ESC-50, Arabic Speech Commands and FSDD, the nearest two have 0.983; written as vorbis and
+# steps. Of 2,362 files of ESC-50, Arabic Speech Commands and FSDD, the nearest two have 0.982; written as vorbis and
 # mp3 and read again, 99 of 100 have 0.99 or more.
 SAME = 0.99
 LENGTH_STEP = 1.02
@@ -71,7 +71,7 @@ REASONS = ("unreadable", "silent", "short", "duplicate", "held out")
 # Licences of the audio, or of the whole where the package does not tell it apart; `licences/` has the full texts.
 PACKAGES = {
     # effects, animals, machines, surroundings
-    "sonic-pi-samples": ("samples, loops, field recordings", "CC0"),
+    "sonic-pi-samples": ("samples, loops, field recordings", "CC0, MIT"),
     "hydrogen-drumkits": ("drums, percussion", "GPL-2+, CC0, CC BY(-SA)"),
     "hydrogen-drumkits-effects": ("effects as drum kits", "GPL-2+, CC0, CC BY(-SA) 3.0"),
     "scratch": ("animals, effects, voices", "MIT, CC BY-SA 3.0"),
@@ -82,15 +82,15 @@ PACKAGES = {
     "minetest-data": ("steps, digging", "CC BY-SA 3.0"),
     "boswars-data": ("machines, weapons", "GPL-2+"),
     "torcs-data": ("engines, tyres", "GPL-2+, Free Art"),
-    "cube2-data": ("effects", "CC BY(-SA), public domain"),
+    "cube2-data": ("effects", "CC BY 3.0, CC BY-SA, public domain"),
     "lugaru-data": ("steps, fights, wind", "CC BY-SA 3.0, 4.0"),
-    "caveexpress-data": ("effects", "CC BY-SA 4.0, GPL-3+"),
+    "caveexpress-data": ("effects", "GPL-3+, CC BY-SA 4.0"),
     "oxygen-sounds": ("desktop sounds", "LGPL-3+"),
     "bucklespring-data": ("keyboard", "GPL-2+"),
     "lincity-ng-data": ("machines, streets, music", "GPL-2+"),
     "endless-sky-data": ("effects, ambience", "CC BY-SA, public domain"),
     "scorched3d-data": ("explosions, weather, surroundings", "GPL-2+"),
-    "searchandrescue-data": ("helicopters, voices", "GPL-2"),
+    "searchandrescue-data": ("helicopters, voices", "GPL"),
     "netpanzer-data": ("machines, weapons", "GPL-2+"),
     "extremetuxracer-data": ("snow, ice, music", "GPL-2+"),
     "lomiri-sounds": ("ringtones", "CC0, CC BY(-SA)"),
@@ -99,14 +99,14 @@ PACKAGES = {
     "deepin-sound-theme": ("desktop sounds", "GPL-3"),
     "unknown-horizons": ("animals, sea, trades, music", "GPL-2+, CC BY-SA 3.0"),
     "megaglest-data": ("animals, voices, weapons, music", "CC BY-SA 3.0"),
-    "widelands-data": ("trades, animals, music", "GPL-2+"),
+    "widelands-data": ("trades, animals, music", "GPL-2+, CC BY-SA 3.0"),
     "freedroidrpg-data": ("effects, music", "GPL-2+"),
-    "supertux-data": ("effects, music", "GPL-2+, CC BY-SA"),
-    "naev-data": ("effects, music", "CC BY(-SA) 3.0, GPL-3, public domain"),
+    "supertux-data": ("effects, music", "CC BY-SA 4.0, GPL-2+"),
+    "naev-data": ("effects, music", "GPL-3+, GPL-2+, CC BY 3.0"),
     # speech
-    "tuxpaint-stamps-default": ("names of things in many languages, animals", "GPL-2+, public domain"),
-    "fillets-ng-data-cs": ("acted dialogue, Czech", "GPL-2+"),
-    "fillets-ng-data-nl": ("acted dialogue, Dutch", "GPL-2+"),
+    "tuxpaint-stamps-default": ("names of things in many languages, animals", "GPL-2+"),
+    "fillets-ng-data-cs": ("acted dialogue, Czech", "GPL-2"),
+    "fillets-ng-data-nl": ("acted dialogue, Dutch", "GPL-2"),
     "asterisk-core-sounds-en-wav": ("prompts, English", "CC BY-SA 3.0"),
     "asterisk-core-sounds-es-wav": ("prompts, Spanish", "CC BY-SA 3.0"),
     "asterisk-core-sounds-fr-wav": ("prompts, French", "CC BY-SA 3.0"),
@@ -115,14 +115,14 @@ PACKAGES = {
     "asterisk-prompt-it-menardi-wav": ("prompts, Italian", "CC BY-SA 3.0"),
     "festvox-ru": ("read sentences, Russian", "BSD-like"),
     "klettres-data": ("letters and syllables in many languages", "GPL-2+"),
-    "ktuberling-data": ("names of things in many languages", "GPL-2+, CC0, CC BY"),
-    "qabcs-data": ("letters and names of things in several languages", "GPL-3+, CC0, public domain"),
-    "gcin-voice": ("syllables, Mandarin", "CC BY 3.0, GPL-3"),
-    "hedgewars-data": ("voices, effects, music", "GPL-2, GFDL"),
+    "ktuberling-data": ("names of things in many languages", "GPL-2+"),
+    "qabcs-data": ("letters and names of things in several languages", "GPL-3+"),
+    "gcin-voice": ("syllables, Mandarin", "CC BY 3.0, GPL-3 or LGPL-3"),
+    "hedgewars-data": ("voices, effects, music", "GFDL-1.3, GPL-2, CC BY-SA 3.0"),
     "warmux-data": ("voices, effects, music", "GPL-2+"),
     # music
-    "wesnoth-1.16-music": ("orchestral music", "GPL-2+, CC BY-SA 4.0"),
-    "fillets-ng-data": ("music, effects", "GPL-2+"),
+    "wesnoth-1.16-music": ("orchestral music", "GPL-2+"),
+    "fillets-ng-data": ("music, effects", "GPL-2"),
 }
 
 
@@ -327,7 +327,11 @@ def add_part(part: Part, recordings: Recordings, output_dir: Path, seconds: floa
         waveform = cut_silence(decoded)
         counts["sound"] += len(waveform)
         if len(waveform) < SHORTEST:
-            leave_out(name, "short" if len(waveform) else "silent", f"{len(waveform) / SAMPLING_RATE:.2f} s")
+            leave_out(
+                name,
+                "short" if len(waveform) or len(decoded) < SHORTEST else "silent",
+                f"{len(waveform) / SAMPLING_RATE:.2f} s",
+            )
             continue
         known = (digest(waveform), len(waveform), fingerprint(waveform))
         if same := recordings.find(*known):
@@ -442,7 +446,7 @@ def table(pool: dict) -> str:
         lines.append("| " + " | ".join([name, row["what"], *cells, row["licence"], row["origin"]]) + " |")
     cells = [f"{total[column]:.2f}" if "hours" in column else str(total[column]) for column in columns]
     lines.append("| " + " | ".join(["**all**", "", *cells, "", ""]) + " |")
-    lines += [f"\nMissing: {name}: {reason}" for name, reason in pool["missing"].items()]
+    lines += [f"\nMissing: {reason}" for reason in pool["missing"].values()]
     return "\n".join(lines) + "\n"
 
 
@@ -502,7 +506,7 @@ def make_pool(
             if strict:
                 raise
             pool["missing"][name] = str(error)
-            print(f"WITHOUT {name}: {error}", file=sys.stderr)
+            print(f"MISSING {error}", file=sys.stderr)
             continue
         pool["parts"][name] = row = add_part(part, recordings, output_dir, seconds, seconds_per_file)
         left_out = ", ".join(f"{row[reason]} {reason}" for reason in REASONS if row[reason])

@@ -17,7 +17,7 @@ from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..modeling_asit import ASiTModel, ASiTPreTrainedModel
 from ..pretraining.modeling import ASiTForPreTraining
 
-POOLINGS = ("cls", "mean", "cls_mean", "mean_time")
+POOLINGS = ("cls", "mean", "cls_mean", "mean_time", "mean_std_time")
 # Clips are put in order of length within this many batches, so that a data set need not fit in memory.
 _SORTED_BATCHES = 32
 # The same for windows of files, which are longer.
@@ -72,7 +72,8 @@ def embed(
         clips: waveforms `(samples,)` at the extractor's rate, or items with such a `waveform`
             ([`~asit_hf.data.crops.LabelledClips`]).
         pooling (`str`): `"cls"`, `"mean"` of the patch tokens, `"cls_mean"` both concatenated, or `"mean_time"`: the
-            mean over time alone, mel rows concatenated, so `num_mel_bins / patch_size` times as wide.
+            mean over time alone, mel rows concatenated, so `num_mel_bins / patch_size` times as wide; or
+            `"mean_std_time"`: that and the standard deviation over time, twice as wide again.
         device: where to compute; by default where the model is.
         sort_by_length (`bool`): batch clips of similar length together, which pads less.
         num_layers (`int`): concatenate the embeddings of this many last layers, each after the final layer norm.
@@ -211,7 +212,8 @@ def check_pooling(pooling: str) -> None:
 
 def embedding_size(encoder: ASiTModel, pooling: str, num_layers: int = 1) -> int:
     """Width of the clip embeddings."""
-    rows = {"cls_mean": 2, "mean_time": encoder.config.position_grid[1]}.get(pooling, 1)
+    rows = encoder.config.position_grid[1]
+    rows = {"cls_mean": 2, "mean_time": rows, "mean_std_time": 2 * rows}.get(pooling, 1)
     return rows * encoder.config.hidden_size * num_layers
 
 
@@ -328,8 +330,11 @@ def pool_tokens(tokens: torch.Tensor, columns: torch.Tensor, pooling: str) -> to
         return cls_token
     num_columns = int(columns.max())
     patches = tokens[:, 1:].unflatten(1, (num_columns, -1))
-    real = torch.arange(num_columns, device=columns.device) < columns[:, None]
-    rows = (patches * real[..., None, None]).sum(1) / columns[:, None, None]
+    real = (torch.arange(num_columns, device=columns.device) < columns[:, None])[..., None, None]
+    rows = (patches * real).sum(1) / columns[:, None, None]
     if pooling == "mean_time":
         return rows.flatten(1)
+    if pooling == "mean_std_time":
+        variance = ((patches - rows[:, None]).square() * real).sum(1) / columns[:, None, None]
+        return torch.cat((rows, variance.sqrt()), dim=1).flatten(1)
     return rows.mean(1) if pooling == "mean" else torch.cat((cls_token, rows.mean(1)), dim=-1)

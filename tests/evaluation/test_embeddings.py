@@ -46,7 +46,7 @@ def test_a_clip_has_the_embedding_that_it_has_alone(model, feature_extractor, cl
             model, feature_extractor, clips, batch_size=batch_size, sort_by_length=sort_by_length, **options
         )
         np.testing.assert_allclose(together, alone, atol=1e-5)
-    width = {"cls": 32, "mean": 32, "cls_mean": 64, "mean_time": 8 * 32}[pooling]
+    width = {"cls": 32, "mean": 32, "cls_mean": 64, "mean_time": 8 * 32, "mean_std_time": 16 * 32}[pooling]
     assert together.shape == (len(clips), 2 * width)
     assert together.dtype == np.float32
 
@@ -65,6 +65,16 @@ def test_mean_over_time_keeps_the_mel_rows(model, feature_extractor, clips):
     by_row = embed(model, feature_extractor, clips, "mean_time", progress=False)
     mean = embed(model, feature_extractor, clips, "mean", progress=False)
     np.testing.assert_allclose(by_row.reshape(len(clips), 8, 32).mean(1), mean, atol=1e-5)
+
+
+def test_deviation_over_time(model, feature_extractor, clips):
+    clip = clips[0]
+    both = embed(model, feature_extractor, [clip], "mean_std_time", progress=False).reshape(2, 8, 32)
+    with torch.no_grad():
+        tokens = model(**feature_extractor(clip, sampling_rate=16000, return_tensors="pt")).last_hidden_state
+    patches = tokens[0, 1:].unflatten(0, (-1, 8)).numpy()
+    np.testing.assert_allclose(both[0], patches.mean(0), atol=1e-5)
+    np.testing.assert_allclose(both[1], patches.std(0), atol=1e-5)
 
 
 def test_items_and_streams_of_clips(model, feature_extractor, clips):

@@ -60,7 +60,7 @@ def test_the_rules_of_the_api(checkpoints, kind):
 def test_scenes_are_those_of_the_encoder(checkpoints):
     encoder, extractor = load_encoder(checkpoints["ASiTModel"]), ASiTFeatureExtractor(mean=-5.0)
     audio = noise(2, 20000)
-    for pooling in ("cls_mean", "mean_time"):
+    for pooling in ("cls_mean", "mean_time", "mean_std_time"):
         model = hear.load_model(checkpoints["ASiTModel"], pooling)
         expected = torch.from_numpy(embed(encoder, extractor, list(audio), pooling, progress=False))
         torch.testing.assert_close(hear.get_scene_embeddings(audio, model), expected, rtol=0, atol=1e-5)

@@ -19,6 +19,8 @@ _MPEG_LEAD_IN = 16 * 1152
 # A seek into the last page of an Ogg Vorbis stream can land some samples off. A page holds at most 255 packets,
 # and a packet 1024 samples at the usual block size, so a seek to before that is exact, and reading on is too.
 _VORBIS_PAGE = 255 * 1024
+# Of some whole files (Debian's naev-data) the last page promises up to a block more than its packets hold.
+_VORBIS_BLOCK = 8192
 # What libsndfile says of files that are there, but not what they seem; the first is its answer to any damaged mp3.
 _REASONS = {
     "File does not exist or is not a regular file (possibly a pipe?)": "Format not recognised",
@@ -204,8 +206,9 @@ class AudioReader:
         return _checked(frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1), self.name)
 
     def _ended_early(self, first: int, count: int) -> None:
-        """Less was decoded than the header promises: damage, except in mp3, where `info` is put right."""
-        if not self._is_mpeg():
+        """Less than promised was decoded: damage, except in mp3 and in vorbis' last block, where `info` is put right."""
+        missing = self.info.num_samples - first - count
+        if not self._is_mpeg() and not (self._file.subtype == "VORBIS" and missing <= _VORBIS_BLOCK):
             promise = f"its header promises {self.info.num_samples} samples"
             raise AudioReadError(self.name, f"damaged or truncated: {promise}, none came from {first + count} on")
         self.info = replace(self.info, num_samples=first + count if count else self._count())

@@ -140,6 +140,30 @@ def test_arrays_and_decoders():
     )
 
 
+def promising(ogg: bytes, samples: int) -> bytes:
+    """With a last page that says the stream is `samples` longer than it is."""
+    page = bytearray(ogg[(start := ogg.rindex(b"OggS")) :])
+    page[6:14] = (int.from_bytes(page[6:14], "little") + samples).to_bytes(8, "little")
+    page[22:26] = bytes(4)
+    checksum = 0
+    for byte in page:
+        checksum ^= byte << 24
+        for _ in range(8):
+            checksum = (checksum << 1 ^ 0x04C11DB7 * (checksum >> 31)) & 0xFFFFFFFF
+    page[22:26] = checksum.to_bytes(4, "little")
+    return ogg[:start] + page
+
+
+def test_vorbis_that_promises_a_little_more_than_it_has(tmp_path):
+    ogg = write(tmp_path / "a.ogg", sweep(20, 44100), 44100, "ogg").read_bytes()
+    whole, longer = read_audio(ogg, 44100), promising(ogg, 1105)
+    with AudioReader(longer) as reader:
+        assert reader.info.num_samples == len(whole) + 1105
+    np.testing.assert_array_equal(read_audio(longer, 44100)[: len(whole)], whole)
+    with pytest.raises(AudioReadError, match="none came from 88"):
+        read_audio(promising(ogg, 100000), 44100)
+
+
 def damaged_sources(tmp_path):
     wav = write(tmp_path / "a.wav", sweep(2, 16000), 16000).read_bytes()
     flac = write(tmp_path / "a.flac", sweep(2, 16000), 16000, "flac").read_bytes()

@@ -206,7 +206,7 @@ class AudioReader:
         return _checked(frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1), self.name)
 
     def _ended_early(self, first: int, count: int) -> None:
-        """Less than promised was decoded: damage, except in mp3 and in vorbis' last block, where `info` is put right."""
+        """Less than promised was decoded: damage, but in mp3 and in vorbis' last block, where `info` is put right."""
         missing = self.info.num_samples - first - count
         if not self._is_mpeg() and not (self._file.subtype == "VORBIS" and missing <= _VORBIS_BLOCK):
             promise = f"its header promises {self.info.num_samples} samples"

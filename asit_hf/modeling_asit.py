@@ -70,11 +70,14 @@ class ASiTPatchEmbeddings(nn.Module):
         self.projection = nn.Conv2d(1, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
 
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
-        if input_values.dim() != 3 or input_values.shape[-1] != self.num_mel_bins:
+        if input_values.dim() != 3 or input_values.shape[-1] != self.num_mel_bins or input_values.shape[0] == 0:
             raise ValueError(
                 f"expected input_values of shape (batch, frames, {self.num_mel_bins} mel bins), "
                 f"got {tuple(input_values.shape)}"
             )
+        dtype = self.projection.weight.dtype
+        if input_values.dtype != dtype and not torch.is_autocast_enabled(input_values.device.type):
+            raise ValueError(f"expected input_values of the weights' dtype, {dtype}, got {input_values.dtype}")
         missing = self.patch_size - input_values.shape[1]
         if missing > 0:
             input_values = nn.functional.pad(input_values, (0, 0, 0, missing))

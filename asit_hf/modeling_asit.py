@@ -337,7 +337,12 @@ class ASiTPreTrainedModel(PreTrainedModel):
 
 
 class ASiTModel(ASiTPreTrainedModel):
-    """The ASiT encoder: a vision transformer on 16 x 16 patches of a normalised log-mel spectrogram."""
+    """
+    The ASiT encoder: a vision transformer on 16 x 16 patches of a normalised log-mel spectrogram.
+
+    Args:
+        config ([`ASiTConfig`]): its sizes.
+    """
 
     def __init__(self, config: ASiTConfig):
         super().__init__(config)
@@ -366,6 +371,7 @@ class ASiTModel(ASiTPreTrainedModel):
                 the right. A padded clip gives the output it gives alone.
             drop_path_noise (`torch.Tensor` of shape `(layers, 2, batch)`, *optional*): uniform noise in [0, 1) that
                 decides which branches stochastic depth drops in training, for reproducible runs.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and what the attention takes.
 
         Returns:
             [`BaseModelOutputWithPooling`]: `last_hidden_state` of shape `(batch, 1 + columns * rows, hidden_size)`,
@@ -441,6 +447,9 @@ class ASiTForAudioClassification(ASiTPreTrainedModel):
     `"single_label_classification"` (cross-entropy; integer labels, or rows of class probabilities),
     `"multi_label_classification"` (binary cross-entropy) or `"regression"` (mean squared error). Where it is not set,
     the labels decide as in other models: one class is regression, floats are multi-label, integers single-label.
+
+    Args:
+        config ([`ASiTConfig`]): the encoder's sizes, `pooling_mode`, `problem_type` and the labels (`id2label`).
     """
 
     # the losses are means over the batch: Trainer must divide them by the accumulation steps
@@ -524,6 +533,9 @@ class ASiTForAudioFrameClassification(ASiTPreTrainedModel):
     """
     ASiT with a linear classifier on every patch column: one prediction each `patch_size` frames (160 ms), from the
     mean of the column's patches over mel.
+
+    Args:
+        config ([`ASiTConfig`]): the encoder's sizes and the labels (`id2label`).
     """
 
     accepts_loss_kwargs = False

@@ -1,15 +1,17 @@
-# `make demo` and `make test` build .venv by themselves; everything else runs inside it.
+# `make demo` and `make test` build .venv by themselves; everything else runs inside it, `make oldest` beside it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+OLDEST := .venv-oldest
+OLDEST_PIP := $(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt
 AUDIO ?=
 OUT ?= demo_output
 MODEL ?=
 # all cores for the process that runs; tests and loader workers set their own
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: demo test hear common space browser quality style clean
+.PHONY: demo test oldest hear common space browser quality style clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +24,20 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+# the oldest transformers that pyproject.toml admits, in an environment of its own; constraints.txt names the newest
+$(OLDEST)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(transformers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
+	sed -nE 's/^ *"(transformers)>=([0-9.]+),.*/\1==\2/p' pyproject.toml >> $(OLDEST)/constraints.txt
+	$(OLDEST_PIP) "$$(grep '^torch==' constraints.txt)" numpy
+	$(OLDEST_PIP) --editable ".[train]" pytest pytest-timeout
+	touch $@
+
+oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/python -m pytest tests/test_configuration.py tests/test_feature_extraction.py tests/test_modeling.py \
+		tests/test_wrong_inputs.py tests/test_pipeline.py tests/test_sharing.py tests/finetuning/test_trainer_loss.py \
+		-k "not pushed_on"
 
 # the HEAR benchmark's own validator, beside the environment: it asks for tensorflow, which it does not need
 hear: $(VENV)/ready
@@ -58,4 +74,4 @@ style: $(VENV)/ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info

@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from .configuration_asit import ASiTConfig
+from .extras import extra
 from .feature_extraction_asit import ASiTFeatureExtractor
 from .modeling_asit import (
     ASiTForAudioClassification,
@@ -33,12 +34,8 @@ AutoModelForPreTraining.register(ASiTConfig, ASiTForPreTraining, exist_ok=True)
 register_pipeline()
 
 # What costs seconds to import, or needs more than inference does, is loaded when it is first asked for.
-_LAZY = {
-    "ASiTPreTrainer": "pretraining.trainer",
-    "ASiTPreTrainingArguments": "pretraining.trainer",
-    "export_encoder": "hub",
-    "read_audio": "data.audio",
-}
+_TRAINING = {"ASiTPreTrainer": "pretraining.trainer", "ASiTPreTrainingArguments": "pretraining.trainer"}
+_LAZY = {**_TRAINING, "export_encoder": "hub", "read_audio": "data.audio"}
 
 __all__ = [
     "ASiTAudioClassificationPipeline",
@@ -54,6 +51,9 @@ __all__ = [
 
 
 def __getattr__(name: str):
+    if name in _TRAINING:
+        with extra("train"):
+            return getattr(import_module(f".{_TRAINING[name]}", __name__), name)
     if name in _LAZY:
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

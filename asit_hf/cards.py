@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -91,9 +92,10 @@ def write_model_card(
     name = name or folder.resolve().name
     run = read_run(folder)
     training_data = training_data or run.get("training_data")
-    recipe = {**run.get("recipe", {}), **(recipe or {})}
-    results = [*run.get("results", ()), *results]
+    recipe = {**(run.get("recipe") or {}), **(recipe or {})}
+    results = [*(run.get("results") or ()), *(results or ())]
     classifies = any("Classification" in architecture for architecture in config.architectures or [])
+    training_type = "fine-tuning" if classifies else "pre-training"
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="audio-classification" if classifies else "feature-extraction",
@@ -102,7 +104,7 @@ def write_model_card(
         datasets=list(datasets) or None,
         base_model=base_model,
         widget=[dict(one) for one in widget] or None,
-        co2_eq_emissions=None if emissions is None else {"emissions": emissions, "training_type": "pre-training"},
+        co2_eq_emissions=None if emissions is None else {"emissions": emissions, "training_type": training_type},
         model_name=name.split("/")[-1],
         eval_results=_metadata_of(results) or None,
     )
@@ -218,23 +220,39 @@ def _total_hours(sources: Sequence) -> float | None:
     """Of all clips that can be read, from their headers; `None` where they are too many to open."""
     if len(sources) > MAX_COUNTED_FILES:
         return None
-    seconds = 0.0
-    for source in sources:
-        with suppress(AudioReadError):
-            seconds += audio_info(
-                source["audio"] if isinstance(source, dict) and "audio" in source else source
-            ).duration
-    return seconds / 3600
+    return sum(_seconds(source) for source in sources) / 3600
+
+
+def _seconds(source: Any) -> float:
+    """Of a clip or a data set's row of it; 0 where it cannot be read."""
+    if isinstance(source, dict) and "audio" in source:
+        source = source["audio"]
+    try:
+        return audio_info(source).duration
+    except AudioReadError:
+        return 0.0
 
 
 def read_run(folder: str | os.PathLike) -> dict[str, Any]:
-    """What [`record_run`] wrote into a folder; nothing where there is no `run.json`."""
+    """What [`record_run`] wrote into a folder; nothing where there is no `run.json`, or an empty one."""
     path = Path(folder, RUN_NAME)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    return json.loads(text or "{}") or {}
 
 
-def _without_folders(argument: str) -> str:
-    return Path(argument).name if os.path.isabs(argument) else argument
+def _without_folders(value: Any) -> Any:
+    """Of absolute paths the last part: of an argument that is one, ends in one (`name=`, `::`), or holds JSON."""
+    if isinstance(value, dict):
+        return {key: _without_folders(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("{", "[")):
+        with suppress(json.JSONDecodeError):
+            return json.dumps(_without_folders(json.loads(value)), ensure_ascii=False)
+    parts = [value] if os.path.isabs(value) else re.split(r"(=|::)", value)
+    return "".join(Path(part).name if os.path.isabs(part) else part for part in parts)
 
 
 def _hardware() -> str:
@@ -254,9 +272,7 @@ def _metadata_of(results: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
             metric_value=row["value"],
         )
         for row in results
-        if isinstance(row.get("value"), (int, float))
-        and math.isfinite(row["value"])
-        and {"task", "dataset", "metric"} <= set(row)
+        if _is_number(row.get("value")) and {"task", "dataset", "metric"} <= set(row)
     ]
 
 

@@ -70,11 +70,14 @@ class ASiTPatchEmbeddings(nn.Module):
         self.projection = nn.Conv2d(1, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
 
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
-        if input_values.dim() != 3 or input_values.shape[-1] != self.num_mel_bins:
+        if input_values.dim() != 3 or input_values.shape[-1] != self.num_mel_bins or input_values.shape[0] == 0:
             raise ValueError(
                 f"expected input_values of shape (batch, frames, {self.num_mel_bins} mel bins), "
                 f"got {tuple(input_values.shape)}"
             )
+        dtype = self.projection.weight.dtype
+        if input_values.dtype != dtype and not torch.is_autocast_enabled(input_values.device.type):
+            raise ValueError(f"expected input_values of the weights' dtype, {dtype}, got {input_values.dtype}")
         missing = self.patch_size - input_values.shape[1]
         if missing > 0:
             input_values = nn.functional.pad(input_values, (0, 0, 0, missing))
@@ -334,7 +337,12 @@ class ASiTPreTrainedModel(PreTrainedModel):
 
 
 class ASiTModel(ASiTPreTrainedModel):
-    """The ASiT encoder: a vision transformer on 16 x 16 patches of a normalised log-mel spectrogram."""
+    """
+    The ASiT encoder: a vision transformer on 16 x 16 patches of a normalised log-mel spectrogram.
+
+    Args:
+        config ([`ASiTConfig`]): its sizes.
+    """
 
     def __init__(self, config: ASiTConfig):
         super().__init__(config)
@@ -363,6 +371,7 @@ class ASiTModel(ASiTPreTrainedModel):
                 the right. A padded clip gives the output it gives alone.
             drop_path_noise (`torch.Tensor` of shape `(layers, 2, batch)`, *optional*): uniform noise in [0, 1) that
                 decides which branches stochastic depth drops in training, for reproducible runs.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and what the attention takes.
 
         Returns:
             [`BaseModelOutputWithPooling`]: `last_hidden_state` of shape `(batch, 1 + columns * rows, hidden_size)`,
@@ -438,6 +447,9 @@ class ASiTForAudioClassification(ASiTPreTrainedModel):
     `"single_label_classification"` (cross-entropy; integer labels, or rows of class probabilities),
     `"multi_label_classification"` (binary cross-entropy) or `"regression"` (mean squared error). Where it is not set,
     the labels decide as in other models: one class is regression, floats are multi-label, integers single-label.
+
+    Args:
+        config ([`ASiTConfig`]): the encoder's sizes, `pooling_mode`, `problem_type` and the labels (`id2label`).
     """
 
     # the losses are means over the batch: Trainer must divide them by the accumulation steps
@@ -521,6 +533,9 @@ class ASiTForAudioFrameClassification(ASiTPreTrainedModel):
     """
     ASiT with a linear classifier on every patch column: one prediction each `patch_size` frames (160 ms), from the
     mean of the column's patches over mel.
+
+    Args:
+        config ([`ASiTConfig`]): the encoder's sizes and the labels (`id2label`).
     """
 
     accepts_loss_kwargs = False

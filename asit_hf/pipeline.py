@@ -1,6 +1,7 @@
 """`pipeline("audio-classification")` for ASiT: any file, any rate, any length, with soundfile and soxr alone."""
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from .fbank_asit import WINDOW_SECONDS
 
 # A longer clip is cut into windows where `window_seconds` is not given: attention costs the square of the length.
 MAX_SECONDS = 30.0
+# More is a mistake: torch's loader lists as many indices before it asks for the first clip.
+MAX_BATCH_SIZE = 2**16
 
 _PREPROCESS = ("window_seconds", "overlap")
 _POSTPROCESS = ("top_k", "function_to_apply", "aggregate", "return_timeline")
@@ -42,6 +45,7 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
+        _check_batch_size(kwargs.get("batch_size"))
         super().__init__(*args, **kwargs)
         if self.feature_extractor is None:
             raise ValueError(f"{type(self).__name__} needs a feature_extractor, got None")
@@ -74,8 +78,10 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
             `AudioReadError`: a clip that cannot be read (a `ValueError` with its `source` and the `reason`).
             `TypeError`, `ValueError`: an input of another type, an argument out of range.
         """
+        _check_batch_size(kwargs.get("batch_size"))
         if isinstance(inputs, Sequence) and not isinstance(inputs, (str, bytes)):
-            return list(super().__call__((clip for clip in inputs), **kwargs))
+            # transformers before 5.16 looks at a first clip
+            return list(super().__call__((clip for clip in inputs), **kwargs)) if len(inputs) else []
         return super().__call__(inputs, **kwargs)
 
     def check_model_type(self, supported_models: Any) -> None:
@@ -169,15 +175,20 @@ def register_pipeline() -> None:
     PIPELINE_REGISTRY.supported_tasks["audio-classification"]["impl"] = _AudioClassification
 
 
+def _check_batch_size(batch_size: int | None) -> None:
+    if batch_size is not None and not (isinstance(batch_size, Integral) and 1 <= batch_size <= MAX_BATCH_SIZE):
+        raise ValueError(f"batch_size must be from 1 to {MAX_BATCH_SIZE} windows, got {batch_size!r}")
+
+
 def _check_parameters(parameters: dict[str, Any]) -> None:
     window_seconds, overlap = parameters.get("window_seconds"), parameters.get("overlap", 0.0)
-    if window_seconds is not None and not window_seconds >= WINDOW_SECONDS:
-        raise ValueError(f"window_seconds must be None or at least {WINDOW_SECONDS}, got {window_seconds}")
-    if not 0 <= overlap < 1:
-        raise ValueError(f"overlap must be in [0, 1), got {overlap}")
+    if window_seconds is not None and not (isinstance(window_seconds, Real) and window_seconds >= WINDOW_SECONDS):
+        raise ValueError(f"window_seconds must be None or at least {WINDOW_SECONDS}, got {window_seconds!r}")
+    if not (isinstance(overlap, Real) and 0 <= overlap < 1):
+        raise ValueError(f"overlap must be in [0, 1), got {overlap!r}")
     top_k = parameters.get("top_k")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be None or at least 1, got {top_k}")
+    if top_k is not None and not (isinstance(top_k, Integral) and top_k >= 1):
+        raise ValueError(f"top_k must be None or at least 1, got {top_k!r}")
     for name, choices in (("function_to_apply", [None, *_FUNCTIONS]), ("aggregate", list(_AGGREGATES))):
         if name in parameters and parameters[name] not in choices:
             raise ValueError(f"{name} must be one of {choices}, got {parameters[name]!r}")

@@ -1,13 +1,28 @@
 import json
 import math
+import re
+import shlex
 
+import huggingface_hub
 import pytest
 import soundfile
 import torch
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from huggingface_hub.utils import httpx, validate_repo_id
+from tiny import MEL, build
 from transformers import TrainingArguments
+from transformers.pipelines import SUPPORTED_TASKS
 
-from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
+from asit_hf import (
+    ASiTConfig,
+    ASiTFeatureExtractor,
+    ASiTForAudioClassification,
+    ASiTForAudioFrameClassification,
+    ASiTForPreTraining,
+    ASiTModel,
+)
 from asit_hf.cards import CardArguments, describe_run, read_run, record_run, write_model_card
 from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer
 
@@ -69,6 +84,107 @@ def test_a_run_tells_its_data_recipe_and_results(trainer, sounds, tmp_path):
     ):
         assert text in card.text, text
     assert str(tmp_path) not in card.content + (folder / "run.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("--max_steps=1", "--max_steps=1"),
+        ("/home/me/my data/a=b.csv", "a=b.csv"),
+        ("--train_data=/home/me/train.csv", "--train_data=train.csv"),
+        (
+            '{"source": "/home/me/a.csv", "filter": ["fold=1"], "n": 2}',
+            '{"source": "a.csv", "filter": ["fold=1"], "n": 2}',
+        ),
+        ('[{"source": "/home/me/clips/", "root": "data/b"}]', '[{"source": "clips", "root": "data/b"}]'),
+        ("zip://*.wav::/home/me/a.zip", "zip://*.wav::a.zip"),
+        ("https://host/a/b.csv", "https://host/a/b.csv"),
+        ("{no json", "{no json"),
+    ],
+)
+def test_commands_are_told_without_this_machines_folders(tmp_path, argument, told):
+    record_run(tmp_path, ["run.py", argument], {}, seconds=1.0)
+    assert shlex.split(read_run(tmp_path)["recipe"]["command"].strip("`")) == ["python", "run.py", told]
+
+
+def test_hours_are_those_of_the_clips_that_can_be_read(trainer, sounds):
+    """Of paths and of a data set's rows alike."""
+    for sources in (sounds, [{"audio": {"path": path}} for path in sounds]):
+        describe_run(trainer, ["run.py"], CardArguments(), sources * 100)
+        assert "300 clips, 0.50 hours" in read_run(trainer.args.output_dir)["training_data"]
+
+
+@pytest.mark.parametrize("run", ["", "null", "{}", '{"recipe": null, "results": null, "training_data": null}'])
+def test_an_empty_record_is_none(trainer, tmp_path, run):
+    (tmp_path / "run" / "run.json").write_text(run)
+    write_model_card(tmp_path / "run", results=None)
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert text.count("Unknown: it was not recorded.") == 2
+    assert "None recorded." in text
+
+
+class HubChecks:
+    """Answers `validate-yaml` by what the Hub's documentation asks of a card's metadata."""
+
+    def post(self, url: str, json: dict, **kwargs) -> httpx.Response:
+        assert url.endswith("/api/validate-yaml")
+        errors = self.errors(yaml.safe_load(json["content"].split("---\n")[1]))
+        return httpx.Response(400 if errors else 200, text="\n".join(errors), request=httpx.Request("POST", url))
+
+    def errors(self, data: dict) -> list[str]:
+        emissions = data.get("co2_eq_emissions", {"emissions": 0.0, "training_type": "fine-tuning"})
+        results = [result for model in data.get("model-index", ()) for result in model["results"]]
+        metrics = [metric for result in results for metric in result["metrics"]]
+        for name in [*data.get("datasets", ()), data.get("base_model", "someone/model")]:
+            validate_repo_id(name)
+        checks = {
+            "library": data.get("library_name") == "transformers",
+            "task": data.get("pipeline_tag") in SUPPORTED_TASKS,
+            "licence": re.fullmatch(r"[a-z0-9.-]+", data.get("license", "none")),
+            "emissions": isinstance(emissions["emissions"], (int, float)),
+            "training": emissions["training_type"] in ("pre-training", "fine-tuning"),
+            "widget": all({"src", "example_title"} == set(one) for one in data.get("widget", ())),
+            "tags": all(isinstance(tag, str) for tag in data["tags"]),
+            "results": all(
+                one["task"]["type"] and one["dataset"]["type"] and one["dataset"]["name"] for one in results
+            ),
+            "metrics": all(metric["type"] and math.isfinite(metric["value"]) for metric in metrics),
+        }
+        return [f"wrong {name}: {data}" for name, passed in checks.items() if not passed]
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["nothing known", "all known"])
+@pytest.mark.parametrize(
+    ("cls", "task", "training"),
+    [
+        (ASiTModel, "feature-extraction", "pre-training"),
+        (ASiTForPreTraining, "feature-extraction", "pre-training"),
+        (ASiTForAudioClassification, "audio-classification", "fine-tuning"),
+        (ASiTForAudioFrameClassification, "audio-classification", "fine-tuning"),
+    ],
+)
+def test_cards_of_all_checkpoints_pass_the_hubs_checks(tmp_path, monkeypatch, cls, task, training, known):
+    build(cls).save_pretrained(tmp_path)
+    ASiTFeatureExtractor(num_mel_bins=MEL).save_pretrained(tmp_path)
+    facts = {}
+    if known:
+        results = [("ESC-50", "accuracy", 0.5), ("two: words", "mAP", math.nan), ("ESC-50", "loss", 1)]
+        record_run(tmp_path, ["run.py"], {"seed": 1}, 60.0, clips=3, hours=0.5, sampling_rate=16000, results=results)
+        facts = {"license": "cc-by-4.0", "datasets": ["ashraq/esc50"], "emissions": 3.5, "base_model": "me/asit"}
+        facts |= {"widget": [{"example_title": "A dog: barks", "src": "dog.flac"}], "name": "me/model"}
+    card = ModelCard.load(write_model_card(tmp_path, **facts))
+
+    monkeypatch.setattr(huggingface_hub.repocard, "get_session", HubChecks)
+    card.validate()
+    assert metadata_load(tmp_path / "README.md") == card.data.to_dict()
+    assert card.data.pipeline_tag == task
+    if known:
+        assert card.data.co2_eq_emissions == {"emissions": 3.5, "training_type": training}
+        _, told = model_index_to_eval_results(card.data.to_dict()["model-index"])
+        assert [(one.dataset_name, one.metric_type, one.metric_value) for one in told] == [
+            ("ESC-50", "accuracy", 0.5),
+            ("ESC-50", "loss", 1),
+        ]
 
 
 def test_what_is_given_goes_before_what_was_recorded(trainer, tmp_path):

@@ -213,26 +213,3 @@ def test_saved_folder_holds_the_code_that_its_auto_map_names(tmp_path):
     extractor.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "preprocessor_config.json").read_text())["auto_map"] == AUTO_MAP
     assert {path.name for path in tmp_path.glob("*.py")} == set(HUB_FILES)
-
-
-@pytest.mark.parametrize("cls", ["config", "extractor"])
-def test_push_while_saving_uploads_the_code(tmp_path, monkeypatch, cls):
-    from transformers import configuration_utils, feature_extraction_utils
-
-    from asit_hf import ASiTConfig
-
-    class Api:
-        def create_repo(self, repo_id, **kwargs):
-            return type("Repo", (), {"repo_id": repo_id})()
-
-    uploaded = set()
-
-    def upload(self, folder, repo_id, timestamps, **kwargs):
-        uploaded.update({path.name for path in Path(folder).iterdir()} - set(timestamps))
-
-    for module in (configuration_utils, feature_extraction_utils):
-        monkeypatch.setattr(module, "hf_api", lambda: Api())
-    saved = ASiTConfig() if cls == "config" else extractor
-    monkeypatch.setattr(type(saved), "_upload_modified_files", upload)
-    saved.save_pretrained(str(tmp_path), push_to_hub=True, repo_id="me/asit")
-    assert set(HUB_FILES) < uploaded

@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+from tiny import MEL, TINY, build
 from torch import nn
 from transformers import AutoModel, AutoModelForAudioClassification, AutoModelForAudioFrameClassification
 
@@ -15,23 +16,7 @@ from asit_hf import (
 from asit_hf.modeling_asit import _BlockwiseAttention, bicubic_resize_matrix
 
 CLASSES = [ASiTModel, ASiTForAudioClassification, ASiTForAudioFrameClassification]
-MEL = 32
-TINY = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 96,
-    "num_frames": 96,
-    "num_mel_bins": MEL,
-    "num_labels": 5,
-    "initializer_range": 0.2,  # large, so that positions and attention matter
-}
 ROWS = MEL // 16
-
-
-def build(cls=ASiTModel, seed: int = 0, **kwargs):
-    torch.manual_seed(seed)
-    return cls(ASiTConfig(**{**TINY, **kwargs})).eval()
 
 
 def spectrograms(batch: int, frames: int, seed: int = 1) -> torch.Tensor:

@@ -1,10 +1,21 @@
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from inspect import getdoc, signature
 from pathlib import Path
 
 import pytest
+
+from asit_hf import (
+    ASiTConfig,
+    ASiTFeatureExtractor,
+    ASiTForAudioClassification,
+    ASiTForAudioFrameClassification,
+    ASiTForPreTraining,
+    ASiTModel,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,14 +35,42 @@ import asit_hf.pretraining.trainer, asit_hf.finetuning.trainer, asit_hf.evaluati
 """
 
 
+@pytest.mark.parametrize(
+    ("documented", "names"),
+    [
+        (ASiTConfig, [name for name in vars(ASiTConfig)["__annotations__"] if name != "model_type"]),
+        (ASiTFeatureExtractor, signature(ASiTFeatureExtractor).parameters),
+        (ASiTFeatureExtractor.__call__, signature(ASiTFeatureExtractor.__call__).parameters),
+        (ASiTModel, signature(ASiTModel).parameters),
+        (ASiTModel.forward, signature(ASiTModel.forward).parameters),
+        (ASiTForAudioClassification, signature(ASiTForAudioClassification).parameters),
+        (ASiTForAudioClassification.forward, signature(ASiTForAudioClassification.forward).parameters),
+        (ASiTForAudioFrameClassification, signature(ASiTForAudioFrameClassification).parameters),
+        (ASiTForAudioFrameClassification.forward, signature(ASiTForAudioFrameClassification.forward).parameters),
+        (ASiTForPreTraining.forward, signature(ASiTForPreTraining.forward).parameters),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)
+def test_every_argument_is_documented(documented, names):
+    told = getdoc(documented).partition("Args:")[2]
+    missing = [
+        name for name in set(names) - {"self", "kwargs"} if not re.search(rf"^\s+{name}[ :(]", told, re.MULTILINE)
+    ]
+    assert len(names) > 0
+    assert not missing
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_all_that_is_needed(tmp_path):
     """Built from a copy of the sources, unpacked and used where these are not."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     sources = tmp_path / "sources"
     shutil.copytree(ROOT / "asit_hf", sources / "asit_hf", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, sources)
+    for name in ("tests", "examples", "model_cards"):  # not to be packed
+        (sources / name).mkdir()
+        (sources / name / "__init__.py").touch()
     built = subprocess.run([*command, "--wheel-dir", tmp_path, sources], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("asit_hf-*.whl")

@@ -16,15 +16,8 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 import soundfile
+from tiny import TINY
 
-TINY = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "num_frames": 96,
-    "num_mel_bins": 32,
-}
 PACKAGE = Path(__file__).parents[1]
 HUB_FILES = {"configuration_asit.py", "fbank_asit.py", "feature_extraction_asit.py", "modeling_asit.py"}
 
@@ -180,8 +173,7 @@ models = {
     "encoder": ASiTModel(ASiTConfig(**tiny)),
     "classifier": ASiTForAudioClassification(ASiTConfig(**tiny, **labels)),
     "frames": ASiTForAudioFrameClassification(ASiTConfig(**tiny, **labels)),
-    "pretraining": ASiTForPreTraining(ASiTConfig(**tiny, num_prototypes=16, distillation_hidden_size=32,
-                                                 distillation_bottleneck_size=16)),
+    "pretraining": ASiTForPreTraining(ASiTConfig(**tiny)),
 }
 values = torch.randn(1, 96, 32, generator=torch.Generator().manual_seed(0))
 outputs = {}
@@ -194,6 +186,8 @@ for name, model in models.items():
         if name in ("classifier", "frames"):
             outputs[f"{name} logits"] = model(values).logits
 torch.save(outputs, "expected.pt")
+extractor.save_pretrained("extractor", push_to_hub=True, repo_id="me/extractor")
+ASiTConfig(**tiny).save_pretrained("config", push_to_hub=True, repo_id="me/config")
 """
 
 LOAD = """
@@ -246,6 +240,8 @@ def test_a_pushed_repository_has_all_that_loading_needs(hub, pushed):
     for name in ("encoder", "classifier", "frames", "pretraining"):
         files = set(hub.repositories[f"me/{name}"])
         assert files >= {"config.json", "preprocessor_config.json", "model.safetensors", *HUB_FILES}, name
+    for name in ("extractor", "config"):  # pushed while they were saved
+        assert set(hub.repositories[f"me/{name}"]) > HUB_FILES, name
 
 
 @pytest.mark.slow
@@ -306,7 +302,6 @@ def test_pretraining_and_finetuning_push(hub, sounds, tmp_path):
     common = ["--per_device_train_batch_size", "4", "--max_steps", "2", "--use_cpu", "True", "--report_to", "none"]
     common += ["--disable_tqdm", "True", "--push_to_hub", "True"]
     overrides = ",".join(f"{name}={value}" for name, value in TINY.items())
-    overrides += ",num_prototypes=16,distillation_hidden_size=32,distillation_bottleneck_size=16"
     pretraining = ["--train_data", str(sounds), "--output_dir", str(tmp_path / "run"), "--global_seconds", "0.4"]
     pretraining += ["--config_overrides", overrides, "--num_local_crops", "0", "--picture_steps", "0"]
     script = str(PACKAGE / "examples" / "run_pretraining.py")

@@ -8,40 +8,26 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from tiny import MEL
 from torch import distributed, nn
 from torch.export import Dim
 from transformers import TorchAoConfig
 
 from asit_hf import (
-    ASiTConfig,
     ASiTForAudioClassification,
     ASiTForAudioFrameClassification,
     ASiTForPreTraining,
     ASiTModel,
 )
 
-MEL = 32
-TINY = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 96,
-    "num_frames": 96,
-    "num_mel_bins": MEL,
-    "num_labels": 5,
-    "initializer_range": 0.2,  # large, so that positions and attention matter
-    "distillation_hidden_size": 64,
-    "distillation_bottleneck_size": 32,
-    "num_prototypes": 64,
-}
 CLASSIFIERS = [ASiTForAudioClassification, ASiTForAudioFrameClassification]
 DYNAMIC = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}  # batch and time
 
 
 def build(cls=ASiTForAudioClassification, **kwargs):
-    torch.manual_seed(0)
-    return cls(ASiTConfig(**{**TINY, **kwargs})).eval()
+    return tiny.build(cls, **kwargs)
 
 
 def padded_batch(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:

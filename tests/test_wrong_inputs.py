@@ -1,19 +1,33 @@
 """What a wrong input gets: (call, exception, words that its message must hold), one row a mistake."""
 
+import sys
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+
 import numpy as np
 import pytest
+import soundfile
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
+import asit_hf
 from asit_hf import (
+    ASiTAudioClassificationPipeline,
     ASiTConfig,
     ASiTFeatureExtractor,
     ASiTForAudioClassification,
     ASiTForAudioFrameClassification,
     ASiTForPreTraining,
     ASiTModel,
+    read_audio,
 )
+from asit_hf.data import AudioReadError, ClassificationCollator, encode_labels, filter_rows, load_audio_dataset
 from asit_hf.fbank_asit import log_mel_spectrogram
+from asit_hf.finetuning.sampling import class_weights
+from asit_hf.hub import find_checkpoint
 from asit_hf.modeling_asit import classification_loss
+from asit_hf.predict import load_classifier, predict_folder
 from asit_hf.pretraining.losses import view_distillation_loss
 from asit_hf.pretraining.masking import GMML, corrupt, draw_block_masks
 from asit_hf.pretraining.objectives import get_objective
@@ -42,6 +56,38 @@ def model(cls=ASiTModel, **kwargs):
 
 def classify(labels: torch.Tensor, problem_type: str | None = None):
     return model(ASiTForAudioClassification, num_labels=3, problem_type=problem_type)(spectrogram, labels=labels)
+
+
+def collate(items: list[dict]):
+    return ClassificationCollator(extract, num_labels=3)(items)
+
+
+def read(source, **kwargs):
+    return read_audio(source, sampling_rate=RATE, **kwargs)
+
+
+def labels_of(files: Path, names: list[str]):
+    return encode_labels(load_audio_dataset(files / "table.csv"), names)
+
+
+def pipe(clips, **kwargs):
+    extractor = ASiTFeatureExtractor(num_mel_bins=32)
+    return ASiTAudioClassificationPipeline(model=model(ASiTForAudioClassification), feature_extractor=extractor)(
+        clips, **kwargs
+    )
+
+
+def without(missing: str, call, *anew: str):
+    """A call as it ends where the module `missing` is not installed, with the modules `anew` not yet imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, missing, None)
+        for module in anew:
+            patch.delitem(sys.modules, module, raising=False)
+        call()
+
+
+def importing(module: str):
+    return lambda: import_module(module), module
 
 
 WAVEFORMS = [
@@ -83,7 +129,6 @@ WAVEFORMS = [
     (lambda: ASiTFeatureExtractor(padding_side="left"), ValueError, ["right", "left"]),
 ]
 
-# huggingface_hub reports what a configuration's own validation raises as an error of its own
 CONFIGURATIONS = [
     (lambda: ASiTConfig.from_size("huge"), ValueError, ["base", "huge"]),
     (lambda: ASiTConfig(num_attention_heads=5), Exception, ["multiple of num_attention_heads", "768", "5"]),
@@ -102,6 +147,10 @@ CONFIGURATIONS = [
 
 MODELS = [
     (lambda: model()(torch.randn(2, 32, 128)), ValueError, ["32 mel bins", "(2, 32, 128)"]),
+    (lambda: model()(spectrogram[:0]), ValueError, ["(batch, frames, 32 mel bins)", "(0, 32, 32)"]),
+    (lambda: model()(spectrogram.long()), ValueError, ["float32", "int64"]),
+    (lambda: model()(spectrogram.double()), ValueError, ["float32", "float64"]),
+    (lambda: model().bfloat16()(spectrogram), ValueError, ["bfloat16", "float32"]),
     (lambda: model()(torch.randn(32, 32)), ValueError, ["(batch, frames, 32 mel bins)", "(32, 32)"]),
     (lambda: model()(spectrogram, attention_mask=torch.ones(1, 32)), ValueError, ["(2, 32)", "(1, 32)"]),
     (
@@ -109,7 +158,7 @@ MODELS = [
         ValueError,
         ["(1, 2, 2)", "(1, 2, 5)"],
     ),
-    (lambda: classify(torch.tensor([0, 1]), "ranking"), ValueError, ["multi_label", "ranking"]),
+    (lambda: classify(torch.tensor([0, 1]), "ranking"), Exception, ["multi_label", "ranking"]),
     (lambda: classify(torch.tensor([0, 1]), "multi_label_classification"), ValueError, ["(2, 3)", "(2,)"]),
     (lambda: classify(torch.rand(2, 2), "multi_label_classification"), ValueError, ["(2, 3)", "(2, 2)"]),
     (lambda: classify(torch.rand(2), "single_label_classification"), ValueError, ["(2, 3)", "(2,)"]),
@@ -161,15 +210,104 @@ PRETRAINING = [
     (lambda: draw_block_masks(torch.arange(1), 32, 40, torch.tensor([0.9]), 0.3, 32), ValueError, ["0.90", "32 x 40"]),
 ]
 
+# of a folder with the files of `files`
+FILES = [
+    (lambda files: read(files / "gone.wav"), AudioReadError, ["gone.wav", "no such file"]),
+    (lambda files: read(files), AudioReadError, ["Is a directory"]),
+    (lambda files: read(files / "text.wav"), AudioReadError, ["text.wav", "Format not recognised"]),
+    (lambda files: read(files / "empty.wav"), AudioReadError, ["empty.wav", "empty file"]),
+    (lambda files: read(files / "cut.wav"), AudioReadError, ["truncated", "3200 bytes", "1956"]),
+    (lambda files: read(files / "cut.flac"), AudioReadError, ["cut.flac", "flac decoder"]),
+    (lambda files: read(b"junk"), AudioReadError, ["bytes", "Format not recognised"]),
+    (lambda files: read(files / "good.wav", offset=9.0), AudioReadError, ["9.000 s", "0.100 s"]),
+    (lambda files: read(3), TypeError, ["path", "int"]),
+    (lambda files: read({"array": noise}), AudioReadError, ["sampling_rate", "['array']"]),
+    (lambda files: read({"array": noise, "sampling_rate": 0}), ValueError, ["whole Hz above 0", "0"]),
+    (lambda files: read_audio(files / "good.wav", sampling_rate=16000.5), ValueError, ["whole Hz", "16000.5"]),
+    (lambda files: read_audio(files / "good.wav", sampling_rate="16k"), ValueError, ["whole Hz", "'16k'"]),
+    (lambda files: load_audio_dataset(files / "nowhere.csv"), FileNotFoundError, ["no such file", "nowhere.csv"]),
+    (lambda files: load_audio_dataset(files / "header.csv"), ValueError, ["no rows", "header.csv"]),
+    (lambda files: load_audio_dataset(files / "table.csv", audio_column="sound"), ValueError, ["'sound'", "file"]),
+    (lambda files: load_audio_dataset(files / "lost.csv"), FileNotFoundError, ["lost.wav", "set root"]),
+    (lambda files: labels_of(files, ["dog", "bird"]), ValueError, ["'cat'", "dog, bird", "good.wav"]),
+    (
+        lambda files: filter_rows(load_audio_dataset(files / "table.csv"), ["fold"]),
+        ValueError,
+        ["COLUMN=VALUE", "fold"],
+    ),
+    (lambda files: find_checkpoint(files), FileNotFoundError, ["saved model", "no config.json"]),
+    (lambda files: load_classifier(files / "encoder"), ValueError, ["ASiTModel", "finetune it first"]),
+    (lambda files: predict_folder(None, files, batch_size=0), ValueError, ["batch_size", "0"]),
+]
 
-TABLE = WAVEFORMS + CONFIGURATIONS + MODELS + PRETRAINING
+BATCHES = [
+    (lambda: collate([]), ValueError, ["at least one clip", "none"]),
+    (lambda: collate([{"bad_files": [("a.wav", "empty")]}]), ValueError, ["none of the 1 clips", "a.wav"]),
+    (lambda: collate([{"waveform": noise, "label": 7}]), ValueError, ["0 to 2", "7"]),
+    (lambda: collate([{"waveform": noise, "label": "dog"}]), ValueError, ["0 to 2", "'dog'"]),
+    (lambda: collate([{"waveform": noise, "label": None}]), ValueError, ["label for every clip", "None"]),
+    (lambda: class_weights([0, 3], 3), ValueError, ["0 to 2", "3"]),
+    (lambda: pipe([noise], batch_size=0), ValueError, ["from 1 to 65536", "0"]),
+    (lambda: pipe([noise], batch_size=10**9), ValueError, ["from 1 to 65536", "1000000000"]),
+    (lambda: pipe(noise, window_seconds=0.01), ValueError, ["0.025", "0.01"]),
+    (lambda: pipe(noise, overlap=1.0), ValueError, ["[0, 1)", "1.0"]),
+    (lambda: pipe(noise, top_k="3"), ValueError, ["at least 1", "'3'"]),
+    (lambda: pipe(noise, aggregate="median"), ValueError, ["mean", "'median'"]),
+    (lambda: pipe(noise, sampling_rate=RATE), TypeError, ["sampling_rate", "window_seconds"]),
+    (lambda: pipe(noise * np.nan), AudioReadError, ["array", "finite"]),
+    (lambda: pipe(b"junk"), AudioReadError, ["bytes", "Format not recognised"]),
+    (lambda: ASiTAudioClassificationPipeline(model=model(), feature_extractor=extract), ValueError, ["ASiTModel"]),
+]
+
+EXTRAS = [
+    (lambda: without("sklearn", *importing("asit_hf.evaluation.probe")), ImportError, ["sklearn", "asit-hf[train]"]),
+    (lambda: without("evaluate", *importing("asit_hf.finetuning.metrics")), ImportError, ["evaluate", "[train]"]),
+    (lambda: without("matplotlib.axes", *importing("asit_hf.plotting")), ImportError, ["matplotlib is", "[train]"]),
+    (lambda: without("datasets", lambda: load_audio_dataset("folder")), ImportError, ["datasets", "[train]"]),
+    (
+        lambda: without(
+            "accelerate.data_loader",
+            lambda: asit_hf.ASiTPreTrainer,
+            "asit_hf.pretraining.trainer",
+            "asit_hf.data.epochs",
+        ),
+        ImportError,
+        ["accelerate is", "[train]"],
+    ),
+]
+
+
+TABLE = WAVEFORMS + CONFIGURATIONS + MODELS + PRETRAINING + FILES + BATCHES + EXTRAS
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    for name in ("good.wav", "cut.wav", "cut.flac"):
+        soundfile.write(folder / name, noise, RATE)
+    for name in ("cut.wav", "cut.flac"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:2000])
+    for name, text in {
+        "text.wav": "not a sound",
+        "empty.wav": "",
+        "header.csv": "file,label\n",
+        "table.csv": "file,label\ngood.wav,cat\n",
+        "lost.csv": "file,label\nlost.wav,cat\n",
+    }.items():
+        (folder / name).write_text(text)
+    model().save_pretrained(folder / "encoder")
+    return folder
 
 
 @pytest.mark.parametrize(
     ("call", "exception", "words"), TABLE, ids=[f"{row}-{'-'.join(words)}" for row, (_, _, words) in enumerate(TABLE)]
 )
-def test_wrong_input(call, exception, words):
+def test_wrong_input(call, exception, words, files):
     with pytest.raises(exception) as error:
-        call()
-    missing = [word for word in words if word not in str(error.value)]
-    assert not missing, f"{missing} not in: {error.value}"
+        call(*[files] * len(signature(call).parameters))
+    # what a configuration's own validation raises is wrapped by huggingface_hub, in lines of its own
+    wrapped = isinstance(error.value, StrictDataclassError)
+    message = str(error.value.__cause__ if wrapped else error.value)
+    assert "\n" not in message
+    missing = [word for word in words if word not in message]
+    assert not missing, f"{missing} not in: {message}"

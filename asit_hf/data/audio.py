@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 from math import gcd
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -335,8 +336,8 @@ def _resampled_length(num_samples: int, from_rate: int, to_rate: int) -> int:
 
 
 def _positive_rate(rate: Any) -> int:
-    if int(rate) != rate or rate <= 0:
-        raise ValueError(f"expected a sampling rate in whole Hz above 0, got {rate}")
+    if not isinstance(rate, Real) or rate <= 0 or rate % 1:
+        raise ValueError(f"expected a sampling rate in whole Hz above 0, got {rate!r}")
     return int(rate)
 
 

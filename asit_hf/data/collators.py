@@ -73,6 +73,8 @@ class ClassificationCollator:
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         for path, reason in (bad for item in items for bad in item.get("bad_files", ())):
             logger.warning("left out %s: %s", path, reason)
+        if len(items) == 0:
+            raise ValueError("expected a batch of at least one clip, got none")
         readable = [item for item in items if "waveform" in item]
         if not readable:
             raise ValueError(f"none of the {len(items)} clips of this batch can be read: {items[0]['bad_files']}, ...")

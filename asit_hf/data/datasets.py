@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..extras import extra
 from .audio import source_name
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def load_audio_dataset(
         FileNotFoundError: no such file, folder or data set, or a folder without audio.
         ValueError: a missing column or split, a damaged manifest, or an option that this kind of source does not have.
     """
-    from datasets import Audio, Dataset, IterableDataset
+    with extra("train"):
+        from datasets import Audio, Dataset, IterableDataset
 
     if isinstance(source, (Dataset, IterableDataset)):
         _refuse(

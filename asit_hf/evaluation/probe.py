@@ -5,9 +5,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.model_selection import StratifiedGroupKFold
 
+from ..extras import extra
 from ..finetuning.metrics import multi_label_metrics, single_label_metrics
+
+with extra("train"):
+    from sklearn.model_selection import StratifiedGroupKFold
 
 # Strong to weak: each fit starts from the one before.
 WEIGHT_DECAYS = tuple(10.0 ** np.arange(0, -6.5, -0.5))

@@ -2,12 +2,21 @@
 
 from collections.abc import Callable, Sequence
 
-import datasets
-import evaluate
 import numpy as np
-from scipy.special import ndtri
-from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_fscore_support, roc_auc_score
 from transformers import EvalPrediction
+
+from ..extras import extra
+
+with extra("train"):
+    import datasets
+    import evaluate
+    from scipy.special import ndtri
+    from sklearn.metrics import (
+        average_precision_score,
+        confusion_matrix,
+        precision_recall_fscore_support,
+        roc_auc_score,
+    )
 
 TOP_K = 5
 

@@ -9,8 +9,8 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 def keep_freed_memory() -> bool:
     """
     Asks glibc to keep what this process frees, for the next allocation. By itself it hands the tensors of a training
-    step back to the system and gets them anew, page by page, in the next one. The peak stays what it is; only the
-    valleys between the peaks are filled.
+    step back to the system and gets them anew, page by page, in the next one. It costs some memory: kept blocks are
+    split and do not fit every later request (measured, objective 2023: 121 against 110 MB for each added clip).
 
     Returns:
         `bool`: whether the C library has such a setting and took it.

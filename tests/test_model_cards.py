@@ -16,7 +16,11 @@ from asit_hf.cards import write_model_card
 from asit_hf.configuration_asit import HUB_FILES
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parents[1] / "model_cards").glob("*/config.json"))
-CLASSIFIERS = [folder for folder in FOLDERS if "AudioClassification" in (folder / "config.json").read_text()]
+CLASSIFIERS = [
+    folder
+    for folder in FOLDERS
+    if json.loads((folder / "config.json").read_text())["architectures"] == ["ASiTForAudioClassification"]
+]
 LARGEST = 12e6
 
 

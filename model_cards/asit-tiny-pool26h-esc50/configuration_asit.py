@@ -1,0 +1,179 @@
+"""ASiT model configuration, and what makes a saved folder load without this package."""
+
+import shutil
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+# The files that travel with every saved model, so that `trust_remote_code=True` works where the package is absent.
+HUB_FILES = ("configuration_asit.py", "fbank_asit.py", "feature_extraction_asit.py", "modeling_asit.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_asit.ASiTConfig",
+    "AutoFeatureExtractor": "feature_extraction_asit.ASiTFeatureExtractor",
+    "AutoModel": "modeling_asit.ASiTModel",
+    "AutoModelForAudioClassification": "modeling_asit.ASiTForAudioClassification",
+    "AutoModelForAudioFrameClassification": "modeling_asit.ASiTForAudioFrameClassification",
+}
+
+SIZES = {
+    "tiny": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768},
+    "small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+}
+POOLING_MODES = ("cls", "mean", "cls_mean")
+LOCAL_LOSS_PATCHES = ("all", "corrupted")
+POSITIVE_FIELDS = (
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "patch_size",
+    "distillation_hidden_size",
+    "distillation_bottleneck_size",
+    "num_prototypes",
+    "student_temperature",
+)
+
+
+def copy_hub_files(folder: str | PathLike) -> None:
+    """Copies those of the Hub files that lie beside this one into `folder`."""
+    source, target = Path(__file__).parent, Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in HUB_FILES:
+        if (source / name).is_file() and source.resolve() != target.resolve():
+            shutil.copyfile(source / name, target / name)
+
+
+@strict
+class ASiTConfig(PreTrainedConfig):
+    r"""
+    Configuration of the ASiT models ([arXiv 2211.13189](https://arxiv.org/abs/2211.13189)). The defaults give the base
+    size and the objective of the authors' 2024 release. `ASiTConfig.from_size("tiny")` gives the named sizes.
+
+    Args:
+        hidden_size (`int`, defaults to 768): width of the encoder.
+        num_hidden_layers (`int`, defaults to 12): number of transformer layers.
+        num_attention_heads (`int`, defaults to 12): attention heads per layer.
+        intermediate_size (`int`, defaults to 3072): hidden width of each layer's MLP.
+        hidden_act (`str`, defaults to `"gelu"`): activation of the MLPs.
+        hidden_dropout_prob (`float`, defaults to 0.0): dropout after the embeddings and in every layer.
+        attention_probs_dropout_prob (`float`, defaults to 0.0): dropout on attention weights.
+        drop_path_rate (`float`, defaults to 0.0): stochastic depth of the last layer, growing linearly from 0.
+        initializer_range (`float`, defaults to 0.02): standard deviation of initial weights.
+        layer_norm_eps (`float`, defaults to 1e-6): epsilon of the layer norms.
+        qkv_bias (`bool`, defaults to `True`): whether queries, keys and values have a bias.
+        patch_size (`int`, defaults to 16): side of a square patch: frames x mel bins.
+        num_mel_bins (`int`, defaults to 128): mel bins of the input.
+        num_frames (`int`, defaults to 592): frames the position embeddings were learned at; other lengths resize them.
+        pooling_mode (`str`, defaults to `"cls"`): the clip's embedding: `"cls"`, `"mean"` of the patch tokens, or
+            `"cls_mean"`, both concatenated.
+        distillation_hidden_size (`int`, defaults to 2048): width of the distillation head's MLP.
+        distillation_bottleneck_size (`int`, defaults to 256): its output width, before the prototypes.
+        num_prototypes (`int`, defaults to 8192): prototypes for the CLS token, and for patches where they are shared.
+        num_patch_prototypes (`int`, *optional*): prototypes for patch tokens in a layer of their own (1024 in the 2023
+            release, gains then frozen at 1). `None`: one layer shared with the CLS token (2024).
+        reconstruction_hidden_size (`int`, *optional*): width of the reconstruction MLP; `None`: `hidden_size`.
+        reconstruction_bottleneck_size (`int`, *optional*): its output width; `None`: `hidden_size`.
+        student_temperature (`float`, defaults to 0.1): temperature of the student's softmax.
+        global_loss_weight (`float`, defaults to 0.5): weight of the CLS loss (2023: 1).
+        local_loss_weight (`float`, defaults to 0.5): weight of the patch loss (2023: 1).
+        reconstruction_loss_weight (`float`, defaults to 1.0): weight of the L1 reconstruction loss (2023: 2).
+        local_loss_patches (`str`, defaults to `"all"`): patches that the patch loss is the mean over: `"all"`, as the
+            authors have it, or `"corrupted"`, those of which the student does not see half the pixels or more.
+
+    ```python
+    >>> from asit_hf import ASiTConfig, ASiTModel
+
+    >>> model = ASiTModel(ASiTConfig.from_size("tiny"))
+    ```"""
+
+    model_type = "asit"
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    patch_size: int = 16
+    num_mel_bins: int = 128
+    num_frames: int = 592
+    pooling_mode: str = "cls"
+
+    distillation_hidden_size: int = 2048
+    distillation_bottleneck_size: int = 256
+    num_prototypes: int = 8192
+    num_patch_prototypes: int | None = None
+    reconstruction_hidden_size: int | None = None
+    reconstruction_bottleneck_size: int | None = None
+    student_temperature: float | int = 0.1
+    global_loss_weight: float | int = 0.5
+    local_loss_weight: float | int = 0.5
+    reconstruction_loss_weight: float | int = 1.0
+    local_loss_patches: str = "all"
+
+    def validate_architecture(self) -> None:
+        """Raises `ValueError` for values that no model can be built from."""
+        for name in POSITIVE_FIELDS:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("global_loss_weight", "local_loss_weight", "reconstruction_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
+                f"{self.num_attention_heads}"
+            )
+        for name in ("num_frames", "num_mel_bins"):
+            if getattr(self, name) < self.patch_size:
+                raise ValueError(f"{name} must be at least patch_size {self.patch_size}, got {getattr(self, name)}")
+        if self.num_mel_bins % self.patch_size:
+            raise ValueError(
+                f"num_mel_bins must be a multiple of patch_size {self.patch_size}, got {self.num_mel_bins}"
+            )
+        if self.pooling_mode not in POOLING_MODES:
+            raise ValueError(f"pooling_mode must be one of {POOLING_MODES}, got {self.pooling_mode!r}")
+        if self.local_loss_patches not in LOCAL_LOSS_PATCHES:
+            raise ValueError(
+                f"local_loss_patches must be one of {LOCAL_LOSS_PATCHES}, got {self.local_loss_patches!r}"
+            )
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
+
+    @classmethod
+    def from_size(cls, size: str, **kwargs: Any) -> "ASiTConfig":
+        """The configuration of a named size, `"tiny"`, `"small"` or `"base"`; `kwargs` override its fields."""
+        if size not in SIZES:
+            raise ValueError(f"size must be one of {sorted(SIZES)}, got {size!r}")
+        return cls(**{**SIZES[size], **kwargs})
+
+    @property
+    def position_grid(self) -> tuple[int, int]:
+        """Patch columns (time) and rows (mel) that the position embeddings were learned at."""
+        return self.num_frames // self.patch_size, self.num_mel_bins // self.patch_size
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of the pooled clip embedding."""
+        return 2 * self.hidden_size if self.pooling_mode == "cls_mean" else self.hidden_size
+
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Saves `config.json` with the full `auto_map`, and the code it names beside it."""
+        self.auto_map = dict(AUTO_MAP)
+        copy_hub_files(save_directory)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def _get_files_timestamps(self, working_dir: str | PathLike) -> dict[str, float]:
+        # without the code files, so that a push uploads them although they were copied before it looked
+        return {k: v for k, v in super()._get_files_timestamps(working_dir).items() if k not in HUB_FILES}
+
+
+__all__ = ["ASiTConfig"]

@@ -1,0 +1,290 @@
+"""ASiT feature extractor: waveforms to normalised log-mel spectrograms, in batch, on the waveforms' own device."""
+
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.utils import PaddingStrategy, TensorType, logging
+
+from .configuration_asit import AUTO_MAP, HUB_FILES, copy_hub_files
+from .fbank_asit import log_mel_spectrogram, num_fbank_frames, window_and_hop
+
+logger = logging.get_logger(__name__)
+
+# no batch of clips is as short as this: a last axis of at most so many is channels, as soundfile returns them
+MAX_CHANNELS = 8
+
+RawSpeech = np.ndarray | torch.Tensor | list[float] | list[np.ndarray] | list[torch.Tensor] | list[list[float]]
+
+
+class ASiTFeatureExtractor(SequenceFeatureExtractor):
+    r"""
+    Turns waveforms into `input_values`: Kaldi log-mel filter banks normalised as `(x - mean) / (2 * std)`.
+
+    The defaults are AudioSet's statistics, those of the published checkpoints. A clip shorter than one 25 ms window is
+    filled with zeros up to one window. Padded frames hold `padding_value` and are 0 in `attention_mask`.
+
+    Args:
+        feature_size (`int`, *optional*): width of the sequences that `pad` takes: `num_mel_bins`, the default, or 1.
+        sampling_rate (`int`, defaults to 16000): rate in Hz that the waveforms must have.
+        padding_value (`float`, defaults to 0.0): value of padded frames, on the normalised scale.
+        num_mel_bins (`int`, defaults to 128): number of mel bins.
+        mean (`float`, defaults to -4.2677393): mean of the log-mel values.
+        std (`float`, defaults to 4.5689974): their standard deviation.
+        return_attention_mask (`bool`, defaults to `True`): whether `attention_mask` is returned.
+    """
+
+    model_input_names = ["input_values", "attention_mask"]
+
+    def __init__(
+        self,
+        feature_size: int | None = None,
+        sampling_rate: int = 16000,
+        padding_value: float = 0.0,
+        num_mel_bins: int = 128,
+        mean: float = -4.2677393,
+        std: float = 4.5689974,
+        return_attention_mask: bool = True,
+        **kwargs: Any,
+    ):
+        if kwargs.get("padding_side", "right") != "right":
+            raise ValueError(
+                f"padding_side must be 'right', where the models expect it, got {kwargs['padding_side']!r}"
+            )
+        feature_size = num_mel_bins if feature_size is None else feature_size
+        if feature_size not in (1, num_mel_bins):
+            raise ValueError(f"feature_size must be num_mel_bins {num_mel_bins} or 1, got {feature_size}")
+        if std <= 0:
+            raise ValueError(f"std must be positive, got {std}")
+        super().__init__(
+            feature_size=feature_size,
+            sampling_rate=sampling_rate,
+            padding_value=padding_value,
+            return_attention_mask=return_attention_mask,
+            **kwargs,
+        )
+        self.num_mel_bins = num_mel_bins
+        self.mean = mean
+        self.std = std
+
+    def normalize(self, log_mel: torch.Tensor) -> torch.Tensor:
+        """`(x - mean) / (2 * std)`, any shape."""
+        return (log_mel - self.mean) / (2 * self.std)
+
+    def extract(self, waveforms: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        The whole path from a batch of waveforms of this extractor's rate to model input, without checks or padding.
+
+        Args:
+            waveforms (`torch.Tensor` of shape `(..., samples)`): zero beyond each clip's own length.
+            lengths (`torch.Tensor` of shape `(...)`, *optional*): samples of each clip; its mean over them is removed
+                first. `None`: all of them.
+
+        Returns:
+            `torch.Tensor` of shape `(..., frames, num_mel_bins)`, float32, on the waveforms' device.
+        """
+        waveforms = waveforms.float()
+        if lengths is None:
+            waveforms = waveforms - waveforms.mean(-1, keepdim=True)
+        else:
+            real = torch.arange(waveforms.shape[-1], device=waveforms.device) < lengths[..., None]
+            mean = waveforms.sum(-1, keepdim=True) / lengths[..., None]
+            waveforms = (waveforms - mean) * real
+        log_mel = log_mel_spectrogram(waveforms, self.sampling_rate, self.num_mel_bins)
+        return log_mel.sub_(self.mean).div_(2 * self.std)  # as normalize, in place
+
+    def __call__(
+        self,
+        raw_speech: RawSpeech,
+        sampling_rate: int | None = None,
+        padding: bool | str | PaddingStrategy = True,
+        truncation: bool = False,
+        num_frames: int | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | TensorType | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """
+        Featurises one waveform or a batch of them.
+
+        Args:
+            raw_speech: one waveform of shape `(samples,)`, or a batch: a list of them or an array of shape
+                `(batch, samples)`; numpy, torch (the device is kept) or lists of floats, mono, in [-1, 1];
+                int16 and int32 PCM is scaled to that range.
+            sampling_rate (`int`): the waveforms' rate in Hz; an error unless it is this extractor's.
+            padding (`bool` or `str`, defaults to `True`): `True` or `"longest"` pads to the longest clip,
+                `"max_length"` to `num_frames`, `False` pads nothing.
+            truncation (`bool`, defaults to `False`): cut clips to `num_frames`.
+            num_frames (`int`, *optional*): the length, in frames of 10 ms, that padding and truncation aim at.
+            max_length (`int`, *optional*): another name for `num_frames`.
+            pad_to_multiple_of (`int`, *optional*): round the padded length up to a multiple of this.
+            return_attention_mask (`bool`, *optional*): overrides the extractor's own setting.
+            return_tensors (`str`, *optional*): `"pt"` or `"np"`; by default a list of numpy arrays.
+
+        Returns:
+            [`BatchFeature`] with `input_values` of shape `(batch, frames, num_mel_bins)` and, unless switched off,
+            `attention_mask` of shape `(batch, frames)`, 1 for real frames.
+
+        Raises:
+            `ValueError`: another sampling rate, more than one channel, an empty or a non-finite waveform.
+        """
+        if kwargs:
+            raise TypeError(f"unexpected arguments {sorted(kwargs)}; known: see ASiTFeatureExtractor.__call__")
+        self._check_rate(sampling_rate)
+        if None not in (num_frames, max_length) and num_frames != max_length:
+            raise ValueError(f"num_frames and max_length are one thing, got {num_frames} and {max_length}")
+        num_frames = num_frames if num_frames is not None else max_length
+        if num_frames is not None and num_frames < 1:
+            raise ValueError(f"num_frames must be at least 1, got {num_frames}")
+        strategy = self._padding_strategy(padding, truncation, num_frames)
+        clips = [self._to_tensor(clip, index) for index, clip in enumerate(self._to_clips(raw_speech))]
+
+        # a processor's cache holds one clip, an accelerator wants all at once
+        groups = [[clip] for clip in clips] if clips[0].device.type == "cpu" else [clips]
+        features = [feature for group in groups for feature in self._extract_clips(group)]
+        if truncation:
+            features = [feature[:num_frames] for feature in features]
+        target = {
+            PaddingStrategy.LONGEST: max(len(feature) for feature in features),
+            PaddingStrategy.MAX_LENGTH: num_frames,
+            PaddingStrategy.DO_NOT_PAD: None,
+        }[strategy]
+        if target is not None and pad_to_multiple_of:
+            target = -(-target // pad_to_multiple_of) * pad_to_multiple_of
+
+        outputs = {
+            "input_values": [_pad(feature, target, self.padding_value, self.padding_side) for feature in features]
+        }
+        wants_mask = self.return_attention_mask if return_attention_mask is None else return_attention_mask
+        if wants_mask:
+            masks = [torch.ones(len(feature), dtype=torch.long, device=feature.device) for feature in features]
+            outputs["attention_mask"] = [_pad(mask, target, 0, self.padding_side) for mask in masks]
+        return _to_batch_feature(outputs, return_tensors)
+
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Saves `preprocessor_config.json` with the full `auto_map`, and the code it names beside it."""
+        self.auto_map = dict(AUTO_MAP)
+        copy_hub_files(save_directory)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def _get_files_timestamps(self, working_dir: str | PathLike) -> dict[str, float]:
+        # without the code files, so that a push uploads them although they were copied before it looked
+        return {k: v for k, v in super()._get_files_timestamps(working_dir).items() if k not in HUB_FILES}
+
+    def _check_rate(self, sampling_rate: int | None) -> None:
+        if sampling_rate is None:
+            logger.warning_once(
+                f"No `sampling_rate` was passed to {type(self).__name__}; the waveforms are taken to be at "
+                f"{self.sampling_rate} Hz. Passing it turns a silent mistake into an error."
+            )
+        elif sampling_rate != self.sampling_rate:
+            raise ValueError(
+                f"This feature extractor expects waveforms at {self.sampling_rate} Hz, got {sampling_rate} Hz: "
+                "resample them first"
+            )
+
+    def _padding_strategy(
+        self, padding: bool | str | PaddingStrategy, truncation: bool, num_frames: int | None
+    ) -> PaddingStrategy:
+        if padding is True:
+            strategy = PaddingStrategy.LONGEST
+        elif padding is False:
+            strategy = PaddingStrategy.DO_NOT_PAD
+        else:
+            strategy = PaddingStrategy(padding)
+        if num_frames is None and (truncation or strategy == PaddingStrategy.MAX_LENGTH):
+            raise ValueError("padding='max_length' and truncation=True need `num_frames`, the length to aim at")
+        return strategy
+
+    @staticmethod
+    def _to_clips(raw_speech: RawSpeech) -> list:
+        if isinstance(raw_speech, (np.ndarray, torch.Tensor)):
+            if raw_speech.ndim not in (1, 2):
+                raise ValueError(
+                    "expected one waveform (samples,) or a batch (batch, samples) of mono audio, "
+                    f"got an array of shape {tuple(raw_speech.shape)}"
+                )
+            if raw_speech.shape[0] > MAX_CHANNELS >= raw_speech.shape[-1] and raw_speech.ndim == 2:
+                raise ValueError(
+                    "expected mono audio (samples,) or a batch (batch, samples), got an array of shape "
+                    f"{tuple(raw_speech.shape)}, which looks like (samples, channels)"
+                )
+            if raw_speech.ndim == 2 and len(raw_speech) == 0:
+                raise ValueError(f"expected at least one waveform, got an array of shape {tuple(raw_speech.shape)}")
+            return [raw_speech] if raw_speech.ndim == 1 else list(raw_speech)
+        if not isinstance(raw_speech, (list, tuple)):
+            raise ValueError(f"expected a numpy array, a torch tensor or a list, got {type(raw_speech).__name__}")
+        if len(raw_speech) == 0:
+            raise ValueError("expected at least one waveform, got an empty list")
+        return list(raw_speech) if np.ndim(raw_speech[0]) > 0 else [raw_speech]
+
+    @staticmethod
+    def _to_tensor(clip: np.ndarray | torch.Tensor | list[float], index: int) -> torch.Tensor:
+        if not isinstance(clip, torch.Tensor):
+            clip = _to_array(clip, index)
+        if clip.ndim != 1:
+            raise ValueError(f"waveform {index} must be mono, of shape (samples,), got shape {tuple(clip.shape)}")
+        clip = clip.detach() if isinstance(clip, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(clip))
+        if clip.dtype in (torch.int16, torch.int32):  # PCM
+            clip = clip.float() / -torch.iinfo(clip.dtype).min
+        if not clip.is_floating_point():
+            raise ValueError(
+                f"waveform {index} must be floating point in [-1, 1], or PCM as int16 or int32, got {clip.dtype}"
+            )
+        if clip.numel() == 0:
+            raise ValueError(f"waveform {index} is empty")
+        # one pass first: a finite sum has finite terms
+        if not torch.isfinite(clip.sum()) and not torch.isfinite(clip).all():
+            raise ValueError(f"waveform {index} holds values that are not finite (NaN or infinity)")
+        return clip.float()
+
+    def _extract_clips(self, clips: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Log-mel of clips of any lengths in one batch: frames never look beyond a clip's own samples."""
+        window, _ = window_and_hop(self.sampling_rate)
+        lengths = [len(clip) for clip in clips]
+        samples = max(*lengths, window)
+        batch = clips[0].new_zeros(len(clips), samples)
+        for row, clip in zip(batch, clips):
+            row[: len(clip)] = clip
+        same_length = all(length == samples for length in lengths)
+        features = self.extract(batch, None if same_length else torch.tensor(lengths, device=batch.device))
+        frames = [num_fbank_frames(max(length, window), self.sampling_rate) for length in lengths]
+        return [feature[:count] for feature, count in zip(features, frames)]
+
+
+def _to_array(clip: Any, index: int) -> np.ndarray:
+    """An array of a type that torch knows."""
+    try:
+        array = np.asarray(clip)
+    except ValueError as error:
+        raise ValueError(f"waveform {index}: expected numbers of shape (samples,), got nested sequences") from error
+    if array.dtype.kind not in "fiubc":
+        got = type(clip[0]).__name__ if isinstance(clip, (list, tuple)) else array.dtype
+        raise ValueError(f"waveform {index}: expected numbers, got {got}")
+    return array.astype(np.float32 if array.dtype.kind == "f" else array.dtype.newbyteorder("="), copy=False)
+
+
+def _pad(values: torch.Tensor, length: int | None, value: float, side: str) -> torch.Tensor:
+    """Pads the first axis to `length`."""
+    if length is None or len(values) >= length:
+        return values
+    padding = values.new_full((length - len(values), *values.shape[1:]), value)
+    return torch.cat([values, padding] if side == "right" else [padding, values])
+
+
+def _to_batch_feature(outputs: dict[str, list[torch.Tensor]], return_tensors: str | TensorType | None) -> BatchFeature:
+    if return_tensors is not None and TensorType(return_tensors) == TensorType.PYTORCH:
+        lengths = {len(value) for value in outputs["input_values"]}
+        if len(lengths) > 1:
+            raise ValueError(f"clips of {sorted(lengths)} frames cannot be stacked: use padding=True")
+        return BatchFeature({name: torch.stack(values) for name, values in outputs.items()})
+    arrays = {name: [value.cpu().numpy() for value in values] for name, values in outputs.items()}
+    return BatchFeature(arrays, tensor_type=return_tensors)
+
+
+__all__ = ["ASiTFeatureExtractor"]

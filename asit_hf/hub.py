@@ -24,7 +24,15 @@ from .pretraining.modeling import ASiTForPreTraining
 
 logger = logging.getLogger(__name__)
 
-_EXPORTED = {CONFIG_NAME, FEATURE_EXTRACTOR_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, CARD_NAME, *HUB_FILES}
+_EXPORTED = {
+    CONFIG_NAME,
+    FEATURE_EXTRACTOR_NAME,
+    SAFE_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    CARD_NAME,
+    RUN_NAME,
+    *HUB_FILES,
+}
 
 
 def export_encoder(

@@ -210,6 +210,15 @@ def test_only_earlier_exports_are_replaced(pretrained, tmp_path):
         export_encoder(folder, tmp_path / "file", overwrite=True)
 
 
+def test_an_export_that_tells_of_its_run_is_replaced(pretrained, tmp_path):
+    folder = shutil.copytree(pretrained[0], tmp_path / "run")
+    (folder / "run.json").write_text(json.dumps({"global_step": 7}))
+    for source in ("student", "teacher"):
+        output = export_encoder(folder, tmp_path / "encoder", source=source)
+    assert_bit_identical(output, pretrained[1].teacher["asit"])
+    assert json.loads((output / "run.json").read_text()) == {"global_step": 7}
+
+
 def test_a_run_cannot_replace_itself(run_folder):
     for output in (run_folder, run_folder / "checkpoint-20", run_folder.parent):
         with pytest.raises(ValueError, match="choose another folder"):

@@ -260,7 +260,11 @@ BATCHES = [
 ]
 
 EXTRAS = [
-    (lambda: without("sklearn", *importing("asit_hf.evaluation.probe")), ImportError, ["sklearn", "asit-hf[train]"]),
+    (
+        lambda: without("sklearn.model_selection", *importing("asit_hf.evaluation.probe")),
+        ImportError,
+        ["sklearn", "asit-hf[train]"],
+    ),
     (lambda: without("evaluate", *importing("asit_hf.finetuning.metrics")), ImportError, ["evaluate", "[train]"]),
     (lambda: without("matplotlib.axes", *importing("asit_hf.plotting")), ImportError, ["matplotlib is", "[train]"]),
     (lambda: without("datasets", lambda: load_audio_dataset("folder")), ImportError, ["datasets", "[train]"]),

@@ -31,6 +31,8 @@ import mfcc
 import run_audio_classification
 import run_linear_probe
 
+from asit_hf.evaluation.embeddings import POOLINGS
+
 METHODS = ("mfcc", "probe-random", "probe", "ast", "finetuned-random", "finetuned")
 
 
@@ -96,9 +98,10 @@ def run(
         options += [*(["--train_filter", *train] if train else []), *(["--test_filter", *test] if test else [])]
         if method == "mfcc":
             return {name: [result["mean"]] for name, result in mfcc.main(options).items()}
-        options += ["--model_name_or_path", args.model_name_or_path, "--pooling", args.pooling, "--batch_size", "32"]
+        options += ["--model_name_or_path", args.model_name_or_path, "--batch_size", "32"]
+        options += ["--pooling", args.probe_pooling or args.pooling, "--num_layers", str(args.num_layers)]
         results = run_linear_probe.main([*options, *(["--random_init"] if method == "probe-random" else [])], known)
-        return {"accuracy": [seed["linear"]["accuracy"] for seed in results["runs"]]}
+        return {fit: [seed[fit]["accuracy"] for seed in results["runs"]] for fit in ("linear", "ridge")}
     options = [*shared, "--model_name_or_path", args.model_name_or_path, "--output_dir", str(out / "run")]
     options += ["--train_data", task["train"], "--eval_data", test_data, "--seed", str(args.seeds[0])]
     options += [*(["--train_filter", *train] if train else []), *(["--eval_filter", *test] if test else [])]
@@ -148,6 +151,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="TASK", help="these tasks; by default all")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--pooling", default="cls_mean", help="of probe and classifier")
+    parser.add_argument("--probe_pooling", choices=POOLINGS, help="of the probe, where it is another")
+    parser.add_argument("--num_layers", type=int, default=1, help="that the probe concatenates, the last ones")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the probes; finetuning: the first")
     return parser.parse_args(arguments)
 

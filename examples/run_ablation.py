@@ -4,8 +4,8 @@ Pretrains with every row of an ablation and several seeds, probes what came out,
     python examples/run_ablation.py --recipe examples/recipes/esc50-asc-ablations.yaml --output_dir runs/ablations
 
 A row is a recipe of `run_pretraining.py` that says what it changes in those of `--base`, or `random`: the same
-encoder, not trained. A probe is what `run_linear_probe.py` does, a linear and a kNN one. Stopped? The same command
-goes on: what is finished is not run again, and pretraining goes on from its last checkpoint.
+encoder, not trained. A probe is what `run_linear_probe.py` does, two linear ones and a kNN one. Stopped? The same
+command goes on: what is finished is not run again, and pretraining goes on from its last checkpoint.
 
 The output folder holds `table.md`, `table.csv`, `results.json` and `plot.png`, written anew after every run, and a
 folder `ROW/seed-N` with the model of each. The spread is the standard deviation over seeds (n - 1), the cost the time
@@ -33,7 +33,7 @@ from asit_hf.recipes import option_arguments, parse_arguments, recipe_arguments
 logger = logging.get_logger(__name__)
 
 RANDOM = "random"
-METHODS = ("linear", "knn")
+METHODS = ("linear", "ridge", "knn")
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """
-What an encoder's frozen embeddings are worth: a linear and a k-nearest-neighbour probe on labelled audio.
+What an encoder's frozen embeddings are worth: linear probes (`linear` is logistic regression, `ridge` least squares,
+which suits wide embeddings) and one of k nearest neighbours, on labelled audio.
 
     python examples/run_linear_probe.py --model_name_or_path CHECKPOINT --train train.csv --test test.csv
     python examples/run_linear_probe.py --random_init --size tiny --train esc50.csv --root audio \
@@ -23,7 +24,7 @@ from asit_hf.data.audio import AudioReadError, source_name
 from asit_hf.data.crops import LabelledClips
 from asit_hf.data.datasets import find_group_column, label_names
 from asit_hf.evaluation.embeddings import POOLINGS, embed, load_encoder
-from asit_hf.evaluation.probe import knn_probe, linear_probe
+from asit_hf.evaluation.probe import knn_probe, linear_probe, ridge_probe
 from asit_hf.finetuning import load_labelled_dataset, problem_type_of
 
 
@@ -110,8 +111,9 @@ def main(argv: list[str] | None = None, known: dict[tuple, np.ndarray] | None = 
             seconds += time.perf_counter() - start
         train_x, test_x = embeddings
         linear = linear_probe(train_x, train_y, test_x, test_y, seed, groups)
+        ridge = ridge_probe(train_x, train_y, test_x, test_y, seed, groups)
         knn = knn_probe(train_x, train_y, test_x, test_y, args.k)
-        runs.append({"seed": seed, "linear": linear, "knn": knn})
+        runs.append({"seed": seed, "linear": linear, "ridge": ridge, "knn": knn})
 
     results = {
         "model": args.model_name_or_path if not args.random_init else f"random {args.model_name_or_path or args.size}",
@@ -124,7 +126,7 @@ def main(argv: list[str] | None = None, known: dict[tuple, np.ndarray] | None = 
         "classes": len(label_names(train)),
         "group_column": group_column,
         "embedding_seconds": round(seconds, 1),
-        "summary": {probe: summary([run[probe] for run in runs]) for probe in ("linear", "knn")},
+        "summary": {probe: summary([run[probe] for run in runs]) for probe in ("linear", "ridge", "knn")},
         "runs": runs,
     }
     print_table(results)

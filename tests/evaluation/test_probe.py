@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 
-from asit_hf.evaluation.probe import knn_probe, linear_probe
+from asit_hf.evaluation.probe import knn_probe, linear_probe, ridge_probe
 
 
 def gaussians(seed: int, clips: int = 400, classes: int = 4, distance: float = 2.0, noise: int = 20):
@@ -23,17 +23,19 @@ def one_hot(labels: np.ndarray) -> np.ndarray:
     return np.eye(4, dtype=int)[labels]
 
 
-def test_linear_probe_finds_separable_classes_whatever_the_scales():
-    result = linear_probe(TRAIN_X, TRAIN_Y, TEST_X, TEST_Y, seed=0)
+@pytest.mark.parametrize("probe", [linear_probe, ridge_probe])
+def test_separable_classes_are_found_whatever_the_scales(probe):
+    result = probe(TRAIN_X, TRAIN_Y, TEST_X, TEST_Y, seed=0)
     assert result["accuracy"] > 0.95
     assert result["validation_accuracy"] > 0.9
-    scaled = linear_probe(TRAIN_X * 1000 + 5, TRAIN_Y, TEST_X * 1000 + 5, TEST_Y, seed=0)
+    scaled = probe(TRAIN_X * 1000 + 5, TRAIN_Y, TEST_X * 1000 + 5, TEST_Y, seed=0)
     assert scaled["accuracy"] == pytest.approx(result["accuracy"], abs=0.01)
 
 
-def test_linear_probe_is_deterministic():
-    first = linear_probe(TRAIN_X, TRAIN_Y, TEST_X, TEST_Y, seed=3)
-    assert linear_probe(TRAIN_X, TRAIN_Y, TEST_X, TEST_Y, seed=3) == first
+@pytest.mark.parametrize("probe", [linear_probe, ridge_probe])
+def test_a_probe_is_deterministic(probe):
+    first = probe(TRAIN_X, TRAIN_Y, TEST_X, TEST_Y, seed=3)
+    assert probe(TRAIN_X, TRAIN_Y, TEST_X, TEST_Y, seed=3) == first
 
 
 def test_the_seed_draws_the_validation_part():
@@ -56,26 +58,39 @@ def test_the_fit_is_logistic_regression():
     assert result["accuracy"] == pytest.approx(reference.score((test_x - mean) / std, test_y), abs=0.006)
 
 
-def test_regularisation_is_chosen_on_the_training_set():
+@pytest.mark.parametrize("clips", [40, 400], ids=["wide", "tall"])
+def test_the_closed_form_is_ridge_regression(clips):
+    train_x, train_y = gaussians(0, clips=clips, distance=0.5, noise=60)
+    test_x, test_y = gaussians(1, distance=0.5, noise=60)
+    result = ridge_probe(train_x, train_y, test_x, test_y, weight_decays=[0.1])
+    mean, std = train_x.mean(0), train_x.std(0)
+    reference = Ridge(alpha=0.1 * clips).fit((train_x - mean) / std, one_hot(train_y))
+    accuracy = (reference.predict((test_x - mean) / std).argmax(-1) == test_y).mean()
+    assert result["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+
+
+@pytest.mark.parametrize("probe", [linear_probe, ridge_probe])
+def test_regularisation_is_chosen_on_the_training_set(probe):
     """Few clips in many dimensions of noise: a strong decay is right, and the test labels cannot change the choice."""
     train_x, train_y = gaussians(0, clips=200, distance=0.7, noise=200)
     test_x, test_y = gaussians(1, distance=0.7, noise=200)
-    chosen = linear_probe(train_x, train_y, test_x, test_y)
-    weak = linear_probe(train_x, train_y, test_x, test_y, weight_decays=[1e-6])
+    chosen = probe(train_x, train_y, test_x, test_y)
+    weak = probe(train_x, train_y, test_x, test_y, weight_decays=[1e-6])
     assert chosen["weight_decay"] > 1e-3
     assert chosen["accuracy"] > weak["accuracy"] + 0.02
-    shuffled = linear_probe(train_x, train_y, test_x, np.random.default_rng(0).permutation(test_y))
+    shuffled = probe(train_x, train_y, test_x, np.random.default_rng(0).permutation(test_y))
     assert shuffled["weight_decay"] == chosen["weight_decay"]
 
 
-def test_groups_are_not_split():
+@pytest.mark.parametrize("probe", [linear_probe, ridge_probe])
+def test_groups_are_not_split(probe):
     """Clips of one group are copies: split by clip they are recognised, split by group they are at chance."""
     generator = np.random.default_rng(0)
     groups = np.repeat(np.arange(40), 5)
     train_x, train_y = generator.normal(size=(40, 64))[groups], generator.integers(0, 4, 40)[groups]
     options = {"weight_decays": [1e-3], "seed": 0}
-    leaky = linear_probe(train_x, train_y, TEST_X[:, :8].repeat(8, 1), TEST_Y, **options)
-    honest = linear_probe(train_x, train_y, TEST_X[:, :8].repeat(8, 1), TEST_Y, groups=groups, **options)
+    leaky = probe(train_x, train_y, TEST_X[:, :8].repeat(8, 1), TEST_Y, **options)
+    honest = probe(train_x, train_y, TEST_X[:, :8].repeat(8, 1), TEST_Y, groups=groups, **options)
     assert leaky["validation_accuracy"] > 0.9
     assert honest["validation_accuracy"] < 0.6
 
@@ -93,6 +108,7 @@ def test_multi_label_probes():
     linear = linear_probe(TRAIN_X, one_hot(TRAIN_Y), TEST_X, one_hot(TEST_Y))
     assert linear["mAP"] > 0.95
     assert linear["validation_mAP"] > 0.9
+    assert ridge_probe(TRAIN_X, one_hot(TRAIN_Y), TEST_X, one_hot(TEST_Y))["mAP"] > 0.95
     knn = knn_probe(TRAIN_X[:, :8], one_hot(TRAIN_Y), TEST_X[:, :8], one_hot(TEST_Y))
     assert knn["mAP"] > 0.9
 
@@ -111,7 +127,7 @@ def test_knn_by_hand():
     assert knn_probe(train_x, [0, 1, 1], test_x[:1], [0], k=3, temperature=100.0)["accuracy"] == 0
 
 
-@pytest.mark.parametrize("probe", [linear_probe, knn_probe])
+@pytest.mark.parametrize("probe", [linear_probe, ridge_probe, knn_probe])
 def test_wrong_input(probe):
     with pytest.raises(ValueError, match="of one width"):
         probe(TRAIN_X, TRAIN_Y, TEST_X[:, 1:], TEST_Y)

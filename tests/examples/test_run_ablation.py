@@ -97,7 +97,9 @@ def test_every_row_is_pretrained_probed_and_in_the_table(script, recipe, capsys)
     assert (line["seeds"], line["steps"], line["metric"]) == ("2", "1", "accuracy")
     table = (out / "table.md").read_text()
     assert table in capsys.readouterr().out
-    assert table.splitlines()[0].startswith("| row | tones, linear accuracy | tones, knn accuracy | seeds | steps |")
+    assert table.splitlines()[0].startswith(
+        "| row | tones, linear accuracy | tones, ridge accuracy | tones, knn accuracy | seeds | steps |"
+    )
     assert f"{100 * np.mean(accuracies):.1f} ± {100 * np.std(accuracies, ddof=1):.1f}" in table
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
 

@@ -100,8 +100,9 @@ def run(
             return {name: [result["mean"]] for name, result in mfcc.main(options).items()}
         options += ["--model_name_or_path", args.model_name_or_path, "--batch_size", "32"]
         options += ["--pooling", args.probe_pooling or args.pooling, "--num_layers", str(args.num_layers)]
+        options += ["--methods", *args.fits]
         results = run_linear_probe.main([*options, *(["--random_init"] if method == "probe-random" else [])], known)
-        return {fit: [seed[fit]["accuracy"] for seed in results["runs"]] for fit in ("linear", "ridge")}
+        return {fit: [seed[fit]["accuracy"] for seed in results["runs"]] for fit in args.fits}
     options = [*shared, "--model_name_or_path", args.model_name_or_path, "--output_dir", str(out / "run")]
     options += ["--train_data", task["train"], "--eval_data", test_data, "--seed", str(args.seeds[0])]
     options += [*(["--train_filter", *train] if train else []), *(["--eval_filter", *test] if test else [])]
@@ -153,6 +154,9 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pooling", default="cls_mean", help="of probe and classifier")
     parser.add_argument("--probe_pooling", choices=POOLINGS, help="of the probe, where it is another")
     parser.add_argument("--num_layers", type=int, default=1, help="that the probe concatenates, the last ones")
+    parser.add_argument(
+        "--fits", nargs="+", choices=("linear", "ridge"), default=["linear"], help="the better of these"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the probes; finetuning: the first")
     return parser.parse_args(arguments)
 

@@ -33,7 +33,6 @@ from asit_hf.recipes import option_arguments, parse_arguments, recipe_arguments
 logger = logging.get_logger(__name__)
 
 RANDOM = "random"
-METHODS = ("linear", "ridge", "knn")
 
 
 @dataclass
@@ -91,7 +90,7 @@ def run_cell(args: AblationArguments, row: str, seed: int) -> dict[str, Any]:
     for name, command in read_probes(args.probes).items():
         model = ["--model_name_or_path", str(folder / "pretraining"), "--source", args.source, "--seeds", str(seed)]
         (run,) = run_linear_probe.main([*command, *model])["runs"]
-        result["probes"][name] = {method: run[method] for method in METHODS}
+        result["probes"][name] = {method: run[method] for method in run_linear_probe.METHODS if method in run}
     write_json(finished, result)
     return result
 

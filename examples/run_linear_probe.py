@@ -27,6 +27,8 @@ from asit_hf.evaluation.embeddings import POOLINGS, embed, load_encoder
 from asit_hf.evaluation.probe import knn_probe, linear_probe, ridge_probe
 from asit_hf.finetuning import load_labelled_dataset, problem_type_of
 
+METHODS = ("linear", "ridge", "knn")
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,6 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_seconds", type=float, help="use only the beginning of longer clips")
     parser.add_argument("--pooling", choices=POOLINGS, default="cls")
     parser.add_argument("--num_layers", type=int, default=1, help="concatenate this many last layers")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="these probes")
     parser.add_argument("--k", type=int, default=20, help="neighbours")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of cross-validation and fresh weights"
@@ -110,10 +113,13 @@ def main(argv: list[str] | None = None, known: dict[tuple, np.ndarray] | None = 
             embeddings = embed_both(args, train, test, seed, known)
             seconds += time.perf_counter() - start
         train_x, test_x = embeddings
-        linear = linear_probe(train_x, train_y, test_x, test_y, seed, groups)
-        ridge = ridge_probe(train_x, train_y, test_x, test_y, seed, groups)
-        knn = knn_probe(train_x, train_y, test_x, test_y, args.k)
-        runs.append({"seed": seed, "linear": linear, "ridge": ridge, "knn": knn})
+        fits = {
+            "linear": lambda *sets: linear_probe(*sets, seed, groups),
+            "ridge": lambda *sets: ridge_probe(*sets, seed, groups),
+            "knn": lambda *sets: knn_probe(*sets, args.k),
+        }
+        sets = (train_x, train_y, test_x, test_y)
+        runs.append({"seed": seed, **{method: fits[method](*sets) for method in args.methods}})
 
     results = {
         "model": args.model_name_or_path if not args.random_init else f"random {args.model_name_or_path or args.size}",
@@ -126,7 +132,7 @@ def main(argv: list[str] | None = None, known: dict[tuple, np.ndarray] | None = 
         "classes": len(label_names(train)),
         "group_column": group_column,
         "embedding_seconds": round(seconds, 1),
-        "summary": {probe: summary([run[probe] for run in runs]) for probe in ("linear", "ridge", "knn")},
+        "summary": {probe: summary([run[probe] for run in runs]) for probe in args.methods},
         "runs": runs,
     }
     print_table(results)

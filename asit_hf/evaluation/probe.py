@@ -15,7 +15,7 @@ with extra("train"):
 # Strong to weak: each fit starts from the one before.
 WEIGHT_DECAYS = tuple(10.0 ** np.arange(0, -6.5, -0.5))
 # Of least squares: all come out of one decomposition.
-RIDGE_WEIGHT_DECAYS = tuple(10.0 ** np.arange(2, -4.5, -0.5))
+RIDGE_WEIGHT_DECAYS = tuple(10.0 ** np.arange(2, -6.5, -0.5))
 # The search ends when so many weaker ones in a row were no better: the weak ones take longest to fit.
 PATIENCE = 3
 

@@ -27,7 +27,7 @@ from asit_hf.evaluation.embeddings import POOLINGS, embed, load_encoder
 from asit_hf.evaluation.probe import knn_probe, linear_probe, ridge_probe
 from asit_hf.finetuning import load_labelled_dataset, problem_type_of
 
-METHODS = ("linear", "ridge", "knn")
+METHODS = {"linear": linear_probe, "ridge": ridge_probe, "knn": knn_probe}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_seconds", type=float, help="use only the beginning of longer clips")
     parser.add_argument("--pooling", choices=POOLINGS, default="cls")
     parser.add_argument("--num_layers", type=int, default=1, help="concatenate this many last layers")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="these probes")
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="these probes")
     parser.add_argument("--k", type=int, default=20, help="neighbours")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of cross-validation and fresh weights"
@@ -113,13 +113,13 @@ def main(argv: list[str] | None = None, known: dict[tuple, np.ndarray] | None = 
             embeddings = embed_both(args, train, test, seed, known)
             seconds += time.perf_counter() - start
         train_x, test_x = embeddings
-        fits = {
-            "linear": lambda *sets: linear_probe(*sets, seed, groups),
-            "ridge": lambda *sets: ridge_probe(*sets, seed, groups),
-            "knn": lambda *sets: knn_probe(*sets, args.k),
+        options = {
+            "linear": {"seed": seed, "groups": groups},
+            "ridge": {"seed": seed, "groups": groups},
+            "knn": {"k": args.k},
         }
         sets = (train_x, train_y, test_x, test_y)
-        runs.append({"seed": seed, **{method: fits[method](*sets) for method in args.methods}})
+        runs.append({"seed": seed, **{method: METHODS[method](*sets, **options[method]) for method in args.methods}})
 
     results = {
         "model": args.model_name_or_path if not args.random_init else f"random {args.model_name_or_path or args.size}",

@@ -90,7 +90,7 @@ def test_every_row_is_pretrained_probed_and_in_the_table(script, recipe, capsys)
     accuracies = [result["probes"]["tones"]["linear"]["accuracy"] for result in results if result["row"] == "full"]
     with open(out / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 * 2
+    assert len(rows) == 3 * 3
     (line,) = [row for row in rows if (row["row"], row["method"]) == ("full", "linear")]
     assert float(line["mean"]) == pytest.approx(np.mean(accuracies))
     assert float(line["spread"]) == pytest.approx(np.std(accuracies, ddof=1))

@@ -30,6 +30,7 @@ import ast_from_scratch
 import mfcc
 import run_audio_classification
 import run_linear_probe
+from run_ablation import check_settings
 
 from asit_hf.evaluation.embeddings import POOLINGS
 
@@ -116,6 +117,18 @@ def run(
     return {"accuracy": [run_audio_classification.main(options)["eval_accuracy"]]}
 
 
+def settings_of(method: str, task: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """What a method's results depend on."""
+    if method == "mfcc":
+        names = ["seeds"]
+    elif method in ("probe", "probe-random"):
+        names = ["model_name_or_path", "pooling", "probe_pooling", "num_layers", "fits", "seeds"]
+    else:
+        names = ["model_name_or_path", "pooling"]
+    settings = {name: getattr(args, name) for name in names}
+    return {"task": task, **settings, "seed": args.seeds[0]}
+
+
 def summarise(task: str, method: str, results: list[dict[str, list[float]]]) -> dict[str, Any]:
     """The best of a method's scores: the mean over splits, seed by seed, its mean and spread over seeds."""
     rows = []
@@ -177,6 +190,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             for split, train, test in splits(task):
                 out = args.output_dir / name / split / method
                 result = out / "result.json"
+                check_settings(out, settings_of(method, task, args))
                 if not result.is_file():
                     scores = run(method, task, train, test, args, out, known)
                     out.mkdir(parents=True, exist_ok=True)

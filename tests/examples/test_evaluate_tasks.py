@@ -83,6 +83,8 @@ def test_every_method_gets_a_row_and_is_not_run_twice(script, encoder, tasks, tm
     kept.write_text(json.dumps({"accuracy": [0.25, 0.75]}))
     (row,) = script.main([*options, "--only", "pitch", "--methods", "probe"])
     assert (row["mean"], row["std"]) == (0.5, 0.25)
+    with pytest.raises(ValueError, match="run with other settings"):
+        script.main([*options, "--only", "pitch", "--methods", "probe", "--pooling", "mean"])
 
 
 def test_folds_leave_one_out_and_labels_come_from_names(script, encoder, tasks, tmp_path):

@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 OLDEST_PIP := $(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt
 AUDIO ?=
 OUT ?= demo_output
-MODEL ?=
+MODEL ?= model_cards/asit-tiny-pool26h-esc50
 # all cores for the process that runs; tests and loader workers set their own
 export OMP_NUM_THREADS ?= $(shell nproc)
 
@@ -58,7 +58,7 @@ common: $(VENV)/ready
 # a page in the browser, to try a checkpoint on a sound
 space: $(VENV)/ready
 	$(PIP) --editable ".[space]"
-	$(BIN)/python examples/space/app.py $(if $(MODEL),--model "$(MODEL)")
+	$(BIN)/python examples/space/app.py --model "$(MODEL)"
 
 # that page in headless Chromium; skipped with a message where Debian's chromium and chromium-driver are not installed
 browser: $(VENV)/ready

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..cards import ModelCardMixin
 from ..data.epochs import EpochCallback
+from ..processor import warn_of_emulated_bf16
 from .metrics import MAIN_METRIC
 from .optimisation import average_weights, parameter_groups, smooth_labels, step_decay
 
@@ -72,6 +73,7 @@ class FinetuningTrainer(ModelCardMixin, Trainer):
         self.add_callback(EpochCallback(self.train_dataset))
         if args.average_last_epochs:
             self.add_callback(_EpochWeights(lambda folder: self.save_model(str(folder), _internal_call=True)))
+        warn_of_emulated_bf16(args)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple:
         values = super().set_initial_training_values(args, dataloader)

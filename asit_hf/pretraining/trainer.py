@@ -20,9 +20,9 @@ from ..data.collators import collate_crops
 from ..data.epochs import EpochCallback
 from ..data.workers import clear_worker_errors
 from ..feature_extraction_asit import ASiTFeatureExtractor
+from ..processor import keep_freed_memory, warn_of_emulated_bf16
 from .checkpoints import UNFINISHED, describe_failed_save, on_termination, publish
 from .masking import FILLINGS, GMML, PATTERNS, corrupt, mix_keys
-from .memory import keep_freed_memory
 from .modeling import ASiTForPreTraining, ASiTForPreTrainingOutput
 from .monitoring import CollapseCallback
 from .objectives import get_objective
@@ -329,6 +329,7 @@ class ASiTPreTrainer(ModelCardMixin, Trainer):
         shutil.rmtree(Path(self.args.output_dir) / UNFINISHED, ignore_errors=True)  # of a run that was killed
         if self.args.keep_freed_memory and self.args.device.type == "cpu":
             keep_freed_memory()
+        warn_of_emulated_bf16(self.args)
         with on_termination(self._ask_to_stop), clear_worker_errors():
             return super().train(*args, **kwargs)
 

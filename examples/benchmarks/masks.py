@@ -9,8 +9,8 @@ from common import Report, Row, medians, run_alone, spread, threads, time_interl
 from official_loop import corrupt_in_python
 
 from asit_hf.pretraining.masking import corrupt, draw_keys
-from asit_hf.pretraining.memory import keep_freed_memory
 from asit_hf.pretraining.objectives import OBJECTIVES
+from asit_hf.processor import keep_freed_memory
 
 TARGET = 20.0
 

@@ -34,9 +34,9 @@ from asit_hf.data.audio import read_audio
 from asit_hf.data.collators import collate_crops
 from asit_hf.fbank_asit import _mel_filters
 from asit_hf.pretraining.masking import corrupt
-from asit_hf.pretraining.memory import keep_freed_memory
 from asit_hf.pretraining.objectives import get_objective
 from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
+from asit_hf.processor import keep_freed_memory
 
 RATE = 16000
 LONG_RATE = 24000  # of the long files, so that crops are resampled

@@ -42,7 +42,7 @@ from asit_hf.data.audio import AudioReadError, source_name
 from asit_hf.evaluation.embeddings import load_encoder
 from asit_hf.finetuning import load_labelled_dataset, problem_type_of
 from asit_hf.finetuning.augmentation import Augmentation, TrainingClips
-from asit_hf.finetuning.metrics import compute_metrics_for, confusion_counts, per_class_report
+from asit_hf.finetuning.metrics import TOP_K, compute_metrics_for, confusion_counts, per_class_report
 from asit_hf.finetuning.sampling import balanced_weights
 from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer
 from asit_hf.recipes import parse_arguments
@@ -50,7 +50,7 @@ from asit_hf.recipes import parse_arguments
 logger = logging.get_logger(__name__)
 
 MAX_CLASSES_OF_PICTURE = 100
-CARD_METRICS = ("accuracy", "top_5_accuracy", "mAP", "mAUC", "mse")
+CARD_METRICS = ("accuracy", f"top{TOP_K}_accuracy", "mAP", "mAUC", "mse")
 
 
 @dataclass
@@ -139,10 +139,13 @@ class DataArguments:
 
     def hold_out(self, fold: str) -> None:
         """Train on the other folds, evaluate on this one."""
-        others = ",".join(other for other in self.folds.split(",") if other != fold)
+        others = ",".join(other for other in self.fold_names() if other != fold)
         self.train_filter = [*self.train_filter, f"{self.fold_column}={others}"]
         self.eval_filter = [*self.eval_filter, f"{self.fold_column}={fold}"]
         self.eval_data, self.eval_split = self.train_data, self.train_split
+
+    def fold_names(self) -> list[str]:
+        return [fold.strip() for fold in self.folds.split(",")]
 
     def _use_layout(self) -> None:
         if self.dataset_layout not in BENCHMARKS:
@@ -157,8 +160,9 @@ class DataArguments:
     def _check_folds(self) -> None:
         if self.eval_data or self.eval_split or self.eval_filter or self.validation_split:
             raise ValueError("folds are evaluated on each other: leave out --eval_* and --validation_split")
-        if len(set(self.folds.split(","))) < 2:
-            raise ValueError(f"folds must name at least two, as 1,2,3; got {self.folds!r}")
+        folds = self.fold_names()
+        if len(folds) < 2 or len(set(folds)) < len(folds):
+            raise ValueError(f"folds must name at least two, each once, as 1,2,3; got {self.folds!r}")
 
 
 @dataclass
@@ -381,12 +385,12 @@ def summarise_folds(results: dict[str, dict[str, float]]) -> dict[str, float]:
 def best_common_epoch(histories: list[list[dict]], metric: str, greater_is_better: bool) -> dict[str, float]:
     """
     The evaluation at which the mean over folds is best, `best_common_epoch`, and that mean: AST's rule for ESC-50. It
-    is chosen by the clips that it scores; the plain mean of a run that keeps the last epoch is not.
+    is chosen by the clips that it scores; the plain mean of a run that keeps the last epoch is not. Evaluations that
+    not all folds have, as those by steps of folds of other sizes, are left out.
     """
     key = f"eval_{metric.removeprefix('eval_')}"
     rows = [[row for row in history if key in row] for history in histories]
-    curves = np.array([[row[key] for row in rows_of_fold] for rows_of_fold in rows])
-    means = curves.mean(0)
+    means = np.array([np.mean([row[key] for row in evaluated]) for evaluated in zip(*rows)])
     if means.size == 0:
         return {}
     best = int(means.argmax() if greater_is_better else means.argmin())
@@ -399,7 +403,7 @@ def main(arguments: list[str] | None = None, build: Callable = build_model) -> d
     data_args, args = parsed[1], parsed[-1]
     logging.set_verbosity_info() if args.should_log else logging.set_verbosity_warning()
     if data_args.folds is not None:
-        return cross_validate(arguments, data_args.folds.split(","), args, build)
+        return cross_validate(arguments, data_args.fold_names(), args, build)
     return finetune(*parsed, arguments, build=build)[0]
 
 

@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,14 @@ from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.cards import CardArguments, describe_run
-from asit_hf.data import BENCHMARKS, ClassificationCollator, LabelledClips, label_names, split_dataset
+from asit_hf.data import (
+    BENCHMARKS,
+    ClassificationCollator,
+    LabelledClips,
+    filter_rows,
+    label_names,
+    split_dataset,
+)
 from asit_hf.data.audio import AudioReadError, source_name
 from asit_hf.evaluation.embeddings import load_encoder
 from asit_hf.finetuning import load_labelled_dataset, problem_type_of
@@ -138,11 +146,16 @@ class DataArguments:
             raise ValueError("give --validation_split or --validation_fraction, not both")
 
     def hold_out(self, fold: str) -> None:
-        """Train on the other folds, evaluate on this one."""
+        """Train on the other folds, evaluate on this one; `train_filter` holds for both."""
         others = ",".join(other for other in self.fold_names() if other != fold)
+        self.eval_filter = [*self.train_filter, f"{self.fold_column}={fold}"]
         self.train_filter = [*self.train_filter, f"{self.fold_column}={others}"]
-        self.eval_filter = [*self.eval_filter, f"{self.fold_column}={fold}"]
         self.eval_data, self.eval_split = self.train_data, self.train_split
+
+    def reading(self) -> dict[str, Any]:
+        """What `load_labelled_dataset` needs to know of the training and of the evaluation data."""
+        names = ("audio_column", "label_column", "root", "strict")
+        return {**{name: getattr(self, name) for name in names}, "layout": self.dataset_layout}
 
     def fold_names(self) -> list[str]:
         return [fold.strip() for fold in self.folds.split(",")]
@@ -185,8 +198,7 @@ def load_data(args: DataArguments, seed: int, chooses: bool = True) -> tuple[Dat
     (training, validation, evaluation) data; the last two are the same unless both were asked for. `chooses`: whether
     the validation data choose a checkpoint.
     """
-    reading = {name: getattr(args, name) for name in ("audio_column", "label_column", "root", "strict")}
-    reading["layout"] = args.dataset_layout
+    reading = args.reading()
     train = load_labelled_dataset(
         args.train_data, args.train_filter, split=args.train_split, check_files=args.check_train_files, **reading
     )
@@ -357,6 +369,12 @@ def cross_validate(
     """Leaves out one fold after the other; each has its own output folder and its own arguments, parsed anew."""
     if args.push_to_hub:
         raise ValueError("folds give one model each: push the one you choose, not all of them with --push_to_hub")
+    data_args = parse_arguments(GROUPS, arguments)[1]
+    reading = {**data_args.reading(), "split": data_args.train_split, "check_files": False}
+    dataset = load_labelled_dataset(data_args.train_data, data_args.train_filter, **reading)
+    for fold in folds:  # now, not after hours of the others
+        if len(filter_rows(dataset, [f"{data_args.fold_column}={fold}"])) == 0:
+            raise ValueError(f"no row of {data_args.train_data} has {data_args.fold_column} {fold!r}")
     results, histories = {}, []
     for fold in folds:
         parsed = parse_arguments(GROUPS, [*arguments, "--output_dir", os.path.join(args.output_dir, f"fold-{fold}")])

@@ -20,7 +20,10 @@ def parse_arguments(dataclass_types: tuple[type, ...], arguments: list[str] | No
     recipe_parser.add_argument("--recipe", metavar="FILE", nargs="+", action="extend", default=[])
     chosen, arguments = recipe_parser.parse_known_args(arguments)
     recipe = [argument for path in chosen.recipe for argument in recipe_arguments(path)]
-    parser = HfArgumentParser(dataclass_types, epilog="--recipe FILE ... reads options from yaml or json files.")
+    # no abbreviations: a misspelt option of a recipe must not pass for another one
+    parser = HfArgumentParser(
+        dataclass_types, allow_abbrev=False, epilog="--recipe FILE ... reads options from yaml or json files."
+    )
     return parser.parse_args_into_dataclasses(recipe + arguments)
 
 

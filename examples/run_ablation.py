@@ -33,6 +33,12 @@ from asit_hf.recipes import option_arguments, parse_arguments, recipe_arguments
 logger = logging.get_logger(__name__)
 
 RANDOM = "random"
+PRETRAINING_GROUPS = (
+    run_pretraining.ModelArguments,
+    run_pretraining.DataArguments,
+    run_pretraining.CardArguments,
+    run_pretraining.ASiTPreTrainingArguments,
+)
 
 
 @dataclass
@@ -49,6 +55,8 @@ class AblationArguments:
     def __post_init__(self):
         if self.source not in ("teacher", "student"):
             raise ValueError(f"source must be 'teacher' or 'student', got {self.source!r}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"expected seeds, each once, got {self.seeds}")
         names = [row_name(row) for row in self.rows]
         if len(set(names)) < len(names):
             raise ValueError(f"expected rows of different names, got {', '.join(names)}")
@@ -74,8 +82,7 @@ def read_probes(probes: list[str]) -> dict[str, list[str]]:
 def run_cell(args: AblationArguments, row: str, seed: int) -> dict[str, Any]:
     """One row with one seed: pretrains and probes, or reads what an earlier run found."""
     folder = Path(args.output_dir) / row_name(row) / f"seed-{seed}"
-    recipes = args.base if row == RANDOM else [*args.base, row]
-    options = [argument for path in recipes for argument in recipe_arguments(path)] + ["--seed", str(seed)]
+    options = pretraining_options(args, row, seed)
     check_settings(folder, {"options": options, "probes": read_probes(args.probes), "source": args.source})
     finished = folder / "result.json"
     if finished.is_file():
@@ -87,12 +94,31 @@ def run_cell(args: AblationArguments, row: str, seed: int) -> dict[str, Any]:
     if not pretrained.is_file():
         write_json(pretrained, make_untrained(options) if row == RANDOM else pretrain(options))
     result = {"row": row_name(row), "seed": seed, **json.loads(pretrained.read_text()), "probes": {}}
-    for name, command in read_probes(args.probes).items():
-        model = ["--model_name_or_path", str(folder / "pretraining"), "--source", args.source, "--seeds", str(seed)]
-        (run,) = run_linear_probe.main([*command, *model])["runs"]
+    for name, command in probe_commands(args, folder, seed).items():
+        (run,) = run_linear_probe.main(command)["runs"]
         result["probes"][name] = {method: run[method] for method in run_linear_probe.METHODS if method in run}
     write_json(finished, result)
     return result
+
+
+def pretraining_options(args: AblationArguments, row: str, seed: int) -> list[str]:
+    recipes = args.base if row == RANDOM else [*args.base, row]
+    return [argument for path in recipes for argument in recipe_arguments(path)] + ["--seed", str(seed)]
+
+
+def probe_commands(args: AblationArguments, folder: Path, seed: int) -> dict[str, list[str]]:
+    model = ["--model_name_or_path", str(folder / "pretraining"), "--source", args.source, "--seeds", str(seed)]
+    return {name: [*command, *model] for name, command in read_probes(args.probes).items()}
+
+
+def check_options(args: AblationArguments) -> None:
+    """A missing recipe or a wrong option of the last row is told now, not after hours of the others."""
+    for row in args.rows:
+        folder = Path(args.output_dir) / row_name(row)
+        options = pretraining_options(args, row, args.seeds[0])
+        parse_arguments(PRETRAINING_GROUPS, [*options, "--output_dir", str(folder)])
+    for command in probe_commands(args, Path(args.output_dir), args.seeds[0]).values():
+        run_linear_probe.parse_args(command)
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -118,12 +144,7 @@ def pretrain(options: list[str]) -> dict[str, float | None]:
 
 def make_untrained(options: list[str]) -> dict[str, float]:
     """The model that a run with these options starts from."""
-    classes = (
-        run_pretraining.ModelArguments,
-        run_pretraining.DataArguments,
-        run_pretraining.ASiTPreTrainingArguments,
-    )
-    model_args, data_args, args = parse_arguments(classes, options)
+    model_args, data_args, _, args = parse_arguments(PRETRAINING_GROUPS, options)
     set_seed(args.seed)
     model = run_pretraining.build_model(model_args, data_args, args)
     model.save_pretrained(args.output_dir)
@@ -214,6 +235,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     (args,) = parse_arguments((AblationArguments,), arguments)
+    check_options(args)
     results: list[dict[str, Any]] = []
     order = [row_name(row) for row in args.rows]
     for seed in args.seeds:  # the first table has all rows

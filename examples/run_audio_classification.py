@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,12 +38,19 @@ from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.cards import CardArguments, describe_run
-from asit_hf.data import BENCHMARKS, ClassificationCollator, LabelledClips, label_names, split_dataset
+from asit_hf.data import (
+    BENCHMARKS,
+    ClassificationCollator,
+    LabelledClips,
+    filter_rows,
+    label_names,
+    split_dataset,
+)
 from asit_hf.data.audio import AudioReadError, source_name
 from asit_hf.evaluation.embeddings import load_encoder
 from asit_hf.finetuning import load_labelled_dataset, problem_type_of
 from asit_hf.finetuning.augmentation import Augmentation, TrainingClips
-from asit_hf.finetuning.metrics import compute_metrics_for, confusion_counts, per_class_report
+from asit_hf.finetuning.metrics import TOP_K, compute_metrics_for, confusion_counts, per_class_report
 from asit_hf.finetuning.sampling import balanced_weights
 from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer
 from asit_hf.recipes import parse_arguments
@@ -50,7 +58,7 @@ from asit_hf.recipes import parse_arguments
 logger = logging.get_logger(__name__)
 
 MAX_CLASSES_OF_PICTURE = 100
-CARD_METRICS = ("accuracy", "top_5_accuracy", "mAP", "mAUC", "mse")
+CARD_METRICS = ("accuracy", f"top{TOP_K}_accuracy", "mAP", "mAUC", "mse")
 
 
 @dataclass
@@ -138,11 +146,19 @@ class DataArguments:
             raise ValueError("give --validation_split or --validation_fraction, not both")
 
     def hold_out(self, fold: str) -> None:
-        """Train on the other folds, evaluate on this one."""
-        others = ",".join(other for other in self.folds.split(",") if other != fold)
+        """Train on the other folds, evaluate on this one; `train_filter` holds for both."""
+        others = ",".join(other for other in self.fold_names() if other != fold)
+        self.eval_filter = [*self.train_filter, f"{self.fold_column}={fold}"]
         self.train_filter = [*self.train_filter, f"{self.fold_column}={others}"]
-        self.eval_filter = [*self.eval_filter, f"{self.fold_column}={fold}"]
         self.eval_data, self.eval_split = self.train_data, self.train_split
+
+    def reading(self) -> dict[str, Any]:
+        """What `load_labelled_dataset` needs to know of the training and of the evaluation data."""
+        names = ("audio_column", "label_column", "root", "strict")
+        return {**{name: getattr(self, name) for name in names}, "layout": self.dataset_layout}
+
+    def fold_names(self) -> list[str]:
+        return [fold.strip() for fold in self.folds.split(",")]
 
     def _use_layout(self) -> None:
         if self.dataset_layout not in BENCHMARKS:
@@ -157,8 +173,9 @@ class DataArguments:
     def _check_folds(self) -> None:
         if self.eval_data or self.eval_split or self.eval_filter or self.validation_split:
             raise ValueError("folds are evaluated on each other: leave out --eval_* and --validation_split")
-        if len(set(self.folds.split(","))) < 2:
-            raise ValueError(f"folds must name at least two, as 1,2,3; got {self.folds!r}")
+        folds = self.fold_names()
+        if len(folds) < 2 or len(set(folds)) < len(folds):
+            raise ValueError(f"folds must name at least two, each once, as 1,2,3; got {self.folds!r}")
 
 
 @dataclass
@@ -181,8 +198,7 @@ def load_data(args: DataArguments, seed: int, chooses: bool = True) -> tuple[Dat
     (training, validation, evaluation) data; the last two are the same unless both were asked for. `chooses`: whether
     the validation data choose a checkpoint.
     """
-    reading = {name: getattr(args, name) for name in ("audio_column", "label_column", "root", "strict")}
-    reading["layout"] = args.dataset_layout
+    reading = args.reading()
     train = load_labelled_dataset(
         args.train_data, args.train_filter, split=args.train_split, check_files=args.check_train_files, **reading
     )
@@ -353,6 +369,12 @@ def cross_validate(
     """Leaves out one fold after the other; each has its own output folder and its own arguments, parsed anew."""
     if args.push_to_hub:
         raise ValueError("folds give one model each: push the one you choose, not all of them with --push_to_hub")
+    data_args = parse_arguments(GROUPS, arguments)[1]
+    reading = {**data_args.reading(), "split": data_args.train_split, "check_files": False}
+    dataset = load_labelled_dataset(data_args.train_data, data_args.train_filter, **reading)
+    for fold in folds:  # now, not after hours of the others
+        if len(filter_rows(dataset, [f"{data_args.fold_column}={fold}"])) == 0:
+            raise ValueError(f"no row of {data_args.train_data} has {data_args.fold_column} {fold!r}")
     results, histories = {}, []
     for fold in folds:
         parsed = parse_arguments(GROUPS, [*arguments, "--output_dir", os.path.join(args.output_dir, f"fold-{fold}")])
@@ -381,12 +403,12 @@ def summarise_folds(results: dict[str, dict[str, float]]) -> dict[str, float]:
 def best_common_epoch(histories: list[list[dict]], metric: str, greater_is_better: bool) -> dict[str, float]:
     """
     The evaluation at which the mean over folds is best, `best_common_epoch`, and that mean: AST's rule for ESC-50. It
-    is chosen by the clips that it scores; the plain mean of a run that keeps the last epoch is not.
+    is chosen by the clips that it scores; the plain mean of a run that keeps the last epoch is not. Evaluations that
+    not all folds have, as those by steps of folds of other sizes, are left out.
     """
     key = f"eval_{metric.removeprefix('eval_')}"
     rows = [[row for row in history if key in row] for history in histories]
-    curves = np.array([[row[key] for row in rows_of_fold] for rows_of_fold in rows])
-    means = curves.mean(0)
+    means = np.array([np.mean([row[key] for row in evaluated]) for evaluated in zip(*rows)])
     if means.size == 0:
         return {}
     best = int(means.argmax() if greater_is_better else means.argmin())
@@ -399,7 +421,7 @@ def main(arguments: list[str] | None = None, build: Callable = build_model) -> d
     data_args, args = parsed[1], parsed[-1]
     logging.set_verbosity_info() if args.should_log else logging.set_verbosity_warning()
     if data_args.folds is not None:
-        return cross_validate(arguments, data_args.folds.split(","), args, build)
+        return cross_validate(arguments, data_args.fold_names(), args, build)
     return finetune(*parsed, arguments, build=build)[0]
 
 

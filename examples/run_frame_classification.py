@@ -22,9 +22,11 @@ from transformers.utils import logging
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification
 from asit_hf.cards import CardArguments, ModelCardMixin, describe_run
 from asit_hf.data import audio_info
+from asit_hf.data.audio import AudioReadError
 from asit_hf.data.epochs import EpochCallback
 from asit_hf.data.strong_labels import (
     IGNORED,
+    Event,
     FrameCollator,
     StronglyLabelledClips,
     column_edges,
@@ -67,6 +69,9 @@ class DataArguments:
     threshold: float = field(default=0.5, metadata={"help": "A class is on in the columns that score above it."})
     median_columns: int = field(default=1, metadata={"help": "Width of the median filter; odd."})
     segment_seconds: float = field(default=1.0, metadata={"help": "Of the segment-based scores."})
+    drop_unknown_labels: bool = field(
+        default=False, metadata={"help": "Leave out evaluation events of classes that training has none of."}
+    )
     strict: bool = field(default=False, metadata={"help": "Stop at a file that cannot be read."})
 
 
@@ -91,6 +96,22 @@ def build_model(
     if not args.random_init:
         model.asit.load_state_dict(load_encoder(path, args.source).state_dict())
     return model, ASiTFeatureExtractor.from_pretrained(path) if path else ASiTFeatureExtractor()
+
+
+def known_events(events: dict[str, list[Event]], names: list[str], args: DataArguments) -> dict[str, list[Event]]:
+    """The evaluation events, of which AudioSet's have classes that training lacks."""
+    unknown = [name for name in event_names(events) if name not in names]
+    if not unknown:
+        return events
+    if not args.drop_unknown_labels:
+        raise ValueError(
+            f"{args.eval_labels} has {len(unknown)} classes that {args.train_labels} lacks, first {unknown[0]!r}: "
+            "--drop_unknown_labels leaves their events out"
+        )
+    kept = {file: [event for event in of_file if event.label not in unknown] for file, of_file in events.items()}
+    dropped = sum(map(len, events.values())) - sum(map(len, kept.values()))
+    logger.warning(f"left out {dropped} evaluation events of {len(unknown)} classes that training lacks: {unknown}")
+    return kept
 
 
 class Scorer:
@@ -139,6 +160,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     train_events, eval_events = (read_strong_labels(path) for path in (data_args.train_labels, data_args.eval_labels))
     names = event_names(train_events)
+    eval_events = known_events(eval_events, names, data_args)
     model, feature_extractor = build_model(model_args, names)
     rate = feature_extractor.sampling_rate
     train = StronglyLabelledClips(
@@ -185,4 +207,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except AudioReadError as error:
+        sys.exit(f"error: {error}; repair this file or take it out of the data")

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 AUDIOSET_URL = "https://research.google.com/audioset/download.html"
 ESC50_URL = "https://github.com/karolpiczak/ESC-50"
 SPEECH_COMMANDS_URL = "http://download.tensorflow.org/data/speech_commands_v0.0{version}.tar.gz"
+SPEECH_COMMANDS_TEST_URL = "http://download.tensorflow.org/data/speech_commands_test_set_v0.0{version}.tar.gz"
 VOXCELEB1_URL = "https://www.robots.ox.ac.uk/~vgg/data/voxceleb/meta/iden_split.txt"
 VOXCELEB1_AUDIO_URL = "https://www.robots.ox.ac.uk/~vgg/data/voxceleb/vox1.html"
 
@@ -56,6 +57,7 @@ _SHARDS = {
     "unbalanced_train": re.compile(r"(^|/)unbal"),
     "balanced_train": re.compile(r"(^|/)(bal|train)"),
 }
+_SPLITS = ("train", "validation", "test")
 _VOXCELEB1_FOLDERS = ("", "wav", "dev/wav", "test/wav", "vox1_dev_wav/wav", "vox1_test_wav/wav")
 _VOXCELEB1_SPLITS = {"train": "1", "validation": "2", "test": "3"}
 
@@ -77,9 +79,12 @@ def load_audioset(root: str | os.PathLike, parts: Sequence[str]) -> "Dataset":
     Raises:
         FileNotFoundError: a list is missing, or there is no clip of these parts at all.
     """
+    unknown = [part for part in parts if part not in _SEGMENTS]
+    if unknown or not parts:
+        raise ValueError(f"expected parts of AudioSet, {', '.join(_SEGMENTS)}; got {parts!r}")
     root = _folder(root)
-    with open(_published(root, _CLASSES, AUDIOSET_URL), newline="", encoding="utf-8") as file:
-        classes = sorted(csv.DictReader(file), key=lambda row: int(row["index"]))
+    classes = _table(_published(root, _CLASSES, AUDIOSET_URL), ("index", "mid", "display_name"))
+    classes.sort(key=lambda row: int(row["index"]))
     names = [row["display_name"] for row in classes]
     ids = {name: index for index, row in enumerate(classes) for name in (row["mid"], row["display_name"])}
     shards = sorted(root.rglob("*.parquet"))
@@ -87,19 +92,20 @@ def load_audioset(root: str | os.PathLike, parts: Sequence[str]) -> "Dataset":
         return _audioset_shards(root, shards, parts, ids, names)
 
     rows = [row for part in parts for row in _segments(_published(root, _SEGMENTS[part], AUDIOSET_URL))]
-    files = {file.stem: file for file in reversed(find_audio_files(root))}
+    files = {file.stem: file for file in reversed(_audio_files(root, AUDIOSET_URL))}
     found = [(row, file) for row in rows if (file := _segment_file(row, files)) is not None]
     missing = len(rows) - len(found)
     if not found:
         raise FileNotFoundError(
             f"none of the {len(rows)} clips of AudioSet's {' and '.join(parts)} is below {root}: expected files named "
-            f"like {rows[0][0]}.wav or {rows[0][0]}_{float(rows[0][1]):.0f}.flac"
+            f"like {rows[0][0]}.wav or {rows[0][0]}_{float(rows[0][1]):.0f}.flac; the lists are published at "
+            f"{AUDIOSET_URL}"
         )
     if missing:
         logger.warning("AudioSet %s: %d of %d listed clips are not on disk", "+".join(parts), missing, len(rows))
     return _dataset(
         audio=[str(file) for _, file in found],
-        labels=[_ids(row[3].split(","), ids, root / _CLASSES) for row, _ in found],
+        labels=[_ids([mid.strip() for mid in row[3].split(",")], ids, root / _CLASSES) for row, _ in found],
         names=names,
         video_id=[row[0] for row, _ in found],
     )
@@ -116,11 +122,11 @@ def load_esc50(root: str | os.PathLike) -> "Dataset":
     """
     root = _folder(root)
     table = root / "esc50.csv"
-    with open(table if table.is_file() else _published(root, "meta/esc50.csv", ESC50_URL), newline="") as file:
-        rows = list(csv.DictReader(file))
+    table = table if table.is_file() else _published(root, "meta/esc50.csv", ESC50_URL)
+    rows = _table(table, ("filename", "fold", "target", "category", "src_file"))
     names = {int(row["target"]): row["category"] for row in rows}
     ids = {target: index for index, target in enumerate(sorted(names))}
-    files = {file.stem: file for file in find_audio_files(root / "audio")}
+    files = {file.stem: file for file in _audio_files(root / "audio", ESC50_URL)}
     absent = [row["filename"] for row in rows if Path(row["filename"]).stem not in files]
     if absent:
         raise _incomplete(f"{root / 'audio'} lacks {len(absent)} of {len(rows)} clips of ESC-50", absent, ESC50_URL)
@@ -153,7 +159,11 @@ def load_speech_commands(
 
     Raises:
         FileNotFoundError: a list, a word's folder or the noise is missing.
+        ValueError: no such split, version or number of classes, or a folder of the other version.
     """
+    if version not in SPEECH_COMMANDS_WORDS:
+        raise ValueError(f"expected version 1 or 2 of Speech Commands, got {version!r}")
+    _check_split(split, "Speech Commands")
     root = _folder(root)
     url = SPEECH_COMMANDS_URL.format(version=version)
     words = SPEECH_COMMANDS_WORDS[version]
@@ -164,11 +174,14 @@ def load_speech_commands(
             f"Speech Commands V{version} has {len(words)}, 12 or 11 classes, got num_classes={num_classes}"
         )
     if (root / f"_{UNKNOWN}_").is_dir():
-        return _speech_commands_test_archive(root, split, names)
+        return _speech_commands_test_archive(root, split, names, SPEECH_COMMANDS_TEST_URL.format(version=version))
 
     for folder in (*words, *([_NOISE_FOLDER] if SILENCE in names else [])):
         if not (root / folder).is_dir():
             raise FileNotFoundError(f"no folder {folder} in {root}: Speech Commands V{version} is published as {url}")
+    later = next((word for word in SPEECH_COMMANDS_WORDS[2] if word not in words and (root / word).is_dir()), None)
+    if later:  # V2 has all words of V1, but other clips and lists
+        raise ValueError(f"{root} is Speech Commands V2, for it has a folder {later}: expected V1, published as {url}")
     listed = {
         name: set(_published(root, file, url).read_text().split())
         for name, file in (("validation", "validation_list.txt"), ("test", "testing_list.txt"))
@@ -178,6 +191,8 @@ def load_speech_commands(
     if absent:
         raise _incomplete(f"{root} lacks {len(absent)} clips of its {split} list", absent, url)
     clips = [clip for clip in clips if clip in listed[split]] if split in listed else _not_in(clips, listed.values())
+    if not clips:
+        raise FileNotFoundError(f"{root} has no clips for {split}: Speech Commands V{version} is published as {url}")
     words_of = [clip.split("/")[0] for clip in clips]
     if num_classes == len(words):
         chosen = list(zip(clips, words_of))
@@ -188,7 +203,8 @@ def load_speech_commands(
         count = round(len(keywords) / len(KEYWORDS))
         drawn = np.random.default_rng(0).permutation(len(others))[:count]
         chosen = keywords + [(others[index], UNKNOWN) for index in sorted(drawn)]
-        silence = list(_silence_clips(root / _NOISE_FOLDER, split, count)) if SILENCE in names else []
+        noise = _audio_files(root / _NOISE_FOLDER, url) if SILENCE in names else []
+        silence = list(_silence_clips(noise, split, count)) if noise else []
     return _dataset(
         audio=[str(root / clip) for clip, _ in chosen] + silence,
         labels=[names.index(word) for _, word in chosen] + [names.index(SILENCE) for _ in silence],
@@ -210,13 +226,20 @@ def load_voxceleb1(root: str | os.PathLike, split: str) -> "Dataset":
 
     Raises:
         FileNotFoundError: the list or a clip of it is missing.
+        ValueError: no such split, or a line of the list that is not a mark and a path.
     """
+    _check_split(split, "VoxCeleb1")
     root = _folder(root)
-    lines = _published(root, "iden_split.txt", VOXCELEB1_URL).read_text().split("\n")
-    rows = [line.split() for line in lines if line.strip()]
+    table = _published(root, "iden_split.txt", VOXCELEB1_URL)
+    rows = [line.split() for line in table.read_text().split("\n") if line.strip()]
+    wrong = next((row for row in rows if len(row) != 2 or row[0] not in _VOXCELEB1_SPLITS.values()), None)
+    if wrong:
+        raise ValueError(f"expected lines of 1, 2 or 3 and a path in {table}, got {' '.join(wrong)!r}")
     names = sorted({path.split("/")[0] for _, path in rows})
     ids = {name: index for index, name in enumerate(names)}
     clips = [path for mark, path in rows if mark == _VOXCELEB1_SPLITS[split]]
+    if not clips:
+        raise ValueError(f"no line of {table} is marked {_VOXCELEB1_SPLITS[split]}, {split}")
     folders: dict[str, Path] = {}
     for folder in map(root.joinpath, reversed(_VOXCELEB1_FOLDERS)):
         folders |= {name: folder for name in names if (folder / name).is_dir()}
@@ -241,7 +264,6 @@ class Benchmark:
     splits: tuple[str, ...] = ()
 
 
-_SPLITS = ("train", "validation", "test")
 _AUDIOSET_PARTS = {
     "audioset-20k": {"train": ("balanced_train",), "test": ("eval",)},
     "audioset-2m": {"train": ("balanced_train", "unbalanced_train"), "test": ("eval",)},
@@ -289,6 +311,29 @@ def _folder(root: str | os.PathLike) -> Path:
     return root
 
 
+def _check_split(split: str, name: str) -> None:
+    if split not in _SPLITS:
+        raise ValueError(f"expected a split of {name}, {', '.join(_SPLITS)}; got {split!r}")
+
+
+def _audio_files(folder: Path, url: str) -> list[Path]:
+    try:
+        return find_audio_files(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; the data set is published at {url}") from None
+
+
+def _table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a csv with a header; there are some, and they have these columns."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        rows, found = list(reader), reader.fieldnames or []
+    if not rows or not set(columns).issubset(found):
+        wanted = ", ".join(columns)
+        raise ValueError(f"expected rows with the columns {wanted} in {path}, got {len(rows)} with {', '.join(found)}")
+    return rows
+
+
 def _published(root: Path, name: str, url: str) -> Path:
     if not (root / name).is_file():
         raise FileNotFoundError(f"{root / name} is missing: it is published at {url}")
@@ -309,13 +354,22 @@ def _dataset(audio: list, labels: list, names: Sequence[str], **columns: list) -
     return dataset.add_column("label", labels, feature=feature)
 
 
-def _segments(path: Path) -> Iterator[list[str]]:
+def _segments(path: Path) -> list[list[str]]:
     """(video id, start, end, comma-separated mids) of every line that is not a comment."""
-    with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.reader((line for line in file if not line.startswith("#")), skipinitialspace=True):
-            if len(row) != 4:
-                raise ValueError(f"expected lines of id, start, end and labels in {path}, got {row}")
-            yield row
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        lines = (line for line in file if line.strip() and not line.startswith("#"))
+        rows = list(csv.reader(lines, skipinitialspace=True))
+    wrong = next((row for row in rows if len(row) != 4 or not (_is_number(row[1]) and _is_number(row[2]))), None)
+    if wrong or not rows:
+        raise ValueError(f"expected lines of id, start, end and labels in {path}, got {wrong or 'none'}")
+    return rows
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return np.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _segment_file(row: list[str], files: dict[str, Path]) -> Path | None:
@@ -344,7 +398,7 @@ def _audioset_shards(
         raise ValueError(
             f"expected the columns audio and labels or human_labels in {chosen[0]}, got {dataset.column_names}"
         )
-    labels = [_ids(row, ids, root / _CLASSES) for row in dataset[column][:]]
+    labels = [_ids(row or (), ids, root / _CLASSES) for row in dataset[column][:]]
     kept = [name for name in ("audio", "video_id") if name in dataset.column_names]
     dataset = dataset.select_columns(kept).cast_column("audio", Audio(decode=False))
     return dataset.add_column("label", labels, feature=List(ClassLabel(names=names)))
@@ -366,14 +420,14 @@ def _not_in(clips: list[str], lists: Any) -> list[str]:
     return [clip for clip in clips if clip not in listed]
 
 
-def _speech_commands_test_archive(root: Path, split: str, names: Sequence[str]) -> "Dataset":
+def _speech_commands_test_archive(root: Path, split: str, names: Sequence[str], url: str) -> "Dataset":
     if split != "test" or UNKNOWN not in names:
         raise ValueError(
             f"{root} is the test archive of the 12-class task: it has the split test of 12 or 11 classes, got {split} "
             f"of {len(names)}"
         )
     folders = {name: root / (f"_{name}_" if name in (UNKNOWN, SILENCE) else name) for name in names}
-    files = [(file, name) for name, folder in folders.items() for file in find_audio_files(folder)]
+    files = [(file, name) for name, folder in folders.items() for file in _audio_files(folder, url)]
     return _dataset(
         audio=[str(file) for file, _ in files],
         labels=[names.index(name) for _, name in files],
@@ -382,9 +436,8 @@ def _speech_commands_test_archive(root: Path, split: str, names: Sequence[str]) 
     )
 
 
-def _silence_clips(folder: Path, split: str, count: int) -> Iterator[dict[str, Any]]:
+def _silence_clips(files: list[Path], split: str, count: int) -> Iterator[dict[str, Any]]:
     """`count` windows of 1 s as wav bytes, from this split's stretch of every recording in turn."""
-    files = find_audio_files(folder)
     durations = [audio_info(file).duration for file in files]
     low, high = _NOISE_SHARES[split]
     generator = np.random.default_rng(0)

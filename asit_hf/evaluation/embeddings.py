@@ -82,6 +82,7 @@ def embed(
         `np.ndarray` of shape `(clips, dim)`, float32, in the order of `clips`.
     """
     check_pooling(pooling)
+    _check_batch_size(batch_size)
     encoder = _encoder_of(model)
     _check_layers(encoder, num_layers)
     total = len(clips) if hasattr(clips, "__len__") else None
@@ -159,6 +160,7 @@ def embed_files(
         For every source [`ClipEmbeddings`], or the error that says why it cannot be read.
     """
     check_pooling(pooling)
+    _check_batch_size(batch_size)
     encoder = _encoder_of(model)
     _check_layers(encoder, num_layers)
     rate, patch_size = feature_extractor.sampling_rate, encoder.config.patch_size
@@ -215,6 +217,11 @@ def embedding_size(encoder: ASiTModel, pooling: str, num_layers: int = 1) -> int
     rows = encoder.config.position_grid[1]
     rows = {"cls_mean": 2, "mean_time": rows, "mean_std_time": 2 * rows}.get(pooling, 1)
     return rows * encoder.config.hidden_size * num_layers
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
 def _check_layers(encoder: ASiTModel, num_layers: int) -> None:

@@ -28,9 +28,12 @@ def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
     Args:
         scores (`np.ndarray` of shape `(clips, classes)`): logits or probabilities.
         labels (`np.ndarray` of shape `(clips,)`): class ids.
+        k (`int`): at least 1; beyond the number of classes it takes them all.
     """
     scores, labels = _check_scores(scores), np.asarray(labels)
     _check_class_ids(labels, scores)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
     best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return float((best == labels[:, None]).any(axis=1).mean())
 
@@ -54,7 +57,10 @@ def roc_aucs(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def d_prime(auc: float) -> float:
-    """The sensitivity index d' that an area under the ROC curve stands for; infinite for a perfect 1."""
+    """
+    The sensitivity index d' that an area under the ROC curve stands for: infinite for a perfect 1, minus infinity for
+    0, NaN for NaN.
+    """
     return float(np.sqrt(2) * ndtri(auc))
 
 

@@ -16,6 +16,8 @@ from ..processor import warn_of_emulated_bf16
 from .metrics import MAIN_METRIC
 from .optimisation import average_weights, parameter_groups, smooth_labels, step_decay
 
+_DECAY_STEP, _DECAY_GAMMA = 1, 0.5
+
 
 @dataclass
 class FinetuningArguments(TrainingArguments):
@@ -39,8 +41,10 @@ class FinetuningArguments(TrainingArguments):
         default=None,
         metadata={"help": "AST's step decay instead of lr_scheduler_type: epochs before the first."},
     )
-    lr_decay_step: int = field(default=1, metadata={"help": "Epochs from one decay to the next."})
-    lr_decay_gamma: float = field(default=0.5, metadata={"help": "What the learning rate is multiplied with at each."})
+    lr_decay_step: int = field(default=_DECAY_STEP, metadata={"help": "Epochs from one decay to the next."})
+    lr_decay_gamma: float = field(
+        default=_DECAY_GAMMA, metadata={"help": "What the learning rate is multiplied with at each."}
+    )
     average_last_epochs: int = field(
         default=0,
         metadata={"help": "Save the weights after each of the last epochs (OUTPUT/epoch-NN) and keep their mean."},
@@ -50,6 +54,16 @@ class FinetuningArguments(TrainingArguments):
         super().__post_init__()
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor takes one class id a clip: set label_smoothing, which takes any")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing}")
+        decay = (self.lr_decay_step, self.lr_decay_gamma)
+        if self.lr_decay_start is None and decay != (_DECAY_STEP, _DECAY_GAMMA):
+            raise ValueError("lr_decay_step and lr_decay_gamma have no effect without lr_decay_start")
+        if min(self.lr_decay_start or 0, self.lr_decay_step - 1, self.average_last_epochs) < 0:
+            raise ValueError(
+                "lr_decay_start and average_last_epochs must be at least 0 and lr_decay_step at least 1, got "
+                f"{self.lr_decay_start}, {self.average_last_epochs} and {self.lr_decay_step}"
+            )
         if self.average_last_epochs and self.load_best_model_at_end:
             raise ValueError(
                 "average_last_epochs keeps a mean and load_best_model_at_end the best checkpoint: set one of them to "

@@ -8,7 +8,14 @@ import soundfile
 from datasets import Audio, Dataset
 
 from asit_hf.data import audio_info, label_names, load_benchmark, read_audio
-from asit_hf.data.benchmarks import BENCHMARKS, KEYWORDS, SPEECH_COMMANDS_WORDS
+from asit_hf.data.benchmarks import (
+    BENCHMARKS,
+    KEYWORDS,
+    SPEECH_COMMANDS_WORDS,
+    load_audioset,
+    load_speech_commands,
+    load_voxceleb1,
+)
 
 SEGMENTS_HEAD = (
     "# Segments csv created Sun Mar  5 10:54:31 2017\n"
@@ -90,16 +97,17 @@ def test_audioset_in_parquet(audioset, column, folders):
             "labels": ["/m/09x0r", "/t/dd00088", "/m/05zppz"],
             "human_labels": ["Speech", "Gush, spurt", "Male speech, man speaking"],
         }[column]
-        rows = {"video_id": [f"id{shard}"], "audio": [{"bytes": content, "path": "x.flac"}], column: [[names[label]]]}
+        audio = [{"bytes": content, "path": "x.flac"}] * 2
+        rows = {"video_id": [f"id{shard}", "bare"], "audio": audio, column: [[names[label]], None]}
         (audioset / "data" / folder).mkdir(parents=True)
         dataset = Dataset.from_dict(rows).cast_column("audio", Audio(decode=False))
         dataset.to_parquet(audioset / "data" / folder / ("train-00.parquet" if shard < 2 else "00.parquet"))
     balanced = load_benchmark("audioset-20k", audioset, "train")
-    assert balanced["label"][:] == [[1]]
-    assert balanced["video_id"][:] == ["id0"]
+    assert balanced["label"][:] == [[1], []]
+    assert balanced["video_id"][:] == ["id0", "bare"]
     assert audio_info(balanced[0]["audio"]).num_samples == 1600
-    assert load_benchmark("audioset-2m", audioset, "train")["label"][:] == [[1], [0]]
-    assert load_benchmark("audioset-2m", audioset, "test")["label"][:] == [[2]]
+    assert load_benchmark("audioset-2m", audioset, "train")["label"][:] == [[1], [], [0], []]
+    assert load_benchmark("audioset-2m", audioset, "test")["label"][:] == [[2], []]
 
 
 def test_a_missing_list_of_audioset_is_named(audioset):
@@ -109,6 +117,27 @@ def test_a_missing_list_of_audioset_is_named(audioset):
         load_benchmark("audioset-2m", audioset, "train")
     (audioset / "class_labels_indices.csv").write_text('index,mid,display_name\n0,/m/09x0r,"Speech"\n')
     with pytest.raises(ValueError, match=r"'/t/dd00088' is not in .*class_labels_indices\.csv"):
+        load_benchmark("audioset-20k", audioset, "train")
+
+
+def test_lists_of_audioset_that_went_through_other_tools(audioset):
+    """A byte order mark, Windows line ends, blank lines and spaces after commas."""
+    write_audio(audioset / f"{BALANCED[0]}.wav")
+    content = f'# YTID\r\n\r\n{BALANCED[0]},30,40,"/m/09x0r, /t/dd00088"\r\n\r\n'
+    (audioset / "balanced_train_segments.csv").write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert load_benchmark("audioset-20k", audioset, "train")["label"][:] == [[0, 1]]
+
+
+def test_damaged_lists_of_audioset_and_no_audio(audioset):
+    with pytest.raises(FileNotFoundError, match=r"no audio in .*published at https://research\.google\.com"):
+        load_benchmark("audioset-20k", audioset, "train")
+    write_audio(audioset / f"{BALANCED[0]}.wav")
+    for line, got in ((f'{BALANCED[0]}, soon, later, "/m/09x0r"', "'soon'"), ("# nothing else", "none")):
+        (audioset / "balanced_train_segments.csv").write_text(line + "\n")
+        with pytest.raises(ValueError, match=rf"id, start, end and labels in .*balanced_train.*got .*{got}"):
+            load_benchmark("audioset-20k", audioset, "train")
+    (audioset / "class_labels_indices.csv").write_text('0,/m/09x0r,"Speech"\n')
+    with pytest.raises(ValueError, match=r"columns index, mid, display_name in .*class_labels_indices\.csv"):
         load_benchmark("audioset-20k", audioset, "train")
 
 
@@ -138,6 +167,14 @@ def test_missing_pieces_of_esc50_are_named(esc50):
     (esc50 / "audio" / "3-100033-A-0.wav").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks 1 of 10 clips.*3-100033-A-0\.wav.*karolpiczak"):
         load_benchmark("esc50", esc50)
+    for clip in (esc50 / "audio").iterdir():
+        clip.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no audio in .*audio.*karolpiczak"):
+        load_benchmark("esc50", esc50)
+    for table in ("filename,fold\n1-100031-A-0.wav,1\n", "filename,fold,target,category,esc10,src_file,take\n", ""):
+        (esc50 / "meta" / "esc50.csv").write_text(table)
+        with pytest.raises(ValueError, match=r"columns filename, fold, target, category, src_file in .*esc50\.csv"):
+            load_benchmark("esc50", esc50)
     (esc50 / "meta" / "esc50.csv").unlink()
     with pytest.raises(FileNotFoundError, match=r"meta/esc50\.csv is missing.*karolpiczak"):
         load_benchmark("esc50", esc50)
@@ -218,6 +255,9 @@ def test_the_test_archive_of_speech_commands(tmp_path):
         load_benchmark("speech-commands-v1-12", tmp_path, "train")
     with pytest.raises(ValueError, match="got test of 30"):
         load_benchmark("speech-commands-v1", tmp_path, "test")
+    (tmp_path / "_silence_" / "00000001_nohash_0.wav").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no audio in .*_silence_.*speech_commands_test_set_v0\.01"):
+        load_benchmark("speech-commands-v1-12", tmp_path, "test")
 
 
 def test_missing_pieces_of_speech_commands_are_named(tmp_path):
@@ -227,8 +267,18 @@ def test_missing_pieces_of_speech_commands_are_named(tmp_path):
     (tmp_path / "tree" / "00000005_nohash_0.wav").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks 1 clips of its test list, first tree/00000005_nohash_0\.wav"):
         load_benchmark("speech-commands-v1", tmp_path, "test")
+    for noise in (tmp_path / "_background_noise_").glob("*.wav"):
+        noise.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no audio in .*_background_noise_.*speech_commands_v0\.01\.tar\.gz"):
+        load_benchmark("speech-commands-v1-12", tmp_path, "train")
     (tmp_path / "validation_list.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"validation_list\.txt is missing.*speech_commands_v0\.01\.tar\.gz"):
+        load_benchmark("speech-commands-v1", tmp_path, "train")
+
+
+def test_the_second_version_is_not_taken_for_the_first(tmp_path):
+    speech_commands(tmp_path, 2)
+    with pytest.raises(ValueError, match=r"is Speech Commands V2, for it has a folder backward.*v0\.01\.tar\.gz"):
         load_benchmark("speech-commands-v1", tmp_path, "train")
 
 
@@ -250,6 +300,10 @@ def test_voxceleb1(tmp_path, folders):
     (tmp_path / folders[1] / "id10270/J9lHsKG98U8/00001.wav").unlink()
     with pytest.raises(FileNotFoundError, match="lacks 1 of 2 clips of the test list, first id10270/J9lHsKG98U8"):
         load_benchmark("voxceleb1", tmp_path, "test")
+    for list_, message in (("1 id10001/a/00001.wav\nid10270\n", "got 'id10270'"), ("1 a/b/c.wav\n", "marked 2")):
+        (tmp_path / "iden_split.txt").write_text(list_)
+        with pytest.raises(ValueError, match=rf"iden_split\.txt.*{message}"):
+            load_benchmark("voxceleb1", tmp_path, "validation")
     (tmp_path / "iden_split.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"iden_split\.txt is missing.*robots\.ox\.ac\.uk"):
         load_benchmark("voxceleb1", tmp_path, "train")
@@ -260,6 +314,13 @@ def test_wrong_names(tmp_path):
         load_benchmark("urbansound", tmp_path)
     with pytest.raises(ValueError, match="expected a split of voxceleb1, train, validation, test; got None"):
         load_benchmark("voxceleb1", tmp_path)
+    with pytest.raises(ValueError, match="balanced_train, unbalanced_train, eval; got"):
+        load_audioset(tmp_path, ["train"])
+    for load in (load_speech_commands, load_voxceleb1):
+        with pytest.raises(ValueError, match="train, validation, test; got 'dev'"):
+            load(tmp_path, "dev")
+    with pytest.raises(ValueError, match="version 1 or 2 of Speech Commands, got 3"):
+        load_speech_commands(tmp_path, "train", version=3)
     for layout, benchmark in BENCHMARKS.items():
         with pytest.raises(FileNotFoundError):
             load_benchmark(layout, tmp_path / "nothing", next(iter(benchmark.splits), None))

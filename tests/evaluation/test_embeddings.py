@@ -103,6 +103,8 @@ def test_the_model_is_left_as_it_was(model, feature_extractor, clips):
 def test_wrong_input(model, feature_extractor, clips):
     with pytest.raises(ValueError, match="pooling must be one of"):
         embed(model, feature_extractor, clips, "max", progress=False)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        embed(model, feature_extractor, clips, batch_size=0, progress=False)
     with pytest.raises(ValueError, match="num_layers must be from 1 to 2"):
         embed(model, feature_extractor, clips, num_layers=3, progress=False)
     with pytest.raises(ValueError, match="at least one clip"):
@@ -226,6 +228,7 @@ def test_embed_files_wrong_input(model, feature_extractor):
     for options, message in (
         ({"pooling": "max"}, "pooling must be one of"),
         ({"num_layers": 3}, "num_layers must be from 1 to 2"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"window_seconds": 0.1}, "at least one patch column"),
         ({"max_seconds": 0.0}, "max_seconds above 0"),
     ):

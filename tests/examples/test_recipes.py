@@ -13,6 +13,7 @@ import soundfile
 import torch
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTModel
+from asit_hf.data.benchmarks import KEYWORDS, SPEECH_COMMANDS_WORDS
 from asit_hf.fbank_asit import num_fbank_frames
 from asit_hf.recipes import parse_arguments
 
@@ -195,7 +196,9 @@ def test_two_processes_that_accumulate_train_as_one_that_does_not(script, encode
     """Several labels a clip, soft by mixing, balanced draws, masks and noise: the same losses, norms and weights."""
     options = TINY | {"model_name_or_path": encoder, "balanced_sampling": True, "logging_steps": 1}
     options |= {"max_grad_norm": 1.0, "noise": True, "average_last_epochs": 1}  # a norm that is logged
+    # 16 clips are evaluated in batches that two processes cannot share evenly
     runs = {"one": {"per_device_train_batch_size": 8}, "two": {"per_device_train_batch_size": 2}}
+    runs["two"]["per_device_eval_batch_size"] = 3
     script.main(command("audioset-20k", audioset, tmp_path / "one", **options | runs["one"]))
     runs["two"]["gradient_accumulation_steps"] = 2
     arguments = command("audioset-20k", audioset, tmp_path / "two", **options | runs["two"])
@@ -213,7 +216,12 @@ def test_two_processes_that_accumulate_train_as_one_that_does_not(script, encode
         rows = [row for row in history if "grad_norm" in row]
         logs.append([(row["loss"], row["grad_norm"], row["learning_rate"]) for row in rows])
     assert len(logs[0]) == 6
-    np.testing.assert_allclose(logs[1], logs[0], rtol=1e-3)
+    np.testing.assert_allclose(logs[1], logs[0], rtol=1e-5)
+    tables = [(tmp_path / run / "predictions.csv").read_text().splitlines() for run in runs]
+    assert [row.split(",")[:2] for row in tables[1]] == [row.split(",")[:2] for row in tables[0]]
+    scores = [json.loads((tmp_path / run / "eval_results.json").read_text()) for run in runs]
+    for metric in ("eval_mAP", "eval_mAUC"):  # Trainer weighs the loss of an uneven last batch in its own way
+        assert scores[1][metric] == pytest.approx(scores[0][metric], rel=1e-4)
     weights = [ASiTForAudioClassification.from_pretrained(tmp_path / run).state_dict() for run in runs]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4)
@@ -264,7 +272,7 @@ def test_single_label_recipe_over_folds(script, encoder, esc50, tmp_path):
 
 
 def test_one_label_a_clip_by_binary_cross_entropy_is_scored_by_accuracy(script, encoder, esc50, tmp_path):
-    options = {"folds": "1,2", "problem_type": "multi_label_classification", "load_best_model_at_end": True}
+    options = {"folds": "1, 2", "problem_type": "multi_label_classification", "load_best_model_at_end": True}
     summary = script.main(command("esc50", esc50, tmp_path, **TINY | {"model_name_or_path": encoder} | options))
     assert {"eval_accuracy", "eval_mAP"} <= summary.keys()
     state = json.loads((tmp_path / "fold-1" / "trainer_state.json").read_text())
@@ -272,6 +280,54 @@ def test_one_label_a_clip_by_binary_cross_entropy_is_scored_by_accuracy(script, 
     rows = (tmp_path / "fold-1" / "predictions.csv").read_text().splitlines()[1:]
     assert {row.split(",")[2] for row in rows} <= {"dog", "cow"}
     assert "precision" in (tmp_path / "fold-1" / "per_class.csv").read_text()
+
+
+def test_a_filter_holds_for_training_and_for_the_fold_left_out(script, esc50, tmp_path):
+    options = {"folds": "1,2", "train_filter": "label=dog"}
+    data = parse_arguments(script.GROUPS, command("esc50", esc50, tmp_path, **options))[1]
+    data.hold_out("1")
+    train, _, evaluation = script.load_data(data, seed=0)
+    assert (set(train["fold"][:]), set(evaluation["fold"][:])) == ({2}, {1})
+    assert set(train["label"][:]) | set(evaluation["label"][:]) == {0}
+
+
+def test_a_fold_without_clips_is_told_before_the_others_are_trained(script, encoder, esc50, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "finetune", lambda *args, **kwargs: pytest.fail("trained"))
+    options = TINY | {"model_name_or_path": encoder, "folds": "1,9"}
+    with pytest.raises(ValueError, match=r"no row of .* has fold '9'"):
+        script.main(command("esc50", esc50, tmp_path, **options))
+
+
+def test_the_best_common_epoch_of_folds_with_other_numbers_of_evaluations(script):
+    histories = [
+        [{"loss": 1.0}, *({"epoch": epoch, "eval_accuracy": score} for epoch, score in enumerate(scores, 1))]
+        for scores in ([0.1, 0.5, 0.2], [0.3, 0.4])
+    ]
+    found = script.best_common_epoch(histories, "accuracy", greater_is_better=True)
+    assert found == {"best_common_epoch": 2, "best_common_eval_accuracy": pytest.approx(0.45)}
+    assert script.best_common_epoch(histories, "eval_accuracy", False)["best_common_epoch"] == 1
+    assert script.best_common_epoch([histories[0], []], "accuracy", True) == {}
+
+
+def test_modern_recipe_of_keywords_unknown_and_silence(script, encoder, tmp_path):
+    generator = np.random.default_rng(3)
+    lists = {"validation_list.txt": [], "testing_list.txt": []}
+    for index, word in enumerate(SPEECH_COMMANDS_WORDS[1]):
+        for name, of_list in (("a", None), ("b", "validation_list.txt"), ("c", "testing_list.txt")):
+            write_tone(tmp_path / word / f"{name}_nohash_0.wav", 200 + 100 * index, generator)
+            if of_list:
+                lists[of_list].append(f"{word}/{name}_nohash_0.wav")
+    for name, clips in lists.items():
+        (tmp_path / name).write_text("\n".join(clips) + "\n")
+    (tmp_path / "_background_noise_").mkdir()
+    soundfile.write(tmp_path / "_background_noise_" / "pink_noise.wav", generator.normal(0, 0.1, 160000), 16000)
+    options = TINY | {"model_name_or_path": encoder, "max_steps": 2, "eval_steps": 1, "save_steps": 1}
+    metrics = script.main(command("speech-commands-v1-modern", tmp_path, tmp_path / "run", **options))
+    rows = [row.split(",") for row in (tmp_path / "run" / "predictions.csv").read_text().splitlines()[1:]]
+    assert sorted(row[1] for row in rows) == sorted([*KEYWORDS, "unknown", "silence"])
+    assert all("c_nohash" in row[0] for row in rows if row[1] != "silence")
+    assert metrics["eval_top5_accuracy"] >= metrics["eval_accuracy"]
+    assert "top5_accuracy" in (tmp_path / "run" / "README.md").read_text()
 
 
 @pytest.fixture
@@ -313,6 +369,7 @@ def test_training_files_that_are_not_checked_are_left_out_as_they_come(script, e
     ("options", "message"),
     [
         ({"folds": "3"}, "folds must name at least two"),
+        ({"folds": "1,2,1"}, "each once, as 1,2,3; got '1,2,1'"),
         ({"eval_filter": "fold=1"}, "folds are evaluated on each other"),
         ({"dataset_layout": "gtzan"}, "dataset_layout must be one of"),
         ({"label_column": "category"}, "label_column cannot be used with the layout esc50"),

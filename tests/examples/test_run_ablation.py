@@ -58,6 +58,7 @@ def recipe(tmp_path) -> Path:
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,
+        "card_license": "mit",
     }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     probe = {"name": "tones", "train": str(tmp_path / "meta.csv"), "train_split": "train", "test_split": "test"}
@@ -166,12 +167,29 @@ def test_pretraining_goes_on_from_its_checkpoint(script, recipe):
         ({"source": "both"}, "source must be 'teacher' or 'student'"),
         ({"rows": ["random", "random"]}, "rows of different names, got random, random"),
         ({"probes": [{"train": "a.csv"}]}, "every probe needs a name"),
+        ({"seeds": [1, 1]}, r"expected seeds, each once, got \[1, 1\]"),
     ],
 )
 def test_wrong_options(script, recipe, options, message):
     edit(recipe, **options)
     with pytest.raises(ValueError, match=message):
         script.main(["--recipe", str(recipe)])
+
+
+def test_what_is_wrong_with_the_last_row_is_told_before_the_first(script, recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "run_cell", lambda *_: pytest.fail("a row was run"))
+    rows = yaml.safe_load(recipe.read_text())["rows"]
+    edit(recipe, rows=[*rows, str(tmp_path / "gone.yaml")])
+    with pytest.raises(FileNotFoundError, match=r"gone\.yaml"):
+        script.main(["--recipe", str(recipe)])
+    (tmp_path / "typo.yaml").write_text("learning_rat: 0.1\n")
+    edit(recipe, rows=[*rows, str(tmp_path / "typo.yaml")])
+    with pytest.raises(ValueError, match="--learning_rat"):
+        script.main(["--recipe", str(recipe)])
+    edit(recipe, rows=rows, probes=[{"name": "tones", "train": "a.csv"}])
+    with pytest.raises(SystemExit):
+        script.main(["--recipe", str(recipe)])
+    assert "give --test, --test_split or --test_filter" in capsys.readouterr().err
 
 
 def test_the_recipe_of_real_audio_is_whole(script, monkeypatch):

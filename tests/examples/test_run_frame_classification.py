@@ -111,10 +111,14 @@ def test_crops_resume_and_bad_files(script, sounds, encoder, tmp_path, caplog):
         script.main(arguments(sounds, encoder, tmp_path / "strict", max_steps=5, strict=True, train_labels=labels))
 
 
-def test_wrong_input(script, sounds, encoder, tmp_path):
+def test_wrong_input(script, sounds, encoder, tmp_path, caplog):
     labels = tmp_path / "test.tsv"
     labels.write_text((sounds / "test.tsv").read_text().replace("low", "bell"))
-    with pytest.raises(ValueError, match="unknown label 'bell'"):
-        script.main(arguments(sounds, encoder, tmp_path, max_steps=1, eval_labels=labels))
+    options = {"max_steps": 1, "eval_labels": labels}
+    with pytest.raises(ValueError, match=r"test\.tsv has 1 classes that .*train\.tsv lacks, first 'bell'"):
+        script.main(arguments(sounds, encoder, tmp_path, **options))
+    metrics = script.main(arguments(sounds, encoder, tmp_path, drop_unknown_labels=True, **options))
+    assert metrics["eval_classes_without_positives"] == 1
+    assert "left out 8 evaluation events of 1 classes that training lacks: ['bell']" in caplog.text
     with pytest.raises(ValueError, match="--random_init"):
         script.main(arguments(sounds, None, tmp_path))

@@ -27,7 +27,9 @@ TARGETS = np.array([[1, 0, 1], [0, 0, 1], [1, 0, 1], [0, 0, 1]])
 
 def test_top_k_accuracy():
     assert top_k_accuracy(SCORES, LABELS) == 0.5
-    assert top_k_accuracy(SCORES, LABELS, k=2) == 1.0
+    assert top_k_accuracy(SCORES, LABELS, k=2) == top_k_accuracy(SCORES, LABELS, k=9) == 1.0
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        top_k_accuracy(SCORES, LABELS, k=0)
 
 
 def test_equal_scores_do_not_count_as_right():
@@ -63,7 +65,9 @@ def test_d_prime_of_known_areas():
     assert d_prime(0.5) == pytest.approx(0)
     # two unit normals one apart: the area is Phi(1 / sqrt(2))
     assert d_prime(0.7602499) == pytest.approx(1, abs=1e-5)
-    assert d_prime(1.0) == np.inf
+    assert (d_prime(1.0), d_prime(0.0)) == (np.inf, -np.inf)
+    assert np.isnan(d_prime(float("nan")))
+    assert d_prime(1e-9) == pytest.approx(-d_prime(1 - 1e-9), rel=1e-6)
 
 
 def test_random_scores_are_at_chance():

@@ -115,3 +115,18 @@ def test_options_that_exclude_each_other(tmp_path):
         FinetuningArguments(output_dir=str(tmp_path), average_last_epochs=3)
     with pytest.raises(ValueError, match="set label_smoothing"):
         FinetuningArguments(output_dir=str(tmp_path), label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="no effect without lr_decay_start"):
+        FinetuningArguments(output_dir=str(tmp_path), lr_decay_gamma=0.85)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": 1.5}, "label_smoothing must be at least 0 and below 1, got 1.5"),
+        ({"lr_decay_start": 2, "lr_decay_step": 0}, "lr_decay_step at least 1, got 2, 0 and 0"),
+        ({"average_last_epochs": -1}, "must be at least 0 and lr_decay_step at least 1, got None, -1 and 1"),
+    ],
+)
+def test_options_out_of_range(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuningArguments(output_dir=str(tmp_path), **options)

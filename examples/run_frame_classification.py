@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification
-from asit_hf.cards import CardArguments, ModelCardMixin, describe_run
+from asit_hf.cards import CardArguments, PushMixin, describe_run
 from asit_hf.data import audio_info
 from asit_hf.data.epochs import EpochCallback
 from asit_hf.data.strong_labels import (
@@ -126,7 +126,7 @@ class Scorer:
         return {**columns, **segments}
 
 
-class FrameTrainer(ModelCardMixin, Trainer):
+class FrameTrainer(PushMixin, Trainer):
     """Trainer, with our model card."""
 
 

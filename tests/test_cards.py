@@ -107,6 +107,12 @@ def test_commands_are_told_without_this_machines_folders(tmp_path, argument, tol
     assert shlex.split(read_run(tmp_path)["recipe"]["command"].strip("`")) == ["python", "run.py", told]
 
 
+@pytest.mark.parametrize("token", [["--hub_token", "hf_1"], ["--hub-token=hf_1"], ["--hub_tok", "hf_1"]])
+def test_tokens_are_not_told(tmp_path, token):
+    record_run(tmp_path, ["run.py", "--hub_model_id", "me/a", *token, "--seed", "1"], {}, seconds=1.0)
+    assert read_run(tmp_path)["recipe"]["command"] == "`python run.py --hub_model_id me/a --seed 1`"
+
+
 def test_hours_are_those_of_the_clips_that_can_be_read(trainer, sounds):
     """Of paths and of a data set's rows alike."""
     for sources in (sounds, [{"audio": {"path": path}} for path in sounds]):

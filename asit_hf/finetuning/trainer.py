@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..cards import ModelCardMixin
+from ..cards import PushMixin
 from ..data.epochs import EpochCallback
 from .metrics import MAIN_METRIC
 from .optimisation import average_weights, parameter_groups, smooth_labels, step_decay
@@ -61,7 +61,7 @@ class FinetuningArguments(TrainingArguments):
             self.metric_for_best_model, self.greater_is_better = MAIN_METRIC[problem_type]
 
 
-class FinetuningTrainer(ModelCardMixin, Trainer):
+class FinetuningTrainer(PushMixin, Trainer):
     """
     Finetunes a classifier: learning rates by layer, AST's step decay, label smoothing of soft and of several labels,
     and the mean of the last epochs' weights, as [`FinetuningArguments`] say. Tells the data set the epoch.

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -415,6 +416,8 @@ def test_the_stock_pipeline_says_what_it_lacks(folder, tmp_path, monkeypatch, cl
 
 @pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
 def test_the_stock_pipeline_chooses_the_same_function(tmp_path, problem_type):
+    if signature(AudioClassificationPipeline.postprocess).parameters["function_to_apply"].default is not None:
+        pytest.skip("the pipeline of this transformers takes softmax whatever the problem is")
     folder = make_classifier(tmp_path, problem_type=problem_type)
     stock = pipeline("audio-classification", model=str(folder), pipeline_class=AudioClassificationPipeline, top_k=None)
     assert_same_scores(stock(make_sound(1.0)), asit_pipeline(folder, top_k=None)(make_sound(1.0)))

@@ -54,11 +54,15 @@ class CardArguments:
         default=None, metadata={"help": "The training data in words: sources, licences. By default clips and hours."}
     )
     card_limitations: str | None = field(default=None, metadata={"help": "What the model is not to be trusted with."})
+    card_widget: list[str] = field(
+        default_factory=list, metadata={"help": "Sounds for the model's page: URLs, or files of its repository."}
+    )
     card_emissions: float | None = field(default=None, metadata={"help": "Grams of CO2 that the training gave off."})
 
     def facts(self) -> dict[str, Any]:
         """As arguments of [`write_model_card`]."""
-        return {name.removeprefix("card_"): value for name, value in vars(self).items()}
+        facts = {name.removeprefix("card_"): value for name, value in vars(self).items()}
+        return facts | {"widget": [{"example_title": Path(src).stem, "src": src} for src in self.card_widget]}
 
 
 def write_model_card(
@@ -212,6 +216,7 @@ def describe_run(
     card: CardArguments,
     sources: Sequence | None = None,
     results: Iterable[tuple[str, str, float]] = (),
+    base_model: str | None = None,
     **facts: Any,
 ) -> None:
     """
@@ -222,6 +227,7 @@ def describe_run(
         sources (`Sequence`, *optional*): the training clips, see [`~asit_hf.data.audio.AudioReader`]; `None`: a
             stream.
         command, results: see [`record_run`].
+        base_model (`str`, *optional*): what it was finetuned from; a folder of this machine is not told.
         facts: further arguments of [`write_model_card`].
     """
     args, state = trainer.args, trainer.state
@@ -239,7 +245,8 @@ def describe_run(
     hours = None if sources is None else _total_hours(sources)
     rate = trainer.processing_class.sampling_rate
     record_run(args.output_dir, command, recipe, seconds, clips, hours, rate, results)
-    write_model_card(args.output_dir, name=args.hub_model_id, **card.facts(), **facts)
+    base_model = None if base_model is None or os.path.exists(base_model) else base_model
+    write_model_card(args.output_dir, name=args.hub_model_id, base_model=base_model, **card.facts(), **facts)
 
 
 def _total_hours(sources: Sequence) -> float | None:

@@ -178,7 +178,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         data = Path(data_args.eval_labels).name
         results = [(data, name, output.metrics[f"eval_{name}"]) for name in ("segment_f1", *PSDS_SCENARIOS)]
         command = ["examples/run_frame_classification.py", *arguments]
-        describe_run(trainer, command, card_args, train.files, results)
+        base_model = None if model_args.random_init else model_args.model_name_or_path
+        describe_run(trainer, command, card_args, train.files, results, base_model)
     if args.push_to_hub:
         trainer.push_to_hub()
     return output.metrics

@@ -220,6 +220,17 @@ def test_sounds_for_the_page(trainer, tmp_path):
     widget = [{"example_title": "A dog", "src": "dog.flac"}]
     write_model_card(tmp_path / "run", widget=widget)
     assert ModelCard.load(tmp_path / "run" / "README.md").data.widget == widget
+    describe_run(trainer, ["run.py"], CardArguments(card_widget=["https://host/a/dog.flac", "rain.wav"]))
+    assert ModelCard.load(tmp_path / "run" / "README.md").data.widget == [
+        {"example_title": "dog", "src": "https://host/a/dog.flac"},
+        {"example_title": "rain", "src": "rain.wav"},
+    ]
+
+
+def test_a_base_model_on_the_hub_is_told_and_a_folder_is_not(trainer, tmp_path):
+    for base_model, told in (("someone/encoder", "someone/encoder"), (str(tmp_path), None), (None, None)):
+        describe_run(trainer, ["run.py"], CardArguments(), base_model=base_model)
+        assert ModelCard.load(tmp_path / "run" / "README.md").data.base_model == told
 
 
 def test_options_are_arguments_of_the_card():

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 import soundfile
+from huggingface_hub import ModelCard
 from tiny import TINY
 
 PACKAGE = Path(__file__).parents[1]
@@ -363,6 +364,7 @@ def test_pretraining_and_finetuning_push(hub, sounds, tmp_path):
         assert files >= {"config.json", "preprocessor_config.json", "model.safetensors", "README.md", *HUB_FILES}
         for private in (str(tmp_path).encode(), b"hf_token", b"damaged.wav"):
             assert not [path for path, data in hub.repositories[name].items() if private in data], private
+    assert ModelCard(hub.repositories["me/finetuned"]["README.md"].decode()).data.base_model == "me/pretrained"
     assert "last-checkpoint/trainer_state.json" in hub.repositories["me/pretrained"]  # from which training goes on
     for name in ("bad_files.jsonl", "trainer_state.json", "training_args.bin"):
         assert (tmp_path / "run" / name).is_file(), "what is not pushed is there"

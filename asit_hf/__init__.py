@@ -35,7 +35,7 @@ register_pipeline()
 
 # What costs seconds to import, or needs more than inference does, is loaded when it is first asked for.
 _TRAINING = {"ASiTPreTrainer": "pretraining.trainer", "ASiTPreTrainingArguments": "pretraining.trainer"}
-_LAZY = {**_TRAINING, "export_encoder": "hub", "read_audio": "data.audio"}
+_LAZY = {"export_encoder": "hub", "read_audio": "data.audio"}
 
 __all__ = [
     "ASiTAudioClassificationPipeline",

@@ -11,22 +11,37 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import Trainer
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME
 
 from .configuration_asit import ASiTConfig
 from .data.audio import AudioReadError, audio_info
 from .feature_extraction_asit import ASiTFeatureExtractor
 
+if TYPE_CHECKING:  # it takes a second to import, and more than inference has
+    from transformers import Trainer
+
 CARD_NAME = "README.md"
 RUN_NAME = "run.json"
 _UNKNOWN = "Unknown: it was not recorded."
 # Of more files the hours are not counted: each is opened for it.
 MAX_COUNTED_FILES = 20000
+
+
+# Of a Trainer's run folder: paths of this machine, a token (both in Trainer's pickled arguments), and what no user of
+# the model needs. A checkpoint that `hub_strategy` pushes keeps its state, from which training goes on.
+PRIVATE_FILES = (
+    "training_args.bin",
+    "/trainer_state.json",
+    "/bad_files.jsonl*",
+    "/predictions.csv",
+    "/events.tsv",
+    "/epoch-*/",
+    "/unfinished/",
+)
 
 
 @dataclass
@@ -39,11 +54,15 @@ class CardArguments:
         default=None, metadata={"help": "The training data in words: sources, licences. By default clips and hours."}
     )
     card_limitations: str | None = field(default=None, metadata={"help": "What the model is not to be trusted with."})
+    card_widget: list[str] = field(
+        default_factory=list, metadata={"help": "Sounds for the model's page: URLs, or files of its repository."}
+    )
     card_emissions: float | None = field(default=None, metadata={"help": "Grams of CO2 that the training gave off."})
 
     def facts(self) -> dict[str, Any]:
         """As arguments of [`write_model_card`]."""
-        return {name.removeprefix("card_"): value for name, value in vars(self).items()}
+        facts = {name.removeprefix("card_"): value for name, value in vars(self).items()}
+        return facts | {"widget": [{"example_title": Path(src).stem, "src": src} for src in self.card_widget]}
 
 
 def write_model_card(
@@ -134,7 +153,8 @@ def record_run(
     results: Iterable[tuple[str, str, float]] = (),
 ) -> None:
     """
-    Writes `run.json`, what a training run tells of itself, for its model card. Of paths only the last part is told.
+    Writes `run.json`, what a training run tells of itself, for its model card. Of paths only the last part is told,
+    of `--hub_token` nothing.
 
     Args:
         folder: of the saved model.
@@ -144,7 +164,7 @@ def record_run(
         clips, hours, sampling_rate: of the training data, as far as known.
         results (`Iterable[tuple[str, str, float]]`): data set, metric and value, measured by the command.
     """
-    told = shlex.join(["python", *(_without_folders(argument) for argument in command)])
+    told = shlex.join(["python", *(_without_folders(argument) for argument in _without_token(command))])
     parts = [f"{clips} clips" if clips else "a stream of clips", f"{hours:.2f} hours" if hours else ""]
     parts += [f"at {sampling_rate} Hz" if sampling_rate else ""]
     facts = {
@@ -170,8 +190,18 @@ def record_run(
     Path(folder, RUN_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-class ModelCardMixin:
-    """For a Trainer, which would push a card of its own: the card that is there stays, or ours is written."""
+class PushMixin:
+    """
+    For a Trainer, which would push a card of its own, and files of this machine: the card that is there stays, or ours
+    is written; `PRIVATE_FILES` stay here, by a `.gitignore`, which the Hub heeds.
+    """
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        super().init_hf_repo(*args, **kwargs)
+        ignored = Path(self.args.output_dir, ".gitignore")
+        if self.is_world_process_zero() and not ignored.exists():
+            ignored.parent.mkdir(parents=True, exist_ok=True)
+            ignored.write_text("\n".join(PRIVATE_FILES) + "\n")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if self.model.config.model_type != "asit":
@@ -181,11 +211,12 @@ class ModelCardMixin:
 
 
 def describe_run(
-    trainer: Trainer,
+    trainer: "Trainer",
     command: Sequence[str],
     card: CardArguments,
     sources: Sequence | None = None,
     results: Iterable[tuple[str, str, float]] = (),
+    base_model: str | None = None,
     **facts: Any,
 ) -> None:
     """
@@ -196,6 +227,7 @@ def describe_run(
         sources (`Sequence`, *optional*): the training clips, see [`~asit_hf.data.audio.AudioReader`]; `None`: a
             stream.
         command, results: see [`record_run`].
+        base_model (`str`, *optional*): what it was finetuned from; a folder of this machine is not told.
         facts: further arguments of [`write_model_card`].
     """
     args, state = trainer.args, trainer.state
@@ -213,7 +245,8 @@ def describe_run(
     hours = None if sources is None else _total_hours(sources)
     rate = trainer.processing_class.sampling_rate
     record_run(args.output_dir, command, recipe, seconds, clips, hours, rate, results)
-    write_model_card(args.output_dir, name=args.hub_model_id, **card.facts(), **facts)
+    base_model = None if base_model is None or os.path.exists(base_model) else base_model
+    write_model_card(args.output_dir, name=args.hub_model_id, base_model=base_model, **card.facts(), **facts)
 
 
 def _total_hours(sources: Sequence) -> float | None:
@@ -238,6 +271,17 @@ def read_run(folder: str | os.PathLike) -> dict[str, Any]:
     path = Path(folder, RUN_NAME)
     text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
     return json.loads(text or "{}") or {}
+
+
+def _without_token(command: Sequence[str]) -> list[str]:
+    """Without `--hub_token`, which may be abbreviated, and its value."""
+    told, is_value = [], False
+    for argument in command:
+        token = None if is_value else re.fullmatch(r"--hub[_-]t\w*(=.*)?", argument)
+        if not is_value and token is None:
+            told.append(argument)
+        is_value = token is not None and token[1] is None
+    return told
 
 
 def _without_folders(value: Any) -> Any:

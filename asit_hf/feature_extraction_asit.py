@@ -1,5 +1,6 @@
 """ASiT feature extractor: waveforms to normalised log-mel spectrograms, in batch, on the waveforms' own device."""
 
+from numbers import Integral
 from os import PathLike
 from typing import Any
 
@@ -57,8 +58,9 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
         feature_size = num_mel_bins if feature_size is None else feature_size
         if feature_size not in (1, num_mel_bins):
             raise ValueError(f"feature_size must be num_mel_bins {num_mel_bins} or 1, got {feature_size}")
-        if std <= 0:
-            raise ValueError(f"std must be positive, got {std}")
+        for name, value in {"sampling_rate": sampling_rate, "num_mel_bins": num_mel_bins, "std": std}.items():
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         super().__init__(
             feature_size=feature_size,
             sampling_rate=sampling_rate,
@@ -139,8 +141,9 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
         if None not in (num_frames, max_length) and num_frames != max_length:
             raise ValueError(f"num_frames and max_length are one thing, got {num_frames} and {max_length}")
         num_frames = num_frames if num_frames is not None else max_length
-        if num_frames is not None and num_frames < 1:
-            raise ValueError(f"num_frames must be at least 1, got {num_frames}")
+        for name, value in {"num_frames": num_frames, "pad_to_multiple_of": pad_to_multiple_of}.items():
+            if value is not None and not (isinstance(value, Integral) and value >= 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         strategy = self._padding_strategy(padding, truncation, num_frames)
         clips = [self._to_tensor(clip, index) for index, clip in enumerate(self._to_clips(raw_speech))]
 
@@ -281,7 +284,9 @@ def _to_batch_feature(outputs: dict[str, list[torch.Tensor]], return_tensors: st
     if return_tensors is not None and TensorType(return_tensors) == TensorType.PYTORCH:
         lengths = {len(value) for value in outputs["input_values"]}
         if len(lengths) > 1:
-            raise ValueError(f"clips of {sorted(lengths)} frames cannot be stacked: use padding=True")
+            raise ValueError(
+                f"clips of {sorted(lengths)} frames cannot be stacked: use padding=True or truncation=True"
+            )
         return BatchFeature({name: torch.stack(values) for name, values in outputs.items()})
     arrays = {name: [value.cpu().numpy() for value in values] for name, values in outputs.items()}
     return BatchFeature(arrays, tensor_type=return_tensors)

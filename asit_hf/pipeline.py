@@ -1,12 +1,14 @@
 """`pipeline("audio-classification")` for ASiT: any file, any rate, any length, with soundfile and soxr alone."""
 
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub.utils import httpx
+from torch.utils.data import Dataset
 from transformers import AudioClassificationPipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import ChunkPipeline
@@ -18,6 +20,9 @@ from .fbank_asit import WINDOW_SECONDS
 MAX_SECONDS = 30.0
 # More is a mistake: torch's loader lists as many indices before it asks for the first clip.
 MAX_BATCH_SIZE = 2**16
+
+# Iterable, and yet one clip, or what `torch` loads by itself.
+_NOT_CLIPS = (str, bytes, bytearray, memoryview, io.IOBase, Mapping, np.ndarray, torch.Tensor, Dataset)
 
 _PREPROCESS = ("window_seconds", "overlap")
 _POSTPROCESS = ("top_k", "function_to_apply", "aggregate", "return_timeline")
@@ -55,10 +60,11 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
         Classifies one clip or many.
 
         Args:
-            inputs: one clip, or a list, tuple, data set column, generator or `Dataset` of clips. A clip is a path
+            inputs: one clip, or a list, tuple, data set, column of one, or iterator of clips. A clip is a path
                 (`str` or `Path`), an http(s) URL, the `bytes` of a file, a numpy array or torch tensor at the model's
-                rate, an `{"array" or "raw", "sampling_rate"}` dict at any rate, a `{"path", "bytes"}` data set row,
-                or a decoder with `get_all_samples()` (torchcodec). Two-dimensional arrays are channels, and averaged.
+                rate, an `{"array" or "raw", "sampling_rate"}` dict at any rate, a `{"path", "bytes"}` dict, a decoder
+                with `get_all_samples()` (torchcodec), or a data set's row, with one of these in its column `"audio"`.
+                Two-dimensional arrays are channels, and averaged.
             top_k (`int`, *optional*, defaults to 5): how many labels are returned; `None`: all.
             function_to_apply (`str`, *optional*): `"softmax"`, `"sigmoid"` or `"none"`; by default what
                 `config.problem_type` asks for: sigmoid for multi-label, none for regression, softmax else.
@@ -71,18 +77,21 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
 
         Returns:
             For each clip a list of `{"score", "label"}`, best first; with `return_timeline` a dict of these `labels`
-            and the `timeline`, a list of `{"start", "end", "labels"}`, in seconds. A generator or `Dataset` gives an
-            iterator.
+            and the `timeline`, a list of `{"start", "end", "labels"}`, in seconds. An iterator or a data set gives
+            an iterator.
 
         Raises:
             `AudioReadError`: a clip that cannot be read (a `ValueError` with its `source` and the `reason`).
             `TypeError`, `ValueError`: an input of another type, an argument out of range.
         """
         _check_batch_size(kwargs.get("batch_size"))
-        if isinstance(inputs, Sequence) and not isinstance(inputs, (str, bytes)):
-            # transformers before 5.16 looks at a first clip
-            return list(super().__call__((clip for clip in inputs), **kwargs)) if len(inputs) else []
-        return super().__call__(inputs, **kwargs)
+        if not isinstance(inputs, Iterable) or isinstance(inputs, _NOT_CLIPS):
+            return super().__call__(inputs, **kwargs)
+        if isinstance(inputs, Sequence) and len(inputs) == 0:
+            return []
+        # as a generator, whatever it is: of a list, transformers before 5.16 looks at a first clip
+        outputs = super().__call__((clip for clip in inputs), **kwargs)
+        return list(outputs) if isinstance(inputs, Sequence) else outputs
 
     def check_model_type(self, supported_models: Any) -> None:
         """Any ASiT clip classifier, wrapped (by peft, say) or not."""
@@ -195,7 +204,9 @@ def _check_parameters(parameters: dict[str, Any]) -> None:
 
 
 def _to_source(clip: Any, sampling_rate: int) -> Any:
-    """What `AudioReader` reads: arrays get the model's rate, a URL is fetched."""
+    """What `AudioReader` reads: a row's column, an array with the model's rate, what is at a URL."""
+    if isinstance(clip, dict) and "audio" in clip:
+        clip = clip["audio"]
     if isinstance(clip, (np.ndarray, torch.Tensor)):
         return {"array": clip, "sampling_rate": sampling_rate}
     if isinstance(clip, str) and clip.startswith(("http://", "https://")):

@@ -258,7 +258,8 @@ def _project(embeddings: np.ndarray, projection: str) -> np.ndarray:
     if clips < 3 or dim < 2:
         raise ValueError(f"a map needs at least 3 clips of 2 dimensions, got {clips} of {dim}")
     if projection == "tsne":
-        from sklearn.manifold import TSNE  # takes a second to import
+        with extra("train"):
+            from sklearn.manifold import TSNE  # takes a second to import
 
         # its default perplexity of 30 needs as many clips
         return TSNE(perplexity=min(30, (clips - 1) / 3), random_state=0).fit_transform(embeddings)

@@ -353,7 +353,8 @@ def finetune(
         results = [(data, metric, output.metrics.get(f"eval_{metric}")) for metric in CARD_METRICS]
         results = [row for row in results if row[-1] is not None]
         command = ["examples/run_audio_classification.py", *arguments]
-        describe_run(trainer, command, card_args, train.select_columns("audio"), results)
+        base_model = None if model_args.random_init else model_args.model_name_or_path
+        describe_run(trainer, command, card_args, train.select_columns("audio"), results, base_model)
     if args.push_to_hub:
         trainer.push_to_hub()  # before there is a table that names files of this machine
     if trainer.is_world_process_zero():

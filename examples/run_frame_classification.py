@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification
-from asit_hf.cards import CardArguments, ModelCardMixin, describe_run
+from asit_hf.cards import CardArguments, PushMixin, describe_run
 from asit_hf.data import audio_info
 from asit_hf.data.audio import AudioReadError
 from asit_hf.data.epochs import EpochCallback
@@ -147,7 +147,7 @@ class Scorer:
         return {**columns, **segments}
 
 
-class FrameTrainer(ModelCardMixin, Trainer):
+class FrameTrainer(PushMixin, Trainer):
     """Trainer, with our model card."""
 
 
@@ -200,7 +200,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         data = Path(data_args.eval_labels).name
         results = [(data, name, output.metrics[f"eval_{name}"]) for name in ("segment_f1", *PSDS_SCENARIOS)]
         command = ["examples/run_frame_classification.py", *arguments]
-        describe_run(trainer, command, card_args, train.files, results)
+        base_model = None if model_args.random_init else model_args.model_name_or_path
+        describe_run(trainer, command, card_args, train.files, results, base_model)
     if args.push_to_hub:
         trainer.push_to_hub()
     return output.metrics

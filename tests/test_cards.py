@@ -107,6 +107,12 @@ def test_commands_are_told_without_this_machines_folders(tmp_path, argument, tol
     assert shlex.split(read_run(tmp_path)["recipe"]["command"].strip("`")) == ["python", "run.py", told]
 
 
+@pytest.mark.parametrize("token", [["--hub_token", "hf_1"], ["--hub-token=hf_1"], ["--hub_tok", "hf_1"]])
+def test_tokens_are_not_told(tmp_path, token):
+    record_run(tmp_path, ["run.py", "--hub_model_id", "me/a", *token, "--seed", "1"], {}, seconds=1.0)
+    assert read_run(tmp_path)["recipe"]["command"] == "`python run.py --hub_model_id me/a --seed 1`"
+
+
 def test_hours_are_those_of_the_clips_that_can_be_read(trainer, sounds):
     """Of paths and of a data set's rows alike."""
     for sources in (sounds, [{"audio": {"path": path}} for path in sounds]):
@@ -214,6 +220,17 @@ def test_sounds_for_the_page(trainer, tmp_path):
     widget = [{"example_title": "A dog", "src": "dog.flac"}]
     write_model_card(tmp_path / "run", widget=widget)
     assert ModelCard.load(tmp_path / "run" / "README.md").data.widget == widget
+    describe_run(trainer, ["run.py"], CardArguments(card_widget=["https://host/a/dog.flac", "rain.wav"]))
+    assert ModelCard.load(tmp_path / "run" / "README.md").data.widget == [
+        {"example_title": "dog", "src": "https://host/a/dog.flac"},
+        {"example_title": "rain", "src": "rain.wav"},
+    ]
+
+
+def test_a_base_model_on_the_hub_is_told_and_a_folder_is_not(trainer, tmp_path):
+    for base_model, told in (("someone/encoder", "someone/encoder"), (str(tmp_path), None), (None, None)):
+        describe_run(trainer, ["run.py"], CardArguments(), base_model=base_model)
+        assert ModelCard.load(tmp_path / "run" / "README.md").data.base_model == told
 
 
 def test_options_are_arguments_of_the_card():

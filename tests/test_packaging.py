@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import asit_hf
 from asit_hf import (
     ASiTConfig,
     ASiTFeatureExtractor,
@@ -60,6 +61,24 @@ def test_every_argument_is_documented(documented, names):
     assert not missing
 
 
+def test_star_imports_what_inference_has():
+    """`import *` must not need the extras."""
+    code = "import sys; sys.modules['accelerate'] = None\nfrom asit_hf import *\nprint(ASiTModel, export_encoder)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_versions_that_readme_names_are_those_of_the_project():
+    oldest = re.search(r'"transformers>=([\d.]+),', (ROOT / "pyproject.toml").read_text())[1]
+    newest, torch_version = (
+        re.search(rf"^{name}==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+        for name in ("transformers", "torch")
+    )
+    readme = (ROOT / "README.md").read_text()
+    assert f"With transformers {oldest} (`make oldest`) to {newest}," in readme
+    assert f"with torch {torch_version}:" in readme
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_all_that_is_needed(tmp_path):
     """Built from a copy of the sources, unpacked and used where these are not."""
@@ -73,7 +92,7 @@ def test_the_wheel_holds_all_that_is_needed(tmp_path):
         (sources / name / "__init__.py").touch()
     built = subprocess.run([*command, "--wheel-dir", tmp_path, sources], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    (wheel,) = tmp_path.glob("asit_hf-*.whl")
+    (wheel,) = tmp_path.glob(f"asit_hf-{asit_hf.__version__}-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         folders = {name.split("/")[0] for name in archive.namelist()}
         assert folders == {"asit_hf", f"{wheel.stem.split('-py')[0]}.dist-info"}

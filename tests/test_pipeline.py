@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,6 +120,9 @@ def test_all_forms_of_one_clip_agree(classifier, tmp_path):
         "bytes": path.read_bytes(),
         "row": row,
         "row of bytes": {"path": None, "bytes": path.read_bytes()},
+        "bytearray": bytearray(path.read_bytes()),
+        "memoryview": memoryview(path.read_bytes()),
+        "data set row": {"audio": row, "label": 1},
         "decoder": SimpleNamespace(get_all_samples=lambda: samples),
     }
     expected = classifier(sound)
@@ -189,6 +193,9 @@ def test_many_clips_in_every_container(classifier):
     assert classifier(tuple(sounds)) == expected
     assert list(classifier(sound for sound in sounds)) == expected
     assert classifier(rows["audio"]) == expected
+    assert list(classifier(rows)) == expected
+    assert list(classifier(rows.to_iterable_dataset())) == expected
+    assert list(classifier(map(np.asarray, sounds), batch_size=2)) == list(classifier(sounds, batch_size=2))
     assert classifier([]) == []
 
 
@@ -309,7 +316,8 @@ def test_half_precision(folder, classifier):
         (np.array([0.0, np.nan] * 800, np.float32), AudioReadError, "not finite"),
         (np.zeros((2, 3, 4), np.float32), AudioReadError, r"\(2, 3, 4\)"),
         ({"array": np.zeros(1600, np.float32)}, AudioReadError, "sampling_rate"),
-        ({"text": "rain"}, AudioReadError, "neither a path nor bytes"),
+        ({"text": "rain"}, AudioReadError, r"neither a path nor bytes in \['text'\], nor array"),
+        (io.BytesIO(b"RIFF"), TypeError, "BytesIO"),
         ("/nowhere/clip.wav", AudioReadError, "/nowhere/clip.wav: no such file"),
         (b"not audio at all", AudioReadError, "bytes"),
         (3.5, TypeError, "float"),
@@ -385,6 +393,34 @@ def test_the_stock_pipeline_works_on_arrays(folder, classifier):
     sounds = [make_sound(1.0), make_sound(0.4, seed=1)]
     for labels, sound in zip(stock(sounds, batch_size=2), sounds, strict=True):
         assert_same_scores(labels, classifier(sound))
+
+
+@pytest.mark.parametrize(
+    ("clip", "error", "message"),
+    [
+        ("clip.wav", ValueError, "ffmpeg .*required"),
+        (Path("clip.wav"), TypeError, "expect a numpy ndarray or torch tensor"),
+        (np.zeros((2, RATE), np.float32), ValueError, "single channel"),
+        ({"array": np.zeros(8000, np.float32), "sampling_rate": 8000}, ImportError, "pip install torchaudio"),
+        (np.zeros(0, np.float32), ValueError, "empty"),
+    ],
+)
+def test_the_stock_pipeline_says_what_it_lacks(folder, tmp_path, monkeypatch, clip, error, message):
+    soundfile.write(tmp_path / "clip.wav", make_sound(0.5), RATE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    stock = pipeline("audio-classification", model=str(folder), pipeline_class=AudioClassificationPipeline)
+    with pytest.raises(error, match=message):
+        stock(clip)
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_the_stock_pipeline_chooses_the_same_function(tmp_path, problem_type):
+    if signature(AudioClassificationPipeline.postprocess).parameters["function_to_apply"].default is not None:
+        pytest.skip("the pipeline of this transformers takes softmax whatever the problem is")
+    folder = make_classifier(tmp_path, problem_type=problem_type)
+    stock = pipeline("audio-classification", model=str(folder), pipeline_class=AudioClassificationPipeline, top_k=None)
+    assert_same_scores(stock(make_sound(1.0)), asit_pipeline(folder, top_k=None)(make_sound(1.0)))
 
 
 FRESH_PROCESS = """

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -16,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 import soundfile
+from huggingface_hub import ModelCard
 from tiny import TINY
 
 PACKAGE = Path(__file__).parents[1]
@@ -61,11 +63,19 @@ class Calls(BaseHTTPRequestHandler):
             ]
             return self.answer({"transfer": "basic", "objects": objects})
         if match := re.fullmatch(r"/api/models/(.+)/preupload/(.+)", path):
+            request = json.loads(body)
+            kept = self.server.repositories[match[1]].get(".gitignore", b"").decode()
+            patterns = request.get("gitIgnore", kept).split()
             files = [
-                {"path": one["path"], "uploadMode": "lfs" if one["path"].endswith(".safetensors") else "regular"}
-                for one in json.loads(body)["files"]
+                {
+                    "path": one["path"],
+                    "uploadMode": "lfs" if one["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": any(is_ignored(one["path"], pattern) for pattern in patterns),
+                    "oid": None,
+                }
+                for one in request["files"]
             ]
-            return self.answer({"files": [{**one, "shouldIgnore": False, "oid": None} for one in files]})
+            return self.answer({"files": files})
         if match := re.fullmatch(r"/api/models/(.+)/commit/(.+)", path):
             return self.commit(match[1], [json.loads(line) for line in body.splitlines()])
         return self.answer({"error": f"no such call {path}"}, 404)
@@ -132,6 +142,14 @@ class Calls(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
+def is_ignored(path: str, pattern: str) -> bool:
+    """Of git's patterns: names, and, with a slash before them, paths from the top; a slash behind is for folders."""
+    folders = [str(folder) for folder in Path(path).parents][:-1]
+    paths = folders if pattern.endswith("/") else [path, *folders]
+    names = paths if pattern.startswith("/") else [Path(one).name for one in paths]
+    return any(fnmatchcase(name, pattern.strip("/")) for name in names)
+
+
 def oid(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -196,6 +214,7 @@ import numpy as np
 import torch
 import transformers
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification, pipeline
+from transformers import AutoModelForAudioFrameClassification
 
 remote = {"trust_remote_code": True}
 values = torch.randn(1, 96, 32, generator=torch.Generator().manual_seed(0))
@@ -213,12 +232,7 @@ with torch.no_grad():
         assert AutoFeatureExtractor.from_pretrained(f"me/{name}", **remote).num_mel_bins == 32
     classifier = AutoModelForAudioClassification.from_pretrained("me/classifier", **remote).eval()
     check("classifier logits", classifier(values).logits)
-    if "asit_hf" in sys.modules and sys.modules["asit_hf"]:
-        frames = sys.modules["asit_hf"].ASiTForAudioFrameClassification.from_pretrained("me/frames").eval()
-    else:
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-        frames = get_class_from_dynamic_module(
-            "modeling_asit.ASiTForAudioFrameClassification", "me/frames").from_pretrained("me/frames").eval()
+    frames = AutoModelForAudioFrameClassification.from_pretrained("me/frames", **remote).eval()
     check("frames logits", frames(values).logits)
 sound = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
 labels = pipeline("audio-classification", model="me/classifier", **remote)(sound)
@@ -295,25 +309,52 @@ def sounds(tmp_path) -> Path:
     return tmp_path / "sounds"
 
 
+TRAINER = """
+import json, sys
+import torch
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
+from transformers import Trainer, TrainingArguments
+
+model = ASiTForAudioClassification(ASiTConfig(**json.loads(sys.argv[1]), num_labels=2))
+args = TrainingArguments("run", max_steps=2, save_steps=1, push_to_hub=True, hub_model_id="me/trained", use_cpu=True,
+                         report_to="none", disable_tqdm=True)
+data = [{"input_values": torch.randn(96, 32), "labels": index % 2} for index in range(4)]
+trainer = Trainer(model, args, train_dataset=data, processing_class=ASiTFeatureExtractor(num_mel_bins=32))
+trainer.train()
+trainer.push_to_hub()
+"""
+
+PREDICT = """
+import sys
+import numpy as np
+from transformers import pipeline
+
+classifier = pipeline("audio-classification", model=sys.argv[1], trust_remote_code=True)
+print(sorted(row["label"] for row in classifier(np.zeros(16000, np.float32))))
+"""
+
+
+@pytest.mark.slow
+def test_transformers_own_trainer_pushes(hub, tmp_path):
+    run(TRAINER, hub, tmp_path, json.dumps(TINY))
+    assert run(PREDICT, hub, tmp_path, "me/trained", package=False).strip() == "['LABEL_0', 'LABEL_1']"
+
+
 @pytest.mark.slow
 def test_pretraining_and_finetuning_push(hub, sounds, tmp_path):
     """The scripts with --push_to_hub: what they leave on the server is a model, its extractor and a card."""
+    (sounds / "low" / "damaged.wav").write_bytes(b"not a sound")
     code = "import sys, runpy\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
-    common = ["--per_device_train_batch_size", "4", "--max_steps", "2", "--use_cpu", "True", "--report_to", "none"]
-    common += ["--disable_tqdm", "True", "--push_to_hub", "True"]
+    common = ["--train_data", str(sounds), "--max_steps", "2", "--per_device_train_batch_size", "13"]  # all
+    common += ["--use_cpu", "True", "--report_to", "none", "--disable_tqdm", "True"]
+    common += ["--push_to_hub", "True", "--hub_token", "hf_token"]
     overrides = ",".join(f"{name}={value}" for name, value in TINY.items())
-    pretraining = ["--train_data", str(sounds), "--output_dir", str(tmp_path / "run"), "--global_seconds", "0.4"]
+    pretraining = ["--output_dir", str(tmp_path / "run"), "--global_seconds", "0.4", "--save_steps", "1"]
     pretraining += ["--config_overrides", overrides, "--num_local_crops", "0", "--picture_steps", "0"]
+    pretraining += ["--hub_model_id", "me/pretrained", "--hub_strategy", "checkpoint"]
     script = str(PACKAGE / "examples" / "run_pretraining.py")
-    run(code, hub, tmp_path, script, *pretraining, *common, "--hub_model_id", "me/pretrained")
-    finetuning = [
-        "--train_data",
-        str(sounds),
-        "--eval_data",
-        str(sounds),
-        "--output_dir",
-        str(tmp_path / "classifier"),
-    ]
+    run(code, hub, tmp_path, script, *pretraining, *common)
+    finetuning = ["--eval_data", str(sounds), "--output_dir", str(tmp_path / "classifier")]
     finetuning += ["--model_name_or_path", "me/pretrained", "--hub_model_id", "me/finetuned"]
     script = str(PACKAGE / "examples" / "run_audio_classification.py")
     run(code, hub, tmp_path, script, *finetuning, *common)
@@ -321,16 +362,10 @@ def test_pretraining_and_finetuning_push(hub, sounds, tmp_path):
     for name in ("me/pretrained", "me/finetuned"):
         files = set(hub.repositories[name])
         assert files >= {"config.json", "preprocessor_config.json", "model.safetensors", "README.md", *HUB_FILES}
-        private = str(tmp_path).encode()
-        told = {path for path, data in hub.repositories[name].items() if private in data}
-        told -= {"training_args.bin", "trainer_state.json"}  # Trainer's own
-        assert not told, "paths of this machine in what was pushed"
-    labels = run(
-        "import numpy as np\nfrom transformers import pipeline\n"
-        "classifier = pipeline('audio-classification', model='me/finetuned', trust_remote_code=True)\n"
-        "print(sorted(row['label'] for row in classifier(np.zeros(16000, np.float32))))",
-        hub,
-        tmp_path,
-        package=False,
-    )
-    assert labels.strip() == "['high', 'low']"
+        for private in (str(tmp_path).encode(), b"hf_token", b"damaged.wav"):
+            assert not [path for path, data in hub.repositories[name].items() if private in data], private
+    assert ModelCard(hub.repositories["me/finetuned"]["README.md"].decode()).data.base_model == "me/pretrained"
+    assert "last-checkpoint/trainer_state.json" in hub.repositories["me/pretrained"]  # from which training goes on
+    for name in ("bad_files.jsonl", "trainer_state.json", "training_args.bin"):
+        assert (tmp_path / "run" / name).is_file(), "what is not pushed is there"
+    assert run(PREDICT, hub, tmp_path, "me/finetuned", package=False).strip() == "['high', 'low']"

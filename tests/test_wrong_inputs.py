@@ -125,7 +125,12 @@ WAVEFORMS = [
     (lambda: extract([noise, noise[:800]], RATE, padding=False, return_tensors="pt"), ValueError, ["padding=True"]),
     (lambda: log_mel_spectrogram(torch.zeros(200), RATE), ValueError, ["400", "200"]),
     (lambda: ASiTFeatureExtractor(feature_size=64, num_mel_bins=128), ValueError, ["64", "128"]),
+    (lambda: extract(noise, RATE, pad_to_multiple_of=-3), ValueError, ["pad_to_multiple_of", "at least 1", "-3"]),
+    (lambda: extract(noise, RATE, max_length=20.5, truncation=True), ValueError, ["whole number", "20.5"]),
     (lambda: ASiTFeatureExtractor(std=0.0), ValueError, ["std", "0.0"]),
+    (lambda: ASiTFeatureExtractor(std=float("nan")), ValueError, ["std", "nan"]),
+    (lambda: ASiTFeatureExtractor(sampling_rate=0), ValueError, ["sampling_rate", "0"]),
+    (lambda: ASiTFeatureExtractor(num_mel_bins=0), ValueError, ["num_mel_bins", "0"]),
     (lambda: ASiTFeatureExtractor(padding_side="left"), ValueError, ["right", "left"]),
 ]
 
@@ -163,7 +168,8 @@ MODELS = [
     (lambda: classify(torch.rand(2, 2), "multi_label_classification"), ValueError, ["(2, 3)", "(2, 2)"]),
     (lambda: classify(torch.rand(2), "single_label_classification"), ValueError, ["(2, 3)", "(2,)"]),
     (lambda: classify(torch.rand(2, 2), "single_label_classification"), ValueError, ["(2, 3)", "(2, 2)"]),
-    (lambda: classify(torch.tensor([0, 1, 2]), "single_label_classification"), ValueError, ["2", "3"]),
+    (lambda: classify(torch.tensor([0, 1, 2])), ValueError, ["class ids", "(2,)", "(3,)"]),
+    (lambda: classify(torch.eye(3)[:2].long()), ValueError, ["floats of shape (2, 3)", "ids of shape (2, 3)"]),
     (lambda: classify(torch.rand(3, 2), "regression"), ValueError, ["(2, 3)", "(3, 2)"]),
     (lambda: classification_loss(torch.rand(2, 3), torch.zeros(2), "ranking"), ValueError, ["regression", "ranking"]),
     (
@@ -267,6 +273,16 @@ EXTRAS = [
     ),
     (lambda: without("evaluate", *importing("asit_hf.finetuning.metrics")), ImportError, ["evaluate", "[train]"]),
     (lambda: without("matplotlib.axes", *importing("asit_hf.plotting")), ImportError, ["matplotlib is", "[train]"]),
+    (
+        lambda: without("scipy.ndimage", *importing("asit_hf.evaluation.sound_events")),
+        ImportError,
+        ["scipy is", "[train]"],
+    ),
+    (
+        lambda: without("accelerate.data_loader", *importing("asit_hf.data.epochs")),
+        ImportError,
+        ["accelerate is", "[train]"],
+    ),
     (lambda: without("datasets", lambda: load_audio_dataset("folder")), ImportError, ["datasets", "[train]"]),
     (
         lambda: without(

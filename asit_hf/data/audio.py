@@ -164,7 +164,8 @@ class AudioReader:
                 f"decoder; got {type(source).__name__}"
             )
         if path is None and content is None:
-            raise AudioReadError(self.name, "neither a path nor bytes")
+            keys = f" in {sorted(map(str, source))}, nor array and sampling_rate" if isinstance(source, dict) else ""
+            raise AudioReadError(self.name, f"neither a path nor bytes{keys}")
         self._path, self._content = path, content
         self._file = self._open()
         self.info = AudioInfo(self._file.samplerate, self._file.frames, self._file.channels)

@@ -3,10 +3,13 @@
 import logging
 from typing import Any
 
-from accelerate.data_loader import IterableDatasetShard
 from transformers import TrainerCallback
 
+from ..extras import extra
 from .crops import StreamingCrops
+
+with extra("train"):
+    from accelerate.data_loader import IterableDatasetShard
 
 logger = logging.getLogger(__name__)
 

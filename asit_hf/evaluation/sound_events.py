@@ -3,9 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from scipy.ndimage import median_filter
 
 from ..data.strong_labels import Event
+from ..extras import extra
+
+with extra("train"):
+    from scipy.ndimage import median_filter
 
 # The DCASE challenge's two scenarios: timing matters, and confusion of classes matters.
 PSDS_SCENARIOS = {

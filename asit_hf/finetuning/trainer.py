@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..cards import ModelCardMixin
+from ..cards import PushMixin
 from ..data.epochs import EpochCallback
 from ..processor import warn_of_emulated_bf16
 from .metrics import MAIN_METRIC
@@ -76,7 +76,7 @@ class FinetuningArguments(TrainingArguments):
             self.metric_for_best_model, self.greater_is_better = MAIN_METRIC[problem_type]
 
 
-class FinetuningTrainer(ModelCardMixin, Trainer):
+class FinetuningTrainer(PushMixin, Trainer):
     """
     Finetunes a classifier: learning rates by layer, AST's step decay, label smoothing of soft and of several labels,
     and the mean of the last epochs' weights, as [`FinetuningArguments`] say. Tells the data set the epoch.

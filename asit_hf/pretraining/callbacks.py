@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from ..plotting import plot_curves, plot_reconstruction
+from ..plotting import Figure, plot_curves, plot_reconstruction
 
 CURVES = (
     "loss",

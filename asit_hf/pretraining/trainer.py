@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 from transformers.utils import logging
 
-from ..cards import ModelCardMixin
+from ..cards import PushMixin
 from ..data.collators import collate_crops
 from ..data.epochs import EpochCallback
 from ..data.workers import clear_worker_errors
@@ -156,7 +156,7 @@ class ASiTPreTrainingArguments(TrainingArguments):
         )
 
 
-class ASiTPreTrainer(ModelCardMixin, Trainer):
+class ASiTPreTrainer(PushMixin, Trainer):
     """
     Pretrains an [`ASiTForPreTraining`].
 

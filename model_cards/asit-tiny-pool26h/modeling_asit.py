@@ -518,6 +518,11 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type
     if problem_type not in LOSSES:
         raise ValueError(f"problem_type must be one of {sorted(LOSSES)}, got {problem_type!r}")
     if problem_type == "single_label_classification" and not labels.is_floating_point():
+        if labels.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"{problem_type} needs class ids of shape {tuple(logits.shape[:-1])}, or floats of shape "
+                f"{tuple(logits.shape)}, got ids of shape {tuple(labels.shape)}"
+            )
         return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
     if logits.shape[-1] == 1 and labels.shape == logits.shape[:-1]:
         labels = labels[..., None]

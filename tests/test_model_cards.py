@@ -1,5 +1,6 @@
 """The folders of model_cards/: each is a Hub repository that loads as it is."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -59,17 +60,25 @@ def test_its_card_says_what_one_must_know(folder):
     assert not re.search(r'"/(root|home|tmp|work|mnt)/', json.dumps([p.read_text() for p in folder.glob("*.json")]))
 
 
+@pytest.fixture(params=CLASSIFIERS, ids=lambda folder: folder.name)
+def predictions(request):
+    """A classifier's folder, and what it says of every clip of ESC-50's fold 4, which was in no training."""
+    with (request.param / "predictions_fold4.csv").open(newline="") as file:
+        return request.param, list(csv.DictReader(file))
+
+
+def test_the_accuracy_of_a_card_is_that_of_its_predictions(predictions):
+    folder, clips = predictions
+    right = sum(clip["predicted"] == clip["label"] for clip in clips) / len(clips)
+    assert len(clips) == 400
+    assert [one.metric_value for one in ModelCard.load(folder / "README.md").data.eval_results] == [right]
+
+
 @pytest.mark.real_audio
-@pytest.mark.parametrize("folder", CLASSIFIERS, ids=lambda folder: folder.name)
-def test_the_classifier_names_sounds_it_never_heard(folder, real_audio):
-    """Fold 4 of ESC-50 was in no training; the card's accuracy is of all of it, chance is 2 %."""
-    rows = (real_audio / "esc50-16k" / "esc50.csv").read_text().splitlines()
-    columns = rows[0].split(",")
-    clips = [dict(zip(columns, row.split(","))) for row in rows[1:]]
-    clips = [clip for clip in clips if clip["fold"] == "4"][::8]
+def test_a_classifier_predicts_what_its_folder_says(predictions, real_audio):
+    folder, clips = predictions
+    clips = clips[::8]
     classifier = pipeline("audio-classification", model=str(folder))
-    paths = [str(real_audio / "esc50-16k" / "audio" / clip["filename"]) for clip in clips]
-    found = [labels[0]["label"] for labels in classifier(paths, top_k=1)]
-    right = sum(label == clip["category"] for label, clip in zip(found, clips)) / len(clips)
-    said = next(one.metric_value for one in ModelCard.load(folder / "README.md").data.eval_results)
-    assert abs(right - said) < 0.2, (right, said)
+    found = classifier([real_audio / "esc50-16k" / "audio" / clip["file"] for clip in clips], top_k=1)
+    differing = [clip["file"] for clip, (top,) in zip(clips, found) if top["label"] != clip["predicted"]]
+    assert len(differing) <= 1, differing  # one may be a tie, which another processor rounds the other way

@@ -30,15 +30,18 @@ def keep_freed_memory() -> bool:
     return bool(set_option(_TRIM_THRESHOLD, -1) and set_option(_MMAP_MAX, 0))
 
 
-def warn_of_emulated_bf16(args: TrainingArguments) -> None:
-    """Warns if a run on a processor asks for bf16 and the processor has no instructions for it."""
-    if not args.bf16 or args.device.type != "cpu":
-        return
+def has_bf16_instructions() -> bool:
+    """Whether the processor multiplies bfloat16 by itself; `True` as well where torch is too old to tell."""
     try:
         capabilities = torch.cpu.get_capabilities()
-    except AttributeError:  # an older torch cannot tell
-        return
-    if not any(capabilities.get(name) for name in _BF16):
+    except AttributeError:
+        return True
+    return any(capabilities.get(name) for name in _BF16)
+
+
+def warn_of_emulated_bf16(args: TrainingArguments) -> None:
+    """Warns if a run on a processor asks for bf16 and the processor has no instructions for it."""
+    if args.bf16 and args.device.type == "cpu" and not has_bf16_instructions():
         logger.warning(
             f"bf16 was asked for, but this processor ({torch.backends.cpu.get_cpu_capability()}) has no instructions "
             "for it: matrix products will be many times slower than in fp32; set bf16 to False"

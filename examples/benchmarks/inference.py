@@ -22,6 +22,7 @@ from transformers.models.audio_spectrogram_transformer import feature_extraction
 
 import asit_hf  # noqa: F401  its pipeline
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
+from asit_hf.processor import has_bf16_instructions
 
 RATE = 16000
 LABELS = 50
@@ -43,10 +44,13 @@ def build_pipelines(dtype: torch.dtype, quick: bool) -> dict[str, AudioClassific
 
 
 def measure(quick: bool = False) -> Report:
-    """In float32 and bfloat16."""
+    """In float32, and in bfloat16 where the processor has instructions for it."""
     report = Report("inference")
     generator = np.random.default_rng(0)
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        if precision == "bf16" and not has_bf16_instructions():
+            report.notes.append("bf16: not measured, this processor has no instructions for it.")
+            continue
         pipelines = build_pipelines(dtype, quick)
         for seconds, target in TARGETS.items():
             for batch in BATCHES:

@@ -9,6 +9,7 @@ import torch
 
 from asit_hf.fbank_asit import log_mel_spectrogram
 from asit_hf.pretraining.masking import GMML, corrupt
+from asit_hf.processor import has_bf16_instructions
 
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 
@@ -127,7 +128,7 @@ def test_a_quick_run_writes_its_table(tmp_path, capsys, monkeypatch):
 def test_chosen_parts_have_results_of_their_own(tmp_path):
     load("run").main(["--quick", "--parts", "inference", "--output_dir", str(tmp_path)])
     rows = json.loads((tmp_path / "inference.json").read_text())["parts"][0]["rows"]
-    assert len(rows) == 8
+    assert len(rows) == (8 if has_bf16_instructions() else 4)  # two lengths, two batch sizes, each precision
     assert all(row["ours"] > 0 for row in rows)
 
 

@@ -33,7 +33,7 @@ class HearModel(nn.Module):
     `scene_embedding_size` and `timestamp_embedding_size`.
     """
 
-    def __init__(self, encoder: ASiTModel, feature_extractor: ASiTFeatureExtractor, pooling: str = "mean_time"):
+    def __init__(self, encoder: ASiTModel, feature_extractor: ASiTFeatureExtractor, pooling: str = "mean_std_time"):
         check_pooling(pooling)
         if feature_extractor.sampling_rate not in SAMPLING_RATES:
             raise ValueError(
@@ -64,7 +64,7 @@ class HearModel(nn.Module):
         return [self.encoder(piece).last_hidden_state for piece in pieces or [input_values]]
 
 
-def load_model(model_file_path: str | PathLike = "", pooling: str = "mean_time") -> HearModel:
+def load_model(model_file_path: str | PathLike = "", pooling: str = "mean_std_time") -> HearModel:
     """
     Args:
         model_file_path (`str`): folder or Hub name of an encoder, a classifier or a pretraining checkpoint (its

@@ -101,6 +101,7 @@ def run(
             return {name: [result["mean"]] for name, result in mfcc.main(options).items()}
         options += ["--model_name_or_path", args.model_name_or_path, "--batch_size", "32"]
         options += ["--pooling", args.probe_pooling or args.pooling, "--num_layers", str(args.num_layers)]
+        options += ["--window_seconds", str(args.window_seconds)] if args.window_seconds else []
         options += ["--methods", *args.fits]
         results = run_linear_probe.main([*options, *(["--random_init"] if method == "probe-random" else [])], known)
         return {fit: [seed[fit]["accuracy"] for seed in results["runs"]] for fit in args.fits}
@@ -122,7 +123,7 @@ def settings_of(method: str, task: dict[str, Any], args: argparse.Namespace) -> 
     if method == "mfcc":
         names = ["seeds"]
     elif method in ("probe", "probe-random"):
-        names = ["model_name_or_path", "pooling", "probe_pooling", "num_layers", "fits", "seeds"]
+        names = ["model_name_or_path", "pooling", "probe_pooling", "num_layers", "window_seconds", "fits", "seeds"]
     else:
         names = ["model_name_or_path", "pooling"]
     settings = {name: getattr(args, name) for name in names}
@@ -167,6 +168,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pooling", default="cls_mean", help="of probe and classifier")
     parser.add_argument("--probe_pooling", choices=POOLINGS, help="of the probe, where it is another")
     parser.add_argument("--num_layers", type=int, default=1, help="that the probe concatenates, the last ones")
+    parser.add_argument("--window_seconds", type=float, help="the probe hears longer clips in windows of this length")
     parser.add_argument(
         "--fits", nargs="+", choices=("linear", "ridge"), default=["linear"], help="the better of these"
     )

@@ -68,6 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_seconds", type=float, help="use only the beginning of longer clips")
     parser.add_argument("--pooling", choices=POOLINGS, default="cls")
     parser.add_argument("--num_layers", type=int, default=1, help="concatenate this many last layers")
+    parser.add_argument("--window_seconds", type=float, help="hear longer clips in windows, pooled over all of them")
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="these probes")
     parser.add_argument("--k", type=int, default=20, help="neighbours")
     parser.add_argument(
@@ -169,6 +170,7 @@ def embed_both(
                 batch_size=args.batch_size,
                 device=args.device,
                 num_layers=args.num_layers,
+                window_seconds=args.window_seconds,
             )
             known.update(zip([keys[index] for index in new], embeddings))
         return np.stack([known[key] for key in keys])

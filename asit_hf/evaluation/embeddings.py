@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
+from operator import itemgetter
 from os import PathLike
 from typing import Any
 
@@ -62,6 +63,7 @@ def embed(
     sort_by_length: bool = True,
     progress: bool = True,
     num_layers: int = 1,
+    window_seconds: float | None = None,
 ) -> np.ndarray:
     """
     One embedding a clip. It does not depend on the other clips: batches are padded and masked.
@@ -77,6 +79,9 @@ def embed(
         device: where to compute; by default where the model is.
         sort_by_length (`bool`): batch clips of similar length together, which pads less.
         num_layers (`int`): concatenate the embeddings of this many last layers, each after the final layer norm.
+        window_seconds (`float`, *optional*): hear longer clips in windows of this length, cut to whole patch columns,
+            and pool over all of them; the CLS token is their mean. By default a clip is heard whole. An encoder knows
+            best the length that it was pretrained on.
 
     Returns:
         `np.ndarray` of shape `(clips, dim)`, float32, in the order of `clips`.
@@ -85,17 +90,28 @@ def embed(
     _check_batch_size(batch_size)
     encoder = _encoder_of(model)
     _check_layers(encoder, num_layers)
+    rate, patch_size = feature_extractor.sampling_rate, encoder.config.patch_size
+    columns = None if window_seconds is None else window_columns(window_seconds, rate, patch_size)
+    embedded = _embed_windows(
+        _clip_windows(clips, rate, columns, patch_size),
+        encoder,
+        feature_extractor,
+        pooling=pooling,
+        batch_size=batch_size,
+        device=device,
+        num_layers=num_layers,
+        sorted_batches=_SORTED_BATCHES if sort_by_length else 1,
+    )
     total = len(clips) if hasattr(clips, "__len__") else None
-    embeddings: dict[int, np.ndarray] = {}
-    with tqdm(total=total, desc="Embedding", unit="clip", disable=not progress) as bar:
-        for indices, waveforms in _batches(clips, batch_size, sort_by_length):
-            tokens, columns = _tokens(encoder, feature_extractor, waveforms, device, num_layers)
-            pooled = torch.cat([pool_tokens(layer, columns, pooling) for layer in tokens], dim=-1)
-            embeddings.update(zip(indices, pooled.float().cpu().numpy()))
-            bar.update(len(indices))
+    embeddings = []
+    for _, parts in tqdm(
+        groupby(embedded, key=itemgetter(0)), total=total, desc="Embedding", unit="clip", disable=not progress
+    ):
+        scenes, columns_of = zip(*(part for _, part in parts))
+        embeddings.append(over_windows(scenes, [len(part) for part in columns_of], pooling, num_layers))
     if not embeddings:
         raise ValueError("expected at least one clip, got none")
-    return np.stack([embeddings[index] for index in range(len(embeddings))])
+    return np.stack(embeddings)
 
 
 def timestamp_embeddings(
@@ -153,7 +169,7 @@ def embed_files(
             last layer.
         sources: see [`~asit_hf.data.audio.AudioReader`].
         window_seconds (`float`, defaults to 30): longer clips are read and embedded in windows of this length, cut to
-            whole patch columns. The scene embedding is the mean over windows, weighted by their columns.
+            whole patch columns. The scene embedding is pooled over all of them, the CLS token is their mean.
         max_seconds (`float`, *optional*): use only the beginning of longer clips.
 
     Yields:
@@ -164,12 +180,10 @@ def embed_files(
     encoder = _encoder_of(model)
     _check_layers(encoder, num_layers)
     rate, patch_size = feature_extractor.sampling_rate, encoder.config.patch_size
-    window_columns = int(window_seconds * rate) // (patch_size * window_and_hop(rate)[1])
-    if window_columns < 1:
-        raise ValueError(f"window_seconds must be at least one patch column, got {window_seconds}")
+    window_frames = window_columns(window_seconds, rate, patch_size) * patch_size
     if max_seconds is not None and max_seconds <= 0:
         raise ValueError(f"expected max_seconds above 0, got {max_seconds}")
-    windows = _file_windows(sources, rate, window_columns * patch_size, patch_size, max_seconds)
+    windows = _file_windows(sources, rate, window_frames, patch_size, max_seconds)
     embedded = _embed_windows(
         windows,
         encoder,
@@ -178,15 +192,16 @@ def embed_files(
         batch_size=batch_size,
         device=device,
         num_layers=num_layers,
+        sorted_batches=_SORTED_WINDOW_BATCHES,
     )
-    for _, parts in groupby(embedded, key=lambda part: part[0]):
+    for _, parts in groupby(embedded, key=itemgetter(0)):
         parts = [part for _, part in parts]
         if isinstance(parts[-1], AudioReadError):
             yield parts[-1]
             continue
         scenes, columns = zip(*parts)
         timestamps = np.concatenate(columns)
-        scene = np.average(scenes, axis=0, weights=[len(part) for part in columns]).astype(np.float32)
+        scene = over_windows(scenes, [len(part) for part in columns], pooling, num_layers)
         yield ClipEmbeddings(scene, timestamps, column_times(len(timestamps), rate, patch_size))
 
 
@@ -219,6 +234,37 @@ def embedding_size(encoder: ASiTModel, pooling: str, num_layers: int = 1) -> int
     return rows * encoder.config.hidden_size * num_layers
 
 
+def window_columns(window_seconds: float, sampling_rate: int, patch_size: int) -> int:
+    """Whole patch columns in a window. Raises `ValueError` where there is none."""
+    columns = int(window_seconds * sampling_rate) // (patch_size * window_and_hop(sampling_rate)[1])
+    if columns < 1:
+        raise ValueError(f"window_seconds must be at least one patch column, got {window_seconds}")
+    return columns
+
+
+def over_windows(
+    scenes: Sequence[np.ndarray], columns: Sequence[int], pooling: str, num_layers: int = 1
+) -> np.ndarray:
+    """
+    The embedding of a clip, as if all its patches were pooled at once, from those of its windows.
+
+    Args:
+        scenes: the windows' embeddings, each `(dim,)` as `pooling` and `num_layers` make it.
+        columns: how many patch columns each of them has.
+
+    Returns:
+        `np.ndarray` of shape `(dim,)`, float32.
+    """
+    mean = np.average(scenes, axis=0, weights=columns)
+    if pooling == "mean_std_time":
+        # variance over all columns = variance within windows + variance of their means
+        means, deviations = np.moveaxis(np.reshape(scenes, (len(scenes), num_layers, 2, -1)), 2, 0)
+        mean = mean.reshape(num_layers, 2, -1)
+        squares = deviations**2 + (means - mean[:, 0]) ** 2
+        mean[:, 1] = np.sqrt(np.average(squares, axis=0, weights=columns))
+    return mean.reshape(-1).astype(np.float32)
+
+
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -227,6 +273,24 @@ def _check_batch_size(batch_size: int) -> None:
 def _check_layers(encoder: ASiTModel, num_layers: int) -> None:
     if not 1 <= num_layers <= len(encoder.layers):
         raise ValueError(f"num_layers must be from 1 to {len(encoder.layers)}, got {num_layers}")
+
+
+def _clip_windows(
+    clips: Iterable, rate: int, columns: int | None, patch_size: int
+) -> Iterator[tuple[int, np.ndarray | torch.Tensor]]:
+    """(index of the clip, waveform of a window) of every window; without `columns` a clip is one window."""
+    window, hop = window_and_hop(rate)
+    # by index where there is a length: a data set need not know where to stop
+    items = (clips[index] for index in range(len(clips))) if hasattr(clips, "__len__") else clips
+    for index, item in enumerate(items):
+        waveform = _waveform(item, index)
+        if columns is None:
+            yield index, waveform
+            continue
+        length, column = ((frames - 1) * hop + window for frames in (columns * patch_size, patch_size))
+        # the rest needs a whole column; the beginning is taken whatever its length
+        for start in range(0, max(1, len(waveform) - column + 1), columns * patch_size * hop):
+            yield index, waveform[start : start + length]
 
 
 def _file_windows(
@@ -253,16 +317,17 @@ def _file_windows(
 
 
 def _embed_windows(
-    windows: Iterator[tuple[int, np.ndarray | AudioReadError]],
+    windows: Iterator[tuple[int, np.ndarray | torch.Tensor | AudioReadError]],
     encoder: ASiTModel,
     feature_extractor: ASiTFeatureExtractor,
     pooling: str,
     batch_size: int,
     device: str | torch.device | None,
     num_layers: int,
+    sorted_batches: int,
 ) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray] | AudioReadError]]:
     """Scene `(dim,)` and columns `(columns, hidden)` of every window, in order; errors are passed on."""
-    while buffer := list(islice(windows, batch_size * _SORTED_WINDOW_BATCHES)):
+    while buffer := list(islice(windows, batch_size * sorted_batches)):
         results: list[Any] = [item for _, item in buffer]
         order = [place for place, item in enumerate(results) if not isinstance(item, AudioReadError)]
         order.sort(key=lambda place: len(results[place]))
@@ -279,19 +344,6 @@ def _embed_windows(
 
 def _encoder_of(model: ASiTPreTrainedModel) -> ASiTModel:
     return getattr(model, model.base_model_prefix, model)
-
-
-def _batches(clips: Iterable, batch_size: int, sort_by_length: bool) -> Iterator[tuple[Sequence[int], list]]:
-    """Indices and waveforms of every batch."""
-    # by index where there is a length: a data set need not know where to stop
-    items = (clips[index] for index in range(len(clips))) if hasattr(clips, "__len__") else clips
-    waveforms = ((index, _waveform(item, index)) for index, item in enumerate(items))
-    while window := list(islice(waveforms, batch_size * (_SORTED_BATCHES if sort_by_length else 1))):
-        if sort_by_length:
-            window.sort(key=lambda pair: len(pair[1]))
-        for start in range(0, len(window), batch_size):
-            indices, batch = zip(*window[start : start + batch_size])
-            yield indices, list(batch)
 
 
 def _waveform(clip: Any, index: int) -> np.ndarray | torch.Tensor:

@@ -12,10 +12,17 @@ from torch import nn
 from transformers.utils import logging
 
 from ..configuration_asit import ASiTConfig
-from ..fbank_asit import window_and_hop
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..modeling_asit import ASiTModel
-from .embeddings import check_pooling, column_means, column_times, embedding_size, load_encoder, pool_tokens
+from .embeddings import (
+    check_pooling,
+    column_means,
+    column_times,
+    embedding_size,
+    load_encoder,
+    pool_tokens,
+    window_columns,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -23,8 +30,6 @@ logger = logging.get_logger(__name__)
 SAMPLING_RATES = (16000, 22050, 32000, 44100, 48000)
 # Timestamps lie a quarter of a patch apart, 40 ms: HEAR asks for 50 ms at most.
 SHIFTS = 4
-# Attention costs the square of the length, and clips last up to 20 minutes.
-WINDOW_SECONDS = 30
 
 
 class HearModel(nn.Module):
@@ -33,7 +38,13 @@ class HearModel(nn.Module):
     `scene_embedding_size` and `timestamp_embedding_size`.
     """
 
-    def __init__(self, encoder: ASiTModel, feature_extractor: ASiTFeatureExtractor, pooling: str = "mean_std_time"):
+    def __init__(
+        self,
+        encoder: ASiTModel,
+        feature_extractor: ASiTFeatureExtractor,
+        pooling: str = "mean_std_time",
+        window_seconds: float | None = None,
+    ):
         check_pooling(pooling)
         if feature_extractor.sampling_rate not in SAMPLING_RATES:
             raise ValueError(
@@ -46,6 +57,11 @@ class HearModel(nn.Module):
         self.pooling = pooling
         self.sample_rate = feature_extractor.sampling_rate
         self.scene_embedding_size = embedding_size(encoder, pooling)
+        patch_size = encoder.config.patch_size
+        if window_seconds is None:
+            self.window_frames = encoder.config.num_frames // patch_size * patch_size
+        else:
+            self.window_frames = window_columns(window_seconds, self.sample_rate, patch_size) * patch_size
         self.timestamp_embedding_size = encoder.config.hidden_size
 
     def log_mel(self, audio: torch.Tensor) -> torch.Tensor:
@@ -57,32 +73,35 @@ class HearModel(nn.Module):
         return features["input_values"].to(self.encoder.dtype)
 
     def windows(self, input_values: torch.Tensor) -> list[torch.Tensor]:
-        """Tokens `(sounds, 1 + patches, hidden)` of windows of at most 30 s, cut to whole patch columns."""
-        patch_size, (_, hop) = self.encoder.config.patch_size, window_and_hop(self.sample_rate)
-        window = WINDOW_SECONDS * self.sample_rate // hop // patch_size * patch_size
-        pieces = [piece for piece in input_values.split(window, dim=1) if piece.shape[1] >= patch_size]
+        """Tokens `(sounds, 1 + patches, hidden)` of every window, cut to whole patch columns."""
+        patch_size = self.encoder.config.patch_size
+        pieces = [piece for piece in input_values.split(self.window_frames, dim=1) if piece.shape[1] >= patch_size]
         return [self.encoder(piece).last_hidden_state for piece in pieces or [input_values]]
 
 
-def load_model(model_file_path: str | PathLike = "", pooling: str = "mean_std_time") -> HearModel:
+def load_model(
+    model_file_path: str | PathLike = "", pooling: str = "mean_std_time", window_seconds: float | None = None
+) -> HearModel:
     """
     Args:
         model_file_path (`str`): folder or Hub name of an encoder, a classifier or a pretraining checkpoint (its
             teacher). Empty: a tiny encoder with random weights, the same ones every time.
         pooling (`str`): of the scene embeddings, see [`~asit_hf.evaluation.embeddings.embed`]. The default keeps the
             mel rows apart, which linear probes gain by.
+        window_seconds (`float`, *optional*): longer sounds are encoded in windows of this length, cut to whole patch
+            columns. By default the length that the encoder was pretrained on, `config.num_frames`.
 
     Raises:
         ValueError: a model for a rate that HEAR has no audio at, or an unknown pooling.
     """
     if model_file_path:
         encoder = load_encoder(model_file_path)
-        return HearModel(encoder, ASiTFeatureExtractor.from_pretrained(model_file_path), pooling)
+        return HearModel(encoder, ASiTFeatureExtractor.from_pretrained(model_file_path), pooling, window_seconds)
     logger.warning("no model_file_path was given: the encoder has random weights")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = ASiTModel(ASiTConfig.from_size("tiny"))
-    return HearModel(encoder, ASiTFeatureExtractor(), pooling)
+    return HearModel(encoder, ASiTFeatureExtractor(), pooling, window_seconds)
 
 
 @torch.no_grad()
@@ -92,16 +111,15 @@ def get_scene_embeddings(audio: torch.Tensor, model: HearModel) -> torch.Tensor:
         audio (`torch.Tensor` of shape `(sounds, samples)`): mono, at `model.sample_rate`, in [-1, 1].
 
     Returns:
-        `torch.Tensor` of shape `(sounds, scene_embedding_size)`, float32; of long sounds the mean over windows.
+        `torch.Tensor` of shape `(sounds, scene_embedding_size)`, float32, pooled over all windows.
     """
     rows = model.encoder.config.position_grid[1]
-    pooled, weights = [], []
-    for tokens in model.windows(model.log_mel(audio)):
-        columns = (tokens.shape[1] - 1) // rows
-        counts = torch.full((len(tokens),), columns, device=tokens.device)
-        pooled.append(pool_tokens(tokens, counts, model.pooling))
-        weights.append(columns)
-    return sum(part.float() * weight for part, weight in zip(pooled, weights)) / sum(weights)
+    windows = model.windows(model.log_mel(audio))
+    columns = [(tokens.shape[1] - 1) // rows for tokens in windows]
+    patches = torch.cat([tokens[:, 1:] for tokens in windows], dim=1)
+    cls_token = sum(tokens[:, :1] * count for tokens, count in zip(windows, columns)) / sum(columns)
+    counts = torch.full((len(patches),), sum(columns), device=patches.device)
+    return pool_tokens(torch.cat((cls_token, patches), dim=1), counts, model.pooling).float()
 
 
 @torch.no_grad()

@@ -125,6 +125,40 @@ def test_timestamp_embeddings(model, feature_extractor, clips):
     assert timestamp_embeddings(model, feature_extractor, clips[4])[0].shape == (1, 32)
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_long_clips_in_windows(model, feature_extractor, pooling):
+    """Pooled over the patches of all windows; the CLS token is the windows' mean; short clips are as without."""
+    rng = np.random.default_rng(0)
+    clips = [rng.normal(0, 0.1, samples).astype(np.float32) for samples in (16000, 40000, 41000, 9000)]
+    options = {"pooling": pooling, "batch_size": 2, "num_layers": 2, "progress": False}
+    found = embed(model, feature_extractor, iter(clips), window_seconds=1.3, **options)
+    whole = embed(model, feature_extractor, clips, **options)
+    np.testing.assert_allclose(found[[0, 3]], whole[[0, 3]], atol=1e-5)
+    for clip, embedding in zip(clips[1:3], found[1:3]):  # 2.5 s are 248 frames: a window of 8 columns, and 7 columns
+        parts = [clip[: 127 * 160 + 400], clip[128 * 160 :]]
+        inputs = [feature_extractor(part, sampling_rate=16000, return_tensors="pt").input_values for part in parts]
+        with torch.no_grad():
+            outputs = [model(values, output_hidden_states=True) for values in inputs]
+            lower = [model.layernorm(output.hidden_states[-2])[0] for output in outputs]
+        layers = []
+        for tokens in (lower, [output.last_hidden_state[0] for output in outputs]):
+            cls_token = (8 * tokens[0][0] + 7 * tokens[1][0]) / 15
+            patches = torch.cat([part[1:] for part in tokens]).unflatten(0, (15, 8))
+            by_row, deviation = patches.mean(0).flatten(), patches.std(0, unbiased=False).flatten()
+            layers.append(
+                {
+                    "cls": cls_token,
+                    "mean": patches.mean((0, 1)),
+                    "cls_mean": torch.cat((cls_token, patches.mean((0, 1)))),
+                    "mean_time": by_row,
+                    "mean_std_time": torch.cat((by_row, deviation)),
+                }[pooling]
+            )
+        np.testing.assert_allclose(embedding, torch.cat(layers), atol=1e-5)
+    with pytest.raises(ValueError, match="window_seconds must be at least one patch column, got 0.1"):
+        embed(model, feature_extractor, clips, window_seconds=0.1, **options)
+
+
 def test_timestamps_find_where_something_happens(model, feature_extractor):
     waveform = np.zeros(32000, dtype=np.float32)
     waveform[20000:20400] = np.random.default_rng(0).normal(0, 0.5, 400)

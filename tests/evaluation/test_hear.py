@@ -57,20 +57,27 @@ def test_the_rules_of_the_api(checkpoints, kind):
     assert float(times[0, -1]) < 1000 * 12345 / 16000
 
 
-def test_scenes_are_those_of_the_encoder(checkpoints):
+@pytest.mark.parametrize("window_seconds", [None, 1.3, 30])
+def test_scenes_are_those_of_the_encoder(checkpoints, window_seconds):
+    """Without `window_seconds` in windows of `num_frames`, the length that it was pretrained on."""
     encoder, extractor = load_encoder(checkpoints["ASiTModel"]), ASiTFeatureExtractor(mean=-5.0)
     audio = noise(2, 20000)
     for pooling in ("cls_mean", "mean_time", "mean_std_time"):
-        model = hear.load_model(checkpoints["ASiTModel"], pooling)
-        expected = torch.from_numpy(embed(encoder, extractor, list(audio), pooling, progress=False))
-        torch.testing.assert_close(hear.get_scene_embeddings(audio, model), expected, rtol=0, atol=1e-5)
+        model = hear.load_model(checkpoints["ASiTModel"], pooling, window_seconds)
+        options = {"progress": False, "window_seconds": window_seconds or 0.64}
+        expected = torch.from_numpy(embed(encoder, extractor, list(audio), pooling, **options))
+        # the mean is taken off the whole waveform here, off every window there
+        torch.testing.assert_close(
+            hear.get_scene_embeddings(audio, model), expected, rtol=0, atol=1e-5 if window_seconds == 30 else 2e-3
+        )
     with pytest.raises(ValueError, match="pooling must be one of"):
         hear.load_model(checkpoints["ASiTModel"], "max")
 
 
 @pytest.mark.parametrize("samples", [200, 3000, 3900, 16000, 16640, 20000])
-def test_timestamps_take_turns(model, samples):
+def test_timestamps_take_turns(checkpoints, samples):
     """Every fourth one is that of a clip begun so many quarters of a patch later."""
+    model = hear.load_model(checkpoints["ASiTModel"], window_seconds=30)
     audio = noise(1, samples)
     embeddings, times = hear.get_timestamp_embeddings(audio, model)
     for turn in range(min(4, embeddings.shape[1])):
@@ -82,11 +89,13 @@ def test_timestamps_take_turns(model, samples):
         torch.testing.assert_close(times[0, turn::4], torch.from_numpy(middles) + 40 * turn)
 
 
-def test_long_sounds_are_encoded_in_windows(model, monkeypatch):
+def test_long_sounds_are_encoded_in_windows(checkpoints):
     audio = noise(2, 48000)
+    model = hear.load_model(checkpoints["ASiTModel"], window_seconds=30)
     whole = hear.get_scene_embeddings(audio, model)
     _, times = hear.get_timestamp_embeddings(audio, model)
-    monkeypatch.setattr(hear, "WINDOW_SECONDS", 1)  # 96 frames: 96, 96, 96 of 298, and 10 short of a patch
+    model = hear.load_model(checkpoints["ASiTModel"], window_seconds=1)
+    # 96 frames: 96, 96, 96 of 298, and 10 short of a patch
     lengths = [(tokens.shape[1] - 1) // 8 for tokens in model.windows(model.log_mel(audio))]
     assert lengths == [6, 6, 6]
     pieces = hear.get_scene_embeddings(audio, model)

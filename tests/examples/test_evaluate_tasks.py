@@ -87,6 +87,20 @@ def test_every_method_gets_a_row_and_is_not_run_twice(script, encoder, tasks, tm
         script.main([*options, "--only", "pitch", "--methods", "probe", "--pooling", "mean"])
 
 
+def test_the_probe_hears_windows(script, encoder, tasks, tmp_path, monkeypatch):
+    asked = []
+    probe = script.run_linear_probe.main
+    monkeypatch.setattr(
+        script.run_linear_probe, "main", lambda options, known: asked.append(options) or probe(options, known)
+    )
+    options = ["--tasks", str(tasks), "--model_name_or_path", str(encoder), "--output_dir", str(tmp_path)]
+    script.main([*options, "--only", "pitch", "--methods", "probe", "--seeds", "0", "--window_seconds", "0.5"])
+    (given,) = asked
+    assert script.run_linear_probe.parse_args(given).window_seconds == 0.5
+    with pytest.raises(ValueError, match="run with other settings"):
+        script.main([*options, "--only", "pitch", "--methods", "probe", "--seeds", "0"])
+
+
 def test_folds_leave_one_out_and_labels_come_from_names(script, encoder, tasks, tmp_path):
     options = ["--tasks", str(tasks), "--model_name_or_path", str(encoder), "--output_dir", str(tmp_path)]
     (row,) = script.main([*options, "--only", "digits", "--methods", "probe", "--seeds", "0"])

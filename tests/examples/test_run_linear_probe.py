@@ -204,6 +204,18 @@ def test_known_embeddings_are_not_computed_again(script, sounds, checkpoint, mon
     assert np.array_equal(first[[2, 0]], second)
 
 
+def test_long_clips_are_heard_in_windows(script, sounds, checkpoint):
+    dataset = script.load_labelled_dataset(sounds / "audio")
+    model = ["--model_name_or_path", str(checkpoint), "--pooling", "cls_mean"]
+    whole, windows, longer = (
+        script.embed_both(script.parse_args(arguments(sounds, *model, *more)), dataset, dataset, 0, {})[0]
+        for more in ([], ["--window_seconds", "0.2"], ["--window_seconds", "1"])
+    )
+    np.testing.assert_allclose(longer, whole, atol=1e-5)
+    seconds = np.array([soundfile.info(path).duration for path in sorted((sounds / "audio").glob("*/*.flac"))])
+    assert (np.abs(windows - whole).max(1)[seconds > 0.4] > 1e-4).all()
+
+
 def test_a_published_layout(script, sounds, checkpoint, tmp_path):
     lines = ["filename,fold,target,category,esc10,src_file,take"]
     (tmp_path / "audio").mkdir()

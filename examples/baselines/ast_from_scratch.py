@@ -38,7 +38,8 @@ def build_ast(
     if not args.model_name_or_path or not inputs.max_seconds:
         raise ValueError("give --model_name_or_path, for the size, and --max_seconds, for the length")
     like = ASiTConfig.from_pretrained(args.model_name_or_path)
-    extractor = OneLength.from_pretrained(args.model_name_or_path, num_frames=round(inputs.max_seconds * 100) - 2)
+    extractor = OneLength.from_pretrained(args.model_name_or_path)
+    extractor.num_frames = round(inputs.max_seconds * 100) - 2  # from_pretrained drops options that no file has
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_mel_bins")
     config = ASTConfig(
         **{name: getattr(like, name) for name in sizes},

@@ -90,8 +90,9 @@ def write_model_card(
         datasets (`Sequence[str]`): Hub names of the training data.
         training_data (`str`, *optional*): what it was trained on: hours, sources, licences.
         recipe (`Mapping[str, Any]`, *optional*): hyperparameters by name.
-        results (`Sequence[Mapping[str, Any]]`): rows with `task`, `dataset`, `metric`, `value`, `command`; numbers
-            also go to the card's metadata.
+        results (`Sequence[Mapping[str, Any]]`): rows with `task`, `dataset`, `metric`, `value`, `command`, and where
+            a metric comes more than once its `metric_name`, such as `"accuracy, linear probe"`; numbers also go to the
+            card's metadata.
         limitations (`str`, *optional*): what the model should not be trusted with.
         base_model (`str`, *optional*): Hub name of the encoder it was finetuned from.
         widget (`Sequence[Mapping[str, str]]`): sounds for the page of a classifier, `{"example_title", "src"}` with a
@@ -313,6 +314,7 @@ def _metadata_of(results: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
             dataset_type=str(row["dataset"]).replace(" ", "-"),
             dataset_name=str(row["dataset"]),
             metric_type=str(row["metric"]),
+            metric_name=row.get("metric_name"),
             metric_value=row["value"],
         )
         for row in results
@@ -404,9 +406,10 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
         return "None recorded."
     columns = ["task", "dataset", "metric", "value", "command"]
     for row in results:
-        if set(row) != set(columns):
+        if set(row) - {"metric_name"} != set(columns):
             raise ValueError(f"a result needs the fields {columns}, got {sorted(row)}")
-    return _table(columns, [[row[column] for column in columns] for row in results])
+    named = [{**row, "metric": row.get("metric_name", row["metric"])} for row in results]
+    return _table(columns, [[row[column] for column in columns] for row in named])
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

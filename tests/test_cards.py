@@ -193,6 +193,20 @@ def test_cards_of_all_checkpoints_pass_the_hubs_checks(tmp_path, monkeypatch, cl
         ]
 
 
+def test_a_metric_that_comes_twice_is_told_apart(tmp_path):
+    build(ASiTModel).save_pretrained(tmp_path)
+    ASiTFeatureExtractor(num_mel_bins=MEL).save_pretrained(tmp_path)
+    row = {"task": "audio-classification", "dataset": "ESC-50", "metric": "accuracy", "command": "probe"}
+    rows = [{**row, "value": 0.5, "metric_name": "accuracy, linear probe"}, {**row, "value": 0.25}]
+    card = ModelCard.load(write_model_card(tmp_path, name="me/model", results=rows))
+    assert [(one.metric_type, one.metric_name, one.metric_value) for one in card.data.eval_results] == [
+        ("accuracy", "accuracy, linear probe", 0.5),
+        ("accuracy", None, 0.25),
+    ]
+    assert "| ESC-50 | accuracy, linear probe | 0.5 | probe |" in card.text
+    assert "| ESC-50 | accuracy | 0.25 | probe |" in card.text
+
+
 def test_what_is_given_goes_before_what_was_recorded(trainer, tmp_path):
     folder = tmp_path / "run"
     record_run(folder, ["train.py"], {"learning rate": 0.1, "seed": 3}, seconds=90.0)

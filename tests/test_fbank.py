@@ -28,7 +28,7 @@ def test_equals_the_authors_features(case):
     assert log_mel.shape == expected.shape
     difference = (log_mel - expected).abs()
     assert difference[expected > FLOOR + 1e-3].max() < 2e-3
-    # processors round FFT and products differently, which quiet bins at 44.1 kHz show: 1.1e-5 and 2.1e-5 were seen there
+    # processors round FFT and products differently: in quiet bins at 44.1 kHz by 1.1e-5 and 2.1e-5 on average
     assert difference.mean() < 5e-5
     assert difference[expected > expected.max() - 10].max() < 1e-4
 

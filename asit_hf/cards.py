@@ -408,7 +408,7 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
     for row in results:
         if set(row) - {"metric_name"} != set(columns):
             raise ValueError(f"a result needs the fields {columns}, got {sorted(row)}")
-    named = [{**row, "metric": row.get("metric_name", row["metric"])} for row in results]
+    named = [{**row, "metric": row.get("metric_name") or row["metric"]} for row in results]
     return _table(columns, [[row[column] for column in columns] for row in named])
 
 

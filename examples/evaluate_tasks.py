@@ -101,7 +101,7 @@ def run(
             return {name: [result["mean"]] for name, result in mfcc.main(options).items()}
         options += ["--model_name_or_path", args.model_name_or_path, "--batch_size", "32"]
         options += ["--pooling", args.probe_pooling or args.pooling, "--num_layers", str(args.num_layers)]
-        options += ["--window_seconds", str(args.window_seconds)] if args.window_seconds else []
+        options += ["--window_seconds", str(args.window_seconds)] if args.window_seconds is not None else []
         options += ["--methods", *args.fits]
         results = run_linear_probe.main([*options, *(["--random_init"] if method == "probe-random" else [])], known)
         return {fit: [seed[fit]["accuracy"] for seed in results["runs"]] for fit in args.fits}

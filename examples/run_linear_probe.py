@@ -127,6 +127,7 @@ def main(argv: list[str] | None = None, known: dict[tuple, np.ndarray] | None = 
         "source": args.source,
         "pooling": args.pooling,
         "num_layers": args.num_layers,
+        "window_seconds": args.window_seconds,
         "embedding_size": train_x.shape[1],
         "train_clips": len(train),
         "test_clips": len(test),

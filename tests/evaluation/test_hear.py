@@ -57,7 +57,7 @@ def test_the_rules_of_the_api(checkpoints, kind):
     assert float(times[0, -1]) < 1000 * 12345 / 16000
 
 
-@pytest.mark.parametrize("window_seconds", [None, 1.3, 30])
+@pytest.mark.parametrize("window_seconds", [None, 0.5, 30])
 def test_scenes_are_those_of_the_encoder(checkpoints, window_seconds):
     """Without `window_seconds` in windows of `num_frames`, the length that it was pretrained on."""
     encoder, extractor = load_encoder(checkpoints["ASiTModel"]), ASiTFeatureExtractor(mean=-5.0)
@@ -68,7 +68,7 @@ def test_scenes_are_those_of_the_encoder(checkpoints, window_seconds):
         expected = torch.from_numpy(embed(encoder, extractor, list(audio), pooling, **options))
         # the mean is taken off the whole waveform here, off every window there
         torch.testing.assert_close(
-            hear.get_scene_embeddings(audio, model), expected, rtol=0, atol=1e-5 if window_seconds == 30 else 2e-3
+            hear.get_scene_embeddings(audio, model), expected, rtol=0, atol=1e-5 if window_seconds == 30 else 1e-4
         )
     with pytest.raises(ValueError, match="pooling must be one of"):
         hear.load_model(checkpoints["ASiTModel"], "max")

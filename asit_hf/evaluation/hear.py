@@ -114,12 +114,12 @@ def get_scene_embeddings(audio: torch.Tensor, model: HearModel) -> torch.Tensor:
         `torch.Tensor` of shape `(sounds, scene_embedding_size)`, float32, pooled over all windows.
     """
     rows = model.encoder.config.position_grid[1]
-    windows = model.windows(model.log_mel(audio))
+    windows = [tokens.float() for tokens in model.windows(model.log_mel(audio))]  # sums over minutes overflow fp16
     columns = [(tokens.shape[1] - 1) // rows for tokens in windows]
     patches = torch.cat([tokens[:, 1:] for tokens in windows], dim=1)
     cls_token = sum(tokens[:, :1] * count for tokens, count in zip(windows, columns)) / sum(columns)
     counts = torch.full((len(patches),), sum(columns), device=patches.device)
-    return pool_tokens(torch.cat((cls_token, patches), dim=1), counts, model.pooling).float()
+    return pool_tokens(torch.cat((cls_token, patches), dim=1), counts, model.pooling)
 
 
 @torch.no_grad()

@@ -8,17 +8,22 @@ key alone: not on the batch, the device, the number of workers or the state of a
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 
+from .device import choices_for
+
 BLOCKS_PER_ROUND = 62  # one bit each of a signed 64-bit word
 MAX_ROUNDS = 64
+TRIALS = 256
 PATTERNS = ("blocks", "time", "frequency", "patches")
 FILLINGS = ("zeros", "noise")
 NOISE_STD = 0.5  # that of a spectrogram normalised by (x - mean) / (2 std)
 # splitmix64's constants 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB as signed integers
 _GOLDEN_GAMMA, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
+NOT_COVERED = 2**15 - 1  # in place of a block's number
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,11 @@ class GMML:
 def mix_keys(keys: torch.Tensor, *values: int | torch.Tensor) -> torch.Tensor:
     """Hashes int64 keys with further integers (splitmix64's finaliser); broadcasts. The same on every device."""
     for value in values:
-        keys = _finalise(keys + (torch.as_tensor(value, device=keys.device) + 1) * _GOLDEN_GAMMA)
+        if isinstance(value, torch.Tensor):
+            increment = (value + 1) * _GOLDEN_GAMMA
+        else:  # in Python: a constant made into a tensor would be copied to the device in every step
+            increment = _to_int64((int(value) + 1) * _GOLDEN_GAMMA)
+        keys = _finalise(keys + increment)
     return keys
 
 
@@ -87,7 +96,12 @@ def draw_keys(count: int, generator: torch.Generator | None = None) -> torch.Ten
 
 
 def draw_masks(
-    keys: torch.Tensor, num_frames: int, num_mel_bins: int, shares: torch.Tensor, config: GMML
+    keys: torch.Tensor,
+    num_frames: int,
+    num_mel_bins: int,
+    shares: torch.Tensor,
+    config: GMML,
+    max_share: float | None = None,
 ) -> torch.Tensor:
     """
     Masks of the configured pattern, each of its own share of the pixels.
@@ -95,6 +109,7 @@ def draw_masks(
     Args:
         keys (`torch.Tensor` of shape `(masks,)`): int64 keys.
         shares (`torch.Tensor` of shape `(masks,)`): share of the pixels to cover, at least.
+        max_share (`float`, *optional*): see [`draw_block_masks`].
 
     Returns:
         Boolean `torch.Tensor` of shape `(masks, num_frames, num_mel_bins)`, `True` where corrupted.
@@ -102,7 +117,8 @@ def draw_masks(
     _check_shares(keys, shares)
     if config.pattern == "patches":
         return _draw_patches(keys, num_frames, num_mel_bins, shares, config.patch_size)
-    return draw_block_masks(keys, num_frames, num_mel_bins, shares, config.max_block, config.alignment, config.pattern)
+    kind = (config.max_block, config.alignment, config.pattern)
+    return draw_block_masks(keys, num_frames, num_mel_bins, shares, *kind, max_share)
 
 
 def draw_block_masks(
@@ -113,16 +129,24 @@ def draw_block_masks(
     max_block: float,
     alignment: int = 1,
     pattern: str = "blocks",
+    max_share: float | None = None,
 ) -> torch.Tensor:
     """
     Masks made of rectangles (or bands) added until each covers its share of the pixels; see [`draw_masks`].
 
     A rectangle's corner is uniform over the plane and its sides are uniform up to `max_block` of each extent, cut at
     the far edges: the first frames and the lowest bins are therefore covered less, as in the authors' masks.
+
+    Args:
+        max_share (`float`, *optional*): no share is larger. Without it an accelerator has to be asked for the largest.
     """
     _check_shares(keys, shares)
-    draw = _draw_one_by_one if keys.device.type == "cpu" else _draw_at_once
-    return draw(keys, num_frames, num_mel_bins, shares, max_block, alignment, pattern)
+    kind = (max_block, alignment, pattern)
+    if choices_for(keys.device).masks_block_by_block:
+        return _draw_block_by_block(keys, num_frames, num_mel_bins, shares, *kind)[0]
+    if max_share is None:
+        max_share = shares.max().item()
+    return _draw_at_once(keys, num_frames, num_mel_bins, shares, max_share, *kind)
 
 
 def corrupt(
@@ -148,11 +172,12 @@ def corrupt(
     low, high = config.zero_share
     shares = low + (high - low) * share
     replaces = choice < (config.replace_probability if batch > 1 else 0.0)
-    shares = torch.where(replaces, config.replace_share, shares)
-    mask = draw_masks(mix_keys(keys, 1).flatten(), frames, mel, shares.flatten(), config).view(clean.shape)
+    shares = shares.masked_fill(replaces, config.replace_share)
+    max_share = max(high, config.replace_share)
+    mask = draw_masks(mix_keys(keys, 1).flatten(), frames, mel, shares.flatten(), config, max_share).view(clean.shape)
     donors = draw_donors(batch, donor_key, clean.device)
     blank = _gaussian_noise(mix_keys(keys, 2), clean) if config.filling == "noise" else clean.new_zeros(())
-    if clean.device.type != "cpu":
+    if not choices_for(clean.device).masks_block_by_block:
         filling = torch.where(replaces[:, :, None, None], clean[donors], blank)
         return torch.where(mask, filling, clean), mask
     corrupted = torch.empty_like(clean)
@@ -176,6 +201,11 @@ def _finalise(x: torch.Tensor) -> torch.Tensor:
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)
+
+
+def _to_int64(value: int) -> int:
+    """Wraps around as 64-bit integers do."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -209,55 +239,100 @@ def _draw_patches(
 
 
 def _draw_at_once(
-    keys: torch.Tensor, num_frames: int, num_mel_bins: int, shares: torch.Tensor, longest: float, *kind: int | str
+    keys: torch.Tensor,
+    num_frames: int,
+    num_mel_bins: int,
+    shares: torch.Tensor,
+    max_share: float,
+    longest: float,
+    alignment: int,
+    pattern: str,
 ) -> torch.Tensor:
-    """All masks in a few operations, for an accelerator; `longest` and `kind` as for [`_draw_blocks`]."""
+    """
+    All masks in a few operations whose sizes are known beforehand, so that the host never waits for an accelerator.
+    Every pixel gets the number of the first block that covers it; a mask is the pixels up to the block that reaches
+    its share, which is found by bisection.
+    """
+    rounds = _rounds_for(num_frames, num_mel_bins, max_share, longest, alignment, pattern)
+    first = torch.full((len(keys), num_frames, num_mel_bins), NOT_COVERED, dtype=torch.int16, device=keys.device)
+    for index in range(rounds):
+        rows, columns = _draw_blocks(keys, index, (num_frames, num_mel_bins), longest, alignment, pattern)
+        bits = _block_bits(*rows, num_frames)[:, :, None] & _block_bits(*columns, num_mel_bins)[:, None, :]
+        exponents = (bits & -bits).double().view(torch.int64) >> 52  # the float's own; 0: none; 1023 + k: block k
+        blocks = (exponents + (index * BLOCKS_PER_ROUND - 1023)).masked_fill_(exponents == 0, NOT_COVERED)
+        first = torch.minimum(first, blocks.to(torch.int16))
+
     targets = shares * (num_frames * num_mel_bins)
-    masks = torch.empty(len(keys), num_frames, num_mel_bins, dtype=torch.bool, device=keys.device)
-    pending = torch.arange(len(keys), device=keys.device)
-    for rounds in range(1, MAX_ROUNDS + 1):
-        drawn = [_draw_blocks(keys[pending], index, masks.shape[1:], longest, *kind) for index in range(rounds)]
-        rows, columns = (tuple(map(torch.stack, zip(*sides))) for sides in zip(*drawn))
-        masks[pending], areas = _cover(rows, columns, num_frames, num_mel_bins, targets[pending])
-        pending = pending[areas < targets[pending]]
-        if len(pending) == 0:
-            return masks
-    raise _not_covered(shares, masks, longest, *kind)
+    low = torch.zeros(len(keys), 1, 1, dtype=torch.int16, device=keys.device)
+    high = torch.full_like(low, rounds * BLOCKS_PER_ROUND)  # one more than the last block, as if none were enough
+    for _ in range((rounds * BLOCKS_PER_ROUND).bit_length()):
+        middle = (low + high) // 2
+        is_enough = ((first <= middle).sum((1, 2)) >= targets)[:, None, None]
+        low, high = torch.where(is_enough, low, middle + 1), torch.where(is_enough, middle, high)
+    torch._assert_async((high < rounds * BLOCKS_PER_ROUND).all(), "a mask's blocks do not cover its share")
+    return first <= high
 
 
-def _draw_one_by_one(
+@lru_cache(maxsize=64)
+def _rounds_for(num_frames: int, num_mel_bins: int, share: float, longest: float, alignment: int, pattern: str) -> int:
+    """
+    Rounds of blocks after which no mask will need another. How many blocks a mask needs falls off exponentially or
+    faster beyond the median; that `TRIALS` masks need at most so many gives the rate, at which one of 10^12 masks
+    needs more than the median and five times the distance to the most.
+
+    Raises:
+        ValueError: blocks of this kind do not cover the share.
+    """
+    keys = mix_keys(torch.arange(TRIALS, device="cpu"), 0)
+    shares = torch.full((TRIALS,), share, device="cpu")
+    _, needed = _draw_block_by_block(keys, num_frames, num_mel_bins, shares, longest, alignment, pattern)
+    median = sorted(needed)[TRIALS // 2]
+    blocks = median + 5 * (max(needed) - median) + 1
+    return min(MAX_ROUNDS, -(-blocks // BLOCKS_PER_ROUND))
+
+
+def _draw_block_by_block(
     keys: torch.Tensor, num_frames: int, num_mel_bins: int, shares: torch.Tensor, longest: float, *kind: int | str
-) -> torch.Tensor:
-    """The same masks, block by block: a processor is faster so, as most blocks need no count of what is covered."""
-    masks = torch.zeros(len(keys), num_frames, num_mel_bins, dtype=torch.bool)
+) -> tuple[torch.Tensor, list[int]]:
+    """
+    The same masks, and how many blocks each of them took. A processor is faster so, as most blocks need no count of
+    what is covered; `longest` and `kind` as for [`_draw_blocks`].
+    """
+    masks = torch.zeros(len(keys), num_frames, num_mel_bins, dtype=torch.bool, device="cpu")
     planes = list(masks.numpy())
     missing = (shares * (num_frames * num_mel_bins)).tolist()
+    counts = [0] * len(keys)
     pending = list(range(len(keys)))
     for index in range(MAX_ROUNDS):
         rows, columns = _draw_blocks(keys[pending], index, masks.shape[1:], longest, *kind)
         blocks = torch.stack((*rows, *columns), dim=-1).tolist()
         for mask, mask_blocks in zip(pending, blocks):
-            missing[mask] = _add_blocks(planes[mask], mask_blocks, missing[mask])
+            missing[mask], count = _add_blocks(planes[mask], mask_blocks, missing[mask])
+            counts[mask] += count
         pending = [mask for mask in pending if missing[mask] > 0]
         if not pending:
-            return masks
-    raise _not_covered(shares, masks, longest, *kind)
+            return masks, counts
+    raise ValueError(
+        f"{MAX_ROUNDS * BLOCKS_PER_ROUND} blocks of at most {longest} of each side, aligned to {kind[0]} pixels, "
+        f"do not cover {shares.max().item():.2f} of {num_frames} x {num_mel_bins} pixels"
+    )
 
 
-def _add_blocks(mask: np.ndarray, blocks: list[list[int]], missing: float) -> float:
-    """Adds blocks to a mask in place until it has `missing` pixels more. Returns how many are missing then."""
+def _add_blocks(mask: np.ndarray, blocks: list[list[int]], missing: float) -> tuple[float, int]:
+    """
+    Adds blocks to a mask in place until it has `missing` pixels more. Returns how many are missing then, and the
+    number of blocks that were added.
+    """
     wanted = missing + np.count_nonzero(mask)
     added = 0  # pixels since the last count, at most: blocks overlap
-    for top, bottom, left, right in blocks:
+    for count, (top, bottom, left, right) in enumerate(blocks, start=1):
         mask[top:bottom, left:right] = True
         added += (bottom - top) * (right - left)
         if added >= missing:
             missing, added = wanted - np.count_nonzero(mask), 0
             if missing <= 0:
-                break
-    else:
-        missing = wanted - np.count_nonzero(mask)
-    return missing
+                return missing, count
+    return wanted - np.count_nonzero(mask), len(blocks)
 
 
 def _draw_blocks(
@@ -274,15 +349,6 @@ def _draw_blocks(
     return rows, columns
 
 
-def _not_covered(
-    shares: torch.Tensor, masks: torch.Tensor, longest: float, alignment: int, pattern: str
-) -> ValueError:
-    return ValueError(
-        f"{MAX_ROUNDS * BLOCKS_PER_ROUND} blocks of at most {longest} of each side, aligned to {alignment} pixels, "
-        f"do not cover {shares.max().item():.2f} of {masks.shape[1]} x {masks.shape[2]} pixels"
-    )
-
-
 def _block_sides(
     start_noise: torch.Tensor, size_noise: torch.Tensor, extent: int, max_block: float, alignment: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -292,44 +358,6 @@ def _block_sides(
     sizes = alignment + (size_noise * (longest - alignment)).long()  # half-open, as the authors' range is
     sizes = (torch.minimum(sizes, extent - starts) / alignment).round().long() * alignment
     return starts, starts + sizes
-
-
-def _cover(
-    rows: tuple[torch.Tensor, torch.Tensor],
-    columns: tuple[torch.Tensor, torch.Tensor],
-    num_frames: int,
-    num_mel_bins: int,
-    targets: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Masks `(masks, frames, mel)` of all rounds' blocks but the last's, and of the last's in their order up to the one
-    that reaches the target of pixels; also the pixels covered. Sides are `(rounds, masks, blocks)`.
-
-    Frames between two edges of blocks are alike: they are looked at once, as a strip.
-    """
-    starts, stops = rows
-    zero = starts.new_zeros(len(targets), 1)
-    edges = torch.cat((zero, *starts, *stops), dim=1).sort(dim=1).values
-    if edges.shape[1] > num_frames:
-        edges = torch.arange(num_frames, device=zero.device).expand(len(zero), -1)
-    heights = edges.diff(dim=1, append=zero + num_frames)
-    covered = torch.zeros(*edges.shape, num_mel_bins, dtype=torch.bool, device=zero.device)
-    for row_starts, row_stops, column_starts, column_stops in zip(starts, stops, *columns):
-        before = covered
-        strips = _block_bits(row_starts, row_stops, num_frames + 1).gather(1, edges)
-        blocks = strips[:, :, None] & _block_bits(column_starts, column_stops, num_mel_bins)[:, None, :]
-        covered = before | (blocks != 0)
-
-    first = (blocks & -blocks).masked_fill_(before, 0)  # the first block that covers a pixel, as a power of two
-    exponents = first.double().view(torch.int64) >> 52  # the float's own: 0: none; 1023 + k: block k
-    gains = torch.zeros(len(targets), 1023 + BLOCKS_PER_ROUND, device=zero.device, dtype=targets.dtype)
-    weights = heights[:, :, None].to(targets.dtype).expand_as(blocks)
-    gains.scatter_add_(1, exponents.flatten(1), weights.flatten(1))
-    areas = (before.sum(-1) * heights).sum(-1, keepdim=True) + gains[:, 1023:].cumsum(1)
-    needed = (areas < targets[:, None]).sum(1, keepdim=True).clamp_max(BLOCKS_PER_ROUND - 1)
-    covered = before | (blocks & ((2 << needed) - 1)[:, :, None] != 0)
-    masks = covered.flatten(0, 1).repeat_interleave(heights.flatten(), 0).view(-1, num_frames, num_mel_bins)
-    return masks, areas.gather(1, needed)[:, 0]
 
 
 def _block_bits(starts: torch.Tensor, stops: torch.Tensor, extent: int) -> torch.Tensor:

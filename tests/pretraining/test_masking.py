@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from asit_hf.pretraining import masking
+from asit_hf.pretraining.device import ACCELERATOR
 from asit_hf.pretraining.masking import (
     GMML,
     corrupt,
@@ -329,5 +330,39 @@ def test_other_types_and_small_planes():
 @pytest.mark.parametrize(("alignment", "longest"), [(1, 0.3), (16, 0.3), (1, 0.05), (8, 1.0)])
 def test_accelerators_draw_the_masks_that_processors_draw(pattern, alignment, longest):
     shares = torch.linspace(0.1, 0.8, 12)
-    arguments = (keys(12), 192, 64, shares, longest, alignment, pattern)
-    assert torch.equal(masking._draw_at_once(*arguments), masking._draw_one_by_one(*arguments))
+    kind = (longest, alignment, pattern)
+    at_once = masking._draw_at_once(keys(12), 192, 64, shares, 0.8, *kind)
+    block_by_block, _ = masking._draw_block_by_block(keys(12), 192, 64, shares, *kind)
+    assert torch.equal(at_once, block_by_block)
+
+
+@pytest.mark.parametrize("filling", ["zeros", "noise"])
+def test_accelerators_corrupt_as_processors_do(filling, monkeypatch):
+    config = GMML(zero_share=(0.5, 0.7), filling=filling)
+    arguments = (clean(6), keys(6), 3, config)
+    corrupted, mask = corrupt(*arguments)
+    monkeypatch.setattr(masking, "choices_for", lambda device: ACCELERATOR)
+    corrupted_at_once, mask_at_once = corrupt(*arguments)
+    assert torch.equal(mask, mask_at_once)
+    assert torch.equal(corrupted, corrupted_at_once)
+
+
+def test_no_mask_needs_more_rounds_than_are_drawn_on_an_accelerator():
+    for extents in ((592, 128), (96, 32)):
+        for share, kind in ((0.5, (0.3, 1, "blocks")), (0.7, (0.3, 16, "blocks")), (0.7, (0.3, 1, "time"))):
+            rounds = masking._rounds_for(*extents, share, *kind)
+            _, needed = masking._draw_block_by_block(keys(500), *extents, torch.full((500,), share), *kind)
+            assert max(needed) <= rounds * masking.BLOCKS_PER_ROUND
+
+
+def test_a_mask_that_is_not_covered_is_an_error_on_an_accelerator_too(monkeypatch):
+    with pytest.raises(ValueError, match=r"0\.90"):
+        masking._draw_at_once(keys(2), 64, 32, torch.full((2,), 0.9), 0.9, 0.001, 1, "blocks")
+    monkeypatch.setattr(masking, "_rounds_for", lambda *arguments: 1)
+    with pytest.raises(RuntimeError):
+        masking._draw_at_once(keys(2), 64, 32, torch.full((2,), 0.9), 0.9, 0.1, 1, "blocks")
+
+
+def test_python_integers_mix_as_tensors_do():
+    for value in (0, 1, -1, 2**31, 2**62 + 5, -(2**63)):
+        assert torch.equal(mix_keys(keys(3), value), mix_keys(keys(3), torch.tensor(value)))

@@ -1,13 +1,17 @@
 """The three losses of ASiT and the centres of the teacher's outputs."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-# Rows whose logits over all prototypes exist at one time in `patch_distillation_loss`.
-CHUNK_ROWS = 256
+from .device import choices_for
+
+# Rows whose logits over all prototypes exist at one time in `patch_distillation_loss`; `None`: as the device has it.
+CHUNK_ROWS: int | None = None
 
 
 class Center(nn.Module):
@@ -82,7 +86,9 @@ def patch_distillation_loss(
     center: torch.Tensor,
     student_temperature: float,
     teacher_temperature: float,
+    weights: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
+    distill: Callable | None = None,
 ) -> torch.Tensor:
     """
     Local self-distillation: cross-entropy between the teacher's and the student's prototype distributions of the same
@@ -94,7 +100,10 @@ def patch_distillation_loss(
         student_prototypes (`torch.Tensor` of shape `(prototypes, bottleneck)`): logits are their products.
         teacher_features, teacher_prototypes: the teacher's, same shapes; no gradient flows into them.
         center (`torch.Tensor` of shape `(prototypes,)`): subtracted from the teacher's logits.
-        count (`torch.Tensor` of shape `()`, *optional*): what the sum is divided by instead of the number of patches.
+        weights (`torch.Tensor` of shape `(patches,)`, *optional*): a factor for each patch's term, 0 to leave it out.
+        count (`torch.Tensor` of shape `()`, *optional*): what the sum is divided by instead of the number of patches,
+            or of the sum of their weights.
+        distill (`Callable`, *optional*): [`distill_rows`], compiled.
     """
     total = _PatchDistillation.apply(
         student_features,
@@ -104,37 +113,80 @@ def patch_distillation_loss(
         center,
         student_temperature,
         teacher_temperature,
+        weights,
+        distill or distill_rows,
     )
-    return total / (max(len(student_features), 1) if count is None else count)
+    if count is None:
+        count = max(len(student_features), 1) if weights is None else weights.sum().clamp_min(1)
+    return total / count
+
+
+def distill_rows(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    student_matrix: torch.Tensor,
+    teacher_matrix: torch.Tensor,
+    bias: torch.Tensor,
+    weights: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The cross-entropies of some rows and their gradients, in one go.
+
+    Args:
+        student, teacher (`torch.Tensor` of shape `(rows, bottleneck)`).
+        student_matrix, teacher_matrix (`torch.Tensor` of shape `(prototypes, bottleneck)`): divided by temperatures.
+        bias (`torch.Tensor` of shape `(prototypes,)`): subtracted from the teacher's logits.
+        weights (`torch.Tensor` of shape `(rows,)`, *optional*).
+
+    Returns:
+        The sum of the cross-entropies `()` in float32, and what it is differentiated to by `student`
+        `(rows, bottleneck)` and by `student_matrix` `(prototypes, bottleneck)`.
+    """
+    # softmax and cross-entropy in float32: in half precision the tail of 8192 prototypes is lost
+    targets = (teacher @ teacher_matrix.T).float().sub_(bias).softmax(-1)
+    log_probabilities = (student @ student_matrix.T).float().log_softmax(-1)
+    terms = torch.linalg.vecdot(targets, log_probabilities)
+    difference = log_probabilities.exp_().sub_(targets)
+    if weights is not None:
+        terms, difference = terms * weights, difference.mul_(weights[:, None])
+    difference = difference.to(student.dtype)
+    return -terms.sum(), difference @ student_matrix, difference.T @ student
 
 
 class _PatchDistillation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, student_prototypes, teacher, teacher_prototypes, center, student_temp, teacher_temp):
+    def forward(
+        ctx,
+        student,
+        student_prototypes,
+        teacher,
+        teacher_prototypes,
+        center,
+        student_temp,
+        teacher_temp,
+        weights,
+        distill,
+    ):
         device_type = student.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else student.dtype
         student, teacher = student.to(dtype), teacher.to(dtype)
         # the temperatures are folded into the small matrices instead of the large logits
         student_matrix = (student_prototypes / student_temp).to(dtype)
         teacher_matrix = (teacher_prototypes / teacher_temp).to(dtype)
-        bias = center / teacher_temp
-        needs_features, needs_prototypes = ctx.needs_input_grad[:2]
+        bias = (center / teacher_temp).float()
         loss = torch.zeros((), device=student.device, dtype=torch.float32)
-        features_grad = torch.empty_like(student) if needs_features else None
-        prototypes_grad = torch.zeros_like(student_prototypes, dtype=torch.float32) if needs_prototypes else None
+        features_grad = torch.empty_like(student)
+        prototypes_grad = torch.zeros_like(student_prototypes, dtype=torch.float32)
+        size = chunk_rows(len(student), student.device)
         with torch.autocast(device_type, enabled=False):
-            for start in range(0, len(student), CHUNK_ROWS):
-                rows = slice(start, start + CHUNK_ROWS)
-                # softmax and cross-entropy in float32: in half precision the tail of 8192 prototypes is lost
-                targets = (teacher[rows] @ teacher_matrix.T).float().sub_(bias).softmax(-1)
-                log_probabilities = (student[rows] @ student_matrix.T).float().log_softmax(-1)
-                loss -= torch.linalg.vecdot(targets, log_probabilities).sum()
-                if needs_features or needs_prototypes:
-                    difference = log_probabilities.exp_().sub_(targets).to(dtype)
-                    if needs_features:
-                        features_grad[rows] = difference @ student_matrix
-                    if needs_prototypes:
-                        prototypes_grad += (difference.T @ student[rows]).float()
+            for start in range(0, len(student), size):
+                rows = slice(start, start + size)
+                factors = None if weights is None else weights[rows]
+                terms, features_grad[rows], matrix_grad = distill(
+                    student[rows], teacher[rows], student_matrix, teacher_matrix, bias, factors
+                )
+                loss += terms
+                prototypes_grad += matrix_grad.float()
         ctx.features_grad = features_grad
         ctx.prototypes_grad = prototypes_grad
         ctx.student_temp = student_temp
@@ -145,12 +197,24 @@ class _PatchDistillation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         features_grad = prototypes_grad = None
-        if ctx.features_grad is not None:
+        if ctx.needs_input_grad[0]:
             features_grad = ctx.features_grad * grad
-        if ctx.prototypes_grad is not None:
+        if ctx.needs_input_grad[1]:
             prototypes_grad = (ctx.prototypes_grad * (grad / ctx.student_temp)).to(ctx.dtype)
         ctx.features_grad = ctx.prototypes_grad = None  # whoever holds on to the loss does not hold on to these
-        return features_grad, prototypes_grad, None, None, None, None, None
+        return features_grad, prototypes_grad, *(None,) * 7
+
+
+def chunk_rows(num_rows: int, device: torch.device) -> int:
+    """
+    Rows of a chunk of `num_rows`: at most as many as suit the device, and on an accelerator equally many in every
+    chunk where they can be, so that a compiled body has one shape.
+    """
+    most = choices_for(device).loss_rows if CHUNK_ROWS is None else CHUNK_ROWS
+    if device.type == "cpu":
+        return most
+    fewest = -(-num_rows // most)
+    return next((num_rows // chunks for chunks in range(fewest, 2 * fewest) if num_rows % chunks == 0), most)
 
 
 def reconstruction_loss(

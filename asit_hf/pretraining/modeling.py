@@ -15,6 +15,7 @@ from ..configuration_asit import ASiTConfig
 from ..modeling_asit import ASiTModel, ASiTPreTrainedModel
 from .losses import (
     Center,
+    distill_rows,
     mean_over_processes,
     patch_distillation_loss,
     reconstruction_loss,
@@ -136,6 +137,7 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
     """
 
     accepts_loss_kwargs = False
+    _distill = None  # the body of the local loss, once it is compiled
 
     def __init__(self, config: ASiTConfig):
         super().__init__(config)
@@ -186,6 +188,21 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         teachers, students = zip(*self._teacher_and_student())
         torch._foreach_mul_(teachers, momentum)
         torch._foreach_add_(teachers, students, alpha=1 - momentum)
+
+    def compile_layers(self, **options: Any) -> None:
+        """
+        Compiles every layer of student and teacher, in place, and the body of the local loss. Not the model: between
+        the layers there are loops and choices, which would be unrolled or break the graph. All layers share three
+        graphs, those of the student's global and local views and of the teacher's.
+
+        Args:
+            options: of `torch.compile`, over `fullgraph=True` and `dynamic=False`.
+        """
+        options = {"fullgraph": True, "dynamic": False, **options}
+        for encoder in (self.asit, self.teacher["asit"]):
+            for layer in encoder.layers:
+                layer.compile(**options)
+        self._distill = torch.compile(distill_rows, **options)
 
     def update_centers(self) -> None:
         """Moves both centres towards the mean teacher outputs since the last call, over all processes."""
@@ -340,21 +357,20 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         with torch.no_grad():
             teacher_features = self.teacher["heads"].distillation(teacher).flatten(0, 2)
             teacher_weight = self.teacher["heads"].distillation.patch_weight()
-        student, targets, count = student.flatten(0, 2), teacher_features, None
-        if counted is not None:
-            student, targets = student[counted], targets[counted]
-            count = mean_over_processes(counted.sum()) if mean_over_all else None
-        student_features = self.heads.distillation(student)
+        count = mean_over_processes(counted.sum()) if counted is not None and mean_over_all else None
+        student_features = self.heads.distillation(student).flatten(0, 2)
         center = self.patch_center.center
         output.local_loss = patch_distillation_loss(
             student_features,
             self.heads.distillation.patch_weight(),
-            targets,
+            teacher_features,
             teacher_weight,
             center,
             self.config.student_temperature,
             temperature,
-            count,
+            weights=None if counted is None else counted.float(),
+            count=count,
+            distill=self._distill,
         )
         stride = max(1, len(teacher_features) // MONITORED_PATCHES)
         some_logits = teacher_features[::stride] @ teacher_weight.T

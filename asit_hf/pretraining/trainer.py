@@ -3,7 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,22 @@ class ASiTPreTrainingArguments(TrainingArguments):
         default=True,
         metadata={"help": "On a processor: the process keeps what a step frees, for the next one (glibc only)."},
     )
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the layers of student and teacher and the body of the local loss, which takes minutes "
+            "at the start. Batches must all have one shape, as crops have."
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Trainer's filter of losses that are not finite. Not needed here, and the host waits for it."
+        },
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters without a gradient in every pass; there are none."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: the data room names its own."})
 
     def __post_init__(self):
@@ -123,6 +139,11 @@ class ASiTPreTrainingArguments(TrainingArguments):
             if getattr(self, name) != default:
                 raise ValueError(f"{name} has no effect here: ASiT's own schedules and losses are used")
         super().__post_init__()
+        if self.torch_compile:
+            raise ValueError(
+                "torch_compile compiles the model as a whole, with the loop of its local loss unrolled: set "
+                "compile_layers instead, which compiles what gains by it"
+            )
         if self.teacher_temperature_warmup_epochs is None:
             self.teacher_temperature_warmup_epochs = objective.teacher_temperature_warmup_epochs
         if self.freeze_last_layer_epochs is None:
@@ -201,7 +222,10 @@ class ASiTPreTrainer(PushMixin, Trainer):
         self._staging: Path | None = None
         self._sums: dict[str, torch.Tensor] = {}
         self._num_passes = 0
+        self._last_loss = torch.zeros((), device=args.device)
         self._passes_in_step: list[_Pass] = []
+        if args.compile_layers:
+            model.compile_layers()
         self._last_layers = [parameter for name, parameter in model.heads.named_parameters() if "prototypes" in name]
         self.add_callback(EpochCallback(self.train_dataset))
         self.add_callback(_OptimiserSteps(self))
@@ -279,6 +303,12 @@ class ASiTPreTrainer(PushMixin, Trainer):
             }
         return (output.loss, output) if return_outputs else output.loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As Trainer's, whose sum of losses would stay NaN: one that is not finite counts as the one before it."""
+        loss = super().training_step(*args, **kwargs)
+        self._last_loss = torch.where(torch.isfinite(loss), loss, self._last_loss)
+        return self._last_loss
+
     @torch.no_grad()
     def prepare_views(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Waveform crops to what the model takes: clean and corrupted spectrograms, masks and local views."""
@@ -332,6 +362,13 @@ class ASiTPreTrainer(PushMixin, Trainer):
         warn_of_emulated_bf16(self.args)
         with on_termination(self._ask_to_stop), clear_worker_errors():
             return super().train(*args, **kwargs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
+        """The norm to log. Those of all tensors are kept, for clipping each by itself before the optimizer's step."""
+        if grad_norm is None:  # else Trainer has clipped by max_grad_norm, and unscaled for that
+            self.accelerator.unscale_gradients()
+        self.gradient_norms = gradient_norms(self.model)
+        return self.gradient_norms.norm() if grad_norm is None else grad_norm
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # Trainer would add a step to a run that is complete
@@ -431,7 +468,13 @@ class ASiTPreTrainer(PushMixin, Trainer):
 
     def _agree(self, *flags: bool | torch.Tensor) -> list[bool]:
         """Each flag, true where it is true in any process."""
-        values = torch.stack([torch.as_tensor(flag, device=self.args.device).float() for flag in flags])
+        device = self.args.device  # a flag of the host's is filled in: copied, it would be waited for
+        values = torch.stack(
+            [
+                flag.float() if isinstance(flag, torch.Tensor) else torch.full((), float(flag), device=device)
+                for flag in flags
+            ]
+        )
         if self.args.world_size > 1:
             torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
         return [value > 0 for value in values.tolist()]
@@ -492,8 +535,7 @@ class _OptimiserSteps(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         trainer = self.trainer
-        trainer.accelerator.unscale_gradients()
-        norm = clip_tensor_norms(trainer.model, args.max_tensor_grad_norm)
+        norm = clip_tensor_norms(trainer.model, args.max_tensor_grad_norm, trainer.gradient_norms)
         self.skips, self.stops = trainer._agree(~torch.isfinite(norm), trainer.terminated)
         if self.skips:
             self._skip(args)
@@ -533,28 +575,43 @@ class _OptimiserSteps(TrainerCallback):
 
 
 @torch.no_grad()
-def clip_tensor_norms(model: nn.Module, max_norm: float) -> torch.Tensor:
+def gradient_norms(model: nn.Module) -> torch.Tensor:
+    """Norms of the gradients of all parameters that have one, in their order: `(parameters,)`."""
+    return torch.stack(torch._foreach_norm([gradient for _, gradient in _named_gradients(model)]))
+
+
+@torch.no_grad()
+def clip_tensor_norms(model: nn.Module, max_norm: float, norms: torch.Tensor | None = None) -> torch.Tensor:
     """
     Scales every parameter's gradient down to a norm of at most `max_norm` (0: not at all), each by itself. The query,
     key and value projections of a layer count as one tensor, as they are one in the authors' code.
 
+    Args:
+        norms (`torch.Tensor` of shape `(parameters,)`, *optional*): [`gradient_norms`], where they are known.
+
     Returns:
         `torch.Tensor` of shape `()`: the norm of all gradients before, finite only if each of them is.
     """
-    groups: dict[str, list[torch.Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            merged = name.replace("q_proj", "qkv").replace("k_proj", "qkv").replace("v_proj", "qkv")
-            groups.setdefault(merged, []).append(parameter.grad)
-    gradients = [gradient for group in groups.values() for gradient in group]
-    norms = torch._foreach_norm(gradients)
+    norms = gradient_norms(model) if norms is None else norms
     if max_norm > 0:
-        remaining, scales = iter(norms), []
-        for group in groups.values():
-            norm = torch.stack([next(remaining) for _ in group]).norm()
-            scales.extend([(max_norm / (norm + 1e-6)).clamp_max(1.0)] * len(group))
-        torch._foreach_mul_(gradients, scales)
-    return torch.stack(norms).norm()
+        names, gradients = zip(*_named_gradients(model))
+        index = _tensor_index(names, norms.device)
+        squares = torch.zeros_like(norms).index_add_(0, index, norms.square())
+        scales = (max_norm / (squares.sqrt() + 1e-6)).clamp_max(1.0)
+        torch._foreach_mul_(gradients, scales[index].unbind())
+    return norms.norm()
+
+
+def _named_gradients(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
+
+
+@lru_cache(maxsize=8)
+def _tensor_index(names: tuple[str, ...], device: torch.device) -> torch.Tensor:
+    """For each parameter the number of the tensor that it is a part of in the authors' code: `(parameters,)`."""
+    merged = [name.replace("q_proj", "qkv").replace("k_proj", "qkv").replace("v_proj", "qkv") for name in names]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(merged))}
+    return torch.tensor([numbers[name] for name in merged], device=device)
 
 
 __all__ = ["ASiTPreTrainer", "ASiTPreTrainingArguments", "clip_tensor_norms"]

@@ -45,6 +45,17 @@ def _mel_filters(sampling_rate: int, num_mel_bins: int, fft_size: int) -> list[t
     return halves
 
 
+@lru_cache(maxsize=32)
+def _constants(
+    sampling_rate: int, num_mel_bins: int, window_size: int, fft_size: int, device: torch.device
+) -> tuple[torch.Tensor, list[tuple[slice, torch.Tensor]]]:
+    """The window and the filters on a device: a copy in every call would make the host wait for it."""
+    with torch.inference_mode(False):
+        window = torch.hann_window(window_size, periodic=False, dtype=torch.float32, device="cpu").to(device)
+        filters = _mel_filters(sampling_rate, num_mel_bins, fft_size)
+        return window, [(bins, half.to(device)) for bins, half in filters]
+
+
 def log_mel_spectrogram(waveforms: torch.Tensor, sampling_rate: int, num_mel_bins: int = 128) -> torch.Tensor:
     """
     Kaldi-compatible log-mel filter banks: 25 ms symmetric Hann ("hanning") windows every 10 ms, DC removed from every
@@ -68,8 +79,7 @@ def log_mel_spectrogram(waveforms: torch.Tensor, sampling_rate: int, num_mel_bin
     device = waveforms.device
     with torch.autocast(device.type, enabled=False):
         fft_size = 2 ** math.ceil(math.log2(window_size))
-        filters = [(bins, half.to(device)) for bins, half in _mel_filters(sampling_rate, num_mel_bins, fft_size)]
-        window = torch.hann_window(window_size, periodic=False, dtype=torch.float32, device=device)
+        window, filters = _constants(sampling_rate, num_mel_bins, window_size, fft_size, device)
         frames = waveforms.float().unfold(-1, window_size, hop)
         shape = frames.shape[:-1]
         outputs = torch.empty(shape.numel(), num_mel_bins, dtype=torch.float32, device=device)

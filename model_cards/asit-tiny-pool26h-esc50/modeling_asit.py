@@ -1,6 +1,7 @@
 """PyTorch ASiT encoder and its classifiers ([arXiv 2211.13189](https://arxiv.org/abs/2211.13189))."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -60,6 +61,33 @@ def bicubic_resize_matrix(
     return weights
 
 
+@lru_cache(maxsize=64)
+def _resize_matrix(source_size: int, target_size: int, device: torch.device) -> torch.Tensor:
+    """[`bicubic_resize_matrix`] of one target size, `(1, target_size, source_size)`, computed once for each device."""
+    with torch.inference_mode(False):  # what is made in inference mode could not be trained with later
+        return bicubic_resize_matrix(source_size, torch.full((1,), target_size, device=device), target_size)
+
+
+class ASiTPatchProjection(nn.Conv2d):
+    """
+    The convolution of the patches, `(batch, 1, frames, mel)` to `(batch, hidden_size, columns, rows)`. On an
+    accelerator it is one matrix product, as patches do not overlap: its libraries are slow at one input channel.
+    """
+
+    def forward(self, spectrograms: torch.Tensor) -> torch.Tensor:
+        if spectrograms.device.type == "cpu":
+            return super().forward(spectrograms)
+        return self.multiply(spectrograms)
+
+    def multiply(self, spectrograms: torch.Tensor) -> torch.Tensor:
+        """The same as one matrix product."""
+        size = self.kernel_size[0]
+        columns, rows = spectrograms.shape[2] // size, spectrograms.shape[3] // size
+        patches = spectrograms[:, 0, : columns * size, : rows * size]
+        patches = patches.unflatten(1, (-1, size)).unflatten(3, (-1, size)).transpose(2, 3).flatten(3)
+        return nn.functional.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class ASiTPatchEmbeddings(nn.Module):
     """`input_values` of shape `(batch, frames, mel)` to patch embeddings `(batch, columns, rows, hidden_size)`."""
 
@@ -67,7 +95,7 @@ class ASiTPatchEmbeddings(nn.Module):
         super().__init__()
         self.patch_size = config.patch_size
         self.num_mel_bins = config.num_mel_bins
-        self.projection = nn.Conv2d(1, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
+        self.projection = ASiTPatchProjection(1, config.hidden_size, config.patch_size, stride=config.patch_size)
 
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
         if input_values.dim() != 3 or input_values.shape[-1] != self.num_mel_bins or input_values.shape[0] == 0:
@@ -111,14 +139,18 @@ class ASiTEmbeddings(nn.Module):
         """
         source_columns, rows = self.config.position_grid
         positions = self.position_embeddings[0, 1:].view(source_columns, rows, -1)
-        if num_columns is None:
-            # a graph traced at this very length must do for others
-            if not torch.compiler.is_compiling() and columns == source_columns:
-                return positions[None]
-            num_columns = torch.full((1,), columns, device=positions.device)
+        # a graph traced at one length must do for others
+        is_known = num_columns is None and not torch.compiler.is_compiling()
+        if is_known and columns == source_columns:
+            return positions[None]
         # float32: under autocast the weights would be rounded to 3 digits
         with torch.autocast(positions.device.type, enabled=False):
-            weights = bicubic_resize_matrix(source_columns, num_columns, columns)
+            if is_known:
+                weights = _resize_matrix(source_columns, columns, positions.device)
+            else:
+                if num_columns is None:
+                    num_columns = torch.full((1,), columns, device=positions.device)
+                weights = bicubic_resize_matrix(source_columns, num_columns, columns)
             resized = weights @ positions.float().flatten(1)
         return resized.unflatten(-1, (rows, -1))
 
@@ -208,6 +240,9 @@ class ASiTAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        device_type = hidden_states.device.type
+        if torch.is_autocast_enabled(device_type):  # once, not again in each of the three projections
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
         heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
             projection(hidden_states).view(heads_shape).transpose(1, 2)

@@ -253,11 +253,13 @@ def _draw_at_once(
     Every pixel gets the number of the first block that covers it; a mask is the pixels up to the block that reaches
     its share, which is found by bisection.
     """
-    rounds = _rounds_for(num_frames, num_mel_bins, max_share, longest, alignment, pattern)
+    rounds = rounds_for(num_frames, num_mel_bins, max_share, longest, alignment, pattern)
+    numbers = torch.arange(rounds, device=keys.device)
+    rows, columns = _draw_blocks(keys[:, None], numbers, (num_frames, num_mel_bins), longest, alignment, pattern)
+    row_bits, column_bits = _block_bits(*rows, num_frames), _block_bits(*columns, num_mel_bins)
     first = torch.full((len(keys), num_frames, num_mel_bins), NOT_COVERED, dtype=torch.int16, device=keys.device)
     for index in range(rounds):
-        rows, columns = _draw_blocks(keys, index, (num_frames, num_mel_bins), longest, alignment, pattern)
-        bits = _block_bits(*rows, num_frames)[:, :, None] & _block_bits(*columns, num_mel_bins)[:, None, :]
+        bits = row_bits[:, index, :, None] & column_bits[:, index, None, :]
         exponents = (bits & -bits).double().view(torch.int64) >> 52  # the float's own; 0: none; 1023 + k: block k
         blocks = (exponents + (index * BLOCKS_PER_ROUND - 1023)).masked_fill_(exponents == 0, NOT_COVERED)
         first = torch.minimum(first, blocks.to(torch.int16))
@@ -274,7 +276,7 @@ def _draw_at_once(
 
 
 @lru_cache(maxsize=64)
-def _rounds_for(num_frames: int, num_mel_bins: int, share: float, longest: float, alignment: int, pattern: str) -> int:
+def rounds_for(num_frames: int, num_mel_bins: int, share: float, longest: float, alignment: int, pattern: str) -> int:
     """
     Rounds of blocks after which no mask will need another. How many blocks a mask needs falls off exponentially or
     faster beyond the median; that `TRIALS` masks need at most so many gives the rate, at which one of 10^12 masks
@@ -336,12 +338,20 @@ def _add_blocks(mask: np.ndarray, blocks: list[list[int]], missing: float) -> tu
 
 
 def _draw_blocks(
-    keys: torch.Tensor, index: int, extents: tuple[int, int], longest: float, alignment: int, pattern: str
+    keys: torch.Tensor,
+    index: int | torch.Tensor,
+    extents: tuple[int, int],
+    longest: float,
+    alignment: int,
+    pattern: str,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """Round `index` of blocks: starts and stops along time, and along mel, each `(masks, BLOCKS_PER_ROUND)`."""
-    noise = uniform_noise(mix_keys(keys, index), 4 * BLOCKS_PER_ROUND).unflatten(-1, (4, -1))
-    rows = _block_sides(noise[:, 0], noise[:, 1], extents[0], longest, alignment)
-    columns = _block_sides(noise[:, 2], noise[:, 3], extents[1], longest, alignment)
+    """
+    Round `index` of blocks: starts and stops along time, and along mel, each `(..., BLOCKS_PER_ROUND)` with the shape
+    that `keys` and `index` broadcast to.
+    """
+    noise = uniform_noise(mix_keys(keys, index), 4 * BLOCKS_PER_ROUND).unflatten(-1, (4, -1)).unbind(-2)
+    rows = _block_sides(noise[0], noise[1], extents[0], longest, alignment)
+    columns = _block_sides(noise[2], noise[3], extents[1], longest, alignment)
     if pattern == "time":
         columns = (torch.zeros_like(columns[0]), torch.full_like(columns[1], extents[1]))
     elif pattern == "frequency":
@@ -361,8 +371,8 @@ def _block_sides(
 
 
 def _block_bits(starts: torch.Tensor, stops: torch.Tensor, extent: int) -> torch.Tensor:
-    """Which pixels of one axis every block covers, block k as bit k: two `(masks, blocks)` -> `(masks, extent)`."""
-    bits = (1 << torch.arange(starts.shape[1], device=starts.device)).expand_as(starts)
-    changes = starts.new_zeros(len(starts), extent + 1)
-    changes.scatter_add_(1, starts, bits).scatter_add_(1, stops, -bits)
-    return changes.cumsum(1)[:, :extent]
+    """Which pixels of one axis every block covers, block k as bit k: two `(..., blocks)` -> `(..., extent)`."""
+    bits = (1 << torch.arange(starts.shape[-1], device=starts.device)).expand_as(starts)
+    changes = starts.new_zeros(*starts.shape[:-1], extent + 1)
+    changes.scatter_add_(-1, starts, bits).scatter_add_(-1, stops, -bits)
+    return changes.cumsum(-1)[..., :extent]

@@ -1,0 +1,121 @@
+"""
+What a pretraining step launches on a CUDA device, counted on a machine that has none.
+
+    python examples/benchmarks/count_kernels.py --size small --batch 128
+
+Host and device work in parallel, so a step takes at least the time of its launches (about 5 us each), of its memory
+traffic, and of its arithmetic. Counted are plain kernels, as without `--compile_layers`. Needs g++. With `PYTHONPATH`
+set to another version of the package, that one is counted.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from common import RESULTS
+from fake_cuda import KernelCounter, build, fake_cuda, to_fake_cuda
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.initialization import no_init_weights
+
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
+from asit_hf.pretraining import masking
+from asit_hf.pretraining.objectives import get_objective
+from asit_hf.pretraining.trainer import clip_tensor_norms
+
+RATE = 16000
+GLOBAL_SECONDS, LOCAL_SECONDS = 6.0, 2.0
+
+
+def count_step(size: str, batch: int, objective: str = "2024", repeats: int = 2) -> dict:
+    """
+    The kernels, bytes and copies from the host of each part of a step in bf16, in the last of `repeats` steps, and the
+    step's operations. A part that has to wait for the device, which cannot be counted, has the reason instead.
+    """
+    chosen = get_objective(objective)
+    with no_init_weights():
+        model = ASiTForPreTraining(ASiTConfig.from_size(size, **chosen.config, drop_path_rate=0.1))
+    extractor = ASiTFeatureExtractor()
+    frames, gmml = model.config.num_frames, chosen.gmml
+    # what is computed once, and kept, needs real tensors
+    extractor.extract(torch.randn(1, RATE))
+    if hasattr(masking, "rounds_for"):  # versions before it wait for the device there
+        share = max(gmml.zero_share[1], gmml.replace_share)
+        masking.rounds_for(frames, model.config.num_mel_bins, share, gmml.max_block, gmml.alignment, gmml.pattern)
+    with fake_cuda():
+        to_fake_cuda(model).train()
+        for _ in range(repeats):
+            parts, flops = _step(model, extractor, chosen, batch, frames)
+    return {"size": size, "batch": batch, "objective": objective, "tera_operations": flops / 1e12, "parts": parts}
+
+
+def _step(model, extractor, chosen, batch: int, frames: int) -> tuple[dict[str, dict], int]:
+    parts: dict[str, dict] = {}
+
+    def count(name: str, call):
+        with KernelCounter() as counter:
+            try:
+                result = call()
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                parts[name] = {"error": f"the host waits: {error}"}
+                return None
+        parts[name] = {
+            "kernels": counter.kernels.total(),
+            "gigabytes": counter.bytes / 1e9,
+            "host_copies": len(counter.host_copies),
+            "top": counter.kernels.most_common(12),
+        }
+        return result
+
+    def waveforms(crops: int, seconds: float) -> tuple[torch.Tensor, torch.Tensor]:
+        samples = int(seconds * RATE)
+        return torch.randn(batch, crops, samples, device="cuda"), torch.full((batch, crops), samples, device="cuda")
+
+    keys = torch.randint(2**62, (batch,), device="cuda")
+    inputs = {"global": waveforms(2, GLOBAL_SECONDS)}
+    if chosen.num_local_crops:
+        inputs["local"] = waveforms(chosen.num_local_crops, LOCAL_SECONDS)
+    spectrograms = count("log-mel", lambda: [extractor.extract(*crops) for crops in inputs.values()])
+    clean = spectrograms[0][:, :, :frames]
+    corrupted = count("masks", lambda: masking.corrupt(clean, keys, 0, chosen.gmml))
+    corrupted = corrupted or (clean + 1, clean > 0)
+    views = {"input_values": clean, "corrupted_values": corrupted[0], "corruption_mask": corrupted[1]}
+    views["local_values"] = spectrograms[1] if len(spectrograms) > 1 else None
+    with FlopCounterMode(display=False) as counter:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            output = count("forward", lambda: model(**views, drop_path_keys=keys))
+        count("backward", output.loss.backward)
+    count("clipping", lambda: clip_tensor_norms(model, 3.0))
+    count("centers and teacher", lambda: (model.update_centers(), model.update_teacher(0.99)))
+    model.zero_grad()
+    return parts, counter.get_total_flops()
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="small", choices=("tiny", "small", "base"))
+    parser.add_argument("--batch", type=int, default=128, help="clips a step")
+    parser.add_argument("--objective", default="2024", choices=("2024", "2023"))
+    parser.add_argument("--name", help="keep the counts under this name in results/kernels.json")
+    args = parser.parse_args(arguments)
+    if "LD_PRELOAD" not in os.environ:  # once more, with the libraries
+        with tempfile.TemporaryDirectory() as folder:
+            environment = {**os.environ, "LD_PRELOAD": build(Path(folder))}
+            command = [sys.executable, __file__, *(sys.argv[1:] if arguments is None else arguments)]
+            sys.exit(subprocess.run(command, env=environment).returncode)
+    counts = count_step(args.size, args.batch, args.objective)
+    print(json.dumps(counts, indent=2))
+    if args.name:
+        path = RESULTS / "kernels.json"
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**kept, args.name: counts}, indent=2) + "\n")
+    return counts
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,3 +12,10 @@ def real_audio() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real audio at {folder}: set ASIT_REAL_AUDIO to its folder")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if shutil.which("g++") is None:
+        for item in items:
+            if item.get_closest_marker("needs_compiler"):
+                item.add_marker(pytest.mark.skip(reason="needs g++, which is not installed"))

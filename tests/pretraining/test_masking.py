@@ -329,10 +329,10 @@ def test_other_types_and_small_planes():
 @pytest.mark.parametrize("pattern", ["blocks", "time", "frequency"])
 @pytest.mark.parametrize(("alignment", "longest"), [(1, 0.3), (16, 0.3), (1, 0.1), (8, 1.0)])
 def test_accelerators_draw_the_masks_that_processors_draw(pattern, alignment, longest):
-    shares = torch.linspace(0.1, 0.8, 12)
+    shares = torch.linspace(0.1, 0.8, 6)
     kind = (longest, alignment, pattern)
-    at_once = masking._draw_at_once(keys(12), 192, 64, shares, 0.8, *kind)
-    block_by_block, _ = masking._draw_block_by_block(keys(12), 192, 64, shares, *kind)
+    at_once = masking._draw_at_once(keys(6), 192, 64, shares, 0.8, *kind)
+    block_by_block, _ = masking._draw_block_by_block(keys(6), 192, 64, shares, *kind)
     assert torch.equal(at_once, block_by_block)
 
 
@@ -351,7 +351,7 @@ def test_no_mask_needs_more_rounds_than_are_drawn_on_an_accelerator():
     for extents in ((592, 128), (96, 32)):
         for share, kind in ((0.5, (0.3, 1, "blocks")), (0.7, (0.3, 16, "blocks")), (0.7, (0.3, 1, "time"))):
             rounds = masking.rounds_for(*extents, share, *kind)
-            _, needed = masking._draw_block_by_block(keys(500), *extents, torch.full((500,), share), *kind)
+            _, needed = masking._draw_block_by_block(keys(200), *extents, torch.full((200,), share), *kind)
             assert max(needed) <= rounds * masking.BLOCKS_PER_ROUND
 
 

@@ -445,3 +445,26 @@ def test_one_label_more_by_resizing_is_an_explicit_choice(tmp_path):
         ASiTForAudioClassification.from_pretrained(tmp_path, num_labels=6)
     model = ASiTForAudioClassification.from_pretrained(tmp_path, num_labels=6, ignore_mismatched_sizes=True)
     assert model(spectrograms(1, 96)).logits.shape == (1, 6)
+
+
+@pytest.mark.parametrize("frames", [96, 50, 16])
+def test_patches_multiplied_on_accelerators_equal_the_convolution(frames):
+    projection = build().embeddings.patch_embeddings.projection
+    values = spectrograms(2, frames)[:, None]
+    multiplied, convolved = projection.multiply(values), projection(values)
+    assert multiplied.shape == convolved.shape
+    torch.testing.assert_close(multiplied, convolved, rtol=1e-5, atol=1e-5)
+    gradients = [
+        torch.autograd.grad(output.square().sum(), projection.weight)[0] for output in (multiplied, convolved)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
+
+
+def test_a_length_first_seen_in_inference_mode_can_be_trained_on():
+    model = build().train()
+    with torch.inference_mode():
+        expected = model(spectrograms(1, 48)).last_hidden_state
+    output = model(spectrograms(1, 48)).last_hidden_state
+    torch.testing.assert_close(output, expected)
+    output.sum().backward()
+    assert model.embeddings.position_embeddings.grad.abs().sum() > 0

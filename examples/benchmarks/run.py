@@ -4,7 +4,7 @@ Runs all benchmarks, prints one table of ratios with their targets, and writes i
     python examples/benchmarks/run.py            # about 8 minutes on two cores
     python examples/benchmarks/run.py --quick    # toy sizes: shows that it runs
     python examples/benchmarks/run.py --parts inference        # from array to label, some minutes more
-    python examples/benchmarks/run.py --parts compiled_step    # what torch.compile does
+    python examples/benchmarks/run.py --parts compiled_step    # what compiled layers do
     python examples/benchmarks/run.py --parts exported         # onnxruntime and int8; needs the extras onnx and int8
 
 Every ratio is of medians of interleaved runs on the same threads. Set OMP_NUM_THREADS to choose how many.

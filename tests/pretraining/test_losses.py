@@ -181,3 +181,34 @@ def test_center_stays_without_new_rows():
 
 def test_center_is_part_of_the_state():
     assert set(Center(4).state_dict()) == {"center"}
+
+
+def test_weights_leave_patches_out():
+    inputs = patch_inputs()
+    kept = torch.arange(50) % 3 == 0
+    features = ("student_features", "teacher_features")
+    some = {name: value.detach()[kept] if name in features else value for name, value in inputs.items()}
+    some["student_features"].requires_grad_()
+    expected = plain_patch_loss(**some)
+    temperatures = {"student_temperature": STUDENT, "teacher_temperature": TEACHER}
+    loss = patch_distillation_loss(**inputs, **temperatures, weights=kept.float())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    ours = torch.autograd.grad(loss, [inputs["student_features"], inputs["student_prototypes"]])
+    theirs = torch.autograd.grad(expected, [some["student_features"], inputs["student_prototypes"]])
+    torch.testing.assert_close(ours[0][kept], theirs[0], rtol=1e-4, atol=1e-6)
+    assert (ours[0][~kept] == 0).all()
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "device", "expected"),
+    [
+        (75776, "cuda", 9472),  # 128 clips x 2 views x 296 patches: eight equal chunks
+        (16384, "cuda", 16384),
+        (100, "cuda", 100),
+        (16411, "cuda", 16384),  # a prime number
+        (75776, "cpu", 256),
+    ],
+)
+def test_chunks_are_equal_on_accelerators_where_they_can_be(num_rows, device, expected):
+    assert losses.chunk_rows(num_rows, torch.device(device)) == expected

@@ -383,3 +383,82 @@ def test_a_batch_without_keys_and_masks_is_refused(clips, tmp_path):
     trainer = make_trainer(clips, tmp_path)
     with pytest.raises(ValueError, match="sample_keys of shape"):
         trainer.prepare_views({"input_values": torch.zeros(2, 2, 48, 32)})
+
+
+def in_float16(trainer, init_scale):
+    """Makes a trainer on a processor train with float16 and a gradient scaler, which Trainer does on GPUs only."""
+    accelerator = trainer.accelerator
+    accelerator.state._mixed_precision = "fp16"
+    accelerator.native_amp = True
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+    return trainer
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_float16_unscales_gradients_once(clips, tmp_path, max_grad_norm):
+    norms = []
+    for name in ("float32", "float16"):
+        trainer = make_trainer(clips, tmp_path / name, max_grad_norm=max_grad_norm, num_train_epochs=1)
+        if name == "float16":
+            in_float16(trainer, 4.0)
+        trainer.train()
+        assert trainer.state.global_step == 3
+        assert trainer.num_skipped_steps == 0
+        norms.append([row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row])
+    assert len(norms[0]) == 3
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
+def test_float16_goes_on_with_a_lower_scale_after_an_overflow(clips, tmp_path):
+    trainer = in_float16(make_trainer(clips, tmp_path, num_train_epochs=4), 2.0**40)
+    before = trainer.model.asit.layers[0].mlp.fc1.weight.clone()
+    trainer.train()
+    assert trainer.num_skipped_steps == trainer.state.global_step == 12  # too high to come down in twelve halvings
+    assert torch.equal(trainer.model.asit.layers[0].mlp.fc1.weight, before)
+    trainer = in_float16(make_trainer(clips, tmp_path, num_train_epochs=4), 2.0**9)
+    trainer.train()
+    assert 0 < trainer.num_skipped_steps < 12
+    assert not torch.equal(trainer.model.asit.layers[0].mlp.fc1.weight, before)
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+
+
+def test_compiled_layers_share_three_graphs_and_learn_the_same(clips, tmp_path, monkeypatch):
+    graphs = []
+
+    def backend(graph, examples):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_layers = ASiTForPreTraining.compile_layers
+    monkeypatch.setattr(ASiTForPreTraining, "compile_layers", lambda model: compile_layers(model, backend=backend))
+    torch._dynamo.reset()
+    runs, counts = [], []
+
+    class Counter(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            counts.append(len(graphs))
+
+    for compiled in (False, True):
+        trainer = make_trainer(clips, tmp_path / str(compiled), compile_layers=compiled, num_train_epochs=3)
+        trainer.add_callback(Counter())
+        trainer.train()
+        runs.append(trainer)
+    # two of the student's layers and one of the teacher's, and the local loss
+    assert counts[-9:] == [4] * 9
+    assert counts[:9] == [0] * 9
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-4)
+    trainer.save_model()
+    reloaded = ASiTForPreTraining.from_pretrained(tmp_path / "True")
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, reloaded.state_dict()[name]), name
+
+
+def test_the_whole_model_is_not_compiled(tmp_path):
+    with pytest.raises(ValueError, match="compile_layers"):
+        ASiTPreTrainingArguments(output_dir=str(tmp_path), torch_compile=True, use_cpu=True)
+
+
+def test_nothing_is_looked_up_at_the_cost_of_waiting(tmp_path):
+    args = ASiTPreTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert not args.logging_nan_inf_filter
+    assert args.ddp_find_unused_parameters is False

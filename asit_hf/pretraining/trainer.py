@@ -2,14 +2,18 @@
 
 import json
 import shutil
+import warnings
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
@@ -202,7 +206,6 @@ class ASiTPreTrainer(PushMixin, Trainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._num_passes = 0
         self._passes_in_step: list[_Pass] = []
-        self._last_layers = [parameter for name, parameter in model.heads.named_parameters() if "prototypes" in name]
         self.add_callback(EpochCallback(self.train_dataset))
         self.add_callback(_OptimiserSteps(self))
         self.add_callback(CollapseCallback())
@@ -210,6 +213,11 @@ class ASiTPreTrainer(PushMixin, Trainer):
             from .callbacks import PicturesCallback  # matplotlib takes a second to import
 
             self.add_callback(PicturesCallback(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            _configure_fsdp(self.accelerator)
 
     @cached_property
     def known_bad_files(self) -> set[str]:
@@ -267,7 +275,8 @@ class ASiTPreTrainer(PushMixin, Trainer):
         self._report_bad_files(inputs.pop("bad_files", []))
         views = self.prepare_views(inputs)
         temperature = self.schedules.at(self.state.global_step)["teacher_temperature"]
-        output = model(**views, teacher_temperature=temperature, mean_over_all=self.args.mean_over_all)
+        with self.accelerator.autocast():  # Accelerate's own is missing under FSDP
+            output = model(**views, teacher_temperature=temperature, mean_over_all=self.args.mean_over_all)
         values = {name: output[name].detach().float() for name in _LOGGED if output.get(name) is not None}
         self._passes_in_step.append(_Pass(output.loss.detach(), values, inputs.get("files", [])))
         if self.args.picture_steps > 0 and output.reconstruction is not None:
@@ -498,8 +507,9 @@ class _OptimiserSteps(TrainerCallback):
         if self.skips:
             self._skip(args)
         elif state.global_step < args.freeze_last_layer_epochs * trainer._steps_per_epoch:
-            for parameter in trainer._last_layers:
-                parameter.grad = None
+            for name, parameter in trainer.model.heads.named_parameters():  # not kept: FSDP puts others in their place
+                if "prototypes" in name:
+                    parameter.grad = None
         weight_decay = trainer.schedules.at(state.global_step)["weight_decay"]
         for group in trainer.optimizer.param_groups:
             if group["decays"]:
@@ -532,6 +542,29 @@ class _OptimiserSteps(TrainerCallback):
                 parameter.grad = None
 
 
+def _configure_fsdp(accelerator: Accelerator) -> None:
+    """
+    Refuses what does not work with FSDP, and lets it gather weights in half precision without rounding anything else:
+    by Accelerate's own policy spectrograms, gradients over the processes and losses would be rounded too.
+    """
+    plugin, precision = accelerator.state.fsdp_plugin, accelerator.mixed_precision
+    given = {
+        "version": (plugin.fsdp_version, 2),
+        "state_dict_type": (plugin.state_dict_type.name, "FULL_STATE_DICT"),
+        "cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, False),
+    }
+    wrong = [f"{name} {wanted}, got {value}" for name, (value, wanted) in given.items() if value != wanted]
+    if wrong:
+        raise ValueError(f"expected of fsdp_config {'; '.join(wrong)}: see examples/recipes/fsdp.json")
+    if precision not in ("no", "bf16"):
+        raise ValueError(f"expected bf16 or float32 with FSDP, got {precision}: set bf16 instead")
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")  # nothing changes those in place
+    if precision == "bf16":
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+
 @torch.no_grad()
 def clip_tensor_norms(model: nn.Module, max_norm: float) -> torch.Tensor:
     """
@@ -554,7 +587,8 @@ def clip_tensor_norms(model: nn.Module, max_norm: float) -> torch.Tensor:
             norm = torch.stack([next(remaining) for _ in group]).norm()
             scales.extend([(max_norm / (norm + 1e-6)).clamp_max(1.0)] * len(group))
         torch._foreach_mul_(gradients, scales)
-    return torch.stack(norms).norm()
+    norm = torch.stack(norms).norm()
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 __all__ = ["ASiTPreTrainer", "ASiTPreTrainingArguments", "clip_tensor_norms"]

@@ -24,6 +24,7 @@ from ..data.collators import collate_crops
 from ..data.epochs import EpochCallback
 from ..data.workers import clear_worker_errors
 from ..feature_extraction_asit import ASiTFeatureExtractor
+from ..modeling_asit import ASiTLayer
 from ..processor import keep_freed_memory, warn_of_emulated_bf16
 from .checkpoints import UNFINISHED, describe_failed_save, on_termination, publish
 from .masking import FILLINGS, GMML, PATTERNS, corrupt, mix_keys
@@ -558,6 +559,8 @@ def _configure_fsdp(accelerator: Accelerator) -> None:
         raise ValueError(f"expected of fsdp_config {'; '.join(wrong)}: see examples/recipes/fsdp.json")
     if precision not in ("no", "bf16"):
         raise ValueError(f"expected bf16 or float32 with FSDP, got {precision}: set bf16 instead")
+    # what must not be split is more than that, and Accelerate shards the patch embeddings within it once more
+    plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or [ASiTLayer.__name__]
     warnings.filterwarnings("ignore", message=".*returned a view tensor")  # nothing changes those in place
     if precision == "bf16":
         plugin.mixed_precision_policy = MixedPrecisionPolicy(

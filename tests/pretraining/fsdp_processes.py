@@ -176,7 +176,7 @@ def build(mode: str, output: str, **arguments: Any) -> Trainer:
         ddp_backend=None if sharded else "gloo",
         bf16=kind == "bf16",
         fsdp=sharded,
-        **({"fsdp_config": str(RECIPE) if sharded else None} | arguments),
+        **({"fsdp_config": str(RECIPE) if sharded and kind != "default" else None} | arguments),
     )
     return Trainer(
         model,

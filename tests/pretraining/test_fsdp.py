@@ -18,7 +18,7 @@ from asit_hf import ASiTForPreTraining, ASiTModel
 SCRIPT = Path(__file__).parent / "fsdp_processes.py"
 ONE = (
     "plain_whole,plain_accumulated,plain_bf16,plain_probed,"
-    "fsdp_whole,fsdp_resumed,fsdp_accumulated,fsdp_bf16,fsdp_probed,fsdp_compiled,fsdp_refused"
+    "fsdp_whole,fsdp_resumed,fsdp_accumulated,fsdp_bf16,fsdp_probed,fsdp_compiled,fsdp_default,fsdp_refused"
 )
 TWO = "plain_whole,plain_spoiled,fsdp_whole,fsdp_resumed,fsdp_spoiled,fsdp_probed"
 
@@ -77,6 +77,12 @@ def test_the_recipe_shards_the_layers_of_both_encoders(runs):
         "state_dict": "FULL_STATE_DICT",
         "offload": "OffloadPolicy",  # none
     }
+
+
+def test_fsdp_without_a_configuration_is_that_of_the_recipe(one):
+    recipe, default = result(one, "fsdp_whole"), result(one, "fsdp_default")
+    assert (default["sharded"], default["plugin"]) == (recipe["sharded"], recipe["plugin"])
+    assert_close(recipe["state"], default["state"], 0)
 
 
 def test_two_processes_hold_half_the_weights_each(two):

@@ -97,11 +97,11 @@ class KnnProbeCallback(TrainerCallback):
 
 
 def _gather(encoder: ASiTModel) -> ASiTModel:
-    """The encoder; where FSDP sharded its weights a whole copy, which all processes have to ask for together."""
+    """The encoder, or a copy with all its weights if FSDP sharded them: every process has to call this."""
     state = encoder.state_dict()
     if not any(isinstance(value, DTensor) for value in state.values()):
         return encoder
-    with torch.device("meta"):  # no weights are drawn, which would move the random state
+    with torch.device("meta"):  # draws no weights, so the random state stays as it is
         gathered = ASiTModel(encoder.config)
     gathered.load_state_dict({name: value.full_tensor() for name, value in state.items()}, assign=True)
     return gathered.eval()

@@ -276,7 +276,7 @@ class ASiTPreTrainer(PushMixin, Trainer):
         self._report_bad_files(inputs.pop("bad_files", []))
         views = self.prepare_views(inputs)
         temperature = self.schedules.at(self.state.global_step)["teacher_temperature"]
-        with self.accelerator.autocast():  # Accelerate's own is missing under FSDP
+        with self.accelerator.autocast():  # Accelerate adds none under FSDP2
             output = model(**views, teacher_temperature=temperature, mean_over_all=self.args.mean_over_all)
         values = {name: output[name].detach().float() for name in _LOGGED if output.get(name) is not None}
         self._passes_in_step.append(_Pass(output.loss.detach(), values, inputs.get("files", [])))
@@ -508,7 +508,7 @@ class _OptimiserSteps(TrainerCallback):
         if self.skips:
             self._skip(args)
         elif state.global_step < args.freeze_last_layer_epochs * trainer._steps_per_epoch:
-            for name, parameter in trainer.model.heads.named_parameters():  # not kept: FSDP puts others in their place
+            for name, parameter in trainer.model.heads.named_parameters():  # looked up each time: FSDP replaces them
                 if "prototypes" in name:
                     parameter.grad = None
         weight_decay = trainer.schedules.at(state.global_step)["weight_decay"]
@@ -545,27 +545,28 @@ class _OptimiserSteps(TrainerCallback):
 
 def _configure_fsdp(accelerator: Accelerator) -> None:
     """
-    Refuses what does not work with FSDP, and lets it gather weights in half precision without rounding anything else:
-    by Accelerate's own policy spectrograms, gradients over the processes and losses would be rounded too.
+    Refuses options of FSDP that do not work here, and sets what Accelerate would set wrongly: which modules are
+    sharded by default, and under bf16 what is cast. Its own policy also rounds spectrograms, losses and the sums of
+    gradients over processes.
     """
     plugin, precision = accelerator.state.fsdp_plugin, accelerator.mixed_precision
-    given = {
-        "version": (plugin.fsdp_version, 2),
-        "state_dict_type": (plugin.state_dict_type.name, "FULL_STATE_DICT"),
-        "cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, False),
+    expected = {
+        "version": (2, getattr(plugin, "fsdp_version", 1)),
+        "state_dict_type": ("FULL_STATE_DICT", plugin.state_dict_type.name),
+        "cpu_ram_efficient_loading": (False, plugin.cpu_ram_efficient_loading),  # fails on buffers
     }
-    wrong = [f"{name} {wanted}, got {value}" for name, (value, wanted) in given.items() if value != wanted]
+    wrong = [f"{name} {value}, got {given}" for name, (value, given) in expected.items() if given != value]
     if wrong:
-        raise ValueError(f"expected of fsdp_config {'; '.join(wrong)}: see examples/recipes/fsdp.json")
+        raise ValueError(f"fsdp_config: expected {'; '.join(wrong)}. See examples/recipes/fsdp.json")
     if precision not in ("no", "bf16"):
-        raise ValueError(f"expected bf16 or float32 with FSDP, got {precision}: set bf16 instead")
-    # what must not be split is more than that, and Accelerate shards the patch embeddings within it once more
+        raise ValueError(f"FSDP: expected float32 or bf16, got {precision}. Set bf16 instead")
+    # by default it would take the embeddings too, and then fail on the patch embeddings inside them
     plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or [ASiTLayer.__name__]
-    warnings.filterwarnings("ignore", message=".*returned a view tensor")  # nothing changes those in place
     if precision == "bf16":
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")  # no view is changed in place
 
 
 @torch.no_grad()

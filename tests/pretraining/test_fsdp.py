@@ -171,7 +171,7 @@ def test_knn_probe_equals_that_of_a_model_that_is_not_sharded(one):
     assert [row.get("knn_accuracy") for row in plain] == [row.get("knn_accuracy") for row in sharded]
 
 
-def test_bf16_rounds_neither_spectrograms_nor_losses_nor_teacher_nor_centres(one):
+def test_bf16_rounds_neither_spectrograms_nor_losses_nor_teacher_nor_centers(one):
     plain, sharded = result(one, "plain_bf16"), result(one, "fsdp_bf16")
     assert sharded["dtypes"] == ["loss torch.float32", "target torch.float32"]
     assert {value.dtype for value in sharded["state"].values()} == {torch.float32}

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..evaluation.embeddings import embed
 from ..evaluation.probe import knn_probe
+from ..modeling_asit import ASiTModel
 
 logger = logging.get_logger(__name__)
 
@@ -78,16 +80,28 @@ class KnnProbeCallback(TrainerCallback):
         self.trainer, self.train, self.test, self.every_steps = trainer, train, test, every_steps
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every_steps == 0 and state.is_world_process_zero:
-            self.trainer.next_log["knn_accuracy"] = self.accuracy()
+        if state.global_step % self.every_steps == 0:
+            encoder = _gather(self.trainer.accelerator.unwrap_model(self.trainer.model).teacher["asit"])
+            if state.is_world_process_zero:
+                self.trainer.next_log["knn_accuracy"] = self.accuracy(encoder)
 
     @torch.no_grad()
-    def accuracy(self) -> float:
-        """Share of the test clips that the nearest training clips name rightly."""
-        encoder = self.trainer.accelerator.unwrap_model(self.trainer.model).teacher["asit"]
+    def accuracy(self, encoder: ASiTModel) -> float:
+        """Share of the test clips whose class the nearest training clips give."""
         features = [
             embed(encoder, self.trainer.processing_class, clips, progress=False) for clips in (self.train, self.test)
         ]
         labels = [np.asarray(clips.labels) for clips in (self.train, self.test)]
         k = min(NEIGHBOURS, len(labels[0]))
         return knn_probe(features[0], labels[0], features[1], labels[1], k=k)["accuracy"]
+
+
+def _gather(encoder: ASiTModel) -> ASiTModel:
+    """The encoder, or a copy with all its weights if FSDP sharded them: every process has to call this."""
+    state = encoder.state_dict()
+    if not any(isinstance(value, DTensor) for value in state.values()):
+        return encoder
+    with torch.device("meta"):  # draws no weights, so the random state stays as it is
+        gathered = ASiTModel(encoder.config)
+    gathered.load_state_dict({name: value.full_tensor() for name, value in state.items()}, assign=True)
+    return gathered.eval()

@@ -2,14 +2,18 @@
 
 import json
 import shutil
+import warnings
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
@@ -20,6 +24,7 @@ from ..data.collators import collate_crops
 from ..data.epochs import EpochCallback
 from ..data.workers import clear_worker_errors
 from ..feature_extraction_asit import ASiTFeatureExtractor
+from ..modeling_asit import ASiTLayer
 from ..processor import keep_freed_memory, warn_of_emulated_bf16
 from .checkpoints import UNFINISHED, describe_failed_save, on_termination, publish
 from .masking import FILLINGS, GMML, PATTERNS, corrupt, mix_keys
@@ -226,7 +231,6 @@ class ASiTPreTrainer(PushMixin, Trainer):
         self._passes_in_step: list[_Pass] = []
         if args.compile_layers:
             model.compile_layers()
-        self._last_layers = [parameter for name, parameter in model.heads.named_parameters() if "prototypes" in name]
         self.add_callback(EpochCallback(self.train_dataset))
         self.add_callback(_OptimiserSteps(self))
         self.add_callback(CollapseCallback())
@@ -234,6 +238,11 @@ class ASiTPreTrainer(PushMixin, Trainer):
             from .callbacks import PicturesCallback  # matplotlib takes a second to import
 
             self.add_callback(PicturesCallback(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            _configure_fsdp(self.accelerator)
 
     @cached_property
     def known_bad_files(self) -> set[str]:
@@ -291,7 +300,8 @@ class ASiTPreTrainer(PushMixin, Trainer):
         self._report_bad_files(inputs.pop("bad_files", []))
         views = self.prepare_views(inputs)
         temperature = self.schedules.at(self.state.global_step)["teacher_temperature"]
-        output = model(**views, teacher_temperature=temperature, mean_over_all=self.args.mean_over_all)
+        with self.accelerator.autocast():  # Accelerate adds none under FSDP2
+            output = model(**views, teacher_temperature=temperature, mean_over_all=self.args.mean_over_all)
         values = {name: output[name].detach().float() for name in _LOGGED if output.get(name) is not None}
         self._passes_in_step.append(_Pass(output.loss.detach(), values, inputs.get("files", [])))
         if self.args.picture_steps > 0 and output.reconstruction is not None:
@@ -540,8 +550,9 @@ class _OptimiserSteps(TrainerCallback):
         if self.skips:
             self._skip(args)
         elif state.global_step < args.freeze_last_layer_epochs * trainer._steps_per_epoch:
-            for parameter in trainer._last_layers:
-                parameter.grad = None
+            for name, parameter in trainer.model.heads.named_parameters():  # looked up each time: FSDP replaces them
+                if "prototypes" in name:
+                    parameter.grad = None
         weight_decay = trainer.schedules.at(state.global_step)["weight_decay"]
         for group in trainer.optimizer.param_groups:
             if group["decays"]:
@@ -574,10 +585,37 @@ class _OptimiserSteps(TrainerCallback):
                 parameter.grad = None
 
 
+def _configure_fsdp(accelerator: Accelerator) -> None:
+    """
+    Refuses options of FSDP that do not work here, and sets what Accelerate would set wrongly: which modules are
+    sharded by default, and under bf16 what is cast. Its own policy also rounds spectrograms, losses and the sums of
+    gradients over processes.
+    """
+    plugin, precision = accelerator.state.fsdp_plugin, accelerator.mixed_precision
+    expected = {
+        "version": (2, getattr(plugin, "fsdp_version", 1)),
+        "state_dict_type": ("FULL_STATE_DICT", plugin.state_dict_type.name),
+        "cpu_ram_efficient_loading": (False, plugin.cpu_ram_efficient_loading),  # fails on buffers
+    }
+    wrong = [f"{name} {value}, got {given}" for name, (value, given) in expected.items() if given != value]
+    if wrong:
+        raise ValueError(f"fsdp_config: expected {'; '.join(wrong)}. See examples/recipes/fsdp.json")
+    if precision not in ("no", "bf16"):
+        raise ValueError(f"FSDP: expected float32 or bf16, got {precision}. Set bf16 instead")
+    # by default it would take the embeddings too, and then fail on the patch embeddings inside them
+    plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or [ASiTLayer.__name__]
+    if precision == "bf16":
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")  # no view is changed in place
+
+
 @torch.no_grad()
 def gradient_norms(model: nn.Module) -> torch.Tensor:
     """Norms of the gradients of all parameters that have one, in their order: `(parameters,)`."""
-    return torch.stack(torch._foreach_norm([gradient for _, gradient in _named_gradients(model)]))
+    norms = torch.stack(torch._foreach_norm([gradient for _, gradient in _named_gradients(model)]))
+    return norms.full_tensor() if isinstance(norms, DTensor) else norms
 
 
 @torch.no_grad()
@@ -598,12 +636,17 @@ def clip_tensor_norms(model: nn.Module, max_norm: float, norms: torch.Tensor | N
         index = _tensor_index(names, norms.device)
         squares = torch.zeros_like(norms).index_add_(0, index, norms.square())
         scales = (max_norm / (squares.sqrt() + 1e-6)).clamp_max(1.0)
-        torch._foreach_mul_(gradients, scales[index].unbind())
+        torch._foreach_mul_([_local(gradient) for gradient in gradients], scales[index].unbind())
     return norms.norm()
 
 
 def _named_gradients(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that FSDP has sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @lru_cache(maxsize=8)

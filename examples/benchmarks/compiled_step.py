@@ -1,6 +1,6 @@
 """
-What compiled layers do to our training step on a processor. Not part of a plain `run.py`: compiling alone takes minutes, and needs a
-C++ compiler.
+What compiled layers do to our training step on a processor. Not part of a plain `run.py`: compiling alone takes
+minutes, and needs a C++ compiler.
 
     python examples/benchmarks/compiled_step.py
 """

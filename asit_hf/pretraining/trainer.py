@@ -3,14 +3,14 @@
 import json
 import shutil
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 from transformers.utils import logging
@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..cards import PushMixin
 from ..data.collators import collate_crops
 from ..data.epochs import EpochCallback
+from ..data.packed import PackedCrops
 from ..data.workers import clear_worker_errors
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..processor import keep_freed_memory, warn_of_emulated_bf16
@@ -31,6 +32,7 @@ from .schedules import Schedules, cosine_schedule, stepwise_schedule
 logger = logging.get_logger(__name__)
 
 BAD_FILES_REPORT = "bad_files.jsonl"
+LARGEST_RESIDENT_SHARE = 0.5  # of an accelerator's free memory, for packed audio; training needs the rest
 _SET_BY_ASIT = {"warmup_steps": 0, "lr_scheduler_type": "linear", "label_smoothing_factor": 0.0}
 _LOGGED = (
     "global_loss",
@@ -122,6 +124,8 @@ class ASiTPreTrainingArguments(TrainingArguments):
         for name, default in _SET_BY_ASIT.items():
             if getattr(self, name) != default:
                 raise ValueError(f"{name} has no effect here: ASiT's own schedules and losses are used")
+        if self.accelerator_config is None and self.dataloader_pin_memory and not self.use_cpu:
+            self.accelerator_config = {"non_blocking": True}  # from pinned memory, while the device computes
         super().__post_init__()
         if self.teacher_temperature_warmup_epochs is None:
             self.teacher_temperature_warmup_epochs = objective.teacher_temperature_warmup_epochs
@@ -160,14 +164,17 @@ class ASiTPreTrainer(PushMixin, Trainer):
     """
     Pretrains an [`ASiTForPreTraining`].
 
-    Batches hold waveform crops, as [`~asit_hf.data.PretrainingCrops`] reads them; log-mel, normalisation and GMML run
-    here, in batch, on the model's device. A batch may bring `input_values`, `corrupted_values`, `corruption_mask` and
-    `local_values` of its own instead: what is there is used as it is.
+    Batches hold waveform crops, as [`~asit_hf.data.PretrainingCrops`] reads them, or the keys of crops that are
+    gathered here from [`~asit_hf.data.PackedCrops`]; log-mel, normalisation and GMML run here, in batch, on the
+    model's device. A batch may bring `input_values`, `corrupted_values`, `corruption_mask` and `local_values` of its
+    own instead: what is there is used as it is.
 
     Args:
         model ([`ASiTForPreTraining`]): the model.
         args ([`ASiTPreTrainingArguments`]): the arguments.
         processing_class ([`ASiTFeatureExtractor`]): rate and normalisation of the data; saved with every checkpoint.
+        data_collator (`Callable`, *optional*): by default [`~asit_hf.data.collate_crops`], for an accelerator with
+            `int16=True`.
     """
 
     def __init__(
@@ -175,7 +182,7 @@ class ASiTPreTrainer(PushMixin, Trainer):
         model: ASiTForPreTraining,
         args: ASiTPreTrainingArguments,
         processing_class: ASiTFeatureExtractor,
-        data_collator: Any = collate_crops,
+        data_collator: Any = None,
         **kwargs: Any,
     ):
         if not isinstance(model, ASiTForPreTraining):
@@ -186,6 +193,10 @@ class ASiTPreTrainer(PushMixin, Trainer):
             )
         if kwargs.get("eval_dataset") is not None:
             raise ValueError("pretraining has no evaluation data: probe its checkpoints on labelled audio instead")
+        if data_collator is None:
+            # On the way to an accelerator int16 is half the bytes, through shared memory and over the bus, and its
+            # step of 2^-15 lies at or below the floor of the log-mel; a CPU would only convert to and fro.
+            data_collator = partial(collate_crops, int16=args.device.type != "cpu")
         if isinstance(kwargs.get("train_dataset"), IterableDataset):
             # dispatched batches are joined tensor by tensor, which the list of bad files is not
             args.accelerator_config.dispatch_batches = False
@@ -289,6 +300,8 @@ class ASiTPreTrainer(PushMixin, Trainer):
         }
         extract = self.processing_class.extract
         if "input_values" not in views:
+            if "global_waveforms" not in inputs:
+                inputs = {**inputs, **self._gather(inputs)}
             clean = extract(inputs["global_waveforms"], inputs.get("global_lengths"))
             patch = self.model.config.patch_size
             views["input_values"] = clean[:, :, : clean.shape[2] // patch * patch]
@@ -332,6 +345,42 @@ class ASiTPreTrainer(PushMixin, Trainer):
         warn_of_emulated_bf16(self.args)
         with on_termination(self._ask_to_stop), clear_worker_errors():
             return super().train(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if isinstance(self.train_dataset, PackedCrops):
+            self._place_audio(self.train_dataset)
+        return super().get_train_dataloader()
+
+    def _place_audio(self, crops: PackedCrops) -> None:
+        """Packed audio goes to an accelerator that has room for it; else loader workers cut the crops on the CPU."""
+        pool, device = crops.sources, self.args.device
+        if pool.audio.device.type == device.type and device.type != "cpu":
+            return
+        size = f"{pool.hours:.1f} hours of packed audio ({pool.num_bytes / 1e9:.2f} GB)"
+        free = _free_memory(device)
+        if device.type == "cpu":
+            logger.info(f"{size} are mapped into memory from {pool.folder}")
+        elif free is None or pool.num_bytes <= free * LARGEST_RESIDENT_SHARE:
+            crops.to(device)
+            logger.info(f"{size} are resident on {device}")
+        else:
+            self.data_collator = crops.collate
+            logger.warning(
+                f"{size} are more than {LARGEST_RESIDENT_SHARE:.0%} of the {free / 1e9:.2f} GB that are free on "
+                f"{device}: they stay on the CPU, where {self.args.dataloader_num_workers} loader workers cut the "
+                "crops (dataloader_num_workers)"
+            )
+
+    def _gather(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The crops of a batch that brings their keys only."""
+        gather = getattr(self.train_dataset, "gather", None)
+        if gather is None or "indices" not in inputs or "sample_keys" not in inputs:
+            raise ValueError(
+                "expected a batch with input_values or global_waveforms, or with the indices and sample_keys of "
+                f"PackedCrops as training data; it brings {sorted(inputs)}"
+            )
+        crops = gather(inputs["indices"], inputs["sample_keys"])
+        return {name: values.to(self.args.device) for name, values in crops.items()}
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # Trainer would add a step to a run that is complete
@@ -530,6 +579,12 @@ class _OptimiserSteps(TrainerCallback):
         if trainer.accelerator.scaler is None:  # a gradient scaler of float16 looks for itself
             for parameter in trainer.model.parameters():
                 parameter.grad = None
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes; `None` where the device does not tell."""
+    mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return mem_get_info(device)[0] if mem_get_info else None
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from asit_hf.data import PackedAudio
 from asit_hf.data.packed import AUDIO, INDEX, write_packed
 from asit_hf.data.parcels import decode_parcels, encode_parcels, main
 
-RATE = 15000
+RATE = 16000
 
 
 def tones(lengths, seed=0):
@@ -22,7 +22,7 @@ def tones(lengths, seed=0):
     ]
 
 
-LENGTHS = (8000, 12345, 1, 319, 15000, 7777, 20001)
+LENGTHS = (8000, 12345, 1, 319, 16000, 7777, 20001)
 
 
 @pytest.fixture(scope="module")

@@ -299,7 +299,7 @@ def test_it_trains_on_a_packed_pool(script, pool, tmp_path):
     assert trainer.state.global_step == 4
     assert isinstance(trainer.train_dataset, PackedCrops)
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["training_data"].startswith("8 clips, 0.01 hours at 16000 Hz")
+    assert run["training_data"].startswith("8 clips, 0.01 hours, at 16000 Hz")
 
 
 @pytest.mark.parametrize(

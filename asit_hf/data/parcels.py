@@ -147,7 +147,9 @@ def _decode(path: Path, lengths: list[int], sampling_rate: int) -> list[np.ndarr
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, which the index beside it names")
     try:
-        samples, rate = soundfile.read(path, dtype="float32")
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            samples = np.concatenate([to_pcm(block) for block in file.blocks(1 << 20, dtype="float32")])
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path} is damaged: {error.error_string}") from error
     expected = sum(lengths)
@@ -155,7 +157,7 @@ def _decode(path: Path, lengths: list[int], sampling_rate: int) -> list[np.ndarr
         raise ValueError(
             f"{path} is damaged: expected {expected} samples at {sampling_rate} Hz, got {len(samples)} at {rate}"
         )
-    samples = np.pad(to_pcm(samples[:expected]), (0, max(0, expected - len(samples))))
+    samples = np.pad(samples[:expected], (0, max(0, expected - len(samples))))
     return np.split(samples, np.cumsum(lengths)[:-1])
 
 

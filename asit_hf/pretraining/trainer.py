@@ -354,22 +354,22 @@ class ASiTPreTrainer(PushMixin, Trainer):
     def _place_audio(self, crops: PackedCrops) -> None:
         """Packed audio goes to an accelerator that has room for it; else loader workers cut the crops on the CPU."""
         pool, device = crops.sources, self.args.device
-        if pool.audio.device.type == device.type and device.type != "cpu":
+        if pool.audio.device.type == device.type or self.data_collator == crops.collate:
             return
         size = f"{pool.hours:.1f} hours of packed audio ({pool.num_bytes / 1e9:.2f} GB)"
         free = _free_memory(device)
-        if device.type == "cpu":
-            logger.info(f"{size} are mapped into memory from {pool.folder}")
-        elif free is None or pool.num_bytes <= free * LARGEST_RESIDENT_SHARE:
+        if free is None or pool.num_bytes <= free * LARGEST_RESIDENT_SHARE:
             crops.to(device)
-            logger.info(f"{size} are resident on {device}")
+            decision = f"{size} are resident on {device}"
         else:
             self.data_collator = crops.collate
-            logger.warning(
-                f"{size} are more than {LARGEST_RESIDENT_SHARE:.0%} of the {free / 1e9:.2f} GB that are free on "
-                f"{device}: they stay on the CPU, where {self.args.dataloader_num_workers} loader workers cut the "
-                "crops (dataloader_num_workers)"
+            decision = (
+                f"{size} stay on the CPU, being more than {LARGEST_RESIDENT_SHARE:.0%} of the {free / 1e9:.2f} GB free "
+                f"on {device}: the loader cuts the crops, with {self.args.dataloader_num_workers} workers "
+                "(dataloader_num_workers)"
             )
+        if self.is_world_process_zero():
+            logger.warning(decision)
 
     def _gather(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The crops of a batch that brings their keys only."""

@@ -109,11 +109,16 @@ def accelerator(monkeypatch):
 
 
 @pytest.mark.parametrize(("free", "resident"), [(None, True), (10**9, True), (10**5, False)])
-def test_packed_audio_is_resident_where_there_is_room(folder, tmp_path, accelerator, monkeypatch, free, resident):
+def test_packed_audio_is_resident_where_there_is_room(
+    folder, tmp_path, accelerator, monkeypatch, caplog, free, resident
+):
     crops = PackedCrops(folder, 16000, **CROPS)
     trainer = make_trainer(crops, tmp_path)
     monkeypatch.setattr(module, "_free_memory", lambda device: free)
-    trainer.get_train_dataloader()
+    with caplog.at_level("WARNING"):
+        trainer.get_train_dataloader()
+        trainer.get_train_dataloader()
+    assert caplog.text.count("hours of packed audio") == 1  # said once
     assert crops.sources.audio.device.type == ("meta" if resident else "cpu")
     batch = trainer.data_collator([crops[0], crops[1]])
     assert ("global_waveforms" in batch) is not resident

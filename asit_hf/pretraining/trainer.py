@@ -364,8 +364,8 @@ class ASiTPreTrainer(PushMixin, Trainer):
         else:
             self.data_collator = crops.collate
             decision = (
-                f"{size} stay on the CPU, being more than {LARGEST_RESIDENT_SHARE:.0%} of the {free / 1e9:.2f} GB free "
-                f"on {device}: the loader cuts the crops, with {self.args.dataloader_num_workers} workers "
+                f"{size} stay on the CPU, being more than {LARGEST_RESIDENT_SHARE:.0%} of the {free / 1e9:.2f} GB "
+                f"free on {device}: the loader cuts the crops, with {self.args.dataloader_num_workers} workers "
                 "(dataloader_num_workers)"
             )
         if self.is_world_process_zero():

@@ -19,10 +19,13 @@ def sample_key(seed: int, epoch: int, index: int, attempt: int = 0) -> int:
 
 
 def mix_keys(keys: torch.Tensor, *values: int | torch.Tensor) -> torch.Tensor:
-    """Hash int64 keys together with further integers; broadcasts. Nothing is copied to the keys' device."""
+    """Hash int64 keys together with further integers; broadcasts. The same on every device."""
     for value in values:
-        step = (value + 1) * _signed(_GOLDEN_GAMMA)
-        keys = _finalize(keys + (step if isinstance(step, torch.Tensor) else _signed(step)))
+        if isinstance(value, torch.Tensor):
+            increment = (value + 1) * _signed(_GOLDEN_GAMMA)
+        else:  # in Python, as a tensor would be copied to the device
+            increment = _signed((int(value) + 1) * _GOLDEN_GAMMA)
+        keys = _finalize(keys + increment)
     return keys
 
 

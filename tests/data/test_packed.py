@@ -254,7 +254,7 @@ def test_loader_workers_change_nothing(folder):
 
 def test_keys_are_hashed_as_those_of_the_masks_are():
     keys = torch.tensor([0, 1, -7, 2**62, -(2**63)])
-    for value in (0, 3, -1, 2**40, 2**63 - 1, torch.arange(5)):
+    for value in (0, 3, -1, np.int64(7), 2**40, 2**63 - 1, torch.arange(5)):
         assert torch.equal(mix_keys(keys, value, 9), masking.mix_keys(keys, value, 9))
     assert torch.equal(uniform_noise(keys, 7), masking.uniform_noise(keys, 7))
 

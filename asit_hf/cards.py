@@ -19,6 +19,7 @@ from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME
 
 from .configuration_asit import ASiTConfig
 from .data.audio import AudioReadError, audio_info
+from .data.packed import PackedAudio
 from .feature_extraction_asit import ASiTFeatureExtractor
 
 if TYPE_CHECKING:  # it takes a second to import, and more than inference has
@@ -252,6 +253,8 @@ def describe_run(
 
 def _total_hours(sources: Sequence) -> float | None:
     """Of all clips that can be read, from their headers; `None` where they are too many to open."""
+    if isinstance(sources, PackedAudio):
+        return sources.hours
     if len(sources) > MAX_COUNTED_FILES:
         return None
     return sum(_seconds(source) for source in sources) / 3600

@@ -34,10 +34,10 @@ import pyarrow
 import pyarrow.parquet
 import torch
 from datasets import Audio, Features, Value
-from make_shards import ROWS_IN_MEMORY, encode
+from make_shards import ROWS_IN_MEMORY, encode, make_packed
 from tqdm.auto import tqdm
 
-from asit_hf.data import AudioReadError, read_audio
+from asit_hf.data import AudioReadError, is_packed, load_audio_dataset, read_audio
 from asit_hf.data.datasets import find_audio_files
 from asit_hf.fbank_asit import log_mel_spectrogram
 
@@ -543,8 +543,16 @@ def main(arguments: list[str] | None = None) -> dict:
         "--seconds_per_file", type=float, default=120.0, help="taken of longer files (default: %(default)s)"
     )
     parser.add_argument("--strict", action="store_true", help="stop at a package that cannot be had")
-    pool = make_pool(**vars(parser.parse_args(arguments)))
+    parser.add_argument("--packed_dir", type=Path, help="also write the pool there as packed audio")
+    options = vars(parser.parse_args(arguments))
+    packed_dir = options.pop("packed_dir")
+    if packed_dir is not None and is_packed(packed_dir):
+        parser.error(f"{packed_dir} holds packed audio already: remove it, or choose another --packed_dir")
+    pool = make_pool(**options)
     print(table(pool))
+    if packed_dir is not None:
+        counts = make_packed(load_audio_dataset(options["output_dir"]), packed_dir, part_column="source")
+        print(f"{counts['clips']} clips in {packed_dir}")
     return pool
 
 

@@ -1,14 +1,19 @@
 """
-Turns audio into shards that stream fast: few large files, resampled and encoded once.
+Turns audio into what is read fast: few large shards that stream, resampled and encoded once, or one packed pool.
 
     python examples/make_shards.py --source AUDIO_FOLDER --output_dir shards --format parquet --codec flac \
         --sampling_rate 16000 --clips_per_shard 2000 --num_workers 8
     python examples/run_pretraining.py --train_data shards --streaming True ...
+    python examples/make_shards.py --source AUDIO_FOLDER --output_dir pool --format packed --num_workers 8
+    python examples/run_pretraining.py --train_data pool ...
 
 `--source` is a folder, a manifest, parquet files or a Hub data set. parquet shards have an `audio` column of encoded
 bytes beside the other columns of the source; tar shards have webdataset's layout, a sound and a json file for each
 clip. Both hold the clip's `original_path`. Stopped? The same command goes on with the shards that are missing. What
 cannot be read is left out and listed in `bad_files.jsonl`.
+
+A packed pool is one file of 16-bit samples with an index (`asit_hf.data.packed`): 115 MB an hour at 16 kHz, nothing to
+decode, and held in an accelerator's memory if it fits. It is written in one go: stopped, it starts anew.
 
 To stream on N processes of W loader workers, make a multiple of N shards, at least N x W.
 """
@@ -35,6 +40,7 @@ from tqdm.auto import tqdm
 
 from asit_hf.data import AudioReadError, load_audio_dataset, read_audio
 from asit_hf.data.audio import source_name
+from asit_hf.data.packed import to_pcm, write_packed
 
 # File extension, libsndfile's format and subtype.
 CODECS = {"flac": (".flac", "FLAC", "PCM_16"), "opus": (".opus", "OGG", "OPUS"), "vorbis": (".ogg", "OGG", "VORBIS")}
@@ -42,6 +48,8 @@ OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
 BAD_FILES = "bad_files.jsonl"
 SETTINGS = ".make_shards.json"
 ROWS_IN_MEMORY = 100  # of a parquet shard, when it is read
+ROWS_AT_ONCE = 1000  # of a packed pool, when it is written
+CODEC, CLIPS_PER_SHARD = "flac", 2000
 
 
 def encode(source: Any, sampling_rate: int, codec: str) -> bytes:
@@ -125,6 +133,66 @@ def make_shards(
     return counts
 
 
+def make_packed(
+    dataset: Dataset,
+    output_dir: Path,
+    sampling_rate: int = 16000,
+    num_workers: int = 0,
+    part_column: str | None = None,
+    progress: bool = True,
+) -> dict[str, int]:
+    """
+    Writes a packed pool, see `asit_hf.data.packed`.
+
+    Args:
+        dataset: with an `audio` column, see `load_audio_dataset`.
+        part_column: the column that says which part of the pool a clip comes from.
+        num_workers: processes that decode; 0: this one.
+
+    Returns:
+        The numbers of `clips` written, of `bad` files, and of clips with samples beyond [-1, 1], which are `clipped`.
+
+    Raises:
+        FileExistsError: `output_dir` holds a packed pool already.
+        ValueError: no clip that can be read, or no such column.
+    """
+    if part_column is not None and part_column not in dataset.column_names:
+        raise ValueError(f"expected part_column to be one of {dataset.column_names}, got {part_column!r}")
+    counts = {"clips": 0, "bad": 0, "clipped": 0}
+
+    def clips() -> Iterator[tuple[str, str | None, np.ndarray]]:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        work = partial(decode_or_reason, sampling_rate=sampling_rate)
+        with mapper(num_workers) as map_in_order, tqdm(total=len(dataset), unit="clip", disable=not progress) as bar:
+            for first in range(0, len(dataset), ROWS_AT_ONCE):
+                rows = dataset.select(range(first, min(first + ROWS_AT_ONCE, len(dataset))))
+                bad_files = []
+                for row, found in zip(rows, map_in_order(work, (row["audio"] for row in rows))):
+                    bar.update()
+                    name = source_name(row["audio"])
+                    if isinstance(found, str):
+                        bad_files.append((name, found))
+                        continue
+                    samples, is_clipped = found
+                    counts["clips"] += 1
+                    counts["clipped"] += is_clipped
+                    yield name, None if part_column is None else str(row[part_column]), samples
+                counts["bad"] += len(bad_files)
+                report(output_dir / BAD_FILES, bad_files)
+
+    write_packed(output_dir, clips(), sampling_rate)
+    return counts
+
+
+def decode_or_reason(source: Any, sampling_rate: int) -> tuple[np.ndarray, bool] | str:
+    """The whole clip as int16, and whether any of it was clipped; or why it cannot be read."""
+    try:
+        waveform = read_audio(source, sampling_rate)
+    except AudioReadError as error:
+        return error.reason
+    return to_pcm(waveform), bool(np.abs(waveform).max() > 1)
+
+
 def check_settings(output_dir: Path, dataset: Dataset, **settings: Any) -> None:
     """Shards of one folder belong together: the settings of the first call are kept beside them."""
     first, last = (source_name(dataset[row]["audio"]) for row in (0, len(dataset) - 1))
@@ -185,18 +253,38 @@ def main(arguments: list[str] | None = None) -> dict[str, int]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, help="folder, manifest, parquet file or Hub data set")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--format", choices=("parquet", "tar"), default="parquet")
-    parser.add_argument("--codec", choices=tuple(CODECS), default="flac", help="flac is 16 bit, the others lose some")
+    parser.add_argument("--format", choices=("parquet", "tar", "packed"), default="parquet")
+    parser.add_argument(
+        "--codec", choices=tuple(CODECS), help=f"of shards: flac is 16 bit, the others lose some (default: {CODEC})"
+    )
     parser.add_argument("--sampling_rate", type=int, default=16000, help="of the shards, in Hz (default: %(default)s)")
-    parser.add_argument("--clips_per_shard", type=int, default=2000, help="(default: %(default)s)")
+    parser.add_argument("--clips_per_shard", type=int, help=f"(default: {CLIPS_PER_SHARD})")
+    parser.add_argument("--part_column", help="of a packed pool: column with the part that a clip comes from")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode and encode; 0: this one")
     parser.add_argument("--split", help="of a Hub data set, or rows of a manifest with this in their column `split`")
     parser.add_argument("--audio_column")
     parser.add_argument("--root", help="folder that a manifest's paths are relative to")
     args = parser.parse_args(arguments)
+    if args.format == "packed" and (args.codec, args.clips_per_shard) != (None, None):
+        parser.error("--codec and --clips_per_shard are for parquet and tar shards, got --format packed")
+    if args.format != "packed" and args.part_column:
+        parser.error(f"--part_column is for --format packed, got {args.format}, which keeps all columns or none")
     dataset = load_audio_dataset(args.source, split=args.split, audio_column=args.audio_column, root=args.root)
+    if args.format == "packed":
+        counts = make_packed(dataset, args.output_dir, args.sampling_rate, args.num_workers, args.part_column)
+        print(
+            f"{counts['clips']} clips in {args.output_dir}, {counts['clipped']} of them clipped at full scale, "
+            f"{counts['bad']} left out"
+        )
+        return counts
     counts = make_shards(
-        dataset, args.output_dir, args.format, args.codec, args.sampling_rate, args.clips_per_shard, args.num_workers
+        dataset,
+        args.output_dir,
+        args.format,
+        CODEC if args.codec is None else args.codec,
+        args.sampling_rate,
+        CLIPS_PER_SHARD if args.clips_per_shard is None else args.clips_per_shard,
+        args.num_workers,
     )
     print(
         f"{counts['shards']} shards in {args.output_dir}; this time {counts['clips']} clips written, "

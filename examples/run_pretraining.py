@@ -5,7 +5,8 @@ Pretrains ASiT on unlabelled audio.
         --per_device_train_batch_size 32 --num_train_epochs 100
 
 `--train_data` takes folders of audio, csv / json manifests, parquet shards or names of Hub data sets, several of them
-at once. `--model_name_or_path` starts from the weights of an ASiT or of a ViT of images instead of random ones.
+at once, or one packed pool (`make_shards.py --format packed`), which an accelerator holds in its memory.
+`--model_name_or_path` starts from the weights of an ASiT or of a ViT of images instead of random ones.
 `--recipe FILE` reads options from a file; options on the command line override it. Add `--resume_from_checkpoint True`
 to go on from the last checkpoint of `--output_dir`.
 """
@@ -22,7 +23,15 @@ from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.cards import CardArguments, describe_run
-from asit_hf.data import LabelledClips, PretrainingCrops, StreamingCrops, label_names, load_unlabelled
+from asit_hf.data import (
+    LabelledClips,
+    PackedCrops,
+    PretrainingCrops,
+    StreamingCrops,
+    is_packed,
+    label_names,
+    load_unlabelled,
+)
 from asit_hf.data.audio import AudioReadError
 from asit_hf.finetuning import load_labelled_dataset
 from asit_hf.pretraining.initialisation import encoder_from_vit, read_model_type
@@ -40,7 +49,8 @@ LOSS_OPTIONS = ("global_loss_weight", "local_loss_weight", "reconstruction_loss_
 class DataArguments:
     train_data: list[str] = field(
         metadata={
-            "help": "Folders, manifests, parquet files or Hub data sets. A source with options of its own is JSON: "
+            "help": "Folders, manifests, parquet files or Hub data sets; or one folder of packed audio. A source with "
+            "options of its own is JSON: "
             '{"source": "meta.csv", "root": "audio", "audio_column": "filename", "filter": ["fold=1,2,3"]}'
         }
     )
@@ -92,22 +102,29 @@ class ModelArguments:
 
 def build_dataset(
     data: DataArguments, args: ASiTPreTrainingArguments, sampling_rate: int, num_local_crops: int
-) -> PretrainingCrops | StreamingCrops:
-    objective = get_objective(args.objective)
+) -> PretrainingCrops | StreamingCrops | PackedCrops:
+    settings = {
+        "sampling_rate": sampling_rate,
+        "global_seconds": data.global_seconds,
+        "local_seconds": data.local_seconds,
+        "num_local_crops": num_local_crops,
+        "roll_probability": get_objective(args.objective).roll_probability,
+        "seed": args.seed,
+    }
+    if packed := [source for source in data.train_data if is_packed(source)]:
+        if len(data.train_data) > 1:
+            raise ValueError(
+                f"expected the packed audio of {packed[0]} to be the only train_data, got {data.train_data}: pack all "
+                "of it together (examples/make_shards.py --format packed)"
+            )
+        if data.streaming:
+            raise ValueError(f"expected audio to stream, got packed audio in {packed[0]}: leave out --streaming")
+        return PackedCrops(packed[0], **settings)
     dataset = load_unlabelled(data.train_data, streaming=data.streaming)
     if data.streaming:
         dataset = dataset.shuffle(seed=args.seed, buffer_size=data.shuffle_buffer)
     crops = StreamingCrops if data.streaming else PretrainingCrops
-    return crops(
-        dataset,
-        sampling_rate=sampling_rate,
-        global_seconds=data.global_seconds,
-        local_seconds=data.local_seconds,
-        num_local_crops=num_local_crops,
-        roll_probability=objective.roll_probability,
-        seed=args.seed,
-        strict=data.strict,
-    )
+    return crops(dataset, **settings, strict=data.strict)
 
 
 def build_model(model: ModelArguments, data: DataArguments, args: ASiTPreTrainingArguments) -> ASiTForPreTraining:

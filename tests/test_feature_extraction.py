@@ -88,6 +88,14 @@ def test_integer_pcm_is_scaled(dtype, as_torch):
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-4)
 
 
+def test_extract_takes_pcm_as_the_waveform_that_it_stands_for():
+    pcm = torch.from_numpy((clips(4000)[0] * 32768).astype(np.int16)).repeat(2, 3, 1)
+    pcm[1, :, 3000:] = 0
+    lengths = torch.tensor([4000, 3000])[:, None].expand(2, 3)
+    for given in (None, lengths):
+        assert torch.equal(extractor.extract(pcm, given), extractor.extract(pcm.float() / 32768, given))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_float_types_give_float32(dtype):
     clip = torch.from_numpy(clips(4000)[0]).to(dtype)

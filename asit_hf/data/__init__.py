@@ -13,6 +13,7 @@ from .datasets import (
     load_audio_dataset,
     split_dataset,
 )
+from .packed import PackedAudio, PackedCrops, is_packed
 from .sources import filter_rows, load_unlabelled
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "ClassificationCollator",
     "CropSettings",
     "LabelledClips",
+    "PackedAudio",
+    "PackedCrops",
     "PretrainingCrops",
     "StreamingCrops",
     "audio_info",
@@ -32,6 +35,7 @@ __all__ = [
     "filter_rows",
     "find_audio_files",
     "find_group_column",
+    "is_packed",
     "label_names",
     "load_audio_dataset",
     "load_benchmark",

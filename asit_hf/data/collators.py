@@ -12,27 +12,39 @@ from torch.utils.data import default_collate
 logger = logging.getLogger(__name__)
 
 
-def collate_crops(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Batch the items of `PretrainingCrops` or `StreamingCrops`.
+def collate_crops(items: Sequence[dict[str, Any]], int16: bool = False) -> dict[str, Any]:
+    """Batch the items of `PretrainingCrops`, `StreamingCrops` or `PackedCrops`.
+
+    Args:
+        int16: give waveforms as 16-bit PCM, rounded to 2^-15. Crops that reach beyond full scale are not clipped:
+            they and the others of their batch and length stay float32.
 
     Returns:
-        `global_waveforms` (batch, crops, samples) float32, `global_lengths` (batch, crops) int64, the same with
-        `local_` where there are local crops, `sample_keys` (batch,) int64, `indices` (batch,) int64, `files`, a list
-        of names, and `bad_files`, a list of (path, reason). Of items without audio, which a resumed stream begins
-        with, `skipped`, their number.
+        `global_waveforms` (batch, crops, samples) float32 or int16, `global_lengths` (batch, crops) int64, the same
+        with `local_` where there are local crops, `sample_keys` (batch,) int64, `indices` (batch,) int64, `files`, a
+        list of names, and `bad_files`, a list of (path, reason). Items of `PackedCrops` have no crops. Of items
+        without audio, which a resumed stream begins with, `skipped`, their number.
     """
     if "skipped" in items[0]:
         return {"skipped": len(items)}
     names = ("global_waveforms", "global_lengths", "local_waveforms", "local_lengths")
+    tensors = {name: [item[name] for item in items] for name in names if name in items[0]}
+    if int16:
+        tensors |= {name: _to_pcm(tensors[name]) for name in tensors if name.endswith("waveforms")}
     # torch's own, which in a loader worker stacks straight into shared memory
-    batch: dict[str, Any] = {
-        name: default_collate([item[name] for item in items]) for name in names if name in items[0]
-    }
+    batch: dict[str, Any] = {name: default_collate(values) for name, values in tensors.items()}
     batch["sample_keys"] = torch.tensor([item["sample_key"] for item in items], dtype=torch.int64)
     batch["indices"] = torch.tensor([item["index"] for item in items], dtype=torch.int64)
     batch["files"] = [item["file"] for item in items]
     batch["bad_files"] = [bad for item in items for bad in item["bad_files"]]
     return batch
+
+
+def _to_pcm(waveforms: list[torch.Tensor]) -> list[torch.Tensor]:
+    """int16, unless one of them does not fit."""
+    scaled = [(waveform * 2**15).round_() for waveform in waveforms]
+    fits = all(value.min() >= -(2**15) and value.max() < 2**15 for value in scaled)
+    return [value.to(torch.int16) for value in scaled] if fits else waveforms
 
 
 @dataclass

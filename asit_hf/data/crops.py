@@ -11,25 +11,13 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from .audio import AudioReader, AudioReadError, source_name
+from .randomness import sample_key
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 100
 # Windows of one file that lie nearer than this are read as one: a seek costs about as much as decoding the gap.
 _MERGE_SECONDS = 0.5
-_MASK = (1 << 64) - 1
-
-
-def sample_key(seed: int, epoch: int, index: int, attempt: int = 0) -> int:
-    """A number in [0, 2^63) that is a good hash of its arguments: the seed of all randomness of one sample."""
-    key = 0
-    for part in (seed, epoch, index, attempt):
-        # splitmix64: the increment, then its finaliser.
-        key = ((key ^ (int(part) & _MASK)) + 0x9E3779B97F4A7C15) & _MASK
-        key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _MASK
-        key ^= key >> 31
-    return key >> 1
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from ..data.randomness import mix_keys, uniform_noise
 from .device import choices_for
 
 BLOCKS_PER_ROUND = 62  # one bit each of a signed 64-bit word
@@ -21,8 +22,6 @@ TRIALS = 256
 PATTERNS = ("blocks", "time", "frequency", "patches")
 FILLINGS = ("zeros", "noise")
 NOISE_STD = 0.5  # that of a spectrogram normalised by (x - mean) / (2 std)
-# splitmix64's constants 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB as signed integers
-_GOLDEN_GAMMA, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
 NOT_COVERED = 2**15 - 1  # in place of a block's number
 
 
@@ -71,23 +70,6 @@ class GMML:
             raise ValueError(f"pattern must be one of {PATTERNS}, got {self.pattern!r}")
         if self.filling not in FILLINGS:
             raise ValueError(f"filling must be one of {FILLINGS}, got {self.filling!r}")
-
-
-def mix_keys(keys: torch.Tensor, *values: int | torch.Tensor) -> torch.Tensor:
-    """Hashes int64 keys with further integers (splitmix64's finaliser); broadcasts. The same on every device."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            increment = (value + 1) * _GOLDEN_GAMMA
-        else:  # in Python: a constant made into a tensor would be copied to the device in every step
-            increment = _to_int64((int(value) + 1) * _GOLDEN_GAMMA)
-        keys = _finalise(keys + increment)
-    return keys
-
-
-def uniform_noise(keys: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` numbers in [0, 1) for every key: `(...)` -> `(..., count)`, float32."""
-    bits = mix_keys(keys[..., None], torch.arange(count, device=keys.device))
-    return ((bits >> 40) & 0xFFFFFF).float() * 2**-24
 
 
 def draw_keys(count: int, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -195,22 +177,6 @@ def draw_donors(batch: int, key: int, device: torch.device | str = "cpu") -> tor
     noise = uniform_noise(mix_keys(torch.full((1,), key, device=device), index), 1)[:, 0]
     shift = 1 + (noise * (batch - 1)).long().clamp_max(max(batch - 2, 0))
     return (index + shift) % batch
-
-
-def _finalise(x: torch.Tensor) -> torch.Tensor:
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
-
-
-def _to_int64(value: int) -> int:
-    """Wraps around as 64-bit integers do."""
-    return (value + 2**63) % 2**64 - 2**63
-
-
-def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift; torch's own shift of signed integers keeps the sign."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
 
 
 def _check_shares(keys: torch.Tensor, shares: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration_asit import ASiTConfig
+from ..data.randomness import mix_keys, uniform_noise
 from ..modeling_asit import ASiTModel, ASiTPreTrainedModel
 from .losses import (
     Center,
@@ -21,7 +22,6 @@ from .losses import (
     reconstruction_loss,
     view_distillation_loss,
 )
-from .masking import mix_keys, uniform_noise
 
 # The teacher's entropy over patches is watched on this many of them.
 MONITORED_PATCHES = 256

@@ -4,7 +4,7 @@ import json
 import shutil
 import warnings
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
-from torch.utils.data import IterableDataset
+from torch.distributed.tensor import DTensor, Partial
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 from transformers.utils import logging
@@ -22,6 +22,7 @@ from transformers.utils import logging
 from ..cards import PushMixin
 from ..data.collators import collate_crops
 from ..data.epochs import EpochCallback
+from ..data.packed import PackedCrops
 from ..data.workers import clear_worker_errors
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..modeling_asit import ASiTLayer
@@ -36,6 +37,7 @@ from .schedules import Schedules, cosine_schedule, stepwise_schedule
 logger = logging.get_logger(__name__)
 
 BAD_FILES_REPORT = "bad_files.jsonl"
+LARGEST_RESIDENT_SHARE = 0.5  # of an accelerator's free memory, for packed audio; training needs the rest
 _SET_BY_ASIT = {"warmup_steps": 0, "lr_scheduler_type": "linear", "label_smoothing_factor": 0.0}
 _LOGGED = (
     "global_loss",
@@ -143,6 +145,8 @@ class ASiTPreTrainingArguments(TrainingArguments):
         for name, default in _SET_BY_ASIT.items():
             if getattr(self, name) != default:
                 raise ValueError(f"{name} has no effect here: ASiT's own schedules and losses are used")
+        if self.accelerator_config is None and self.dataloader_pin_memory and not self.use_cpu:
+            self.accelerator_config = {"non_blocking": True}  # from pinned memory, while the device computes
         super().__post_init__()
         if self.torch_compile:
             raise ValueError(
@@ -186,14 +190,17 @@ class ASiTPreTrainer(PushMixin, Trainer):
     """
     Pretrains an [`ASiTForPreTraining`].
 
-    Batches hold waveform crops, as [`~asit_hf.data.PretrainingCrops`] reads them; log-mel, normalisation and GMML run
-    here, in batch, on the model's device. A batch may bring `input_values`, `corrupted_values`, `corruption_mask` and
-    `local_values` of its own instead: what is there is used as it is.
+    Batches hold waveform crops, as [`~asit_hf.data.PretrainingCrops`] reads them, or the keys of crops that are
+    gathered here from [`~asit_hf.data.PackedCrops`]; log-mel, normalisation and GMML run here, in batch, on the
+    model's device. A batch may bring `input_values`, `corrupted_values`, `corruption_mask` and `local_values` of its
+    own instead: what is there is used as it is.
 
     Args:
         model ([`ASiTForPreTraining`]): the model.
         args ([`ASiTPreTrainingArguments`]): the arguments.
         processing_class ([`ASiTFeatureExtractor`]): rate and normalisation of the data; saved with every checkpoint.
+        data_collator (`Callable`, *optional*): by default [`~asit_hf.data.collate_crops`], for an accelerator with
+            `int16=True`.
     """
 
     def __init__(
@@ -201,7 +208,7 @@ class ASiTPreTrainer(PushMixin, Trainer):
         model: ASiTForPreTraining,
         args: ASiTPreTrainingArguments,
         processing_class: ASiTFeatureExtractor,
-        data_collator: Any = collate_crops,
+        data_collator: Any = None,
         **kwargs: Any,
     ):
         if not isinstance(model, ASiTForPreTraining):
@@ -212,6 +219,10 @@ class ASiTPreTrainer(PushMixin, Trainer):
             )
         if kwargs.get("eval_dataset") is not None:
             raise ValueError("pretraining has no evaluation data: probe its checkpoints on labelled audio instead")
+        if data_collator is None:
+            # On the way to an accelerator int16 is half the bytes, through shared memory and over the bus, and its
+            # step of 2^-15 lies at or below the floor of the log-mel; a CPU would only convert to and fro.
+            data_collator = partial(collate_crops, int16=args.device.type != "cpu")
         if isinstance(kwargs.get("train_dataset"), IterableDataset):
             # dispatched batches are joined tensor by tensor, which the list of bad files is not
             args.accelerator_config.dispatch_batches = False
@@ -329,6 +340,8 @@ class ASiTPreTrainer(PushMixin, Trainer):
         }
         extract = self.processing_class.extract
         if "input_values" not in views:
+            if "global_waveforms" not in inputs:
+                inputs = {**inputs, **self._gather(inputs)}
             clean = extract(inputs["global_waveforms"], inputs.get("global_lengths"))
             patch = self.model.config.patch_size
             views["input_values"] = clean[:, :, : clean.shape[2] // patch * patch]
@@ -379,6 +392,42 @@ class ASiTPreTrainer(PushMixin, Trainer):
             self.accelerator.unscale_gradients()
         self.gradient_norms = gradient_norms(self.model)
         return self.gradient_norms.norm() if grad_norm is None else grad_norm
+
+    def get_train_dataloader(self) -> DataLoader:
+        if isinstance(self.train_dataset, PackedCrops):
+            self._place_audio(self.train_dataset)
+        return super().get_train_dataloader()
+
+    def _place_audio(self, crops: PackedCrops) -> None:
+        """Packed audio goes to an accelerator that has room for it; else loader workers cut the crops on the CPU."""
+        pool, device = crops.sources, self.args.device
+        if pool.audio.device.type == device.type or self.data_collator == crops.collate:
+            return
+        size = f"{pool.hours:.1f} hours of packed audio ({pool.num_bytes / 1e9:.2f} GB)"
+        free = _free_memory(device)
+        if free is None or pool.num_bytes <= free * LARGEST_RESIDENT_SHARE:
+            crops.to(device)
+            decision = f"{size} are resident on {device}"
+        else:
+            self.data_collator = crops.collate
+            decision = (
+                f"{size} stay on the CPU, being more than {LARGEST_RESIDENT_SHARE:.0%} of the {free / 1e9:.2f} GB "
+                f"free on {device}: the loader cuts the crops, with {self.args.dataloader_num_workers} workers "
+                "(dataloader_num_workers)"
+            )
+        if self.is_world_process_zero():
+            logger.warning(decision)
+
+    def _gather(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The crops of a batch that brings their keys only."""
+        gather = getattr(self.train_dataset, "gather", None)
+        if gather is None or "indices" not in inputs or "sample_keys" not in inputs:
+            raise ValueError(
+                "expected a batch with input_values or global_waveforms, or with the indices and sample_keys of "
+                f"PackedCrops as training data; it brings {sorted(inputs)}"
+            )
+        crops = gather(inputs["indices"], inputs["sample_keys"])
+        return {name: values.to(self.args.device) for name, values in crops.items()}
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # Trainer would add a step to a run that is complete
@@ -611,11 +660,22 @@ def _configure_fsdp(accelerator: Accelerator) -> None:
     warnings.filterwarnings("ignore", message=".*returned a view tensor")  # no view is changed in place
 
 
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes; `None` where the device does not tell."""
+    mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return mem_get_info(device)[0] if mem_get_info else None
+
+
 @torch.no_grad()
 def gradient_norms(model: nn.Module) -> torch.Tensor:
     """Norms of the gradients of all parameters that have one, in their order: `(parameters,)`."""
-    norms = torch.stack(torch._foreach_norm([gradient for _, gradient in _named_gradients(model)]))
-    return norms.full_tensor() if isinstance(norms, DTensor) else norms
+    gradients = [gradient for _, gradient in _named_gradients(model)]
+    norms = torch.stack(torch._foreach_norm([_local(gradient) for gradient in gradients]))
+    if isinstance(gradients[0], DTensor):  # those of this process's parts, added up over all processes at once
+        placements = [Partial() if place.is_shard() else place for place in gradients[0].placements]
+        squares = DTensor.from_local(norms.square(), gradients[0].device_mesh, placements)
+        norms = squares.full_tensor().sqrt()
+    return norms
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """
-Reading: crops of an hour against crops of a minute, the loader against the authors' data path restated, and the time
-that a training step waits for its data.
+Reading: crops of an hour against crops of a minute, the loader against the authors' data path restated, a packed pool
+against flac files, and the time that a training step waits for its data.
 
     python examples/benchmarks/reading.py
 
@@ -29,9 +29,10 @@ from training_step import OBJECTIVES, build_model
 from transformers import PrinterCallback, TrainerCallback
 
 from asit_hf import ASiTFeatureExtractor
-from asit_hf.data import PretrainingCrops
+from asit_hf.data import PackedCrops, PretrainingCrops
 from asit_hf.data.audio import read_audio
 from asit_hf.data.collators import collate_crops
+from asit_hf.data.packed import to_pcm, write_packed
 from asit_hf.fbank_asit import _mel_filters
 from asit_hf.pretraining.masking import corrupt
 from asit_hf.pretraining.objectives import get_objective
@@ -41,7 +42,7 @@ from asit_hf.processor import keep_freed_memory
 RATE = 16000
 LONG_RATE = 24000  # of the long files, so that crops are resampled
 FORMATS = ("wav", "flac", "ogg", "mp3")
-LENGTH_TARGET, LOADER_TARGET, WAITING_TARGET = 2.0, 5.0, 0.05
+LENGTH_TARGET, LOADER_TARGET, WAITING_TARGET, PACKED_TARGET = 2.0, 5.0, 0.05, 10.0
 WORKERS = 2
 
 
@@ -112,7 +113,9 @@ def measure(quick: bool = False) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         _measure_length(report, Path(folder), quick)
         files = find_files(Path(folder), quick)
-        _measure_loader(report, files, quick)
+        pool = Path(folder) / "pool"
+        write_packed(pool, ((file, None, to_pcm(read_audio(file, RATE))) for file in files), RATE)
+        _measure_loader(report, files, pool, quick)
         _measure_waiting(report, files, folder, quick)
     return report
 
@@ -163,14 +166,18 @@ def _measure_length(report: Report, folder: Path, quick: bool) -> None:
     report.notes.append("An mp3 file has no index: its decoder walks through the headers of all frames before a crop.")
 
 
-def _measure_loader(report: Report, files: list[str], quick: bool) -> None:
-    """Clips a second of the loader, and until the model could start: clean and corrupted log-mel and masks."""
-    batch, files = (4, files) if quick else (16, 3 * files)
+def _measure_loader(report: Report, files: list[str], pool: Path, quick: bool) -> None:
+    """
+    Clips a second of the loader, and until the model could start: clean and corrupted log-mel and masks. Then of a
+    packed pool, without workers, against the loader of flac files.
+    """
+    batch, files, passes = (4, files, 1) if quick else (16, 3 * files, 3)
     for objective in OBJECTIVES:
         calls = {
             "ours": lambda objective=objective: _count(our_batches(files, objective, batch)),
             "ours prepared": lambda objective=objective: _count(prepared_batches(files, objective, batch)),
             "theirs": lambda objective=objective: _count(official_batches(files, objective, batch)),
+            "packed": lambda objective=objective: _count(packed_batches(pool, objective, batch, passes)),
         }
         seconds = time_interleaved(calls, rounds=1 if quick else 3, warm_up=0)
         found = {name: len(files) / value for name, value in medians(seconds).items()}
@@ -178,6 +185,8 @@ def _measure_loader(report: Report, files: list[str], quick: bool) -> None:
         name = f"{objective}, loader with {WORKERS} workers"
         report.add(Row(name, found["ours"], found["theirs"], target=LOADER_TARGET, **options))
         report.add(Row(f"{name}, log-mel and masks included", found["ours prepared"], found["theirs"], **options))
+        name = f"{objective}, packed pool without workers against {WORKERS} workers that read flac"
+        report.add(Row(name, found["packed"], found["ours"], target=PACKED_TARGET, **options))
         report.notes.append(f"{objective}, loader, {len(files)} clips: {spread(seconds)}.")
 
 
@@ -192,6 +201,16 @@ def our_batches(files: list[str], objective: str, batch: int) -> DataLoader:
         files, RATE, num_local_crops=chosen.num_local_crops, roll_probability=chosen.roll_probability
     )
     return DataLoader(crops, batch_size=batch, num_workers=WORKERS, collate_fn=collate_crops)
+
+
+def packed_batches(pool: Path, objective: str, batch: int, passes: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The crops of `passes` epochs of a packed pool, gathered where `ASiTPreTrainer` gathers them."""
+    chosen = get_objective(objective)
+    crops = PackedCrops(pool, RATE, num_local_crops=chosen.num_local_crops, roll_probability=chosen.roll_probability)
+    for epoch in range(passes):
+        crops.set_epoch(epoch)
+        for keys in DataLoader(crops, batch_size=batch, shuffle=True, collate_fn=collate_crops):
+            yield keys | crops.gather(keys["indices"], keys["sample_keys"])
 
 
 def prepared_batches(files: list[str], objective: str, batch: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -81,14 +81,15 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
         The whole path from a batch of waveforms of this extractor's rate to model input, without checks or padding.
 
         Args:
-            waveforms (`torch.Tensor` of shape `(..., samples)`): zero beyond each clip's own length.
+            waveforms (`torch.Tensor` of shape `(..., samples)`): floating point in [-1, 1] or int16 PCM, zero beyond
+                each clip's own length.
             lengths (`torch.Tensor` of shape `(...)`, *optional*): samples of each clip; its mean over them is removed
                 first. `None`: all of them.
 
         Returns:
             `torch.Tensor` of shape `(..., frames, num_mel_bins)`, float32, on the waveforms' device.
         """
-        waveforms = waveforms.float()
+        waveforms = waveforms.float() * 2**-15 if waveforms.dtype == torch.int16 else waveforms.float()
         if lengths is None:
             waveforms = waveforms - waveforms.mean(-1, keepdim=True)
         else:

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 
-from asit_hf.data import load_unlabelled, read_audio, resample
+from asit_hf.data import PackedAudio, load_unlabelled, read_audio, resample
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RATE = 16000
@@ -311,3 +311,20 @@ def test_packages_are_fetched_and_unpacked_once(script, unpacked, tmp_path, monk
     assert {path.name for path in work.iterdir()} == {"bells_2.5-1_all", "bells_2.5-1_all.deb"}
     with pytest.raises(FileNotFoundError, match="gongs: apt-get says E: Unable to locate package gongs"):
         script.fetch("gongs", work)
+
+
+def test_the_pool_is_packed_too(script, pool, labelled, tmp_path, capsys):
+    pool(tmp_path / "pool")  # puts the stand-ins in place of packages
+    command = ["--output_dir", tmp_path / "pool", "--work_dir", tmp_path / "work", "--real_audio", labelled]
+    command += ["--packed_dir", tmp_path / "packed", "--seconds", 2, "--seconds_per_file", 6, "--packages", *PACKAGES]
+    script.main([str(part) for part in command])
+    packed = PackedAudio.load(tmp_path / "packed", sampling_rate=RATE)
+    rows = rows_of(tmp_path / "pool")
+    assert packed.names == [row["audio"]["path"] for row in rows]
+    assert packed.parts == [row["source"] for row in rows]
+    clips = packed.audio.split(packed.lengths.tolist())
+    for row, clip in zip(rows, clips, strict=True):
+        assert clip.tolist() == soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="int16")[0].tolist()
+    with pytest.raises(SystemExit):
+        script.main([str(part) for part in command])
+    assert "packed" in capsys.readouterr().err

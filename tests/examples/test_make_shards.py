@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 
-from asit_hf.data import label_names, load_audio_dataset, load_unlabelled, read_audio
+from asit_hf.data import PackedAudio, is_packed, label_names, load_audio_dataset, load_unlabelled, read_audio
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "make_shards.py"
 NUM_CLIPS = 11
@@ -181,3 +181,68 @@ def test_wrong_requests(script, folder, tmp_path):
     script.main(options(folder, tmp_path))
     with pytest.raises(ValueError, match="'sampling_rate': 8000.* asked for were .*'sampling_rate': 16000"):
         script.main(options(folder, tmp_path, sampling_rate=16000))
+
+
+def packing(source, output, **more):
+    given = {"source": source, "output_dir": output, "format": "packed", "sampling_rate": 8000} | more
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+def test_a_packed_pool_holds_every_clip_that_can_be_read(script, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "ROWS_AT_ONCE", 4)
+    assert script.main(packing(folder, tmp_path)) == {"clips": NUM_CLIPS - 2, "bad": 2, "clipped": 0}
+    pool = PackedAudio.load(tmp_path, sampling_rate=8000)
+    assert pool.names == [str(path) for path in files_of(folder)]
+    assert pool.parts is None
+    for path, first, length in zip(files_of(folder), pool.offsets, pool.lengths, strict=True):
+        expected = read_audio(path, 8000)
+        found = pool.audio[first : first + length].numpy() / 32768
+        np.testing.assert_allclose(found, expected, atol=0 if soundfile.info(path).samplerate == 8000 else 2**-16)
+    rows = [json.loads(line) for line in (tmp_path / script.BAD_FILES).read_text().splitlines()]
+    assert {Path(row["file"]).name[:2] for row in rows} == {"02", "07"}
+
+
+def test_parquet_shards_are_packed_with_their_parts(script, folder, tmp_path):
+    lines = [f"{path},{path.parent.name}" for path in files_of(folder)]
+    (tmp_path / "clips.csv").write_text("\n".join(["file,origin", *lines]) + "\n")
+    script.main(options(tmp_path / "clips.csv", tmp_path / "shards"))
+    script.main(packing(tmp_path / "shards", tmp_path / "pool", part_column="origin"))
+    pool = PackedAudio.load(tmp_path / "pool")
+    assert pool.parts == [path.parent.name for path in files_of(folder)]
+    assert pool.lengths.tolist() == [len(read_audio(path, 8000)) for path in files_of(folder)]
+
+
+@pytest.mark.slow
+def test_two_processes_pack_what_one_packs(script, folder, tmp_path):
+    script.main(packing(folder, tmp_path / "one"))
+    more = packing(folder, tmp_path / "two", num_workers=2)
+    result = subprocess.run([sys.executable, SCRIPT, *more], capture_output=True, text=True, timeout=200)
+    assert "2 left out" in result.stdout, result.stderr
+    for name in ("audio.int16", "index.json", script.BAD_FILES):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_clips_beyond_full_scale_are_counted(script, tmp_path):
+    for name, peak in (("loud", 1.5), ("quiet", 0.5)):
+        soundfile.write(tmp_path / f"{name}.wav", peak * np.sin(np.arange(4000)), 8000, subtype="FLOAT")
+    assert script.main(packing(tmp_path, tmp_path / "pool")) == {"clips": 2, "bad": 0, "clipped": 1}
+    assert PackedAudio.load(tmp_path / "pool").audio.max() == 32767
+
+
+def test_wrong_requests_for_a_packed_pool(script, folder, tmp_path, capsys):
+    for more in ({"codec": "flac"}, {"clips_per_shard": 4}):
+        with pytest.raises(SystemExit):
+            script.main(packing(folder, tmp_path, **more))
+        assert "packed" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        script.main(options(folder, tmp_path, part_column="audio"))
+    with pytest.raises(ValueError, match="part_column.*'nothing'"):
+        script.main(packing(folder, tmp_path, part_column="nothing"))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.wav").write_bytes(b"no audio")
+    with pytest.raises(ValueError, match="at least one clip"):
+        script.main(packing(tmp_path / "bad", tmp_path / "pool"))
+    assert not is_packed(tmp_path / "pool")
+    script.main(packing(folder, tmp_path / "pool"))
+    with pytest.raises(FileExistsError, match=r"index\.json"):
+        script.main(packing(folder, tmp_path / "pool"))

@@ -14,6 +14,8 @@ from transformers import ViTConfig, ViTModel
 
 from asit_hf import ASiTForPreTraining, ASiTModel, export_encoder
 from asit_hf.convert_original import convert
+from asit_hf.data import PackedCrops
+from asit_hf.data.packed import write_packed
 from asit_hf.pretraining.masking import GMML
 from asit_hf.pretraining.trainer import ASiTPreTrainer
 
@@ -282,3 +284,38 @@ def test_sigterm_ends_the_script_with_a_checkpoint_and_no_final_model(script, fo
     assert stopped.value.code == 143
     assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
     assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pool")
+    noise = np.random.default_rng(0).integers(-3000, 3000, (8, 72000)).astype(np.int16)
+    write_packed(folder, [(f"{index}.wav", None, clip) for index, clip in enumerate(noise)], 16000)
+    return folder
+
+
+def test_it_trains_on_a_packed_pool(script, pool, tmp_path):
+    trainer = script.main(options(pool, tmp_path / "run", logging_steps=1))
+    assert trainer.state.global_step == 4
+    assert isinstance(trainer.train_dataset, PackedCrops)
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["training_data"].startswith("8 clips, 0.01 hours, at 16000 Hz")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"sampling_rate": 8000}, "16000 Hz.*cannot be resampled.*8000 Hz"),
+        ({"streaming": True, "max_steps": 2, "steps_per_epoch": 2}, "streaming"),
+    ],
+)
+def test_a_packed_pool_is_neither_resampled_nor_streamed(script, pool, tmp_path, more, said):
+    with pytest.raises(ValueError, match=said):
+        script.main(options(pool, tmp_path, **more))
+
+
+def test_a_packed_pool_is_not_mixed_with_other_data(script, pool, folder, tmp_path):
+    command = options(pool, tmp_path)
+    command.insert(command.index(str(pool)) + 1, str(folder))
+    with pytest.raises(ValueError, match="only train_data"):
+        script.main(command)

@@ -11,6 +11,8 @@ import pytest
 import soundfile
 import torch
 
+from asit_hf.data.randomness import sample_key
+
 SCRIPT = Path(__file__).parent / "two_processes.py"
 GIVEN = ("given", "corrupted", "per_process")
 
@@ -42,7 +44,7 @@ def two(tmp_path_factory):
     for index in range(12):
         soundfile.write(folder / f"{index:02d}.wav", rng.uniform(-0.3, 0.3, 16000), 16000)
     clips = sorted(str(path) for path in folder.iterdir())
-    launch([*GIVEN, "whole", "resumed", "spoiled", "terminated"], output, clips, 2)
+    launch([*GIVEN, "whole", "resumed", "spoiled", "terminated", "packed"], output, clips, 2)
     return output
 
 
@@ -95,3 +97,13 @@ def test_sigterm_to_one_process_stops_both_with_a_checkpoint(two):
     assert first["steps"] == second["steps"] == 2
     files = {path.name for path in (two / "terminated" / "checkpoint-2").iterdir()}
     assert {"model.safetensors", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"} <= files
+
+
+def test_processes_share_a_packed_pool(two):
+    first, second = results(two, "packed", 2)
+    assert first["steps"] == second["steps"] == 6
+    assert_close(first["state"], second["state"], 0)
+    for epoch in range(2):
+        shares = [one["gathered"][6 * epoch : 6 * epoch + 6] for one in (first, second)]
+        crops = sorted(crop for share in shares for crop in share)
+        assert crops == [(index, sample_key(0, epoch, index)) for index in range(12)]

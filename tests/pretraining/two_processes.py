@@ -8,13 +8,15 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
-from asit_hf.data import PretrainingCrops
+from asit_hf.data import PackedCrops, PretrainingCrops
 from asit_hf.data.collators import collate_crops
+from asit_hf.data.packed import write_packed
 from asit_hf.pretraining.masking import GMML, corrupt
 from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
 
@@ -65,6 +67,20 @@ class TerminateOne(TrainerCallback):
             os.kill(os.getpid(), 15)
 
 
+class RecordedCrops(PackedCrops):
+    """Packed noise that remembers which crops were gathered from it."""
+
+    def __init__(self, folder: Path, count: int = 12):
+        noise = np.random.default_rng(0).integers(-9000, 9000, (count, 12000)).astype(np.int16)
+        write_packed(folder, [(f"{index}.wav", None, clip) for index, clip in enumerate(noise)], 16000)
+        super().__init__(folder, 16000, global_seconds=0.5, local_seconds=0.25, num_local_crops=1)
+        self.gathered: list[tuple[int, int]] = []
+
+    def gather(self, indices, sample_keys):
+        self.gathered += zip(indices.tolist(), sample_keys.tolist())
+        return super().gather(indices, sample_keys)
+
+
 def spoil(items: list[dict]) -> dict:
     batch = collate_crops(items)
     spoil.count += 1
@@ -112,11 +128,15 @@ def main(mode: str, output: str, clips: list[str]) -> None:
         ddp_backend="gloo" if WORLD > 1 else None,
     )
     crops = {"global_seconds": 0.5, "local_seconds": 0.25, "num_local_crops": 1}
+    if mode == "packed":
+        dataset = RecordedCrops(folder / f"pool-{RANK}")
+    else:
+        dataset = GivenViews() if given else PretrainingCrops(clips, 16000, **crops)
     trainer = ASiTPreTrainer(
         ASiTForPreTraining(config),
         args,
         processing_class=ASiTFeatureExtractor(num_mel_bins=32),
-        train_dataset=GivenViews() if given else PretrainingCrops(clips, 16000, **crops),
+        train_dataset=dataset,
         data_collator=stack if given else spoil if mode == "spoiled" else collate_crops,
     )
     if mode == "terminated":
@@ -130,6 +150,7 @@ def main(mode: str, output: str, clips: list[str]) -> None:
         "steps": trainer.state.global_step,
         "skipped": trainer.num_skipped_steps,
         "terminated": trainer.terminated,
+        "gathered": getattr(dataset, "gathered", []),
         "logs": json.dumps([row for row in trainer.state.log_history if "loss" in row]),
     }
     torch.save(result, Path(output) / f"{mode}-{RANK}.pt")

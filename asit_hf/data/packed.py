@@ -1,0 +1,367 @@
+"""
+Packed audio: all clips of a pool in one raw file with an index beside it, so that nothing is decoded twice.
+
+A folder holds `audio.int16` (16-bit little-endian mono PCM of one sampling rate, clips one after another) and
+`index.json` (format version, sampling rate, and of every clip its samples, its name and, where known, the part of the
+pool that it comes from). The file is memory-mapped on a CPU and resident on an accelerator, where crops are cut
+without a loader. `examples/make_shards.py --format packed` writes such a folder from any audio. Reading needs torch
+and numpy only.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .collators import collate_crops
+from .crops import CropSettings, _shared_counter
+from .randomness import mix_keys, sample_key, uniform_noise
+
+AUDIO, INDEX = "audio.int16", "index.json"
+FORMAT, VERSION = "asit packed audio", 1
+FULL_SCALE = 32768
+# What a sample key is mixed with, so that crops have nothing to do with the masks drawn from the same key.
+_CROPS, _ROLL, _SHIFT, _FIRST_CROP = 0x63726F70, 0, 1, 2
+
+
+def is_packed(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds packed audio; that it is whole is checked by `PackedAudio.load`."""
+    return Path(folder, AUDIO).is_file()
+
+
+def to_pcm(waveform: np.ndarray) -> np.ndarray:
+    """Float waveform in [-1, 1] to int16 PCM, any shape; what lies beyond is clipped."""
+    return np.clip(np.rint(waveform * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+
+
+@dataclass(frozen=True)
+class PackedAudio:
+    """
+    The clips of a packed pool.
+
+    Args:
+        folder: where it was loaded from.
+        sampling_rate: in Hz.
+        audio (samples,): int16 PCM, clips one after another.
+        offsets, lengths (clips,): int64, each clip's first sample in `audio` and its number of samples.
+        names: of the clips.
+        parts: the part of the pool that each clip comes from, where the pool was packed with it.
+    """
+
+    folder: Path
+    sampling_rate: int
+    audio: torch.Tensor
+    offsets: torch.Tensor
+    lengths: torch.Tensor
+    names: list[str]
+    parts: list[str] | None = None
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike, device: str | torch.device = "cpu", sampling_rate: int | None = None
+    ) -> "PackedAudio":
+        """
+        Open a folder of packed audio: memory-mapped on a CPU, copied to any other device.
+
+        Args:
+            sampling_rate: the rate that is needed, in Hz; packed audio is never resampled.
+
+        Raises:
+            FileNotFoundError: no packed audio in this folder.
+            ValueError: a damaged or truncated pool, one without clips, of a newer version or of another rate.
+        """
+        folder = Path(folder)
+        index = read_index(folder / INDEX, FORMAT)
+        if sampling_rate not in (None, index["sampling_rate"]):
+            raise ValueError(
+                f"{folder} is packed at {index['sampling_rate']} Hz and cannot be resampled, got a sampling rate of "
+                f"{sampling_rate} Hz: ask for {index['sampling_rate']} Hz, or pack the audio again at {sampling_rate}"
+            )
+        lengths = torch.tensor(index["lengths"], dtype=torch.int64)
+        audio = _map(folder, int(lengths.sum()))
+        pool = cls(
+            folder,
+            index["sampling_rate"],
+            audio,
+            lengths.cumsum(0) - lengths,
+            lengths,
+            index["names"],
+            index.get("parts"),
+        )
+        return pool.to(device)
+
+    def to(self, device: str | torch.device) -> "PackedAudio":
+        """The same pool, its audio and the places of its clips on `device`."""
+        moved = {name: getattr(self, name).to(device) for name in ("audio", "offsets", "lengths")}
+        return replace(self, **moved)
+
+    @property
+    def hours(self) -> float:
+        return len(self.audio) / self.sampling_rate / 3600
+
+    @property
+    def num_bytes(self) -> int:
+        return self.audio.nbytes
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a started (not forked) loader worker maps the file itself, whatever device the audio is on
+        return {**vars(self), "audio": None, "offsets": self.offsets.cpu(), "lengths": self.lengths.cpu()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, audio=_map(state["folder"], int(state["lengths"].sum())))
+
+
+class PackedCrops(Dataset):
+    """
+    Random crops of a packed pool: item `i` of an epoch depends on (seed, epoch, i) and the audio alone.
+
+    Items hold no audio, only what `gather` cuts the crops of a whole batch from: the numbers `sample_key` and
+    `index`, the clip's name `file`, and `bad_files`, an empty list. `collate_crops` batches them.
+
+    Args:
+        pool: packed audio, or a folder of it.
+        sampling_rate, global_seconds, num_global_crops, local_seconds, num_local_crops, roll_probability: see
+            `CropSettings`. The crops of a clip are drawn by other random numbers than those of `PretrainingCrops`.
+        seed: of the crops.
+
+    Raises:
+        FileNotFoundError, ValueError: see `PackedAudio.load`.
+    """
+
+    def __init__(
+        self,
+        pool: PackedAudio | str | os.PathLike,
+        sampling_rate: int,
+        global_seconds: float = 6.0,
+        num_global_crops: int = 2,
+        local_seconds: float = 2.0,
+        num_local_crops: int = 4,
+        seed: int = 0,
+        roll_probability: float = 0.0,
+    ):
+        self.settings = CropSettings(
+            sampling_rate, global_seconds, num_global_crops, local_seconds, num_local_crops, roll_probability
+        )
+        self.sources = pool if isinstance(pool, PackedAudio) else PackedAudio.load(pool, sampling_rate=sampling_rate)
+        if self.sources.sampling_rate != sampling_rate:
+            raise ValueError(f"expected audio of {sampling_rate} Hz, got {self.sources.sampling_rate} Hz")
+        self.seed = seed
+        self._epoch = _shared_counter()
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other crops from the next item on, in running loader workers too."""
+        self._epoch.fill_(epoch)
+
+    def to(self, device: str | torch.device) -> "PackedCrops":
+        """Move the audio, in place; crops are gathered where it is."""
+        self.sources = self.sources.to(device)
+        return self
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"expected an index below {len(self)}, got {index}")
+        key = sample_key(self.seed, int(self._epoch), index)
+        return {"sample_key": key, "index": index, "file": self.sources.names[index], "bad_files": []}
+
+    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """As `collate_crops`, with the crops: what loader workers do where the audio is not on the model's device."""
+        batch = collate_crops(items)
+        return batch | self.gather(batch["indices"], batch["sample_keys"])
+
+    @torch.no_grad()
+    def gather(self, indices: torch.Tensor, sample_keys: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        The crops of a batch, cut on the device that the audio is on.
+
+        Args:
+            indices (batch,): int64, the clips.
+            sample_keys (batch,): int64, what their crops are drawn from.
+
+        Returns:
+            `global_waveforms` (batch, num_global_crops, samples) int16 PCM, `global_lengths` (batch,
+            num_global_crops) int64: the samples that are audio, the rest of a short clip's crop being zeros; the same
+            with `local_` where there are local crops. The same on every device, bit for bit.
+        """
+        settings, pool = self.settings, self.sources
+        device = pool.audio.device
+        # A loop of copies is what a CPU does best; an accelerator would launch a kernel, and wait, for each crop.
+        cut = _cut_by_slices if device.type == "cpu" else _cut_by_index
+        indices, keys = indices.to(device), mix_keys(sample_keys.to(device), _CROPS)
+        offsets, totals = pool.offsets[indices], pool.lengths[indices]
+        rolls = uniform_noise(mix_keys(keys, _ROLL), 1)[:, 0] < settings.roll_probability
+        shifts = _below(mix_keys(keys, _SHIFT), totals) * rolls
+        crops, first = {}, _FIRST_CROP
+        for kind, count, size in (
+            ("global", settings.num_global_crops, settings.global_samples),
+            ("local", settings.num_local_crops, settings.local_samples),
+        ):
+            if count == 0:
+                continue
+            numbers = mix_keys(keys[:, None], torch.arange(first, first + count, device=device))
+            starts = _below(numbers, (totals - size).clamp_min(0)[:, None] + 1) - shifts[:, None]
+            crops[f"{kind}_waveforms"] = cut(pool.audio, offsets, totals, starts % totals[:, None], size)
+            crops[f"{kind}_lengths"] = totals.clamp_max(size)[:, None].repeat(1, count)
+            first += count
+        return crops
+
+
+def write_packed(
+    folder: str | os.PathLike, clips: Iterable[tuple[str, str | None, np.ndarray]], sampling_rate: int
+) -> None:
+    """
+    Write clips as packed audio; until all of them are written, nothing in `folder` can be loaded.
+
+    Args:
+        clips: of each the name, the part of the pool (`None` for all, where there are none) and its int16 PCM
+            `(samples,)`.
+        sampling_rate: of all clips, in Hz.
+
+    Raises:
+        FileExistsError: `folder` holds packed audio already.
+        ValueError: no clips, or one that is empty or not int16.
+    """
+    folder = Path(folder)
+    if (folder / INDEX).exists():
+        raise FileExistsError(f"{folder} holds {INDEX} already: remove it, or write to another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    names, parts, lengths = [], [], []
+    half = folder / f".{AUDIO}.half"
+    with half.open("wb") as file:
+        for name, part, samples in clips:
+            if samples.dtype != np.int16 or samples.ndim != 1 or len(samples) == 0:
+                raise ValueError(
+                    f"expected int16 samples of shape (samples,), got {samples.dtype} {samples.shape} of {name}"
+                )
+            file.write(samples.astype("<i2", copy=False).tobytes())
+            names.append(name)
+            parts.append(part)
+            lengths.append(len(samples))
+    if not names:
+        raise ValueError(f"expected at least one clip to write to {folder}, got none")
+    publish(half, folder / AUDIO)
+    write_index(folder / INDEX, FORMAT, sampling_rate, names, parts, lengths)
+
+
+def write_index(
+    path: Path,
+    format: str,
+    sampling_rate: int,
+    names: list[str],
+    parts: list[str | None] | None,
+    lengths: list[int],
+    **fields: Any,
+) -> None:
+    """An index as `read_index` reads it, whole or not at all."""
+    index = {
+        "format": format,
+        "version": VERSION,
+        "sampling_rate": sampling_rate,
+        "num_samples": sum(lengths),
+        "lengths": lengths,
+        "names": names,
+        **fields,
+    }
+    if parts is not None and None not in parts:
+        index["parts"] = parts
+    half = path.with_name(f".{path.name}.half")
+    half.write_text(json.dumps(index) + "\n", encoding="utf-8")
+    publish(half, path)
+
+
+def read_index(path: Path, format: str) -> dict[str, Any]:
+    """
+    What `write_index` wrote: `sampling_rate`, `num_samples`, `lengths`, `names`, `parts` where known, and others.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged index, one of another format or version, or of no clips.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no {format} in {path.parent}: expected a file {path.name} there")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(index, dict) or index.get("format") != format:
+        raise ValueError(f"expected an index of {format} in {path}, got another kind of file")
+    if index.get("version") != VERSION:
+        raise ValueError(
+            f"expected version {VERSION} of the format, got {index.get('version')} in {path}: "
+            "update asit_hf, or write the folder again"
+        )
+    missing = {"sampling_rate", "num_samples", "lengths", "names"} - index.keys()
+    if missing:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+    lengths = index["lengths"]
+    if not lengths:
+        raise ValueError(f"expected at least one clip, got none in {path}")
+    same = {len(lengths), len(index["names"]), len(index.get("parts", lengths))}
+    if len(same) > 1 or min(lengths) < 1 or sum(lengths) != index["num_samples"]:
+        raise ValueError(f"{path} is damaged: its lengths, names and number of samples contradict each other")
+    return index
+
+
+def publish(half: Path, path: Path) -> None:
+    """Give a file that is whole its name."""
+    with half.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(half, path)
+
+
+def _map(folder: Path, num_samples: int) -> torch.Tensor:
+    """`(samples,)` int16; read when touched, and never written to."""
+    path = folder / AUDIO
+    if not path.is_file():
+        raise FileNotFoundError(f"no {FORMAT} in {folder}: expected a file {AUDIO} there")
+    if path.stat().st_size != 2 * num_samples:
+        raise ValueError(
+            f"{path} is truncated or belongs to another index: expected {2 * num_samples} bytes, got "
+            f"{path.stat().st_size}"
+        )
+    return torch.from_numpy(np.memmap(path, "<i2", mode="c"))  # "c": torch warns of an array that is read-only
+
+
+def _below(numbers: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+    """Hashes to numbers in [0, limit), uniform; in integers, which are exact on every device."""
+    return (numbers & (2**63 - 1)) % limits
+
+
+def _cut_by_slices(
+    audio: torch.Tensor, offsets: torch.Tensor, totals: torch.Tensor, starts: torch.Tensor, size: int
+) -> torch.Tensor:
+    """Crops `(batch, crops, size)` from `starts` (batch, crops) of clips, going on at a clip's beginning."""
+    samples = audio.numpy()
+    waveforms = np.empty((*starts.shape, size), np.int16)
+    for rows, offset, total, row_starts in zip(waveforms, offsets.tolist(), totals.tolist(), starts.tolist()):
+        clip = samples[offset : offset + total]
+        filled = min(size, total)
+        for crop, start in zip(rows, row_starts):
+            before = min(filled, total - start)
+            crop[:before] = clip[start : start + before]
+            crop[before:filled] = clip[: filled - before]
+            crop[filled:] = 0
+    return torch.from_numpy(waveforms)
+
+
+def _cut_by_index(
+    audio: torch.Tensor, offsets: torch.Tensor, totals: torch.Tensor, starts: torch.Tensor, size: int
+) -> torch.Tensor:
+    """The same, in a few operations without waiting for the device."""
+    place = torch.arange(size, device=audio.device)
+    totals = totals[:, None, None]
+    positions = (starts[..., None] + place).remainder_(totals).add_(offsets[:, None, None])
+    return audio[positions].masked_fill_(place >= totals, 0)

@@ -1,0 +1,154 @@
+"""Training on packed audio, and what travels to an accelerator."""
+
+import numpy as np
+import pytest
+import torch
+
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
+from asit_hf.data import PackedCrops, PretrainingCrops
+from asit_hf.data.packed import write_packed
+from asit_hf.pretraining import trainer as module
+from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
+
+CROPS = {"global_seconds": 0.5, "local_seconds": 0.25, "num_local_crops": 2, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Twelve clips, some shorter than a crop."""
+    folder = tmp_path_factory.mktemp("pool")
+    rng = np.random.default_rng(0)
+    clips = [(rng.standard_normal(int(16000 * rng.uniform(0.4, 1.5))) * 3000).astype(np.int16) for _ in range(12)]
+    write_packed(folder, [(f"{index}.wav", None, clip) for index, clip in enumerate(clips)], 16000)
+    return folder
+
+
+def make_trainer(dataset, output_dir, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    config = ASiTConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        num_mel_bins=32,
+        num_frames=48,
+        distillation_hidden_size=32,
+        distillation_bottleneck_size=16,
+        num_prototypes=24,
+        drop_path_rate=0.1,
+    )
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 2,
+        "warmup_epochs": 1,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "picture_steps": 0,
+        "disable_tqdm": True,
+    }
+    args = ASiTPreTrainingArguments(output_dir=str(output_dir), **{**defaults, **kwargs})
+    extractor = ASiTFeatureExtractor(num_mel_bins=32)
+    return ASiTPreTrainer(ASiTForPreTraining(config), args, processing_class=extractor, train_dataset=dataset)
+
+
+def losses(trainer):
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_views_are_those_of_the_gathered_crops(folder, tmp_path):
+    crops = PackedCrops(folder, 16000, **CROPS)
+    trainer = make_trainer(crops, tmp_path)
+    items = [crops[index] for index in range(3)]
+    views, given = trainer.prepare_views(trainer.data_collator(items)), trainer.prepare_views(crops.collate(items))
+    assert views["input_values"].shape == (3, 2, 48, 32)
+    assert views["local_values"].shape[:2] == (3, 2)
+    assert views.keys() == given.keys()
+    for name, value in given.items():
+        assert torch.equal(views[name], value), name
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 4}
+    whole = make_trainer(PackedCrops(folder, 16000, **CROPS), tmp_path / "whole", **settings)
+    whole.train()
+    assert len(set(losses(whole))) == 6
+    resumed = make_trainer(PackedCrops(folder, 16000, **CROPS), tmp_path / "resumed", seed=5, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    for (name, expected), value in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
+        assert torch.equal(expected, value), name
+    assert losses(whole)[4:] == losses(resumed)[4:]
+
+
+def test_workers_and_who_cuts_the_crops_do_not_change_what_is_learned(folder, tmp_path):
+    runs = [
+        make_trainer(PackedCrops(folder, 16000, **CROPS), tmp_path, dataloader_num_workers=workers)
+        for workers in (0, 2)
+    ]
+    runs[1].data_collator = runs[1].train_dataset.collate
+    for trainer in runs:
+        trainer.train()
+    assert losses(runs[0]) == losses(runs[1])
+
+
+def test_a_batch_that_nothing_can_be_gathered_for_is_refused(folder, tmp_path):
+    trainer = make_trainer(PackedCrops(folder, 16000, **CROPS), tmp_path)
+    with pytest.raises(ValueError, match="indices and sample_keys.*brings.*sample_keys"):
+        trainer.prepare_views({"sample_keys": torch.zeros(2, dtype=torch.int64)})
+    other = make_trainer([{}] * 4, tmp_path)
+    with pytest.raises(ValueError, match="PackedCrops"):
+        other.prepare_views({name: torch.zeros(2, dtype=torch.int64) for name in ("indices", "sample_keys")})
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """A device that holds no data stands in for one that this machine has not."""
+    monkeypatch.setattr(ASiTPreTrainingArguments, "device", torch.device("meta"))
+
+
+@pytest.mark.parametrize(("free", "resident"), [(None, True), (10**9, True), (10**5, False)])
+def test_packed_audio_is_resident_where_there_is_room(
+    folder, tmp_path, accelerator, monkeypatch, caplog, free, resident
+):
+    crops = PackedCrops(folder, 16000, **CROPS)
+    trainer = make_trainer(crops, tmp_path)
+    monkeypatch.setattr(module, "_free_memory", lambda device: free)
+    with caplog.at_level("WARNING"):
+        trainer.get_train_dataloader()
+        trainer.get_train_dataloader()
+    assert caplog.text.count("hours of packed audio") == 1  # said once
+    assert crops.sources.audio.device.type == ("meta" if resident else "cpu")
+    batch = trainer.data_collator([crops[0], crops[1]])
+    assert ("global_waveforms" in batch) is not resident
+    if resident:
+        assert crops.gather(batch["indices"], batch["sample_keys"])["global_waveforms"].device.type == "meta"
+
+
+def test_crops_travel_as_16_bits_to_an_accelerator_only(tmp_path, accelerator, monkeypatch):
+    clip = {"array": np.linspace(-0.9, 0.9, 16000), "sampling_rate": 16000}
+    crops = PretrainingCrops([clip] * 4, 16000, **CROPS)
+    dtypes = {}
+    for device in ("meta", "cpu"):
+        monkeypatch.setattr(ASiTPreTrainingArguments, "device", torch.device(device))
+        batch = make_trainer(crops, tmp_path).data_collator([crops[0], crops[1]])
+        dtypes[device] = {batch["global_waveforms"].dtype, batch["local_waveforms"].dtype}
+    assert dtypes == {"meta": {torch.int16}, "cpu": {torch.float32}}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"use_cpu": False}, True),
+        ({"use_cpu": True}, False),
+        ({"use_cpu": False, "dataloader_pin_memory": False}, False),
+        ({"use_cpu": False, "accelerator_config": {"even_batches": False}}, False),
+        ({"use_cpu": False, "accelerator_config": {"non_blocking": True, "even_batches": False}}, True),
+    ],
+)
+def test_copies_to_an_accelerator_do_not_block_unless_the_user_says_otherwise(tmp_path, given, expected):
+    args = ASiTPreTrainingArguments(output_dir=str(tmp_path), report_to="none", **given)
+    assert args.accelerator_config.non_blocking is expected
+    asked = given.get("accelerator_config", {})
+    assert args.accelerator_config.even_batches is asked.get("even_batches", True)

@@ -21,16 +21,19 @@ from ..data.epochs import EpochCallback
 from ..data.workers import clear_worker_errors
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..processor import keep_freed_memory, warn_of_emulated_bf16
+from ..time_budget import MAX_WARMUP_SHARE, Plan, TimeBudgetArguments, TimeBudgetMixin
 from .checkpoints import UNFINISHED, describe_failed_save, on_termination, publish
 from .masking import FILLINGS, GMML, PATTERNS, corrupt, mix_keys
 from .modeling import ASiTForPreTraining, ASiTForPreTrainingOutput
 from .monitoring import CollapseCallback
 from .objectives import get_objective
-from .schedules import Schedules, cosine_schedule, stepwise_schedule
+from .schedules import Schedules, cosine_schedule, planned_schedules, stepwise_schedule
 
 logger = logging.get_logger(__name__)
 
 BAD_FILES_REPORT = "bad_files.jsonl"
+# What the authors' runs of 100 epochs leave to the two, of a run that is too short for the epochs asked for.
+MAX_TEMPERATURE_SHARE, MAX_FREEZE_SHARE = 0.3, 0.1
 _SET_BY_ASIT = {"warmup_steps": 0, "lr_scheduler_type": "linear", "label_smoothing_factor": 0.0}
 _LOGGED = (
     "global_loss",
@@ -45,7 +48,7 @@ _LOGGED = (
 
 
 @dataclass
-class ASiTPreTrainingArguments(TrainingArguments):
+class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
     """
     TrainingArguments with ASiT's schedules. `None` means: as the chosen objective has it.
 
@@ -156,7 +159,7 @@ class ASiTPreTrainingArguments(TrainingArguments):
         )
 
 
-class ASiTPreTrainer(PushMixin, Trainer):
+class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
     """
     Pretrains an [`ASiTForPreTraining`].
 
@@ -230,9 +233,43 @@ class ASiTPreTrainer(PushMixin, Trainer):
         if not has_length(dataloader):
             if args.steps_per_epoch is None:
                 raise ValueError("the data have no length: set steps_per_epoch, which the schedules count in")
-            self._steps_per_epoch = args.steps_per_epoch
-        self.schedules = self._build_schedules(total_steps, self._steps_per_epoch)
+            self._steps_per_epoch = self.steps_per_endless_epoch = args.steps_per_epoch
+        if self.budget is None:
+            self.schedules = self._build_schedules(total_steps, self._steps_per_epoch)
+        else:
+            self.budget.reset()
         return values
+
+    def pace(self, steps: int | None) -> tuple[float, float]:
+        """An epoch, or if the schedules that are given in epochs do not fit the run, less for all of them."""
+        args, length = self.args, float(self._steps_per_epoch)
+        for epochs, share in (
+            (args.warmup_epochs, MAX_WARMUP_SHARE),
+            (args.teacher_temperature_warmup_epochs, MAX_TEMPERATURE_SHARE),
+            (args.freeze_last_layer_epochs, MAX_FREEZE_SHARE),
+        ):
+            if steps is not None and epochs > 0:
+                length = min(length, share * steps / epochs)
+        self.pace_note = ""
+        if length < self._steps_per_epoch:
+            self.pace_note = (
+                f"the run is too short for schedules given in epochs of {self._steps_per_epoch} steps: an epoch of "
+                f"warmup_epochs ({args.warmup_epochs:g}), teacher_temperature_warmup_epochs "
+                f"({args.teacher_temperature_warmup_epochs}) and freeze_last_layer_epochs "
+                f"({args.freeze_last_layer_epochs}) takes {length:.3g} steps"
+            )
+        return length, args.warmup_epochs
+
+    def follow_plan(self, plan: Plan) -> None:
+        args = self.args
+        self.schedules = planned_schedules(
+            plan,
+            learning_rate=(args.learning_rate, args.min_learning_rate),
+            weight_decay=(args.weight_decay, args.weight_decay_end),
+            teacher_momentum=(args.teacher_momentum, args.teacher_momentum_end),
+            teacher_temperature=(args.teacher_temperature_start, args.teacher_temperature),
+            teacher_temperature_warmup_epochs=args.teacher_temperature_warmup_epochs,
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; weight decay on matrices, the positions and the CLS token, not on biases and gains of norms."""
@@ -334,10 +371,16 @@ class ASiTPreTrainer(PushMixin, Trainer):
             return super().train(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # Trainer would add a step to a run that is complete
+        complete = self.budget is None and self.state.global_step >= self.state.max_steps
+        if complete:  # Trainer would add a step to a run that is complete
             logger.warning(f"nothing to do: the run is complete at step {self.state.global_step}")
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _last_layer_rests(self) -> bool:
+        step = self.state.global_step
+        epochs = step / self._steps_per_epoch if self.budget is None else self.budget.plan.units(step)
+        return epochs < self.args.freeze_last_layer_epochs
 
     def _ask_to_stop(self) -> None:
         self.terminated = True
@@ -497,7 +540,7 @@ class _OptimiserSteps(TrainerCallback):
         self.skips, self.stops = trainer._agree(~torch.isfinite(norm), trainer.terminated)
         if self.skips:
             self._skip(args)
-        elif state.global_step < args.freeze_last_layer_epochs * trainer._steps_per_epoch:
+        elif trainer._last_layer_rests():
             for parameter in trainer._last_layers:
                 parameter.grad = None
         weight_decay = trainer.schedules.at(state.global_step)["weight_decay"]

@@ -237,7 +237,7 @@ class TimeBudget(TrainerCallback):
         if not self.announced:
             self.announced = True
             logger.warning(
-                f"{self.plan.steps} steps of {step_seconds:.3g} s fit the {args.max_minutes:g} minutes of max_minutes"
+                f"max_minutes {args.max_minutes:g}: {self.plan.steps} steps are planned, {step_seconds:.3g} s each"
             )
         if self.trainer.pace_note and not self.noted:
             self.noted = True

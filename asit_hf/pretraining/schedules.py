@@ -48,6 +48,11 @@ class Schedules:
         step = min(step, len(self.learning_rate) - 1)
         return {name: float(values[step]) for name, values in vars(self).items()}
 
+    def after(self, before: "Schedules", step: int) -> "Schedules":
+        """These from `step` on, and the others before it."""
+        values = vars(before)
+        return Schedules(**{name: np.append(values[name][:step], mine[step:]) for name, mine in vars(self).items()})
+
 
 def planned_schedules(
     plan: "Plan",
@@ -58,8 +63,8 @@ def planned_schedules(
     teacher_temperature_warmup_epochs: int,
 ) -> Schedules:
     """
-    The schedules of a run by time, from the step of its plan on; values come as (start, end), and the unit of the plan
-    is an epoch.
+    The schedules of a run by time, from the step on that its plan begins at; values come as (start, end), and the unit
+    of the plan is an epoch.
     """
     steps = np.arange(plan.steps)
     epochs = plan.units(steps)

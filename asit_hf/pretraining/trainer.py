@@ -197,6 +197,7 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
         )
         self._check_data()
         self._compare_objective()
+        self.schedules: Schedules | None = None
         self.last_example: dict[str, torch.Tensor] | None = None
         self.next_log: dict[str, float] = {}  # what callbacks add to the next log
         self.num_skipped_steps = 0
@@ -261,7 +262,7 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
         return length, args.warmup_epochs
 
     def follow_plan(self, plan: Plan) -> None:
-        args = self.args
+        args, before = self.args, self.schedules
         self.schedules = planned_schedules(
             plan,
             learning_rate=(args.learning_rate, args.min_learning_rate),
@@ -270,6 +271,8 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
             teacher_temperature=(args.teacher_temperature_start, args.teacher_temperature),
             teacher_temperature_warmup_epochs=args.teacher_temperature_warmup_epochs,
         )
+        if before is not None and plan.start <= len(before.learning_rate):  # the step that is being made is finished
+            self.schedules = self.schedules.after(before, plan.start)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; weight decay on matrices, the positions and the CLS token, not on biases and gains of norms."""

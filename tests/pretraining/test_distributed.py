@@ -42,7 +42,7 @@ def two(tmp_path_factory):
     for index in range(12):
         soundfile.write(folder / f"{index:02d}.wav", rng.uniform(-0.3, 0.3, 16000), 16000)
     clips = sorted(str(path) for path in folder.iterdir())
-    launch([*GIVEN, "whole", "resumed", "spoiled", "terminated"], output, clips, 2)
+    launch([*GIVEN, "whole", "resumed", "spoiled", "terminated", "minutes"], output, clips, 2)
     return output
 
 
@@ -95,3 +95,10 @@ def test_sigterm_to_one_process_stops_both_with_a_checkpoint(two):
     assert first["steps"] == second["steps"] == 2
     files = {path.name for path in (two / "terminated" / "checkpoint-2").iterdir()}
     assert {"model.safetensors", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"} <= files
+
+
+def test_two_processes_plan_the_same_steps_by_the_clock_of_the_first(two):
+    first, second = results(two, "minutes", 2)
+    assert first["steps"] == second["steps"] == 15
+    assert_close(first["state"], second["state"], 0)
+    assert first["logs"][-1]["learning_rate"] < 1e-4

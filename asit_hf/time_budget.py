@@ -158,9 +158,8 @@ class TimeBudget(TrainerCallback):
         self.first_step = state.global_step
         self.next_check = state.global_step + 1
         spent, _ = self._agree(args)
-        if state.is_world_process_zero:
-            spent_before = f", {spent / 60:.1f} of them spent" if saved else ""
-            logger.info(f"training for {args.max_minutes:g} minutes{spent_before}; the first steps are timed")
+        if saved is not None and state.is_world_process_zero:
+            logger.warning(f"max_minutes {args.max_minutes:g}: {spent / 60:.2f} of them were spent before")
         steps = self.plan.steps if self.planned else self.most_steps
         self._set_steps(args, state, state.global_step if spent >= self.seconds else steps)
 

@@ -100,7 +100,7 @@ def test_a_warm_up_in_steps_is_kept_where_it_fits(make_trainer):
 
 def test_a_warm_up_that_does_not_fit_is_cut_without_a_jump_and_said_once(make_trainer, caplog):
     clock = FakeClock(1.0)
-    with caplog.at_level(logging.WARNING), propagated():
+    with caplog.at_level(logging.WARNING):
         run(make_trainer(clock, max_minutes=1, warmup_steps=300))
     rates = np.array(clock.rates) / 0.01
     assert rates.max() == pytest.approx(1, abs=0.06)
@@ -119,7 +119,7 @@ def test_a_warm_up_as_a_share_of_the_run(make_trainer):
 
 
 def test_steps_time_and_minutes_are_said_once(make_trainer, caplog):
-    with caplog.at_level(logging.WARNING), propagated():
+    with caplog.at_level(logging.WARNING):
         run(make_trainer(FakeClock(1.0, events={20: 5.0, 40: 5.0}), max_minutes=1))
     assert sum("60 steps" in message and "1 s" in message for message in caplog.messages) == 1
 
@@ -229,7 +229,7 @@ def test_a_run_whose_minutes_are_spent_does_nothing(make_trainer, tmp_path, capl
     run(trainer)
     weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     resumed = make_trainer(FakeClock(1.0), **saving)
-    with caplog.at_level(logging.WARNING), propagated():
+    with caplog.at_level(logging.WARNING):
         assert run(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-12")) == 0
     assert resumed.state.global_step == 12
     assert any("nothing to do" in message for message in caplog.messages)
@@ -310,13 +310,3 @@ def test_a_plan_goes_on_where_the_one_before_was():
         assert second.progress(300) == second.decay(300) == 1
     assert first.decay(20) == 0
     assert first.decay(60) == 0.5
-
-
-class propagated:
-    """Messages of transformers' loggers reach caplog."""
-
-    def __enter__(self):
-        logging.getLogger("transformers").propagate = True
-
-    def __exit__(self, *exception):
-        logging.getLogger("transformers").propagate = False

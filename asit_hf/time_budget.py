@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.optimization import get_scheduler
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -271,8 +272,9 @@ class TimeBudgetMixin:
         if args.max_minutes is None:
             super().__init__(model=model, args=args, **kwargs)
             return
-        try:
+        if not has_length(kwargs.get("train_dataset")):
             args.max_steps = 1  # without it Trainer refuses data without a length
+        try:
             super().__init__(model=model, args=args, **kwargs)
         finally:
             args.max_steps = -1

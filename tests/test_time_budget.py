@@ -219,6 +219,22 @@ def test_a_resumed_run_has_the_minutes_that_are_left(make_trainer, tmp_path):
     assert rates[-1] < 0.06
 
 
+def test_a_run_that_was_stopped_before_its_plan(make_trainer, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    saving = {"max_minutes": 0.25, "save_strategy": "steps", "save_steps": 2}
+    cut = make_trainer(FakeClock(1.0), **saving)
+    cut.add_callback(Stop())
+    run(cut)
+    clock = FakeClock(1.0)
+    resumed = make_trainer(clock, **saving)
+    assert run(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-2")) == 13
+    assert resumed.state.global_step == 15
+    assert clock.rates[-1] < 0.1 * 0.01
+
+
 def cut_rates(trainer: FinetuningTrainer) -> list[float]:
     return next(one for one in trainer.callback_handler.callbacks if isinstance(one, FakeClock)).rates
 

@@ -1,5 +1,6 @@
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -282,3 +283,15 @@ def test_sigterm_ends_the_script_with_a_checkpoint_and_no_final_model(script, fo
     assert stopped.value.code == 143
     assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
     assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_by_minutes_records_its_steps(script, folder, tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr("asit_hf.time_budget.now", itertools.count().__next__)  # every look lasts 1 s
+    chosen = {"streaming": True, "steps_per_epoch": 2} if streaming else {}
+    trainer = script.main(options(folder, tmp_path, max_minutes=0.5, **chosen))
+    steps = trainer.state.global_step
+    assert 8 <= steps <= 30
+    recipe = json.loads((tmp_path / "run.json").read_text())["recipe"]
+    assert (recipe["optimiser steps"], recipe["epochs"]) == (steps, steps / 2)
+    assert trainer.schedules.at(steps)["learning_rate"] < 0.4 * trainer.args.learning_rate

@@ -125,12 +125,12 @@ class TimeBudget(TrainerCallback):
         self.began = now()
         self.seconds = 60 * trainer.args.max_minutes
         self.due = False
-        self.evaluation_seconds = 0.0
+        self.last_evaluation = self.evaluations = 0.0  # seconds
 
     def reset(self) -> None:
         """Schedules as at the start of a run whose length is not known yet."""
         self.planned = self.announced = self.noted = self.due = False
-        self.spent_before = self.evaluation_seconds = 0.0
+        self.spent_before = self.last_evaluation = self.evaluations = 0.0
         self.first_step = self.next_check = 0
         self.timed_from: tuple[int, float] | None = None
         self.plan = Plan(_PROVISIONAL_STEPS, *self.trainer.pace(None))
@@ -158,7 +158,7 @@ class TimeBudget(TrainerCallback):
                 self._resume_plan(Plan(**saved["plan"]), args.max_minutes / saved["minutes"])
         self.first_step = state.global_step
         self.next_check = state.global_step + 1
-        spent, _ = self._agree(args)
+        spent = self._agree(args)[0]
         if saved is not None and state.is_world_process_zero:
             logger.warning(f"max_minutes {args.max_minutes:g}: {spent / 60:.2f} of them were spent before")
         steps = self.plan.steps if self.planned else self.most_steps
@@ -182,21 +182,23 @@ class TimeBudget(TrainerCallback):
         state.stateful_callbacks[STATE_KEY] = self.state()
 
     def _check(self, args: TrainingArguments, state: TrainerState, done: int) -> None:
-        spent, evaluation = self._agree(args)
+        spent, last_evaluation, evaluations = self._agree(args)
         if spent >= self.seconds:
             self._set_steps(args, state, done)
             return
         if done - self.first_step < UNTIMED_STEPS:
             self.next_check = done + 1
             return
+        training = spent - evaluations  # with checkpoints, pictures and what else there is
         if self.timed_from is None:
-            self.timed_from = (done, spent)
+            self.timed_from = (done, training)
             self.next_check = done + TIMED_STEPS
             return
-        timed, seconds = done - self.timed_from[0], spent - self.timed_from[1]
-        step_seconds = max(seconds / timed, 1 / _STEPS_PER_SECOND)
-        # the evaluation at the end takes what the last one took
-        left = max(0, round((self.seconds - spent - evaluation) / step_seconds))
+        timed = done - self.timed_from[0]
+        step_seconds = max((training - self.timed_from[1]) / timed, 1 / _STEPS_PER_SECOND)
+        left = steps_left(
+            self.seconds - spent, step_seconds, done, _evaluation_interval(args, state, self.trainer), last_evaluation
+        )
         if timed >= TIMED_STEPS:
             self._replan(args, state, done, left)
             self._announce(args, state, step_seconds, timed >= ANNOUNCED_STEPS or left <= ANNOUNCED_STEPS)
@@ -244,16 +246,37 @@ class TimeBudget(TrainerCallback):
             logger.warning(self.trainer.pace_note)
 
     def _agree(self, args: TrainingArguments) -> list[float]:
-        """Seconds spent, and those of the last evaluation, as the first process has them."""
+        """Seconds spent, of the last evaluation, and of all since the run began, as the first process has them."""
         accelerator = torch.accelerator.current_accelerator()
         if accelerator is not None and args.device.type == accelerator.type:
             torch.accelerator.synchronize(args.device)
-        seconds = [self.spent(), self.evaluation_seconds]
+        seconds = [self.spent(), self.last_evaluation, self.evaluations]
         if args.world_size > 1:
             shared = torch.tensor(seconds, dtype=torch.float64, device=args.device)
             torch.distributed.broadcast(shared, src=0)
             seconds = shared.tolist()
         return seconds
+
+
+def steps_left(seconds: float, step_seconds: float, done: int, interval: int | None, evaluation: float) -> int:
+    """
+    Steps after `done` (at least 1) that fit `seconds` with their evaluations: one after every `interval` steps of the
+    run and one at its end, of `evaluation` seconds each.
+    """
+    if interval is None or evaluation == 0:
+        return max(0, round(seconds / step_seconds))
+    steps = 0
+    to_next = -done % interval  # that of step `done` is still to come
+    if seconds >= to_next * step_seconds + evaluation:
+        seconds -= to_next * step_seconds + evaluation
+        periods, seconds = divmod(seconds, interval * step_seconds + evaluation)
+        steps = to_next + int(periods) * interval
+    return steps + max(0, round((seconds - evaluation) / step_seconds))
+
+
+def _evaluation_interval(args: TrainingArguments, state: TrainerState, trainer: "TimeBudgetMixin") -> int | None:
+    intervals = {"steps": state.eval_steps, "epoch": trainer.steps_per_pass}
+    return intervals.get(args.eval_strategy)
 
 
 class TimeBudgetMixin:
@@ -348,7 +371,8 @@ class TimeBudgetMixin:
         start = now()
         metrics = super().evaluate(*args, **kwargs)
         if self.budget is not None and self.is_in_train:
-            self.budget.evaluation_seconds = now() - start
+            self.budget.last_evaluation = now() - start
+            self.budget.evaluations += self.budget.last_evaluation
             self.budget.due = True
         return metrics
 

@@ -10,7 +10,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from asit_hf import ASiTConfig, ASiTForAudioClassification
 from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer
-from asit_hf.time_budget import Plan
+from asit_hf.time_budget import Plan, steps_left
 
 CLIPS, CLASSES, BATCH = 12, 3, 4
 PASS = CLIPS // BATCH
@@ -232,7 +232,7 @@ def test_a_run_that_was_stopped_before_its_plan(make_trainer, tmp_path):
     resumed = make_trainer(clock, **saving)
     assert run(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-2")) == 13
     assert resumed.state.global_step == 15
-    assert clock.rates[-1] < 0.1 * 0.01
+    assert clock.rates[-1] < 0.15 * 0.01
 
 
 def cut_rates(trainer: FinetuningTrainer) -> list[float]:
@@ -326,3 +326,26 @@ def test_a_plan_goes_on_where_the_one_before_was():
         assert second.progress(300) == second.decay(300) == 1
     assert first.decay(20) == 0
     assert first.decay(60) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("seconds", "done", "steps"),
+    [
+        (7, 1, 2),  # 2 s, and 5 s for the evaluation at the end
+        (14, 1, 9),  # the end is the first regular evaluation
+        (18, 1, 9),  # not enough for more steps and another evaluation
+        (21, 1, 11),
+        (29, 1, 19),
+        (34, 4, 19),  # evaluations at 10, 20 and 23
+        (4, 4, 0),
+        (4, 10, 0),
+        (12, 10, 2),  # the evaluation of step 10 is still to come
+    ],
+)
+def test_steps_and_evaluations_that_fit(seconds, done, steps):
+    assert steps_left(seconds, 1.0, done, 10, 5.0) == steps
+
+
+def test_steps_that_fit_without_evaluations():
+    assert steps_left(34.4, 1.0, 3, None, 0.0) == steps_left(34.4, 1.0, 3, 10, 0.0) == 34
+    assert steps_left(-1.0, 1.0, 3, None, 0.0) == 0

@@ -148,7 +148,7 @@ class TimeBudget(TrainerCallback):
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to know, as JSON."""
         plan = asdict(self.plan) if self.planned else None
-        return {"minutes": self.seconds / 60, "seconds": self.spent(), "plan": plan}
+        return {"minutes": self.trainer.args.max_minutes, "seconds": self.spent(), "plan": plan}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         saved = state.stateful_callbacks.get(STATE_KEY) if state.global_step else None

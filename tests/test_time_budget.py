@@ -208,6 +208,7 @@ def test_a_resumed_run_has_the_minutes_that_are_left(make_trainer, tmp_path):
     cut.add_callback(Stop())
     assert run(cut) == 20
     saved = json.loads((tmp_path / "checkpoint-20" / "trainer_state.json").read_text())["stateful_callbacks"]
+    assert saved["max_minutes"]["minutes"] == 1
     assert saved["max_minutes"]["seconds"] == pytest.approx(20)
 
     clock = FakeClock(2.0)  # on a slower machine

@@ -32,7 +32,7 @@ from .schedules import Schedules, cosine_schedule, planned_schedules, stepwise_s
 logger = logging.get_logger(__name__)
 
 BAD_FILES_REPORT = "bad_files.jsonl"
-# What the authors' runs of 100 epochs leave to the two, of a run that is too short for the epochs asked for.
+# With max_minutes: schedules given in epochs are shortened if they would take more of the run than this.
 MAX_TEMPERATURE_SHARE, MAX_FREEZE_SHARE = 0.3, 0.1
 _SET_BY_ASIT = {"warmup_steps": 0, "lr_scheduler_type": "linear", "label_smoothing_factor": 0.0}
 _LOGGED = (

@@ -294,4 +294,5 @@ def test_a_run_by_minutes_records_its_steps(script, folder, tmp_path, monkeypatc
     assert 8 <= steps <= 30
     recipe = json.loads((tmp_path / "run.json").read_text())["recipe"]
     assert (recipe["optimiser steps"], recipe["epochs"]) == (steps, steps / 2)
+    assert recipe["duration"] in ("0.5 minutes", "0.6 minutes")  # by the same clock
     assert trainer.schedules.at(steps)["learning_rate"] < 0.4 * trainer.args.learning_rate

@@ -232,6 +232,8 @@ def describe_run(
         base_model (`str`, *optional*): what it was finetuned from; a folder of this machine is not told.
         facts: further arguments of [`write_model_card`].
     """
+    from .time_budget import STATE_KEY  # imports Trainer, see above
+
     args, state = trainer.args, trainer.state
     recipe = {
         "optimiser steps": state.global_step,
@@ -243,6 +245,8 @@ def describe_run(
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
     }
     seconds = sum(row.get("train_runtime", 0.0) for row in state.log_history)
+    if getattr(args, "max_minutes", None) is not None:  # known over resumes too
+        seconds = state.stateful_callbacks[STATE_KEY]["seconds"]
     clips = None if sources is None else len(sources)
     hours = None if sources is None else _total_hours(sources)
     rate = trainer.processing_class.sampling_rate

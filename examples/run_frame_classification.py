@@ -38,6 +38,7 @@ from asit_hf.evaluation.embeddings import load_encoder
 from asit_hf.evaluation.sound_events import PSDS_SCENARIOS, decode_events, psds, segment_metrics
 from asit_hf.finetuning.metrics import multi_label_metrics
 from asit_hf.recipes import parse_arguments
+from asit_hf.time_budget import TimeBudgetArguments, TimeBudgetMixin
 
 logger = logging.get_logger(__name__)
 
@@ -76,7 +77,7 @@ class DataArguments:
 
 
 @dataclass
-class FrameTrainingArguments(TrainingArguments):
+class FrameTrainingArguments(TimeBudgetArguments, TrainingArguments):
     """Trainer's arguments with other defaults."""
 
     eval_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch."})
@@ -147,8 +148,8 @@ class Scorer:
         return {**columns, **segments}
 
 
-class FrameTrainer(PushMixin, Trainer):
-    """Trainer, with our model card."""
+class FrameTrainer(TimeBudgetMixin, PushMixin, Trainer):
+    """Trainer with `max_minutes` and our model card."""
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:

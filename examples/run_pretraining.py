@@ -55,7 +55,8 @@ class DataArguments:
         }
     )
     streaming: bool = field(
-        default=False, metadata={"help": "Read the data as a stream (needs --max_steps and --steps_per_epoch)."}
+        default=False,
+        metadata={"help": "Read the data as a stream (needs --steps_per_epoch, and --max_steps or --max_minutes)."},
     )
     shuffle_buffer: int = field(default=1000, metadata={"help": "Of a stream: clips that the next is drawn from."})
     sampling_rate: int | None = field(

@@ -1,6 +1,7 @@
 """Trainer with what finetuning recipes ask for beyond its own options."""
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..cards import PushMixin
 from ..data.epochs import EpochCallback
 from ..processor import warn_of_emulated_bf16
+from ..time_budget import TimeBudgetArguments, TimeBudgetMixin
 from .metrics import MAIN_METRIC
 from .optimisation import average_weights, parameter_groups, smooth_labels, step_decay
 
@@ -20,7 +22,7 @@ _DECAY_STEP, _DECAY_GAMMA = 1, 0.5
 
 
 @dataclass
-class FinetuningArguments(TrainingArguments):
+class FinetuningArguments(TimeBudgetArguments, TrainingArguments):
     """Trainer's arguments with other defaults, and those that it lacks."""
 
     eval_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch."})
@@ -80,7 +82,7 @@ class FinetuningArguments(TrainingArguments):
             self.metric_for_best_model, self.greater_is_better = MAIN_METRIC[problem_type]
 
 
-class FinetuningTrainer(PushMixin, Trainer):
+class FinetuningTrainer(TimeBudgetMixin, PushMixin, Trainer):
     """
     Finetunes a classifier: learning rates by layer, AST's step decay, label smoothing of soft and of several labels,
     and the mean of the last epochs' weights, as [`FinetuningArguments`] say. Tells the data set the epoch.
@@ -111,7 +113,7 @@ class FinetuningTrainer(PushMixin, Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         args = self.args
-        if self.lr_scheduler is None and args.lr_decay_start is not None:
+        if self.budget is None and self.lr_scheduler is None and args.lr_decay_start is not None:
             warmup_steps = args.get_warmup_steps(num_training_steps)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,
@@ -126,6 +128,15 @@ class FinetuningTrainer(PushMixin, Trainer):
             )
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def lr_factor(self, step: int) -> float:
+        args, plan = self.args, self.budget.plan
+        if args.lr_decay_start is None:
+            return super().lr_factor(step)
+        warmup = min(1.0, float(plan.units(step))) if plan.warmup else 1.0
+        return warmup * step_decay(
+            step, self._steps_per_epoch, args.lr_decay_start, args.lr_decay_step, args.lr_decay_gamma
+        )
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         factor = self.args.label_smoothing
@@ -151,7 +162,12 @@ class _EpochWeights(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         epoch = math.ceil(round(state.epoch, 6))
-        if epoch > state.num_train_epochs - args.average_last_epochs:
+        if args.max_minutes is not None:  # any epoch may turn out to be among the last
+            self.save(epoch_folder(args.output_dir, epoch))
+            if args.should_save:
+                before = epoch_folder(args.output_dir, epoch - args.average_last_epochs)
+                shutil.rmtree(before, ignore_errors=True)
+        elif epoch > state.num_train_epochs - args.average_last_epochs:
             self.save(epoch_folder(args.output_dir, epoch))
 
 

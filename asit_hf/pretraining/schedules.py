@@ -1,8 +1,17 @@
 """Schedules of a pretraining run, as plain arrays with one value per optimiser step."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from ..time_budget import Plan
+
+
+def half_cosine(start: float, end: float, progress: np.ndarray) -> np.ndarray:
+    """From `start` at a progress of 0 to `end` at 1."""
+    return end + 0.5 * (start - end) * (1 + np.cos(np.pi * progress))
 
 
 def cosine_schedule(start: float, end: float, steps: int, warmup_steps: int = 0) -> np.ndarray:
@@ -12,8 +21,7 @@ def cosine_schedule(start: float, end: float, steps: int, warmup_steps: int = 0)
     """
     warmup = np.linspace(0.0, start, warmup_steps)[:steps]
     remaining = np.arange(steps - len(warmup))
-    cosine = end + 0.5 * (start - end) * (1 + np.cos(np.pi * remaining / max(len(remaining), 1)))
-    return np.concatenate((warmup, cosine))
+    return np.concatenate((warmup, half_cosine(start, end, remaining / max(len(remaining), 1))))
 
 
 def stepwise_schedule(start: float, end: float, steps: int, steps_per_epoch: int, warmup_epochs: int) -> np.ndarray:
@@ -39,3 +47,34 @@ class Schedules:
         """The values at a step; past the end, the last ones."""
         step = min(step, len(self.learning_rate) - 1)
         return {name: float(values[step]) for name, values in vars(self).items()}
+
+    def after(self, before: "Schedules", step: int) -> "Schedules":
+        """These from `step` on, and the others before it."""
+        values = vars(before)
+        return Schedules(**{name: np.append(values[name][:step], mine[step:]) for name, mine in vars(self).items()})
+
+
+def planned_schedules(
+    plan: "Plan",
+    learning_rate: tuple[float, float],
+    weight_decay: tuple[float, float],
+    teacher_momentum: tuple[float, float],
+    teacher_temperature: tuple[float, float],
+    teacher_temperature_warmup_epochs: int,
+) -> Schedules:
+    """
+    The schedules of a run by time, from the step on that its plan begins at; values come as (start, end), and the unit
+    of the plan is an epoch.
+    """
+    steps = np.arange(plan.steps)
+    epochs = plan.units(steps)
+    warmup = learning_rate[0] * epochs / max(plan.warmup, 1e-9)
+    temperatures = np.append(
+        np.linspace(*teacher_temperature, teacher_temperature_warmup_epochs), teacher_temperature[1]
+    )
+    return Schedules(
+        learning_rate=np.where(epochs < plan.warmup, warmup, half_cosine(*learning_rate, plan.decay(steps))),
+        weight_decay=half_cosine(*weight_decay, plan.progress(steps)),
+        teacher_momentum=half_cosine(*teacher_momentum, plan.progress(steps)),
+        teacher_temperature=temperatures[np.minimum(epochs.astype(int), teacher_temperature_warmup_epochs)],
+    )

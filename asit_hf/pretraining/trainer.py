@@ -27,17 +27,20 @@ from ..data.workers import clear_worker_errors
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..modeling_asit import ASiTLayer
 from ..processor import keep_freed_memory, warn_of_emulated_bf16
+from ..time_budget import MAX_WARMUP_SHARE, Plan, TimeBudgetArguments, TimeBudgetMixin
 from .checkpoints import UNFINISHED, describe_failed_save, on_termination, publish
 from .masking import FILLINGS, GMML, PATTERNS, corrupt, mix_keys
 from .modeling import ASiTForPreTraining, ASiTForPreTrainingOutput
 from .monitoring import CollapseCallback
 from .objectives import get_objective
-from .schedules import Schedules, cosine_schedule, stepwise_schedule
+from .schedules import Schedules, cosine_schedule, planned_schedules, stepwise_schedule
 
 logger = logging.get_logger(__name__)
 
 BAD_FILES_REPORT = "bad_files.jsonl"
 LARGEST_RESIDENT_SHARE = 0.5  # of an accelerator's free memory, for packed audio; training needs the rest
+# With max_minutes: schedules given in epochs are shortened if they would take more of the run than this.
+MAX_TEMPERATURE_SHARE, MAX_FREEZE_SHARE = 0.3, 0.1
 _SET_BY_ASIT = {"warmup_steps": 0, "lr_scheduler_type": "linear", "label_smoothing_factor": 0.0}
 _LOGGED = (
     "global_loss",
@@ -52,7 +55,7 @@ _LOGGED = (
 
 
 @dataclass
-class ASiTPreTrainingArguments(TrainingArguments):
+class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
     """
     TrainingArguments with ASiT's schedules. `None` means: as the chosen objective has it.
 
@@ -186,7 +189,7 @@ class ASiTPreTrainingArguments(TrainingArguments):
         )
 
 
-class ASiTPreTrainer(PushMixin, Trainer):
+class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
     """
     Pretrains an [`ASiTForPreTraining`].
 
@@ -231,6 +234,7 @@ class ASiTPreTrainer(PushMixin, Trainer):
         )
         self._check_data()
         self._compare_objective()
+        self.schedules: Schedules | None = None
         self.last_example: dict[str, torch.Tensor] | None = None
         self.next_log: dict[str, float] = {}  # what callbacks add to the next log
         self.num_skipped_steps = 0
@@ -274,9 +278,45 @@ class ASiTPreTrainer(PushMixin, Trainer):
         if not has_length(dataloader):
             if args.steps_per_epoch is None:
                 raise ValueError("the data have no length: set steps_per_epoch, which the schedules count in")
-            self._steps_per_epoch = args.steps_per_epoch
-        self.schedules = self._build_schedules(total_steps, self._steps_per_epoch)
+            self._steps_per_epoch = self.steps_per_endless_epoch = args.steps_per_epoch
+        if self.budget is None:
+            self.schedules = self._build_schedules(total_steps, self._steps_per_epoch)
+        else:
+            self.budget.reset()
         return values
+
+    def pace(self, steps: int | None) -> tuple[float, float]:
+        """An epoch, or if the schedules that are given in epochs do not fit the run, less for all of them."""
+        args, length = self.args, float(self._steps_per_epoch)
+        for epochs, share in (
+            (args.warmup_epochs, MAX_WARMUP_SHARE),
+            (args.teacher_temperature_warmup_epochs, MAX_TEMPERATURE_SHARE),
+            (args.freeze_last_layer_epochs, MAX_FREEZE_SHARE),
+        ):
+            if steps is not None and epochs > 0:
+                length = min(length, share * steps / epochs)
+        self.pace_note = ""
+        if length < self._steps_per_epoch:
+            self.pace_note = (
+                f"the run is too short for schedules given in epochs of {self._steps_per_epoch} steps: an epoch of "
+                f"warmup_epochs ({args.warmup_epochs:g}), teacher_temperature_warmup_epochs "
+                f"({args.teacher_temperature_warmup_epochs}) and freeze_last_layer_epochs "
+                f"({args.freeze_last_layer_epochs}) takes {length:.3g} steps"
+            )
+        return length, args.warmup_epochs
+
+    def follow_plan(self, plan: Plan) -> None:
+        args, before = self.args, self.schedules
+        self.schedules = planned_schedules(
+            plan,
+            learning_rate=(args.learning_rate, args.min_learning_rate),
+            weight_decay=(args.weight_decay, args.weight_decay_end),
+            teacher_momentum=(args.teacher_momentum, args.teacher_momentum_end),
+            teacher_temperature=(args.teacher_temperature_start, args.teacher_temperature),
+            teacher_temperature_warmup_epochs=args.teacher_temperature_warmup_epochs,
+        )
+        if before is not None and plan.start <= len(before.learning_rate):  # the step that is being made is finished
+            self.schedules = self.schedules.after(before, plan.start)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; weight decay on matrices, the positions and the CLS token, not on biases and gains of norms."""
@@ -430,10 +470,16 @@ class ASiTPreTrainer(PushMixin, Trainer):
         return {name: values.to(self.args.device) for name, values in crops.items()}
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # Trainer would add a step to a run that is complete
+        complete = self.budget is None and self.state.global_step >= self.state.max_steps
+        if complete:  # Trainer would add a step to a run that is complete
             logger.warning(f"nothing to do: the run is complete at step {self.state.global_step}")
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _last_layer_rests(self) -> bool:
+        step = self.state.global_step
+        epochs = step / self._steps_per_epoch if self.budget is None else self.budget.plan.units(step)
+        return epochs < self.args.freeze_last_layer_epochs
 
     def _ask_to_stop(self) -> None:
         self.terminated = True
@@ -598,7 +644,7 @@ class _OptimiserSteps(TrainerCallback):
         self.skips, self.stops = trainer._agree(~torch.isfinite(norm), trainer.terminated)
         if self.skips:
             self._skip(args)
-        elif state.global_step < args.freeze_last_layer_epochs * trainer._steps_per_epoch:
+        elif trainer._last_layer_rests():
             for name, parameter in trainer.model.heads.named_parameters():  # looked up each time: FSDP replaces them
                 if "prototypes" in name:
                     parameter.grad = None

@@ -1,5 +1,6 @@
 import csv
 import importlib.util
+import itertools
 import json
 import runpy
 import shutil
@@ -242,3 +243,16 @@ def test_evaluation_data_damaged_inside_stop_with_one_line(sounds, encoder, tmp_
     assert message.startswith(f"error: cannot read {damaged}: ")
     assert "lost sync" in message
     assert "\n" not in message
+
+
+def test_a_run_by_minutes_keeps_its_best_checkpoint(script, sounds, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("asit_hf.time_budget.now", itertools.count(0, 2).__next__)  # every look lasts 2 s
+    script.main(arguments(sounds, encoder, tmp_path, max_minutes=0.7))
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert 5 <= state["global_step"] <= 21
+    evaluated = [row["step"] for row in state["log_history"] if "eval_accuracy" in row]
+    assert evaluated[-1] == state["global_step"]
+    assert state["best_global_step"] in evaluated
+    recipe = json.loads((tmp_path / "run.json").read_text())["recipe"]
+    assert recipe["optimiser steps"] == state["global_step"]
+    assert recipe["epochs"] == round(state["epoch"], 2)

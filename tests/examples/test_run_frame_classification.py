@@ -1,4 +1,5 @@
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -122,3 +123,11 @@ def test_wrong_input(script, sounds, encoder, tmp_path, caplog):
     assert "left out 8 evaluation events of 1 classes that training lacks: ['bell']" in caplog.text
     with pytest.raises(ValueError, match="--random_init"):
         script.main(arguments(sounds, None, tmp_path))
+
+
+def test_a_run_by_minutes(script, sounds, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("asit_hf.time_budget.now", itertools.count(0, 2).__next__)  # every look lasts 2 s
+    script.main(arguments(sounds, encoder, tmp_path, max_minutes=0.5))
+    steps = json.loads((tmp_path / "trainer_state.json").read_text())["global_step"]
+    assert 5 <= steps <= 15
+    assert json.loads((tmp_path / "run.json").read_text())["recipe"]["optimiser steps"] == steps

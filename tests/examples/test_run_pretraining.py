@@ -1,5 +1,6 @@
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -319,3 +320,16 @@ def test_a_packed_pool_is_not_mixed_with_other_data(script, pool, folder, tmp_pa
     command.insert(command.index(str(pool)) + 1, str(folder))
     with pytest.raises(ValueError, match="only train_data"):
         script.main(command)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_by_minutes_records_its_steps(script, folder, tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr("asit_hf.time_budget.now", itertools.count().__next__)  # every look lasts 1 s
+    chosen = {"streaming": True, "steps_per_epoch": 2} if streaming else {}
+    trainer = script.main(options(folder, tmp_path, max_minutes=0.5, **chosen))
+    steps = trainer.state.global_step
+    assert 8 <= steps <= 30
+    recipe = json.loads((tmp_path / "run.json").read_text())["recipe"]
+    assert (recipe["optimiser steps"], recipe["epochs"]) == (steps, steps / 2)
+    assert recipe["duration"] in ("0.5 minutes", "0.6 minutes")  # by the same clock
+    assert trainer.schedules.at(steps)["learning_rate"] < 0.4 * trainer.args.learning_rate

@@ -44,7 +44,7 @@ def two(tmp_path_factory):
     for index in range(12):
         soundfile.write(folder / f"{index:02d}.wav", rng.uniform(-0.3, 0.3, 16000), 16000)
     clips = sorted(str(path) for path in folder.iterdir())
-    launch([*GIVEN, "whole", "resumed", "spoiled", "terminated", "packed"], output, clips, 2)
+    launch([*GIVEN, "whole", "resumed", "spoiled", "terminated", "packed", "minutes"], output, clips, 2)
     return output
 
 
@@ -107,3 +107,10 @@ def test_processes_share_a_packed_pool(two):
         shares = [one["gathered"][6 * epoch : 6 * epoch + 6] for one in (first, second)]
         crops = sorted(crop for share in shares for crop in share)
         assert crops == [(index, sample_key(0, epoch, index)) for index in range(12)]
+
+
+def test_two_processes_plan_the_same_steps_by_the_clock_of_the_first(two):
+    first, second = results(two, "minutes", 2)
+    assert first["steps"] == second["steps"] == 15
+    assert_close(first["state"], second["state"], 0)
+    assert first["logs"][-1]["learning_rate"] < 1e-4

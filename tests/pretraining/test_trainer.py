@@ -1,9 +1,11 @@
 import json
+import os
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from fake_clock import FakeClock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
@@ -462,3 +464,118 @@ def test_nothing_is_looked_up_at_the_cost_of_waiting(tmp_path):
     args = ASiTPreTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     assert not args.logging_nan_inf_filter
     assert args.ddp_find_unused_parameters is False
+
+
+def make_timed_trainer(clips, output_dir, monkeypatch, clock, **kwargs):
+    monkeypatch.setattr("asit_hf.time_budget.now", clock)
+    trainer = make_trainer(clips, output_dir, **kwargs)
+    trainer.add_callback(clock)
+    return trainer
+
+
+class Values(TrainerCallback):
+    """The schedules as the steps have them."""
+
+    def __init__(self, trainer):
+        self.trainer, self.rows, self.rests = trainer, [], []
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        values = self.trainer.schedules.at(state.global_step)
+        group = next(group for group in optimizer.param_groups if group["decays"])
+        assert group["lr"] == pytest.approx(values["learning_rate"], abs=1e-12)
+        assert group["weight_decay"] == pytest.approx(values["weight_decay"], abs=1e-3)
+        self.rows.append(values)
+        self.rests.append(self.trainer.model.heads.distillation.cls_prototypes.weight_v.grad is None)
+
+    def of(self, name):
+        return np.array([row[name] for row in self.rows])
+
+
+def test_with_minutes_all_schedules_end_when_they_do(clips, tmp_path, monkeypatch):
+    options = {"max_minutes": 0.5, "warmup_epochs": 2, "teacher_temperature_warmup_epochs": 3}
+    trainer = make_timed_trainer(clips, tmp_path, monkeypatch, FakeClock(1.0), **options)
+    values = Values(trainer)
+    trainer.add_callback(values)
+    trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps == 30
+    rates = values.of("learning_rate")
+    np.testing.assert_allclose(rates[:7], 1e-3 * np.arange(7) / 6, atol=1e-9)  # two epochs of three steps
+    assert rates[-1] < 1e-5
+    assert values.of("weight_decay")[[0, -1]] == pytest.approx([0.04, 0.4], abs=0.005)
+    assert values.of("teacher_momentum")[[0, -1]] == pytest.approx([0.996, 1.0], abs=1e-4)
+    temperatures = values.of("teacher_temperature")
+    assert temperatures[[0, 2, 3, 6, -1]] == pytest.approx([0.04, 0.04, 0.055, 0.07, 0.07])
+    assert values.rests == [True] * 3 + [False] * 27
+    assert abs(np.diff(rates[6:])).max() < 1e-4
+
+
+def test_epochs_that_the_minutes_cannot_hold_are_cut_alike(clips, tmp_path, monkeypatch):
+    options = {"max_minutes": 1, "warmup_epochs": 100, "teacher_temperature_warmup_epochs": 50}
+    trainer = make_timed_trainer(clips, tmp_path, monkeypatch, FakeClock(1.0), freeze_last_layer_epochs=10, **options)
+    values = Values(trainer)
+    trainer.add_callback(values)
+    trainer.train()
+    rates = values.of("learning_rate")
+    assert len(rates) == 60
+    assert rates.max() == pytest.approx(1e-3, rel=0.01)
+    assert 12 <= rates.argmax() <= 18
+    assert abs(np.diff(rates)).max() < 1.2e-4
+    assert rates[-1] < 2e-5
+    temperatures = values.of("teacher_temperature")
+    assert temperatures[-1] == 0.07
+    assert (np.diff(temperatures) >= 0).all()
+    assert 5 <= sum(values.rests) <= 8  # a tenth of the warm-up, from the first plan on
+
+
+def test_a_stream_with_minutes(clips, tmp_path, monkeypatch):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            crops = PretrainingCrops(clips, 16000, global_seconds=0.5, local_seconds=0.25, num_local_crops=2)
+            while True:
+                yield from (crops[index] for index in range(12))
+
+    def make(**kwargs):
+        clock = FakeClock(1.0)
+        monkeypatch.setattr("asit_hf.time_budget.now", clock)
+        args = make_trainer(clips, tmp_path, max_minutes=0.25, **kwargs).args
+        extractor = ASiTFeatureExtractor(num_mel_bins=32)
+        trainer = ASiTPreTrainer(make_model(), args, extractor, train_dataset=Endless())
+        trainer.add_callback(clock)
+        return trainer
+
+    trainer = make(steps_per_epoch=5)
+    trainer.train()
+    assert trainer.state.global_step == 15
+    assert trainer.state.epoch == pytest.approx(3)
+    with pytest.raises(ValueError, match="set steps_per_epoch"):
+        make().train()
+
+
+def test_a_run_by_minutes_that_is_terminated_goes_on_with_the_rest(clips, tmp_path, monkeypatch, caplog):
+    class Terminate(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 11:
+                os.kill(os.getpid(), 15)
+
+    options = {"max_minutes": 0.4, "save_strategy": "steps", "save_steps": 100}
+    first = make_timed_trainer(clips, tmp_path, monkeypatch, FakeClock(1.0), **options)
+    first.add_callback(Terminate())
+    first.train()
+    assert first.terminated
+    assert first.state.global_step == 12
+    clock = FakeClock(1.0)
+    second = make_timed_trainer(clips, tmp_path, monkeypatch, clock, **options)
+    before = clock.seconds
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert second.state.global_step == 24
+    assert clock.seconds - before == 12
+    assert clock.rates[0] == pytest.approx(first.lr_scheduler.get_last_lr()[0])
+    assert clock.rates[-1] < 2e-5
+    third = make_timed_trainer(clips, tmp_path, monkeypatch, FakeClock(1.0), **options)
+    third.train(resume_from_checkpoint=str(tmp_path / "checkpoint-24"))
+    assert third.state.global_step == 24
+
+
+def test_minutes_and_steps_are_refused(clips, tmp_path):
+    with pytest.raises(ValueError, match="max_minutes 2 and max_steps 10"):
+        make_trainer(clips, tmp_path, max_minutes=2, max_steps=10)

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining, time_budget
 from asit_hf.data import PackedCrops, PretrainingCrops
 from asit_hf.data.collators import collate_crops
 from asit_hf.data.packed import write_packed
@@ -81,6 +81,15 @@ class RecordedCrops(PackedCrops):
         return super().gather(indices, sample_keys)
 
 
+class Clock(TrainerCallback):
+    """For `max_minutes`: steps take 1 s by the clock of the first process, and more by that of the second."""
+
+    seconds = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.seconds += 1.0 + RANK
+
+
 def spoil(items: list[dict]) -> dict:
     batch = collate_crops(items)
     spoil.count += 1
@@ -113,6 +122,7 @@ def main(mode: str, output: str, clips: list[str]) -> None:
         output_dir=str(folder),
         per_device_train_batch_size=GLOBAL_BATCH // WORLD,
         num_train_epochs=1 if given else 2,
+        max_minutes=0.25 if mode == "minutes" else None,
         warmup_epochs=0,
         learning_rate=1e-3,
         use_cpu=True,
@@ -141,6 +151,10 @@ def main(mode: str, output: str, clips: list[str]) -> None:
     )
     if mode == "terminated":
         trainer.add_callback(TerminateOne())
+    if mode == "minutes":
+        clock = Clock()
+        time_budget.now = lambda: clock.seconds
+        trainer.add_callback(clock)
     resume = None
     if mode == "resumed":
         resume = str(folder / "checkpoint-3")

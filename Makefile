@@ -62,7 +62,7 @@ $(REHEARSAL)/ready: constraints.txt Makefile
 gpu-rehearsal: $(REHEARSAL)/ready
 	rm -rf $(REHEARSAL)/results
 	for round in 1 2; do \
-		PYTHONPATH=. $(REHEARSAL)/bin/python examples/benchmarks/gpu.py --quick --output_dir $(REHEARSAL)/results || exit 1; \
+		PYTHONPATH=. OMP_NUM_THREADS=1 $(REHEARSAL)/bin/python examples/benchmarks/gpu.py --quick --output_dir $(REHEARSAL)/results || exit 1; \
 	done
 
 # the HEAR benchmark's own validator, beside the environment: it asks for tensorflow, which it does not need

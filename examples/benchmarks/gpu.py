@@ -20,14 +20,16 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "examples" / "benchmarks" / "results"
 PHASES = ("checks", "figures", "training")
 # Of the time that is left, what a phase may take; the last one takes all of it.
 SHARES = {"checks": 0.25, "figures": 0.55, "training": 1.0}
@@ -44,6 +46,8 @@ SIDES = {
 CLIPS_PER_SECOND = {"small": 1200, "base": 520}
 SPEED_RATIOS = {"plain fp32": 6.0, "plain bf16 sdpa": 1.8}
 MEMORY_RATIO, PREPARATION_SHARE, SYNCHRONIZATIONS = 0.4, 0.1, 1
+# Columns of the table of steps, by the names of values.
+STEP = ("batch", "layers", "ms a step", "clips/s", "peak GiB", "MB a clip", "ms of log-mel and GMML")
 
 
 @dataclass
@@ -187,10 +191,13 @@ class Worker:
         self.process = context.Process(target=_serve, args=(theirs, str(self.log)))
         self.process.start()
         theirs.close()
-        self.is_fresh = True
+        self.is_fresh, self.is_stuck = True, False
 
     def measure(self, function: str, run: Run, options: dict[str, Any], seconds: float, end: float) -> dict[str, Any]:
-        """The row; `failed` is true in it where the process must not be used again."""
+        """
+        The row; `failed` is true in it where the process must not be used again. `run.update` gets what the
+        measurement reports before it is done.
+        """
         start = time.monotonic()
         end = min(start + seconds + (START if self.is_fresh else 0), end)
         self.is_fresh = False
@@ -199,16 +206,21 @@ class Worker:
             self.connection.send((function, {**vars(run), "end": end, "update": None}, options))
             while self.connection.poll(max(0, end - time.monotonic())):
                 row = self.connection.recv()
-                if row.get("status") != "running":
+                if row["status"] != "running":
                     return row
+                run.update(row)
         except (EOFError, OSError):
             self.process.join(5)
             reason = f"the process ended with exit code {self.process.exitcode}: {self._last_output()}"
             return {**row, "status": "error", "detail": reason, "failed": True}
+        self.is_stuck = True
         reason = f"killed after {end - start:.0f} s: {self._last_output()}"
         return {**row, "status": "timed out", "detail": reason, "failed": True}
 
     def stop(self) -> None:
+        with suppress(OSError):
+            self.connection.send(None)
+        self.process.join(0 if self.is_stuck else 5)
         for end_of in (os.killpg, os.kill):  # its own children too, once it leads a group
             try:
                 end_of(self.process.pid, signal.SIGKILL)
@@ -219,12 +231,13 @@ class Worker:
         self.log.unlink(missing_ok=True)
 
     def _last_output(self) -> str:
-        return self.log.read_text(errors="replace")[-600:].strip() or "it printed nothing"
+        return _without_paths(self.log.read_text(errors="replace"))[-600:].strip() or "it printed nothing"
 
 
 def _serve(connection: Connection, log: str) -> None:
     """What a worker does."""
     os.setpgid(0, 0)
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -232,18 +245,27 @@ def _serve(connection: Connection, log: str) -> None:
     def update(row: dict[str, Any]) -> None:
         connection.send({**row, "status": "running"})
 
-    while True:
-        function, run, options = connection.recv()
+    while (message := connection.recv()) is not None:
+        function, run, options = message
         try:
             module, _, name = function.partition(":")
             call = getattr(import_module(module), name)
             row = {"status": "measured", **call(Run(**{**run, "update": update}), **options)}
         except Exception as error:
-            text = "".join(traceback.format_exception(error))
+            text = _without_paths("".join(traceback.format_exception(error)))
             # after an error of the device, all that follow fail too; one of memory leaves some of it taken
-            row = {"status": "error", "detail": text[-1500:], "failed": "CUDA" in text or "OutOfMemory" in text}
+            failed = any(word in text for word in ("CUDA", "cuDNN", "NCCL", "OutOfMemory"))
+            row = {"status": "error", "detail": text[-1500:], "failed": failed}
         connection.send(row)
-        _clean_up()
+        with suppress(Exception):
+            _clean_up()
+
+
+def _without_paths(text: str) -> str:
+    """Of this machine, which results do not need."""
+    for folder in (f"{ROOT}{os.sep}", f"{sys.prefix}{os.sep}"):
+        text = text.replace(folder, "")
+    return text
 
 
 def _clean_up() -> None:
@@ -269,6 +291,8 @@ def run_all(measurements: list[Measurement], report: Report, run: Run, end: floa
             for measurement in measurements:
                 if measurement.phase == phase:
                     worker = _measure(measurement, worker, report, run, phase_end)
+            if any(row["status"] == "no GPU" for row in report.rows.values()):
+                break
     finally:
         if worker is not None:
             worker.stop()
@@ -283,6 +307,7 @@ def _measure(
     if measurement.fallback is not None:
         tries.append({**measurement.options, **measurement.fallback})
     before = ""
+    run = replace(run, update=lambda row: report.add(measurement, row))
     for options in tries:
         if phase_end - time.monotonic() < LEAST:
             detail = f"no time was left for it in the phase {measurement.phase}"
@@ -361,10 +386,17 @@ def to_markdown(rows: list[dict[str, Any]], held_to: list[dict[str, Any]], facts
         for row in held_to
     ]
     lines += _table("Targets: one H100, batch 128, bf16", ("what", "value", "target", "reached"), targets_of)
-    for phase in ("figures", "training"):
-        chosen = [row for row in rows if row["phase"] == phase]
+    names = [f"{size}, {objective}, {side}" for objective in OBJECTIVES for size in SIZES for side in SIDES]
+    steps = [
+        (row["name"], *(_shown(row.get("values", {}).get(name), "") for name in STEP), row["status"], _cell(row))
+        for row in rows
+        if row["name"] in names
+    ]
+    lines += _table("Training steps", ("what", *STEP, "status", "detail"), steps)
+    for phase, title in (("figures", "Other figures"), ("training", "Training"), ("machine", "Data")):
+        chosen = [row for row in rows if row["phase"] == phase and row["name"] not in (*names, "machine")]
         cells = [(row["name"], _joined(row.get("values", {})), row["status"], _cell(row)) for row in chosen]
-        lines += _table(phase.capitalize(), ("what", "values", "status", "detail"), cells)
+        lines += _table(title, ("what", "values", "status", "detail"), cells)
     return "\n".join([*lines, "## Machine", "", *(f"- {name}: {value}" for name, value in facts.items()), ""])
 
 
@@ -402,11 +434,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--train_data", help="a folder of packed audio, or of its opus parcels, to train on")
     parser.add_argument("--init", help="encoder to start training from: an ASiT, or a ViT of images")
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="where the results and the encoder go")
-    chosen = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    chosen = parser.parse_args(given)
     end = time.monotonic() + 60 * chosen.minutes - RESERVE
     head = {
         "date": time.strftime("%Y-%m-%d %H:%M %Z"),
-        "command": shlex.join(["python", "examples/benchmarks/gpu.py", *(arguments or sys.argv[1:])]),
+        "command": shlex.join(["python", "examples/benchmarks/gpu.py", *_without_folders(given)]),
         "quick": chosen.quick,
     }
     measurements = [row for row in plan(chosen.quick) if row.phase in ("machine", *chosen.phases)]
@@ -421,6 +454,11 @@ def main(arguments: list[str] | None = None) -> int:
         bad = [f"{row['name']} ({row['status']})" for row in report.rows.values() if row["status"] not in FINE]
         print(f"failed or missing: {'; '.join(bad)}", file=sys.stderr)
     return 0 if fine else 1
+
+
+def _without_folders(arguments: list[str]) -> list[str]:
+    """Paths by their last part only."""
+    return [Path(argument).name if os.sep in argument else argument for argument in arguments]
 
 
 def _remove_half_exports(folder: Path) -> None:

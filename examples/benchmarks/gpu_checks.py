@@ -56,7 +56,7 @@ def facts(run: Run) -> dict[str, Any]:
             "cuDNN": torch.backends.cudnn.version(),
         }
     elif not run.quick:
-        raise RuntimeError("expected a GPU, found none: --quick runs at toy sizes on a CPU")
+        return {"status": "no GPU", "detail": "expected a GPU, found none: --quick runs at toy sizes on a CPU"}
     else:
         found["device"] = f"CPU, {platform.machine()}"
     return {"values": found}
@@ -64,7 +64,7 @@ def facts(run: Run) -> dict[str, Any]:
 
 def masks(run: Run, objective: str) -> dict[str, Any]:
     """Pixels of masks and corrupted views that differ from the CPU's."""
-    config = build_config_of(run, objective)
+    config = build_model("small", objective, run.quick).config
     generator = torch.Generator().manual_seed(0)
     clean = torch.randn(8 if run.quick else 32, 2, config.num_frames, config.num_mel_bins, generator=generator)
     keys = torch.randint(2**62, (len(clean),), generator=generator)
@@ -172,8 +172,10 @@ def synchronizations(run: Run) -> dict[str, Any]:
     model = build_model("small", "2024", run.quick)
     watch = _WatchSynchronizations()
     with tempfile.TemporaryDirectory() as folder:
-        dataset = SameBatch(build_batch(model.config, "2024", 16))
-        build_trainer(model, "2024", dataset, folder, callbacks=[watch], max_steps=6, bf16=True).train()
+        dataset = SameBatch(build_batch(model.config, "2024", 16, torch.int16))
+        trainer = build_trainer(model, "2024", dataset, folder, callbacks=[watch], max_steps=6, bf16=True)
+        with warnings.catch_warnings():
+            trainer.train()
     listed = "; ".join(f"{place} x{count}" for place, count in watch.places.most_common())
     return {"value": sum(watch.places.values()), "detail": listed}
 
@@ -183,11 +185,10 @@ class _WatchSynchronizations(TrainerCallback):
 
     def __init__(self):
         self.places: Counter[str] = Counter()
-        self._original = warnings.showwarning
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 4:
-            warnings.showwarning = self._note
+            self._original, warnings.showwarning = warnings.showwarning, self._note
             warnings.simplefilter("always")
             torch.set_warn_always(True)
             torch.cuda.set_sync_debug_mode("warn")
@@ -204,11 +205,6 @@ class _WatchSynchronizations(TrainerCallback):
         inner = f"{Path(filename).name}:{lineno}"
         outer = f" in {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
         self.places[inner + ("" if outer.endswith(inner) else outer)] += 1
-
-
-def build_config_of(run: Run, objective: str):
-    with torch.device("meta"):
-        return build_model("small", objective, run.quick).config
 
 
 def given_views(model: ASiTForPreTraining, objective: str, size: int = 2) -> dict[str, torch.Tensor]:

@@ -52,12 +52,12 @@ def product(run: Run) -> dict[str, Any]:
 
 
 def ours(run: Run, size: str, objective: str, compiled: bool = True) -> dict[str, Any]:
-    """Steps of `ASiTPreTrainer.train` in bf16, from waveforms on the host."""
+    """Steps of `ASiTPreTrainer.train` in bf16, from int16 waveforms on the host."""
 
     def measure(batch: int, compiled: bool) -> dict[str, Any]:
         model = build_model(size, objective, run.quick)
         watch = Stopwatch(*((1, 2) if run.quick else (WARM_UP, STEPS)))
-        dataset = SameBatch(build_batch(model.config, objective, batch))
+        dataset = SameBatch(build_batch(model.config, objective, batch, torch.int16))
         with tempfile.TemporaryDirectory() as folder, cheap_compiler():
             options = {"bf16": True, "max_steps": watch.last, "callbacks": [watch]}
             trainer = build_trainer(model, objective, dataset, folder, compiled, **options)
@@ -94,7 +94,8 @@ def plain(run: Run, size: str, objective: str, bf16: bool, attention: str) -> di
         return watch.values(batch)
 
     values, batch, _, reasons = with_fallbacks(measure, QUICK_BATCH if run.quick else BATCH, compiled=False)
-    return {"values": {**values, "batch": batch}, "detail": "; ".join(reasons)}
+    values |= {"batch": batch, "TF32": torch.backends.cuda.matmul.allow_tf32}
+    return {"values": values, "detail": "; ".join(reasons)}
 
 
 def inference(run: Run, size: str) -> dict[str, Any]:

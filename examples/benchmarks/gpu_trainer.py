@@ -1,10 +1,11 @@
 """Models, synthetic data and trainers for `gpu_checks.py`, `gpu_figures.py` and `gpu_training.py`."""
 
+import copy
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import partial
+from functools import lru_cache, partial
 from itertools import repeat
 from operator import itemgetter
 from pathlib import Path
@@ -14,16 +15,14 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from training_step import TOY
 from transformers import PrinterCallback, TrainerCallback
-from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
+from asit_hf.configuration_asit import SIZES
 from asit_hf.data import PretrainingCrops
 from asit_hf.data.collators import collate_crops
 from asit_hf.fbank_asit import window_and_hop
 from asit_hf.pretraining.objectives import get_objective
 from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
-
-logging.set_verbosity_error()
 
 RATE = 16000
 
@@ -53,9 +52,16 @@ def build_model(
     size: str, objective: str, quick: bool = False, drop_path_rate: float = 0.1, **more: Any
 ) -> ASiTForPreTraining:
     """A model of a named size (a toy with `quick`), always with the same weights, on the CPU."""
+    fields = {**get_objective(objective).config, "drop_path_rate": drop_path_rate, **more}
+    fields |= TOY if quick else SIZES[size]
+    return copy.deepcopy(_build_model(tuple(sorted(fields.items()))))
+
+
+@lru_cache(maxsize=1)
+def _build_model(fields: tuple[tuple[str, Any], ...]) -> ASiTForPreTraining:
+    """Kept, because drawing a base model's weights takes longer than a training step."""
     torch.manual_seed(0)
-    settings = {**get_objective(objective).config, "drop_path_rate": drop_path_rate, **more}
-    return ASiTForPreTraining(ASiTConfig(**settings, **TOY) if quick else ASiTConfig.from_size(size, **settings))
+    return ASiTForPreTraining(ASiTConfig(**dict(fields)))
 
 
 def num_samples(frames: int) -> int:
@@ -69,15 +75,21 @@ def local_frames(config: ASiTConfig) -> int:
     return config.num_frames // 3 // config.patch_size * config.patch_size
 
 
-def build_batch(config: ASiTConfig, objective: str, size: int) -> dict[str, torch.Tensor]:
-    """Noise as [`~asit_hf.data.collate_crops`] batches crops of `size` clips, pinned where there is a GPU."""
+def build_batch(
+    config: ASiTConfig, objective: str, size: int, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """
+    Noise as [`~asit_hf.data.collate_crops`] batches crops of `size` clips, pinned where there is a GPU; waveforms are
+    float32, or int16 PCM.
+    """
     generator = torch.Generator().manual_seed(0)
     crops = {"global": (2, config.num_frames), "local": (get_objective(objective).num_local_crops, 0)}
     batch = {"sample_keys": torch.arange(size)}
     for kind, (count, frames) in crops.items():
         if count:
             samples = num_samples(frames or local_frames(config))
-            batch[f"{kind}_waveforms"] = torch.rand(size, count, samples, generator=generator) - 0.5
+            noise = torch.rand(size, count, samples, generator=generator) - 0.5
+            batch[f"{kind}_waveforms"] = noise if dtype == torch.float32 else (noise * 2**15).to(dtype)
             batch[f"{kind}_lengths"] = torch.full((size, count), samples)
     return {name: value.pin_memory() if torch.cuda.is_available() else value for name, value in batch.items()}
 

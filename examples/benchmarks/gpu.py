@@ -33,9 +33,10 @@ RESULTS = ROOT / "examples" / "benchmarks" / "results"
 PHASES = ("checks", "figures", "training")
 # Of the time that is left, what a phase may take; the last one takes all of it.
 SHARES = {"checks": 0.25, "figures": 0.55, "training": 1.0}
+NO_GPU = "no GPU"  # ends the run
 FINE = ("passed", "measured", "needs CUDA", "skipped")
 # Seconds: kept for the last results; that a worker may take to start; with less than this left, nothing is started.
-RESERVE, START, LEAST = 5, 60, 5
+RESERVE, START, LEAST = 10, 60, 5
 SIZES, OBJECTIVES = ("small", "base"), ("2024", "2023")
 SIDES = {
     "ours": {"function": "gpu_figures:ours", "fallback": {"compiled": False}},
@@ -159,7 +160,8 @@ class Report:
     def add(self, measurement: Measurement, row: dict[str, Any]) -> None:
         row = {"phase": measurement.phase, "name": measurement.name, "bound": measurement.bound, **row}
         self.rows[measurement.name] = row
-        self.write()
+        if row["status"] != NO_GPU:  # earlier results are worth more than that
+            self.write()
         shown = row["value"] if row.get("value") is not None else _joined(row.get("values", {}))
         print(f"{row['phase']}: {row['name']}: {row['status']} {shown} {row.get('detail', '')[-300:]}", flush=True)
 
@@ -184,9 +186,11 @@ def replace_file(path: Path, text: str) -> None:
 class Worker:
     """A process that makes measurements, one after another, until it fails."""
 
-    def __init__(self):
+    def __init__(self, folder: Path):
         context = get_context("spawn")  # CUDA cannot be used in a fork
-        self.log = Path(tempfile.mkstemp(prefix="gpu-", suffix=".log")[1])
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / "output.log"
+        self.log.write_text("")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, str(self.log)))
         self.process.start()
@@ -228,7 +232,6 @@ class Worker:
                 continue
         self.process.join()
         self.connection.close()
-        self.log.unlink(missing_ok=True)
 
     def _last_output(self) -> str:
         return _without_paths(self.log.read_text(errors="replace"))[-600:].strip() or "it printed nothing"
@@ -291,8 +294,8 @@ def run_all(measurements: list[Measurement], report: Report, run: Run, end: floa
             for measurement in measurements:
                 if measurement.phase == phase:
                     worker = _measure(measurement, worker, report, run, phase_end)
-            if any(row["status"] == "no GPU" for row in report.rows.values()):
-                break
+                    if any(row["status"] == NO_GPU for row in report.rows.values()):
+                        return False
     finally:
         if worker is not None:
             worker.stop()
@@ -316,7 +319,7 @@ def _measure(
         if worker is not None and measurement.alone:
             worker.stop()
             worker = None
-        worker = worker or Worker()
+        worker = worker or Worker(run.scratch)
         row = worker.measure(measurement.function, run, options, measurement.seconds, phase_end)
         if row.pop("failed", False) or measurement.alone:
             worker.stop()
@@ -433,7 +436,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
     parser.add_argument("--train_data", help="a folder of packed audio, or of its opus parcels, to train on")
     parser.add_argument("--init", help="encoder to start training from: an ASiT, or a ViT of images")
-    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="where the results and the encoder go")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        help="where results and encoder go (default: examples/benchmarks/results, or runs/gpu-quick with --quick)",
+    )
     given = sys.argv[1:] if arguments is None else arguments
     chosen = parser.parse_args(given)
     end = time.monotonic() + 60 * chosen.minutes - RESERVE
@@ -442,6 +449,7 @@ def main(arguments: list[str] | None = None) -> int:
         "command": shlex.join(["python", "examples/benchmarks/gpu.py", *_without_folders(given)]),
         "quick": chosen.quick,
     }
+    chosen.output_dir = chosen.output_dir or (ROOT / "runs" / "gpu-quick" if chosen.quick else RESULTS)
     measurements = [row for row in plan(chosen.quick) if row.phase in ("machine", *chosen.phases)]
     _remove_half_exports(chosen.output_dir)
     with tempfile.TemporaryDirectory(prefix="gpu-") as scratch:

@@ -8,7 +8,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from common import machine_facts
-from gpu import Run
+from gpu import NO_GPU, Run
 from gpu_trainer import (
     RATE,
     RecordingTrainer,
@@ -56,7 +56,7 @@ def facts(run: Run) -> dict[str, Any]:
             "cuDNN": torch.backends.cudnn.version(),
         }
     elif not run.quick:
-        return {"status": "no GPU", "detail": "expected a GPU, found none: --quick runs at toy sizes on a CPU"}
+        return {"status": NO_GPU, "detail": "expected a GPU, found none: --quick runs at toy sizes on a CPU"}
     else:
         found["device"] = f"CPU, {platform.machine()}"
     return {"values": found}
@@ -274,7 +274,9 @@ def compare_losses(found: RecordingTrainer, expected: RecordingTrainer) -> dict[
 def exact_float32() -> Iterator[None]:
     """Without TF32, which rounds the inputs of products to three digits."""
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = products.allow_tf32, convolutions.allow_tf32
+    before = [products.allow_tf32, True]
+    with suppress(RuntimeError):  # torch does not tell where its newer setting was used
+        before[1] = convolutions.allow_tf32
     products.allow_tf32 = convolutions.allow_tf32 = False
     try:
         yield

@@ -1,12 +1,13 @@
 """`gpu.py` at toy sizes on a CPU, and what it does when measurements fail. `make gpu-rehearsal` runs all of it."""
 
-import importlib
+import importlib.util
 import json
 import os
 import sys
 import time
 import warnings
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTModel
-from asit_hf.recipes import recipe_arguments
+from asit_hf.recipes import parse_arguments, recipe_arguments
 
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 FAKES = """
@@ -101,7 +102,6 @@ def measure(tmp_path, monkeypatch):
         fine = gpu.run_all(listed, report, run, time.monotonic() + seconds)
         names = [name for name, _, _ in measurements]
         assert all(one == names[: len(one)] for one in written)
-        assert list(report.rows) == written[-1]
         return fine, report.rows
 
     return call
@@ -123,6 +123,7 @@ def test_what_fails_is_reported_and_the_next_goes_on(measure, tmp_path):
         ("last", "process", {}),
     )
     assert not fine
+    assert [row["name"] for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]] == list(rows)
     assert [row["status"] for row in rows.values()] == [
         *("measured", "error", "measured", "timed out", "measured", "error", "error"),
         *("passed", "failed", "failed", "measured", "measured"),
@@ -157,8 +158,10 @@ def test_without_a_gpu_nothing_is_measured_at_full_size(measure, run):
     if not torch.cuda.is_available():
         assert row["status"] == "no GPU"
     assert load("gpu_checks").facts(run)["values"]["torch"]
-    fine, rows = measure(("machine", "nothing", {}))
+    fine, rows = measure(("machine", "nothing", {}), ("next", "good", {}))
     assert not fine
+    assert list(rows) == ["machine"]
+    assert not (run.output_dir / "gpu.json").exists()  # one of an earlier run would be lost
 
 
 def test_phases_share_the_time_and_end_with_it(monkeypatch, tmp_path):
@@ -329,8 +332,35 @@ def test_training_fills_the_time_and_exports(run, monkeypatch):
     assert ASiTModel.from_pretrained(run.output_dir / "encoder").config.hidden_size == 32
 
 
-def test_the_recipe_of_the_training_is_that_of_run_pretraining():
-    """`gpu_training.py` reads it with fewer options than the script has."""
-    options = recipe_arguments(load("gpu_training").RECIPE)
-    assert "--bf16" in options
-    assert options[options.index("--per_device_train_batch_size") + 1] == str(load("gpu_training").BATCH)
+def test_the_pool_is_given_packed_or_as_parcels(run, tmp_path):
+    packed, parcels = (pytest.importorskip(f"asit_hf.data.{name}") for name in ("packed", "parcels"))
+    training = load("gpu_training")
+    packed.write_packed(tmp_path / "packed", training.synthetic_clips(2), training.RATE)
+    parcels.encode_parcels(packed.PackedAudio.load(tmp_path / "packed"), tmp_path / "parcels", num_threads=1)
+    for number, name in enumerate(("packed", "parcels")):
+        run.train_data, run.scratch = str(tmp_path / name), tmp_path / f"scratch-{number}"
+        assert training.pool(run)["values"]["clips"] == 2
+        assert len(packed.PackedAudio.load(training.pool_folder(run))) == 2
+    run.train_data, run.scratch = str(tmp_path / "nothing"), tmp_path / "other"
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        training.pool(run)
+    run.train_data, run.quick = None, False
+    assert training.pool(run)["status"] == training.train(run)["status"] == "skipped"
+
+
+def test_the_recipe_of_the_training_is_one_of_run_pretraining(tmp_path):
+    training = load("gpu_training")
+    options = recipe_arguments(training.RECIPE)
+    names = {option.removeprefix("--") for option in options if option.startswith("--")}
+    known = {one.name for one in (*fields(training.TrainingSettings), *fields(training.ASiTPreTrainingArguments))}
+    if "compile_layers" not in known:
+        pytest.skip("this needs the argument compile_layers")
+    assert names <= known
+    script = importlib.util.spec_from_file_location("pretraining_script", FOLDER.parent / "run_pretraining.py")
+    module = sys.modules[script.name] = importlib.util.module_from_spec(script)
+    script.loader.exec_module(module)
+    given = ["--recipe", str(training.RECIPE), "--train_data", "x", "--output_dir", str(tmp_path), "--bf16", "False"]
+    model, data, args = parse_arguments(
+        (module.ModelArguments, module.DataArguments, training.ASiTPreTrainingArguments), given
+    )
+    assert (model.size, data.global_seconds, args.train_batch_size) == ("small", 2.0, training.BATCH)

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -184,27 +185,32 @@ def replace_file(path: Path, text: str) -> None:
 
 
 class Worker:
-    """A process that makes measurements, one after another, until it fails."""
+    """Makes measurements in a process of its own, which is started when it is needed, and anew after `stop`."""
 
     def __init__(self, folder: Path):
-        context = get_context("spawn")  # CUDA cannot be used in a fork
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "output.log"
+        self.process: BaseProcess | None = None
+        self.connection: Connection | None = None
+
+    def start(self) -> None:
+        context = get_context("spawn")  # CUDA cannot be used in a fork
         self.log.write_text("")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, str(self.log)))
         self.process.start()
         theirs.close()
-        self.is_fresh, self.is_stuck = True, False
 
     def measure(self, function: str, run: Run, options: dict[str, Any], seconds: float, end: float) -> dict[str, Any]:
         """
-        The row; `failed` is true in it where the process must not be used again. `run.update` gets what the
-        measurement reports before it is done.
+        The row of a call that may take so many seconds, but not beyond `end`; `failed` is true in it where the process
+        must not be used again. `run.update` gets what the call reports before it is done.
         """
         start = time.monotonic()
-        end = min(start + seconds + (START if self.is_fresh else 0), end)
-        self.is_fresh = False
+        if self.process is None:
+            self.start()
+            seconds += START
+        end = min(start + seconds, end)
         row: dict[str, Any] = {}
         try:
             self.connection.send((function, {**vars(run), "end": end, "update": None}, options))
@@ -217,21 +223,25 @@ class Worker:
             self.process.join(5)
             reason = f"the process ended with exit code {self.process.exitcode}: {self._last_output()}"
             return {**row, "status": "error", "detail": reason, "failed": True}
-        self.is_stuck = True
+        self.kill()
         reason = f"killed after {end - start:.0f} s: {self._last_output()}"
         return {**row, "status": "timed out", "detail": reason, "failed": True}
 
     def stop(self) -> None:
-        with suppress(OSError):
-            self.connection.send(None)
-        self.process.join(0 if self.is_stuck else 5)
-        for end_of in (os.killpg, os.kill):  # its own children too, once it leads a group
-            try:
-                end_of(self.process.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                continue
+        """Lets the process end, or ends it where it does not."""
+        if self.process is not None:
+            with suppress(OSError):
+                self.connection.send(None)
+            self.process.join(5)
+            self.kill()
+            self.connection.close()
+            self.process = None
+
+    def kill(self) -> None:
+        for end in (os.killpg, os.kill):  # its own children too, once it leads a group
+            with suppress(ProcessLookupError, PermissionError):
+                end(self.process.pid, signal.SIGKILL)
         self.process.join()
-        self.connection.close()
 
     def _last_output(self) -> str:
         return _without_paths(self.log.read_text(errors="replace"))[-600:].strip() or "it printed nothing"
@@ -286,26 +296,23 @@ def _clean_up() -> None:
 def run_all(measurements: list[Measurement], report: Report, run: Run, end: float) -> bool:
     """Makes all measurements until `end` on `time.monotonic()`. Returns whether none failed or was left out."""
     phases = list(dict.fromkeys(measurement.phase for measurement in measurements))
-    worker: Worker | None = None
+    worker = Worker(run.scratch)
     try:
         for phase in phases:
             share = 1.0 if phase == phases[-1] else SHARES.get(phase, 1.0)
             phase_end = time.monotonic() + share * (end - time.monotonic())
             for measurement in measurements:
                 if measurement.phase == phase:
-                    worker = _measure(measurement, worker, report, run, phase_end)
+                    _measure(measurement, worker, report, run, phase_end)
                     if any(row["status"] == NO_GPU for row in report.rows.values()):
                         return False
     finally:
-        if worker is not None:
-            worker.stop()
+        worker.stop()
     return all(row["status"] in FINE for row in report.rows.values())
 
 
-def _measure(
-    measurement: Measurement, worker: Worker | None, report: Report, run: Run, phase_end: float
-) -> Worker | None:
-    """Adds one row. Returns the worker that the next measurement may use."""
+def _measure(measurement: Measurement, worker: Worker, report: Report, run: Run, phase_end: float) -> None:
+    """Adds one row."""
     tries = [measurement.options]
     if measurement.fallback is not None:
         tries.append({**measurement.options, **measurement.fallback})
@@ -316,14 +323,11 @@ def _measure(
             detail = f"no time was left for it in the phase {measurement.phase}"
             row = {"status": "not measured", "detail": before + detail}
             break
-        if worker is not None and measurement.alone:
+        if measurement.alone:
             worker.stop()
-            worker = None
-        worker = worker or Worker(run.scratch)
         row = worker.measure(measurement.function, run, options, measurement.seconds, phase_end)
         if row.pop("failed", False) or measurement.alone:
             worker.stop()
-            worker = None
         if row["status"] not in ("error", "timed out"):
             break
         before = f"{before}with {options}: {row.get('detail', '')} "
@@ -333,7 +337,6 @@ def _measure(
     if before and row["status"] in FINE:
         row["detail"] = f"{row.get('detail', '')} second try, the first failed {before[-400:]}".strip()
     report.add(measurement, row)
-    return worker
 
 
 def targets(rows: dict[str, dict[str, Any]], quick: bool) -> list[dict[str, Any]]:

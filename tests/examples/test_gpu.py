@@ -172,7 +172,7 @@ def test_phases_share_the_time_and_end_with_it(monkeypatch, tmp_path):
     )
     report = SimpleNamespace(rows={})
     start = time.monotonic()
-    gpu.run_all(gpu.plan(quick=False), report, None, start + 1000)
+    gpu.run_all(gpu.plan(quick=False), report, gpu.Run(tmp_path, tmp_path / "scratch"), start + 1000)
     assert list(ends) == ["machine", *gpu.PHASES]
     assert ends["training"] == pytest.approx(start + 1000, abs=5)
     assert ends["checks"] == pytest.approx(start + 1000 * gpu.SHARES["checks"], abs=5)

@@ -1,17 +1,23 @@
-# `make demo` and `make test` build .venv by themselves; everything else runs inside it, `make oldest` beside it.
+# `make demo` and `make test` build .venv by themselves; everything else runs inside it, `make oldest` and
+# `make gpu-rehearsal` beside it, and `make gpu` in whatever environment the machine has.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 OLDEST := .venv-oldest
 OLDEST_PIP := $(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt
+REHEARSAL := .venv-gpu
+REHEARSAL_PIP := $(REHEARSAL)/bin/pip install --quiet --constraint $(REHEARSAL)/constraints.txt
+GPU_PYTHON ?= python3
+GPU_OUT ?= examples/benchmarks/results
+GPU_OPTIONS ?=
 AUDIO ?=
 OUT ?= demo_output
 MODEL ?= model_cards/asit-tiny-pool26h-esc50
 # all cores for the process that runs; tests and loader workers set their own
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: demo test oldest hear common space browser quality style clean
+.PHONY: demo test oldest gpu gpu-rehearsal hear common space browser quality style clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +44,26 @@ oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest tests/test_configuration.py tests/test_feature_extraction.py tests/test_modeling.py \
 		tests/test_wrong_inputs.py tests/test_pipeline.py tests/test_sharing.py tests/finetuning/test_trainer_loss.py \
 		-k "not pushed_on"
+
+# checks, figures and some minutes of training on a GPU; the package need not be installed
+gpu:
+	PYTHONPATH=. $(GPU_PYTHON) examples/benchmarks/gpu.py --output_dir "$(GPU_OUT)" $(GPU_OPTIONS)
+
+# `make gpu` at toy sizes on a CPU, twice, with the few packages and the versions that rented machines have; the code
+# is found by its path, since installing it would bring soundfile and soxr
+$(REHEARSAL)/ready: constraints.txt Makefile
+	$(PYTHON) -m venv $(REHEARSAL)
+	grep -E '^(torch|numpy|safetensors|accelerate)==' constraints.txt > $(REHEARSAL)/constraints.txt
+	printf 'transformers==5.17.0\nhuggingface_hub==1.33.0\n' >> $(REHEARSAL)/constraints.txt
+	$(REHEARSAL_PIP) "$$(grep '^torch==' constraints.txt)" numpy
+	$(REHEARSAL_PIP) transformers accelerate
+	touch $@
+
+gpu-rehearsal: $(REHEARSAL)/ready
+	rm -rf $(REHEARSAL)/results
+	for round in 1 2; do \
+		PYTHONPATH=. OMP_NUM_THREADS=1 $(REHEARSAL)/bin/python examples/benchmarks/gpu.py --quick --output_dir $(REHEARSAL)/results || exit 1; \
+	done
 
 # the HEAR benchmark's own validator, beside the environment: it asks for tensorflow, which it does not need
 hear: $(VENV)/ready
@@ -74,4 +100,4 @@ style: $(VENV)/ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(REHEARSAL) build dist *.egg-info

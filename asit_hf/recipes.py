@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
+import torch
+from transformers import HfArgumentParser, TrainingArguments
 
 
 def parse_arguments(dataclass_types: tuple[type, ...], arguments: list[str] | None = None) -> tuple[Any, ...]:
     """
     Parses a command line into dataclasses. `--recipe FILE ...` (yaml or json, anywhere) supplies options; a later file
     overrides an earlier one, and the command line both. `$NAME` in a recipe is taken from the environment.
+
+    Where there is no accelerator, `--use_cpu true` is understood: without it Trainer refuses `--bf16` there.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     recipe_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -24,7 +27,9 @@ def parse_arguments(dataclass_types: tuple[type, ...], arguments: list[str] | No
     parser = HfArgumentParser(
         dataclass_types, allow_abbrev=False, epilog="--recipe FILE ... reads options from yaml or json files."
     )
-    return parser.parse_args_into_dataclasses(recipe + arguments)
+    trains = any(issubclass(one, TrainingArguments) for one in dataclass_types)
+    implied = ["--use_cpu", "true"] if trains and not torch.accelerator.is_available() else []
+    return parser.parse_args_into_dataclasses(implied + recipe + arguments)
 
 
 def recipe_arguments(path: str | os.PathLike) -> list[str]:

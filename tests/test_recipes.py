@@ -1,6 +1,8 @@
 from dataclasses import dataclass, field
 
 import pytest
+import torch
+from transformers import TrainingArguments
 
 from asit_hf.recipes import parse_arguments, recipe_arguments
 
@@ -58,3 +60,17 @@ def test_wrong_recipes_are_refused(tmp_path):
         recipe.write_text(f"{option}: 1\n")
         with pytest.raises(ValueError, match=option):
             parse_arguments((Options,), ["--recipe", str(recipe)])
+
+
+def test_without_an_accelerator_a_recipe_in_bf16_trains_on_the_cpu(tmp_path, monkeypatch):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"output_dir: {tmp_path}\nbf16: true\nreport_to: none\n")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    (args,) = parse_arguments((TrainingArguments,), ["--recipe", str(recipe)])
+    assert args.use_cpu
+    assert args.bf16
+    (options,) = parse_arguments((Options,), [])  # no option of its own
+    assert options == Options()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    (args,) = parse_arguments((TrainingArguments,), ["--recipe", str(recipe), "--bf16", "false"])
+    assert not args.use_cpu

@@ -22,8 +22,17 @@ from asit_hf import (
     ASiTModel,
     read_audio,
 )
-from asit_hf.data import AudioReadError, ClassificationCollator, encode_labels, filter_rows, load_audio_dataset
+from asit_hf.data import (
+    AudioReadError,
+    ClassificationCollator,
+    encode_labels,
+    filter_rows,
+    load_audio_dataset,
+    resample,
+)
+from asit_hf.evaluation.probe import linear_probe
 from asit_hf.fbank_asit import log_mel_spectrogram
+from asit_hf.finetuning import metrics
 from asit_hf.finetuning.sampling import class_weights
 from asit_hf.hub import find_checkpoint
 from asit_hf.modeling_asit import classification_loss
@@ -89,6 +98,8 @@ def without(missing: str, call, *anew: str):
 def importing(module: str):
     return lambda: import_module(module), module
 
+
+CLUSTERS = np.eye(2, dtype=np.float32)[[0, 1] * 4], np.array([0, 1] * 4)
 
 WAVEFORMS = [
     (lambda: extract(noise, 22050), ValueError, ["16000", "22050"]),
@@ -267,11 +278,22 @@ BATCHES = [
 
 EXTRAS = [
     (
-        lambda: without("sklearn.model_selection", *importing("asit_hf.evaluation.probe")),
+        lambda: without("sklearn.model_selection", lambda: linear_probe(*CLUSTERS, *CLUSTERS)),
         ImportError,
         ["sklearn", "asit-hf[train]"],
     ),
-    (lambda: without("evaluate", *importing("asit_hf.finetuning.metrics")), ImportError, ["evaluate", "[train]"]),
+    (
+        lambda: without("sklearn.metrics", lambda: metrics.average_precisions(CLUSTERS[0], np.eye(2)[CLUSTERS[1]])),
+        ImportError,
+        ["sklearn is", "[train]"],
+    ),
+    (
+        lambda: without("evaluate", *importing("asit_hf.finetuning.evaluate_metrics")),
+        ImportError,
+        ["evaluate is", "[train]"],
+    ),
+    (lambda: without("soundfile", lambda: read(__file__)), ImportError, ["soundfile is", "asit-hf"]),
+    (lambda: without("soxr", lambda: resample(noise, 8000, RATE)), ImportError, ["soxr is", "asit-hf"]),
     (lambda: without("matplotlib.axes", *importing("asit_hf.plotting")), ImportError, ["matplotlib is", "[train]"]),
     (
         lambda: without("scipy.ndimage", *importing("asit_hf.evaluation.sound_events")),

@@ -6,11 +6,14 @@ import re
 from dataclasses import dataclass, replace
 from math import gcd
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import soundfile
-import soxr
+
+from ..extras import extra
+
+if TYPE_CHECKING:  # imported where used: arrays need neither soundfile nor soxr
+    import soundfile
 
 # Samples, at the lower of the two rates, that the resampling filter sees on each side of a window.
 _RESAMPLING_CONTEXT = 256
@@ -174,7 +177,9 @@ class AudioReader:
             self.close()
             raise AudioReadError(self.name, f"truncated: its header promises {cut[1]} bytes of audio, it has {cut[2]}")
 
-    def _open(self) -> soundfile.SoundFile:
+    def _open(self) -> "soundfile.SoundFile":
+        with extra():
+            import soundfile
         try:
             if self._content is None and "://" in os.fspath(self._path):
                 self._content = _fetch(self._path)
@@ -197,6 +202,8 @@ class AudioReader:
         """Samples `first` to `last` at the source's own rate."""
         if self._samples is not None:
             return self._samples[first:last]
+        import soundfile
+
         # One read call for lead-in and window: soundfile seeks after every call.
         try:
             begin = self._seek(max(0, first - self._lead_in(first)))
@@ -235,6 +242,8 @@ class AudioReader:
 
     def _seek(self, frame: int) -> int:
         """Go to `frame`, or where the file cannot be sought to its beginning; return the position."""
+        import soundfile
+
         try:
             if self._file.tell() == frame or self._file.seek(frame) == frame:
                 return frame
@@ -306,6 +315,8 @@ def resample(waveform: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     from_rate, to_rate = _positive_rate(from_rate), _positive_rate(to_rate)
     if from_rate == to_rate:
         return waveform
+    with extra():
+        import soxr
     return soxr.resample(waveform, from_rate, to_rate, quality="HQ")
 
 
@@ -348,6 +359,6 @@ def _checked(waveform: np.ndarray, name: str) -> np.ndarray:
     return waveform
 
 
-def _reason(error: soundfile.LibsndfileError) -> str:
+def _reason(error: "soundfile.LibsndfileError") -> str:
     reason = error.error_string.removeprefix("Error : ").rstrip(".")
     return _REASONS.get(reason, reason)

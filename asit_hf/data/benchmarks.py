@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import soundfile
 
+from ..extras import extra
 from .audio import audio_info, read_audio
 from .datasets import find_audio_files
 
@@ -438,6 +438,8 @@ def _speech_commands_test_archive(root: Path, split: str, names: Sequence[str], 
 
 def _silence_clips(files: list[Path], split: str, count: int) -> Iterator[dict[str, Any]]:
     """`count` windows of 1 s as wav bytes, from this split's stretch of every recording in turn."""
+    with extra():
+        import soundfile
     durations = [audio_info(file).duration for file in files]
     low, high = _NOISE_SHARES[split]
     generator = np.random.default_rng(0)

@@ -9,9 +9,6 @@ import torch.nn.functional as F
 from ..extras import extra
 from ..finetuning.metrics import multi_label_metrics, single_label_metrics
 
-with extra("train"):
-    from sklearn.model_selection import StratifiedGroupKFold
-
 # Strong to weak: each fit starts from the one before.
 WEIGHT_DECAYS = tuple(10.0 ** np.arange(0, -6.5, -0.5))
 # Of least squares: all come out of one decomposition.
@@ -164,6 +161,8 @@ def _folds(
     labels: np.ndarray, groups: Sequence | None, num_folds: int, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Indices to fit on and to validate on, for every fold."""
+    with extra("train"):
+        from sklearn.model_selection import StratifiedGroupKFold
     groups = np.arange(len(labels)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     if len(groups) != len(labels):
         raise ValueError(f"expected a group for each of {len(labels)} clips, got {len(groups)}")

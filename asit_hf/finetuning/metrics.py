@@ -7,18 +7,15 @@ from transformers import EvalPrediction
 
 from ..extras import extra
 
-with extra("train"):
-    import datasets
-    import evaluate
-    from scipy.special import ndtri
-    from sklearn.metrics import (
-        average_precision_score,
-        confusion_matrix,
-        precision_recall_fscore_support,
-        roc_auc_score,
-    )
-
 TOP_K = 5
+
+
+def __getattr__(name: str):
+    if name in ("SingleLabelMetrics", "MultiLabelMetrics"):  # their base class needs evaluate, the functions do not
+        from . import evaluate_metrics
+
+        return getattr(evaluate_metrics, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
@@ -46,12 +43,16 @@ def average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
         scores (`np.ndarray` of shape `(clips, classes)`): logits or probabilities.
         targets (`np.ndarray` of shape `(clips, classes)`): 0 or 1.
     """
+    with extra("train"):
+        from sklearn.metrics import average_precision_score
     scores, targets = _check_scores(scores), _check_targets(targets, scores)
     return _per_class(average_precision_score, scores, targets, targets.any(axis=0))
 
 
 def roc_aucs(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Area under the ROC curve of every class, `(classes,)`; NaN for one without positives or without negatives."""
+    with extra("train"):
+        from sklearn.metrics import roc_auc_score
     scores, targets = _check_scores(scores), _check_targets(targets, scores)
     return _per_class(roc_auc_score, scores, targets, targets.any(axis=0) & ~targets.all(axis=0))
 
@@ -61,6 +62,8 @@ def d_prime(auc: float) -> float:
     The sensitivity index d' that an area under the ROC curve stands for: infinite for a perfect 1, minus infinity for
     0, NaN for NaN.
     """
+    with extra("train"):
+        from scipy.special import ndtri
     return float(np.sqrt(2) * ndtri(auc))
 
 
@@ -148,6 +151,8 @@ def confusion_counts(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Clips by class (rows) and best-scored class (columns), `(classes, classes)` int64, for
     [`~asit_hf.plotting.plot_confusion`]. Arguments as in `top_k_accuracy`.
     """
+    with extra("train"):
+        from sklearn.metrics import confusion_matrix
     scores, labels = _check_scores(scores), np.asarray(labels)
     _check_class_ids(labels, scores)
     return confusion_matrix(labels, scores.argmax(axis=1), labels=range(scores.shape[1]))
@@ -164,6 +169,8 @@ def per_class_report(
         targets (`np.ndarray` of shape `(clips,)` or `(clips, classes)`): class ids give the columns `label`, `clips`,
             `precision`, `recall`, `f1`; 0-1 targets give `label`, `clips`, `average_precision`, `auc`.
     """
+    with extra("train"):
+        from sklearn.metrics import precision_recall_fscore_support
     scores, targets = _check_scores(scores), np.asarray(targets)
     if scores.shape[1] != len(label_names):
         raise ValueError(f"expected scores of {len(label_names)} classes, got shape {scores.shape}")
@@ -181,36 +188,6 @@ def per_class_report(
         }
     rows = zip(label_names, *(values.tolist() for values in columns.values()))
     return [dict(zip(("label", *columns), row)) for row in rows]
-
-
-class SingleLabelMetrics(evaluate.Metric):
-    """
-    `single_label_metrics` as a metric of `evaluate`: `predictions` are scores, `references` class ids; `compute` also
-    takes `k`.
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _metric_info(single_label_metrics, datasets.Value("int64"))
-
-    def _compute(self, predictions: list, references: list, k: int = TOP_K) -> dict[str, float]:
-        return single_label_metrics(np.asarray(predictions), np.asarray(references), k)
-
-
-class MultiLabelMetrics(evaluate.Metric):
-    """`multi_label_metrics` as a metric of `evaluate`: `predictions` are scores, `references` rows of 0 and 1."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _metric_info(multi_label_metrics, datasets.List(datasets.Value("int64")))
-
-    def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        return multi_label_metrics(np.asarray(predictions), np.asarray(references))
-
-
-def _metric_info(function: Callable, references: object) -> evaluate.MetricInfo:
-    features = {"predictions": datasets.List(datasets.Value("float64")), "references": references}
-    return evaluate.MetricInfo(
-        description=function.__doc__, citation="", inputs_description="", features=datasets.Features(features)
-    )
 
 
 def _per_class(metric: Callable, scores: np.ndarray, targets: np.ndarray, scorable: np.ndarray) -> np.ndarray:

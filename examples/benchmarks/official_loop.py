@@ -1,5 +1,5 @@
 """
-What the authors' pretraining loop computes, restated plainly: the baseline of `training_step.py`.
+What the authors' pretraining loop computes, restated plainly: the baseline of `training_step.py` and `gpu.py`.
 
 Attention as matrix products, logits that stand whole in memory, the gradient norm of every tensor read one by one, a
 moving average one tensor at a time, masks drawn by a loop in Python.
@@ -8,6 +8,7 @@ moving average one tensor at a time, masks drawn by a loop in Python.
 import copy
 import math
 import random
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,9 +20,9 @@ from asit_hf.pretraining.masking import GMML
 
 
 class Attention(nn.Module):
-    def __init__(self, size: int, num_heads: int):
+    def __init__(self, size: int, num_heads: int, fused: bool):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.fused = num_heads, fused
         self.qkv = nn.Linear(size, 3 * size)
         self.output = nn.Linear(size, size)
 
@@ -29,18 +30,21 @@ class Attention(nn.Module):
         batch, length, size = tokens.shape
         heads = self.qkv(tokens).view(batch, length, 3, self.num_heads, -1)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
-        scores = query @ key.transpose(-1, -2) * (size // self.num_heads) ** -0.5
-        attended = scores.softmax(-1) @ value
+        if self.fused:
+            attended = F.scaled_dot_product_attention(query, key, value)
+        else:
+            scores = query @ key.transpose(-1, -2) * (size // self.num_heads) ** -0.5
+            attended = scores.softmax(-1) @ value
         return self.output(attended.transpose(1, 2).reshape(batch, length, size))
 
 
 class Block(nn.Module):
-    def __init__(self, config: ASiTConfig, drop_path: float):
+    def __init__(self, config: ASiTConfig, drop_path: float, fused: bool):
         super().__init__()
         size, hidden = config.hidden_size, config.intermediate_size
         self.drop_path = drop_path
         self.norm_1 = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        self.attention = Attention(size, config.num_attention_heads)
+        self.attention = Attention(size, config.num_attention_heads, fused)
         self.norm_2 = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.mlp = nn.Sequential(nn.Linear(size, hidden), nn.GELU(), nn.Linear(hidden, size))
 
@@ -51,12 +55,12 @@ class Block(nn.Module):
     def _drop(self, branch: torch.Tensor) -> torch.Tensor:
         if not self.training or self.drop_path == 0:
             return branch
-        keeps = torch.rand(len(branch), 1, 1) >= self.drop_path
+        keeps = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
         return branch / (1 - self.drop_path) * keeps.to(branch.dtype)
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: ASiTConfig, drop_path_rate: float):
+    def __init__(self, config: ASiTConfig, drop_path_rate: float, fused: bool):
         super().__init__()
         self.grid = config.position_grid
         columns, rows = self.grid
@@ -64,7 +68,7 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.positions = nn.Parameter(torch.zeros(1, 1 + columns * rows, config.hidden_size))
         rates = torch.linspace(0, drop_path_rate, config.num_hidden_layers).tolist()
-        self.blocks = nn.Sequential(*(Block(config, rate) for rate in rates))
+        self.blocks = nn.Sequential(*(Block(config, rate, fused) for rate in rates))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, spectrograms: torch.Tensor) -> torch.Tensor:
@@ -122,9 +126,9 @@ class ReconstructionHead(nn.Module):
 
 
 class Network(nn.Module):
-    def __init__(self, config: ASiTConfig, drop_path_rate: float):
+    def __init__(self, config: ASiTConfig, drop_path_rate: float, fused: bool):
         super().__init__()
-        self.encoder = Encoder(config, drop_path_rate)
+        self.encoder = Encoder(config, drop_path_rate, fused)
         self.distillation = DistillationHead(config)
         self.reconstruction = ReconstructionHead(config)
 
@@ -134,14 +138,24 @@ class OfficialLoop:
     Student, teacher, centres and optimiser, moved by `step`.
 
     Args:
-        model ([`ASiTForPreTraining`]): gives the sizes, the loss weights and all initial weights.
+        model ([`ASiTForPreTraining`]): gives the sizes, the loss weights, all initial weights and the device.
         gmml ([`GMML`]): the corruption.
         bf16 (`bool`): autocast the forward passes; the authors' default is float32.
+        attention (`str`): `"eager"`, as matrix products, or torch's fused `"sdpa"`.
     """
 
-    def __init__(self, model: ASiTForPreTraining, gmml: GMML, bf16: bool = False, max_norm: float = 3.0):
+    def __init__(
+        self,
+        model: ASiTForPreTraining,
+        gmml: GMML,
+        bf16: bool = False,
+        max_norm: float = 3.0,
+        attention: Literal["eager", "sdpa"] = "eager",
+    ):
+        if attention not in ("eager", "sdpa"):
+            raise ValueError(f"attention must be 'eager' or 'sdpa', got {attention!r}")
         self.config, self.gmml, self.bf16, self.max_norm = model.config, gmml, bf16, max_norm
-        self.student = Network(model.config, model.config.drop_path_rate)
+        self.student = Network(model.config, model.config.drop_path_rate, fused=attention == "sdpa").to(model.device)
         self.student.load_state_dict(restate_weights(model.asit, model.heads))
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
         self.teacher.load_state_dict(restate_weights(model.teacher["asit"], model.teacher["heads"]))
@@ -154,13 +168,20 @@ class OfficialLoop:
         self.optimizer = torch.optim.AdamW(groups, lr=1e-6)
 
     def step(
-        self, clean: torch.Tensor, local: torch.Tensor | None = None, momentum: float = 0.996
+        self,
+        clean: torch.Tensor,
+        local: torch.Tensor | None = None,
+        momentum: float = 0.996,
+        corruption: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> dict[str, float]:
-        """One step on `clean` (batch, views, frames, mel) and `local` (batch, crops, frames, mel); masks included."""
-        views = [view[:, None] for view in clean.unbind(1)]
-        corrupted, masks = corrupt_in_python(views, self.gmml)
-        crops = [] if local is None else [crop[:, None] for crop in local.unbind(1)]
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        """
+        One step on `clean` (batch, views, frames, mel) and `local` (batch, crops, frames, mel). Masks are drawn too,
+        unless `corruption` gives corrupted views and masks, both of `clean`'s shape.
+        """
+        views = _split(clean)
+        corrupted, masks = corrupt_in_python(views, self.gmml) if corruption is None else map(_split, corruption)
+        crops = [] if local is None else _split(local)
+        with torch.autocast(clean.device.type, torch.bfloat16, enabled=self.bf16):
             losses = self.losses(views, corrupted, masks, crops)
         loss = losses["loss"]
         if not math.isfinite(loss.item()):
@@ -224,6 +245,11 @@ class OfficialLoop:
                 norm = parameter.grad.norm().item()
                 if norm > self.max_norm:
                     parameter.grad.mul_(self.max_norm / (norm + 1e-6))
+
+
+def _split(views: torch.Tensor) -> list[torch.Tensor]:
+    """(batch, views, frames, mel) -> views of (batch, 1, frames, mel)."""
+    return [view[:, None] for view in views.unbind(1)]
 
 
 def corrupt_in_python(views: list[torch.Tensor], gmml: GMML) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

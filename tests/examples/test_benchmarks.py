@@ -57,6 +57,25 @@ def test_the_restated_loop_computes_our_losses(objective):
     torch.testing.assert_close(loop.patch_center, model.patch_center.center, rtol=0, atol=1e-6)
 
 
+def test_the_restated_loop_with_fused_attention_and_given_masks_on_the_device_of_the_model():
+    model = load("training_step").build_model("2024", quick=True)
+    model.config.drop_path_rate = 0.0
+    batch = load("training_step").build_batch(model.config, "2024", 3)
+    clean, local = batch["input_values"], batch["local_values"]
+    corruption = corrupt(clean, torch.arange(3), 0, GMML())
+    official_loop = load("official_loop")
+    eager, fused = (
+        official_loop.OfficialLoop(model, GMML(), attention=attention).step(clean, local, corruption=corruption)
+        for attention in ("eager", "sdpa")
+    )
+    assert fused == pytest.approx(eager, rel=1e-5)
+    with pytest.raises(ValueError, match="attention"):
+        official_loop.OfficialLoop(model, GMML(), attention="flash")
+    loop = official_loop.OfficialLoop(model.to("meta"), GMML())
+    tensors = [*loop.student.parameters(), *loop.teacher.parameters(), loop.cls_center, loop.patch_center]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
 def test_a_step_of_the_restated_loop_moves_student_teacher_and_centers():
     model = load("training_step").build_model("2024", quick=True)
     batch = load("training_step").build_batch(model.config, "2024", 2)

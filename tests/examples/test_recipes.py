@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,12 @@ def command(name: str, root: Path, output: Path, **options) -> list[str]:
         str(recipe),
         *(part for option, value in given.items() for part in (f"--{option}", str(value))),
     ]
+
+
+def test_no_recipe_leaves_a_gpu_idle():
+    recipes = sorted((EXAMPLES / "recipes").iterdir())
+    assert len(recipes) > len(TASKS)
+    assert not [path.name for path in recipes if re.search(r"\b(use_cpu|no_cuda)\b", path.read_text())]
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -1,0 +1,229 @@
+"""Speed and memory on a GPU, one function a figure; `gpu.py` calls them. Toy sizes with `--quick`."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu import Run
+from gpu_trainer import (
+    RATE,
+    SameBatch,
+    build_batch,
+    build_model,
+    build_trainer,
+    cheap_compiler,
+    device,
+    synchronize,
+    with_fallbacks,
+)
+from gpu_training import CLIP_SECONDS, pool_folder, synthetic_clips
+from official_loop import OfficialLoop
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import ASTConfig, ASTForAudioClassification, TrainerCallback
+
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTForPreTraining
+from asit_hf.configuration_asit import SIZES
+from asit_hf.data import PretrainingCrops
+from asit_hf.data.collators import collate_crops
+from asit_hf.fbank_asit import num_fbank_frames
+from asit_hf.pretraining.masking import corrupt
+from asit_hf.pretraining.objectives import get_objective
+
+BATCH, QUICK_BATCH = 128, 4
+WARM_UP = 5
+# Timed steps of ours and of the plain loop, which takes several times as long.
+STEPS, PLAIN_STEPS = 15, 8
+PRODUCT = 8192
+LABELS = 527
+TOY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def product(run: Run) -> dict[str, Any]:
+    """The rate of a square product in bf16: what a step's rate is compared with."""
+    size = 256 if run.quick else PRODUCT
+    left, right = torch.randn(2, size, size, device=device(), dtype=torch.bfloat16)
+    seconds = seconds_of(lambda: left @ right, 20)
+    return {"values": {"TFLOP/s": 2 * size**3 / seconds / 1e12, "ms": 1000 * seconds}}
+
+
+def ours(run: Run, size: str, objective: str, compiled: bool = True) -> dict[str, Any]:
+    """Steps of `ASiTPreTrainer.train` in bf16, from int16 waveforms on the host."""
+
+    def measure(batch: int, compiled: bool) -> dict[str, Any]:
+        model = build_model(size, objective, run.quick)
+        watch = Stopwatch(*((1, 2) if run.quick else (WARM_UP, STEPS)))
+        dataset = SameBatch(build_batch(model.config, objective, batch, torch.int16))
+        with tempfile.TemporaryDirectory() as folder, cheap_compiler():
+            options = {"bf16": True, "max_steps": watch.last, "callbacks": [watch]}
+            trainer = build_trainer(model, objective, dataset, folder, compiled, **options)
+            trainer.train()
+        if not torch.stack(trainer.losses).isfinite().all():
+            raise FloatingPointError(f"losses {torch.stack(trainer.losses).tolist()}")
+        inputs = trainer._prepare_inputs(dict(dataset.batch))
+        preparing = seconds_of(lambda: trainer.prepare_views(dict(inputs)), 2 if run.quick else 10)
+        return {
+            **watch.values(batch),
+            "ms of log-mel and GMML": 1000 * preparing,
+            "clips/s of log-mel and GMML": batch / preparing,
+        }
+
+    values, batch, compiled, reasons = with_fallbacks(measure, QUICK_BATCH if run.quick else BATCH, compiled)
+    values |= {"batch": batch, "layers": "compiled" if compiled else "eager"}
+    values["GFLOP a clip"] = flops_of_a_clip(build_model(size, objective, run.quick), objective) / 1e9
+    return {"values": values, "detail": "; ".join(reasons)}
+
+
+def plain(run: Run, size: str, objective: str, bf16: bool, attention: str) -> dict[str, Any]:
+    """Steps of the authors' loop on the same noise, given log-mel and masks: theirs come from loader workers."""
+
+    def measure(batch: int, compiled: bool) -> dict[str, Any]:
+        model = build_model(size, objective, run.quick).to(device())
+        loop = OfficialLoop(model, get_objective(objective).gmml, bf16=bf16, attention=attention)
+        clean, local, corruption = ready_views(model, objective, batch)
+        del model
+        watch = Stopwatch(*((1, 2) if run.quick else (2, PLAIN_STEPS)))
+        for step in range(1, watch.last + 1):
+            loop.step(clean, local, corruption=corruption)
+            loop.optimizer.zero_grad()  # as between our steps
+            watch.tick(step)
+        return watch.values(batch)
+
+    values, batch, _, reasons = with_fallbacks(measure, QUICK_BATCH if run.quick else BATCH, compiled=False)
+    values |= {"batch": batch, "TF32": torch.backends.cuda.matmul.allow_tf32}
+    return {"values": values, "detail": "; ".join(reasons)}
+
+
+def inference(run: Run, size: str) -> dict[str, Any]:
+    """Classification of 10 s from spectrograms in bf16, ours and transformers' AST, both with random weights."""
+    sizes = TOY if run.quick else SIZES[size]
+    batch, frames = (2, 100) if run.quick else (BATCH, num_fbank_frames(CLIP_SECONDS * RATE, RATE))
+    ast_frames = frames if run.quick else 1024  # it pads every clip to its positions
+    models = {
+        "ours": (ASiTForAudioClassification(ASiTConfig(**sizes, num_labels=LABELS)), frames),
+        "AST": (ASTForAudioClassification(ASTConfig(**sizes, num_labels=LABELS, max_length=ast_frames)), ast_frames),
+    }
+    values: dict[str, Any] = {"batch": batch}
+    for name, (model, length) in models.items():
+        model.to(device(), torch.bfloat16).eval()
+        inputs = torch.randn(batch, length, 128, device=device(), dtype=torch.bfloat16)
+        with torch.inference_mode():
+            seconds = seconds_of(lambda model=model, inputs=inputs: model(inputs), 2 if run.quick else 10)
+        values[f"{name} clips/s"] = batch / seconds
+    values["ours / AST"] = values["ours clips/s"] / values["AST clips/s"]
+    return {"values": values, "detail": "AST takes overlapping patches of 10.24 s"}
+
+
+def packed_pool(run: Run) -> dict[str, Any]:
+    """Crops cut on the device from a pool that lies there: two of 6 s and four of 2 s."""
+    from asit_hf.data.packed import PackedAudio, PackedCrops
+
+    folder = pool_folder(run)
+    if folder is None:
+        return {"status": "skipped", "detail": "there is no pool: see its own row"}
+    start = time.perf_counter()
+    pool = PackedAudio.load(folder, device())
+    synchronize()
+    loading = time.perf_counter() - start
+    crops = PackedCrops(pool, pool.sampling_rate)
+    batch = QUICK_BATCH if run.quick else BATCH
+    indices = torch.arange(batch) % len(crops)
+    seconds = seconds_of(lambda: crops.gather(indices, indices), 2 if run.quick else 20)
+    return {"values": {"clips/s": batch / seconds, "hours": pool.hours, "seconds to load": loading}}
+
+
+def flac_files(run: Run) -> dict[str, Any]:
+    """Crops decoded from files of noise by loader workers."""
+    try:
+        import soundfile
+    except ImportError as error:
+        return {"status": "skipped", "detail": str(error)}
+    workers = 1 if run.quick else max(1, (os.cpu_count() or 2) - 2)
+    count, batch = (8, QUICK_BATCH) if run.quick else (512, 64)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [str(Path(folder, f"{name}.flac")) for name, _, _ in synthetic_clips(count)]
+        for path, (_, _, samples) in zip(paths, synthetic_clips(count)):
+            soundfile.write(path, samples, RATE)
+        dataset = PretrainingCrops(paths, RATE)
+        loader = DataLoader(dataset, batch, num_workers=workers, collate_fn=collate_crops, persistent_workers=True)
+        for _ in loader:  # workers start in the first epoch
+            pass
+        start = time.perf_counter()
+        clips = sum(len(one["indices"]) for one in loader)
+        seconds = time.perf_counter() - start
+    return {"values": {"clips/s": clips / seconds, "workers": workers}}
+
+
+def ready_views(
+    model: ASiTForPreTraining, objective: str, batch: int
+) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
+    """Clean and local spectrograms, and corrupted ones with their masks, on the device."""
+    inputs = {name: value.to(device()) for name, value in build_batch(model.config, objective, batch).items()}
+    extract = ASiTFeatureExtractor(num_mel_bins=model.config.num_mel_bins).extract
+    clean = extract(inputs["global_waveforms"])
+    local = extract(inputs["local_waveforms"]) if "local_waveforms" in inputs else None
+    return clean, local, corrupt(clean, inputs["sample_keys"], 0, get_objective(objective).gmml)
+
+
+def flops_of_a_clip(model: ASiTForPreTraining, objective: str, batch: int = 2) -> float:
+    """Floating-point operations of a step in the plain loop, which computes nothing twice, by clip."""
+    model.to(device())
+    loop = OfficialLoop(model, get_objective(objective).gmml)
+    clean, local, corruption = ready_views(model, objective, batch)
+    with FlopCounterMode(display=False) as counter:
+        loop.step(clean, local, corruption=corruption)
+    return counter.get_total_flops() / batch
+
+
+def seconds_of(call: Callable[[], Any], count: int) -> float:
+    """Mean seconds of a call, after two that are not counted."""
+    for _ in range(2):
+        call()
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    synchronize()
+    return (time.perf_counter() - start) / count
+
+
+class Stopwatch(TrainerCallback):
+    """Time and memory of `steps` steps after `warm_up` others."""
+
+    def __init__(self, warm_up: int, steps: int):
+        self.warm_up, self.steps = warm_up, steps
+        self.seconds, self.between, self.peak = 0.0, None, None
+
+    @property
+    def last(self) -> int:
+        return self.warm_up + self.steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.tick(state.global_step)
+
+    def tick(self, step: int) -> None:
+        """To be called after every step, with its number from 1 on."""
+        if step not in (self.warm_up, self.last):
+            return
+        synchronize()
+        now, on_gpu = time.perf_counter(), torch.cuda.is_available()
+        if step == self.last:
+            self.seconds = now - self._start
+            self.peak = torch.cuda.max_memory_allocated() if on_gpu else None
+        elif on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self.between = torch.cuda.memory_allocated()
+        self._start = time.perf_counter()
+
+    def values(self, batch: int) -> dict[str, Any]:
+        seconds = self.seconds / self.steps
+        values = {"ms a step": 1000 * seconds, "clips/s": batch / seconds}
+        if self.peak is not None:
+            # beyond weights and the optimizer's state, which are there between two steps
+            memory = {"peak GiB": self.peak / 2**30, "MB a clip": (self.peak - self.between) / batch / 1e6}
+            values |= memory
+        return values

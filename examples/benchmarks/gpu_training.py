@@ -1,0 +1,208 @@
+"""Pretraining for the minutes that are left, of an encoder that is exported every minute; `gpu.py` calls this."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gpu import Run
+from gpu_trainer import RATE, build_model, cheap_compiler, local_frames, num_samples, with_fallbacks
+from transformers import TrainerCallback, set_seed
+
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
+from asit_hf.configuration_asit import HUB_FILES
+from asit_hf.fbank_asit import num_fbank_frames
+from asit_hf.hub import whole_folder
+from asit_hf.pretraining.initialisation import encoder_from_vit, read_model_type
+from asit_hf.pretraining.objectives import get_objective
+from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
+from asit_hf.recipes import parse_arguments
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "pretrain-gpu.yaml"
+BATCH, QUICK_BATCH = 256, 4
+EXPORT_SECONDS, QUICK_EXPORT_SECONDS = 60.0, 2.0
+QUICK_SECONDS = 8.0
+MARGIN = 10.0  # seconds: for the last export and the worker's answer
+SHARD_SIZE = "16MB"  # below 16 MiB
+CLIP_SECONDS = 10
+
+
+@dataclass
+class TrainingSettings:
+    """What `run_pretraining.py` calls by the same names."""
+
+    size: str = "small"
+    drop_path_rate: float = 0.1
+    global_seconds: float = 2.0
+    local_seconds: float = 1.0
+    num_local_crops: int = 2
+
+
+def pool(run: Run) -> dict[str, Any]:
+    """Makes the pool ready: decodes parcels, or writes noise where toy sizes are asked for and no pool is given."""
+    from asit_hf.data.packed import INDEX, PackedAudio, is_packed, write_packed
+
+    target = run.scratch / "pool"
+    if run.train_data is None and not run.quick:
+        return {"status": "skipped", "detail": "no --train_data was given"}
+    if run.train_data is None:
+        write_packed(target, synthetic_clips(12), RATE)
+    elif not is_packed(run.train_data):
+        if not Path(run.train_data, INDEX).is_file():
+            raise FileNotFoundError(f"expected packed audio or opus parcels in {run.train_data}, found neither")
+        from asit_hf.data.parcels import decode_parcels
+
+        decode_parcels(run.train_data, target)
+    found = PackedAudio.load(pool_folder(run))
+    return {"values": {"hours": found.hours, "clips": len(found), "GB": found.num_bytes / 1e9}}
+
+
+def pool_folder(run: Run) -> Path | None:
+    """Packed audio that was given or made ready, if any."""
+    from asit_hf.data.packed import is_packed
+
+    folders = [run.scratch / "pool", *([Path(run.train_data)] if run.train_data else [])]
+    return next((folder for folder in folders if is_packed(folder)), None)
+
+
+def train(run: Run, compiled: bool = True) -> dict[str, Any]:
+    """Trains until shortly before the end. The row is updated with every export."""
+    if pool_folder(run) is None:
+        return {"status": "skipped", "detail": "there is no pool: see its own row"}
+    row, batch, compiled, reasons = with_fallbacks(
+        lambda batch, compiled: attempt(run, batch, compiled), QUICK_BATCH if run.quick else BATCH, compiled
+    )
+    row["values"] |= {"batch": batch, "layers": "compiled" if compiled else "eager"}
+    return {**row, "detail": "; ".join(reasons)}
+
+
+def attempt(run: Run, batch: int, compiled: bool) -> dict[str, Any]:
+    """Training by the recipe with one size of batches."""
+    from asit_hf.data.packed import PackedCrops
+
+    options = ["--recipe", str(RECIPE), "--output_dir", str(run.scratch / "training")]
+    options += ["--per_device_train_batch_size", str(batch), "--compile_layers", str(compiled)]
+    if run.quick:
+        options += ["--logging_steps", "1"]
+    seconds = run.end - time.monotonic() - MARGIN
+    seconds = min(seconds, QUICK_SECONDS) if run.quick else seconds
+    settings, args = parse_arguments(
+        (TrainingSettings, ASiTPreTrainingArguments), [*options, "--max_minutes", str(seconds / 60)]
+    )
+    set_seed(args.seed)
+    model = initial_model(run, settings, args.objective)
+    extractor = initial_extractor(run, model.config.num_mel_bins)
+    if run.quick:
+        settings.global_seconds = num_samples(model.config.num_frames) / RATE
+        settings.local_seconds = num_samples(local_frames(model.config)) / RATE
+    crops = PackedCrops(
+        pool_folder(run),
+        extractor.sampling_rate,
+        global_seconds=settings.global_seconds,
+        local_seconds=settings.local_seconds,
+        num_local_crops=settings.num_local_crops,
+        roll_probability=get_objective(args.objective).roll_probability,
+        seed=args.seed,
+    )
+    export = ExportTeacher(run, QUICK_EXPORT_SECONDS if run.quick else EXPORT_SECONDS)
+    with cheap_compiler():
+        trainer = ASiTPreTrainer(
+            model=model, args=args, train_dataset=crops, processing_class=extractor, callbacks=[export]
+        )
+        export.trainer = trainer
+        trainer.train()
+    export.export()
+    return export.row()
+
+
+def initial_model(run: Run, settings: TrainingSettings, objective: str) -> ASiTForPreTraining:
+    """Random weights of the recipe's size, or those of `--init`."""
+    frames = num_fbank_frames(round(settings.global_seconds * RATE), RATE)
+    fields = {**get_objective(objective).config, "drop_path_rate": settings.drop_path_rate}
+    if run.init is None:
+        return build_model(settings.size, objective, run.quick, **({} if run.quick else {"num_frames": whole(frames)}))
+    if read_model_type(run.init) == ASiTConfig.model_type:
+        return ASiTForPreTraining.from_pretrained(run.init, dtype=torch.float32, **fields)
+    encoder = encoder_from_vit(run.init, num_frames=whole(frames), **fields)
+    model = ASiTForPreTraining(encoder.config)
+    model.asit.load_state_dict(encoder.state_dict())
+    model.reset_teacher()
+    return model
+
+
+def whole(frames: int, patch_size: int = 16) -> int:
+    """Frames in whole patches."""
+    return frames // patch_size * patch_size
+
+
+def initial_extractor(run: Run, num_mel_bins: int) -> ASiTFeatureExtractor:
+    if run.init is not None and read_model_type(run.init) == ASiTConfig.model_type:
+        return ASiTFeatureExtractor.from_pretrained(run.init)
+    return ASiTFeatureExtractor(num_mel_bins=num_mel_bins)
+
+
+class ExportTeacher(TrainerCallback):
+    """Exports the teacher's encoder every so many seconds, and keeps the log."""
+
+    def __init__(self, run: Run, every_seconds: float):
+        self.run, self.every_seconds = run, every_seconds
+        self.trainer: ASiTPreTrainer | None = None
+        self.log: list[dict[str, float]] = []
+        self.num_exports, self.start, self.last = 0, 0.0, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = self.last = time.monotonic()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.log.append({"step": state.global_step, "seconds": time.monotonic() - self.start, **(logs or {})})
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.monotonic() - self.last >= self.every_seconds:
+            self.export()
+            self.last = time.monotonic()
+            self.run.update(self.row())
+
+    def export(self) -> None:
+        export_teacher(self.trainer.model, self.trainer.processing_class, self.run.output_dir / "encoder")
+        self.num_exports += 1
+
+    def row(self) -> dict[str, Any]:
+        trainer, seconds = self.trainer, time.monotonic() - self.start
+        losses = [row["loss"] for row in self.log if "loss" in row]
+        steps = trainer.state.global_step
+        values = {
+            "steps": steps,
+            "minutes": seconds / 60,
+            "ms a step": 1000 * seconds / max(steps, 1),
+            "clips/s": steps * trainer.args.global_batch_size / seconds,
+            "exports": self.num_exports,
+            "skipped steps": trainer.num_skipped_steps,
+        }
+        if losses:
+            values |= {"first loss": losses[0], "last loss": losses[-1]}
+        return {"values": {**values, "log": self.log}}
+
+
+def export_teacher(model: ASiTForPreTraining, extractor: ASiTFeatureExtractor, folder: Path) -> None:
+    """
+    The teacher's encoder and its feature extractor, replaced as a whole: float16 weights, which load as float32, in
+    files below 16 MiB, without the code that other exports bring.
+    """
+    encoder = model.teacher["asit"]
+    halves = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in encoder.state_dict().items()}
+    if overflown := [name for name, tensor in halves.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"float16 cannot hold the values of {overflown[0]}")
+    with whole_folder(folder) as scratch:
+        encoder.save_pretrained(scratch, state_dict=halves, max_shard_size=SHARD_SIZE)
+        extractor.save_pretrained(scratch)
+        for name in HUB_FILES:
+            (scratch / name).unlink(missing_ok=True)
+
+
+def synthetic_clips(count: int) -> list[tuple[str, None, np.ndarray]]:
+    """Name, no part, and 10 s of noise as int16."""
+    generator = np.random.default_rng(0)
+    size = CLIP_SECONDS * RATE
+    return [(f"noise-{index}", None, generator.integers(-3000, 3000, size, np.int16)) for index in range(count)]

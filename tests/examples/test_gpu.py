@@ -1,0 +1,366 @@
+"""`gpu.py` at toy sizes on a CPU, and what it does when measurements fail. `make gpu-rehearsal` runs all of it."""
+
+import importlib.util
+import json
+import os
+import sys
+import time
+import warnings
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTModel
+from asit_hf.recipes import parse_arguments, recipe_arguments
+
+FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
+FAKES = """
+import os, time
+
+def good(run, value=1.0):
+    return {"values": {"clips/s": value}, "detail": "all well"}
+
+def bounded(run, value):
+    return {"value": value}
+
+def fails(run):
+    raise ValueError("a plain error")
+
+def loses_device(run):
+    raise RuntimeError(f"CUDA error in process {os.getpid()}")
+
+def dies(run):
+    print("last words", flush=True)
+    os._exit(3)
+
+def hangs(run):
+    (run.output_dir / "pid").write_text(str(os.getpid()))
+    run.update({"values": {"steps": 7}})
+    time.sleep(60)
+
+def compiles(run, compiled=True):
+    if compiled:
+        os._exit(1)
+    return {"values": {"layers": "eager"}}
+
+def process(run):
+    return {"values": {"pid": os.getpid()}}
+
+def nothing(run):
+    return {"status": "no GPU"}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks():
+    """The benchmarks import each other by name, as scripts do."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and Path(sys.modules[name].__file__).parent == FOLDER:
+            del sys.modules[name]
+
+
+def load(name: str):
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return load("gpu").Run(tmp_path, tmp_path / "scratch", quick=True)
+
+
+@pytest.fixture
+def measure(tmp_path, monkeypatch):
+    """Runs fake measurements, given as (name, function, arguments of `Measurement`), and returns all rows by name."""
+    gpu = load("gpu")
+    (tmp_path / "fake_measurements.py").write_text(FAKES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(gpu, "START", 20)
+
+    def call(*measurements, seconds=60.0):
+        report = gpu.Report(tmp_path, {"quick": False})
+        written = []
+
+        def write_and_read():
+            gpu.Report.write(report)
+            written.append([row["name"] for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]])
+            assert (tmp_path / "gpu.md").read_text().startswith("# On a GPU")
+
+        report.write = write_and_read
+        listed = [
+            gpu.Measurement("checks", name, f"fake_measurements:{function}", **more)
+            for name, function, more in measurements
+        ]
+        run = gpu.Run(tmp_path, tmp_path / "scratch")
+        fine = gpu.run_all(listed, report, run, time.monotonic() + seconds)
+        names = [name for name, _, _ in measurements]
+        assert all(one == names[: len(one)] for one in written)
+        return fine, report.rows
+
+    return call
+
+
+def test_what_fails_is_reported_and_the_next_goes_on(measure, tmp_path):
+    fine, rows = measure(
+        ("first", "process", {}),
+        ("error", "fails", {}),
+        ("same process", "process", {}),
+        ("stuck", "hangs", {"seconds": 1}),
+        ("after", "good", {}),
+        ("dead", "dies", {}),
+        ("device lost", "loses_device", {}),
+        ("below", "bounded", {"bound": 1e-4, "options": {"value": 1e-5}}),
+        ("above", "bounded", {"bound": 1e-4, "options": {"value": 1e-3}}),
+        ("not a number", "bounded", {"bound": 1e-4, "options": {"value": float("nan")}}),
+        ("alone", "process", {"alone": True}),
+        ("last", "process", {}),
+    )
+    assert not fine
+    assert [row["name"] for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]] == list(rows)
+    assert [row["status"] for row in rows.values()] == [
+        *("measured", "error", "measured", "timed out", "measured", "error", "error"),
+        *("passed", "failed", "failed", "measured", "measured"),
+    ]
+    assert "a plain error" in rows["error"]["detail"]
+    assert rows["first"]["values"] == rows["same process"]["values"]  # an error of Python costs no process
+    assert rows["stuck"]["values"] == {"steps": 7}  # what it said before
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert "exit code 3" in rows["dead"]["detail"]
+    assert "last words" in rows["dead"]["detail"]
+    assert len({rows[name]["values"]["pid"] for name in ("first", "alone", "last")}) == 3
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".gpu")]
+
+
+def test_a_second_try_goes_without_what_failed(measure):
+    fine, rows = measure(("step", "compiles", {"fallback": {"compiled": False}}))
+    assert fine
+    assert rows["step"]["values"] == {"layers": "eager"}
+    assert "second try" in rows["step"]["detail"]
+
+
+def test_what_does_not_fit_is_left_out_and_said(measure):
+    fine, rows = measure(("first", "good", {}), ("second", "good", {}), seconds=0)
+    assert not fine
+    assert {row["status"] for row in rows.values()} == {"not measured"}
+    assert "no time" in rows["second"]["detail"]
+
+
+def test_without_a_gpu_nothing_is_measured_at_full_size(measure, run):
+    row = load("gpu_checks").facts(SimpleNamespace(quick=False))
+    if not torch.cuda.is_available():
+        assert row["status"] == "no GPU"
+    assert load("gpu_checks").facts(run)["values"]["torch"]
+    fine, rows = measure(("machine", "nothing", {}), ("next", "good", {}))
+    assert not fine
+    assert list(rows) == ["machine"]
+    assert not (run.output_dir / "gpu.json").exists()  # one of an earlier run would be lost
+
+
+def test_phases_share_the_time_and_end_with_it(monkeypatch, tmp_path):
+    gpu = load("gpu")
+    ends = {}
+    monkeypatch.setattr(
+        gpu, "_measure", lambda measurement, *rest: ends.setdefault(measurement.phase, rest[-1]) and None
+    )
+    report = SimpleNamespace(rows={})
+    start = time.monotonic()
+    gpu.run_all(gpu.plan(quick=False), report, gpu.Run(tmp_path, tmp_path / "scratch"), start + 1000)
+    assert list(ends) == ["machine", *gpu.PHASES]
+    assert ends["training"] == pytest.approx(start + 1000, abs=5)
+    assert ends["checks"] == pytest.approx(start + 1000 * gpu.SHARES["checks"], abs=5)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_planned_measurement_exists(quick):
+    planned = load("gpu").plan(quick)
+    assert max(Counter(one.name for one in planned).values()) == 1
+    for one in planned:
+        module, _, name = one.function.partition(":")
+        assert callable(getattr(load(module), name)), one.function
+
+
+def test_out_of_memory_halves_the_batch_and_compiled_layers_give_way_to_eager_ones():
+    with_fallbacks = load("gpu_trainer").with_fallbacks
+    tried = []
+
+    def measure(batch, compiled):
+        tried.append((batch, compiled))
+        if compiled:
+            raise RuntimeError("no compiler")
+        if batch > 32:
+            raise torch.OutOfMemoryError("too much")
+        return {"clips/s": 1.0}
+
+    values, batch, compiled, reasons = with_fallbacks(measure, 128, compiled=True)
+    assert tried == [(128, True), (128, False), (64, False), (32, False)]
+    assert (values, batch, compiled, len(reasons)) == ({"clips/s": 1.0}, 32, False, 3)
+
+    def always(error):
+        def measure(batch, compiled):
+            raise error
+
+        return measure
+
+    with pytest.raises(torch.OutOfMemoryError):
+        with_fallbacks(always(torch.OutOfMemoryError("too much")), 4, compiled=False)
+    with pytest.raises(RuntimeError, match="CUDA error"):  # of which only a new process recovers
+        with_fallbacks(always(RuntimeError("CUDA error: misaligned address")), 4, compiled=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "bound"),
+    [
+        ("masks", {"objective": "2023"}, 0),
+        ("log_mel", {}, 1e-4),
+        ("gradients", {"objective": "2024", "bf16": False}, 1e-4),
+        ("gradients", {"objective": "2023", "bf16": True}, 2e-2),
+        ("checkpointing", {}, 1e-4),
+        ("resumed", {}, 1e-4),
+        ("sharded", {}, 1e-4),
+    ],
+)
+def test_checks_pass_at_toy_size(run, function, options, bound):
+    row = getattr(load("gpu_checks"), function)(run, **options)
+    assert 0 <= row["value"] <= bound
+    if options.get("bf16"):
+        assert row["value"] > 1e-5  # it is not float32 compared with itself
+
+
+def test_checks_see_what_is_wrong(run, monkeypatch):
+    checks = load("gpu_checks")
+    first, second = checks.train(run), checks.train(run, learning_rate=1e-2)
+    assert checks.compare_losses(second, first)["value"] > 1e-4
+    given = {"a": torch.ones(3), "b": torch.zeros(2)}
+    assert checks.relative_error({**given, "b": torch.ones(2)}, given) == pytest.approx((2 / 3) ** 0.5)
+    with pytest.raises(AssertionError, match="expected tensors"):
+        checks.relative_error({"a": torch.ones(3)}, given)
+    spectrograms = iter((torch.zeros(9), torch.full((9,), 0.5)))
+    monkeypatch.setattr(checks, "log_mel_spectrogram", lambda *args: next(spectrograms))
+    assert checks.log_mel(run)["value"] == 0.5
+
+
+def test_synchronizations_are_counted_in_one_step_by_their_places(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    watch = load("gpu_checks")._WatchSynchronizations()
+    with warnings.catch_warnings():
+        for step in range(1, 7):
+            for _ in range(2):
+                warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+            watch.on_step_end(None, SimpleNamespace(global_step=step), None)
+    assert modes == ["warn", "default"]
+    assert sum(watch.places.values()) == 2
+    assert all(place.startswith("test_gpu.py:") for place in watch.places)
+
+
+@pytest.mark.parametrize("objective", ["2024", "2023"])
+def test_steps_are_measured_at_toy_size(run, objective):
+    figures = load("gpu_figures")
+    ours = figures.ours(run, "small", objective, compiled=False)["values"]
+    plain = figures.plain(run, "small", objective, bf16=True, attention="sdpa")["values"]
+    for values in (ours, plain):
+        assert values["batch"] == figures.QUICK_BATCH
+        assert values["clips/s"] == pytest.approx(1000 * values["batch"] / values["ms a step"])
+    assert ours["layers"] == "eager"
+    assert ours["GFLOP a clip"] > 0
+    assert figures.inference(run, "small")["values"]["ours / AST"] > 0
+
+
+def test_targets_come_from_the_rows_and_say_what_is_missing():
+    gpu = load("gpu")
+    rows = {
+        "small, 2024, ours": {"values": {"clips/s": 1300.0, "MB a clip": 100.0, "GFLOP a clip": 100.0}},
+        "small, 2024, plain fp32": {"values": {"clips/s": 200.0, "MB a clip": 200.0}},
+        "bf16 product": {"values": {"TFLOP/s": 650.0}},
+        "host synchronizations of one step": {"value": 3},
+    }
+    found = {row["name"]: row for row in gpu.targets(rows, quick=False)}
+    assert found["small, 2024, ours: clips/s"]["reached"] is True
+    assert found["small, 2024, ours against plain fp32: clips/s"]["value"] == 6.5
+    assert found["small, 2024, ours against plain fp32: memory a clip"]["reached"] is False
+    assert found["small, 2024, ours: share of the rate of a bf16 product"]["value"] == pytest.approx(0.2)
+    assert found["host synchronizations of one step"]["reached"] is False
+    missing = found["base, 2024, ours: clips/s"]
+    assert (missing["value"], missing["target"], missing["reached"]) == (None, 520, None)
+    text = gpu.to_markdown([], list(found.values()), {})
+    assert "| base, 2024, ours: clips/s | not measured | at least 520 |" in text
+    assert all(row["reached"] is None for row in gpu.targets(rows, quick=True))  # toys are held to nothing
+
+
+def test_the_exported_teacher_is_small_files_that_load(tmp_path):
+    training = load("gpu_training")
+    encoder = ASiTModel(ASiTConfig.from_size("small", num_frames=192))
+    model = SimpleNamespace(teacher={"asit": encoder})
+    for _ in range(2):  # the second replaces the first
+        training.export_teacher(model, ASiTFeatureExtractor(), tmp_path / "encoder")
+        with torch.no_grad():
+            encoder.layernorm.bias += 1
+    files = list((tmp_path / "encoder").iterdir())
+    assert max(path.stat().st_size for path in files) < 16 * 2**20
+    assert len(files) + len(("gpu.json", "gpu.md")) <= 8
+    assert not [path for path in files if path.suffix == ".py"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "encoder"]
+    loaded = ASiTModel.from_pretrained(tmp_path / "encoder")
+    assert loaded.dtype == torch.float32
+    weight = encoder.layers[0].mlp.fc1.weight
+    torch.testing.assert_close(loaded.layers[0].mlp.fc1.weight, weight.half().float(), rtol=0, atol=0)
+    torch.testing.assert_close(loaded.layernorm.bias, torch.ones(384), rtol=0, atol=0)
+    assert ASiTFeatureExtractor.from_pretrained(tmp_path / "encoder").num_mel_bins == 128
+
+
+def test_training_fills_the_time_and_exports(run, monkeypatch):
+    pytest.importorskip("asit_hf.data.packed")
+    training = load("gpu_training")
+    monkeypatch.setattr(training, "QUICK_SECONDS", 3.0)
+    monkeypatch.setattr(training, "QUICK_EXPORT_SECONDS", 0.5)
+    assert training.pool(run)["values"]["clips"] > 0
+    updates = []
+    run.update = updates.append
+    row = training.train(run, compiled=False)
+    assert row["values"]["steps"] > 0
+    assert row["values"]["exports"] == len(updates) + 1
+    assert row["values"]["log"]
+    assert ASiTModel.from_pretrained(run.output_dir / "encoder").config.hidden_size == 32
+
+
+def test_the_pool_is_given_packed_or_as_parcels(run, tmp_path):
+    packed, parcels = (pytest.importorskip(f"asit_hf.data.{name}") for name in ("packed", "parcels"))
+    training = load("gpu_training")
+    packed.write_packed(tmp_path / "packed", training.synthetic_clips(2), training.RATE)
+    parcels.encode_parcels(packed.PackedAudio.load(tmp_path / "packed"), tmp_path / "parcels", num_threads=1)
+    for number, name in enumerate(("packed", "parcels")):
+        run.train_data, run.scratch = str(tmp_path / name), tmp_path / f"scratch-{number}"
+        assert training.pool(run)["values"]["clips"] == 2
+        assert len(packed.PackedAudio.load(training.pool_folder(run))) == 2
+    run.train_data, run.scratch = str(tmp_path / "nothing"), tmp_path / "other"
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        training.pool(run)
+    run.train_data, run.quick = None, False
+    assert training.pool(run)["status"] == training.train(run)["status"] == "skipped"
+
+
+def test_the_recipe_of_the_training_is_one_of_run_pretraining(tmp_path):
+    training = load("gpu_training")
+    options = recipe_arguments(training.RECIPE)
+    names = {option.removeprefix("--") for option in options if option.startswith("--")}
+    known = {one.name for one in (*fields(training.TrainingSettings), *fields(training.ASiTPreTrainingArguments))}
+    if "compile_layers" not in known:
+        pytest.skip("this needs the argument compile_layers")
+    assert names <= known
+    script = importlib.util.spec_from_file_location("pretraining_script", FOLDER.parent / "run_pretraining.py")
+    module = sys.modules[script.name] = importlib.util.module_from_spec(script)
+    script.loader.exec_module(module)
+    given = ["--recipe", str(training.RECIPE), "--train_data", "x", "--output_dir", str(tmp_path), "--bf16", "False"]
+    model, data, args = parse_arguments(
+        (module.ModelArguments, module.DataArguments, training.ASiTPreTrainingArguments), given
+    )
+    assert (model.size, data.global_seconds, args.train_batch_size) == ("small", 2.0, training.BATCH)

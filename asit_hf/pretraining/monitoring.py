@@ -88,9 +88,11 @@ class KnnProbeCallback(TrainerCallback):
     @torch.no_grad()
     def accuracy(self, encoder: ASiTModel) -> float:
         """Share of the test clips whose class the nearest training clips give."""
-        features = [
-            embed(encoder, self.trainer.processing_class, clips, progress=False) for clips in (self.train, self.test)
-        ]
+        with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled anew for every length
+            features = [
+                embed(encoder, self.trainer.processing_class, clips, progress=False)
+                for clips in (self.train, self.test)
+            ]
         labels = [np.asarray(clips.labels) for clips in (self.train, self.test)]
         k = min(NEIGHBOURS, len(labels[0]))
         return knn_probe(features[0], labels[0], features[1], labels[1], k=k)["accuracy"]

@@ -4,7 +4,6 @@ import copy
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import lru_cache, partial
 from itertools import repeat
 from operator import itemgetter
@@ -19,7 +18,6 @@ from transformers import PrinterCallback, TrainerCallback
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.configuration_asit import SIZES
 from asit_hf.data import PretrainingCrops
-from asit_hf.data.collators import collate_crops
 from asit_hf.fbank_asit import window_and_hop
 from asit_hf.pretraining.objectives import get_objective
 from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
@@ -158,20 +156,15 @@ def build_trainer(
         "disable_tqdm": True,
         "use_cpu": device().type == "cpu",
         "dataloader_pin_memory": device().type == "cuda",
+        "compile_layers": compiled,
         **options,
     }
-    if compiled:
-        if "compile_layers" in {one.name for one in fields(ASiTPreTrainingArguments)}:
-            arguments["compile_layers"] = True
-        else:
-            for layer in (*model.asit.layers, *model.teacher["asit"].layers):
-                layer.compile(fullgraph=True, dynamic=False)
     return RecordingTrainer(
         model=model,
         args=ASiTPreTrainingArguments(output_dir=str(folder), **arguments),
         train_dataset=dataset,
         processing_class=ASiTFeatureExtractor(num_mel_bins=model.config.num_mel_bins),
-        data_collator=itemgetter(0) if ready else collate_crops,
+        data_collator=itemgetter(0) if ready else None,
         callbacks=callbacks,
     )
 

@@ -5,13 +5,15 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from datasets import Dataset
 from fake_clock import FakeClock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
-from asit_hf.data import PretrainingCrops
+from asit_hf.data import LabelledClips, PretrainingCrops
 from asit_hf.pretraining.masking import GMML
+from asit_hf.pretraining.monitoring import KnnProbeCallback
 from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments, clip_tensor_norms
 
 
@@ -453,6 +455,20 @@ def test_compiled_layers_share_three_graphs_and_learn_the_same(clips, tmp_path, 
     reloaded = ASiTForPreTraining.from_pretrained(tmp_path / "True")
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, reloaded.state_dict()[name]), name
+
+
+def test_a_knn_probe_of_clips_of_all_lengths_compiles_nothing(clips, tmp_path):
+    graphs = []
+    trainer = make_trainer(clips, tmp_path)
+    labelled = LabelledClips(Dataset.from_dict({"audio": clips, "label": [0, 1] * 6}), 16000)
+    probe = KnnProbeCallback(trainer, labelled, labelled, 1)
+    teacher = trainer.model.teacher["asit"].eval()
+    expected = probe.accuracy(teacher)
+    trainer.model.compile_layers(backend=lambda graph, examples: graphs.append(graph) or graph.forward)
+    assert probe.accuracy(teacher) == expected
+    assert graphs == []
+    teacher(torch.randn(2, 48, 32))
+    assert len(graphs) == 1
 
 
 def test_the_whole_model_is_not_compiled(tmp_path):

@@ -226,9 +226,10 @@ def _draw_at_once(
     first = torch.full((len(keys), num_frames, num_mel_bins), NOT_COVERED, dtype=torch.int16, device=keys.device)
     for index in range(rounds):
         bits = row_bits[:, index, :, None] & column_bits[:, index, None, :]
-        exponents = (bits & -bits).double().view(torch.int64) >> 52  # the float's own; 0: none; 1023 + k: block k
+        # the float's own exponent is that of the lowest bit: 0 where there is none, else 1023 + its block
+        exponents = (bits & -bits).double().view(torch.int16)[..., 3::4] >> 4
         blocks = (exponents + (index * BLOCKS_PER_ROUND - 1023)).masked_fill_(exponents == 0, NOT_COVERED)
-        first = torch.minimum(first, blocks.to(torch.int16))
+        first = torch.minimum(first, blocks)
 
     targets = shares * (num_frames * num_mel_bins)
     low = torch.zeros(len(keys), 1, 1, dtype=torch.int16, device=keys.device)

@@ -11,6 +11,7 @@ set to another version of the package, that one is counted.
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from asit_hf.pretraining.trainer import clip_tensor_norms
 
 RATE = 16000
 GLOBAL_SECONDS, LOCAL_SECONDS = 6.0, 2.0
+COUNTED = ("kernels", "gigabytes", "host_copies")
 
 
 def count_step(size: str, batch: int, objective: str = "2024", repeats: int = 2) -> dict:
@@ -113,8 +115,38 @@ def main(arguments: list[str] | None = None) -> dict:
     if args.name:
         path = RESULTS / "kernels.json"
         kept = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**kept, args.name: counts}, indent=2) + "\n")
+        kept[args.name] = {**counts, "command": shlex.join(["count_kernels.py", *sys.argv[1:]])}
+        path.write_text(json.dumps(kept, indent=2) + "\n")
+        (RESULTS / "kernels.md").write_text(to_markdown(kept))
     return counts
+
+
+def to_markdown(kept: dict[str, dict]) -> str:
+    """One table: a row for each part of each version's step."""
+    lines = [
+        "# Kernels of a pretraining step",
+        "",
+        "Counted on fake CUDA tensors, in bf16, without compiled layers (`examples/benchmarks/count_kernels.py`); no",
+        "time was measured. Gigabytes are what the kernels read and write at least; copies are those from the host.",
+        "",
+        "| version | step | part | kernels | gigabytes | copies |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, counts in kept.items():
+        step = f"{counts['size']}, batch {counts['batch']}, {counts['objective']}"
+        rows = [(part, found) for part, found in counts["parts"].items() if "error" not in found]
+        for part, found in counts["parts"].items():
+            if "error" in found:
+                lines.append(f"| {name} | {step} | {part} | {found['error']} | | |")
+            else:
+                lines.append(f"| {name} | {step} | {part} | {_cells(found)} |")
+        without = {key: sum(found[key] for part, found in rows if part != "masks") for key in COUNTED}
+        lines.append(f"| {name} | {step} | **all but the masks** | {_cells(without)} |")
+    return "\n".join([*lines, ""])
+
+
+def _cells(found: dict) -> str:
+    return f"{found['kernels']} | {found['gigabytes']:.1f} | {found['host_copies']}"
 
 
 if __name__ == "__main__":

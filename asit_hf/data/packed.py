@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..device import choices_for
 from .collators import collate_crops
 from .crops import CropSettings, _shared_counter
 from .randomness import mix_keys, sample_key, uniform_noise
@@ -198,8 +199,7 @@ class PackedCrops(Dataset):
         """
         settings, pool = self.settings, self.sources
         device = pool.audio.device
-        # A loop of copies is what a CPU does best; an accelerator would launch a kernel, and wait, for each crop.
-        cut = _cut_by_slices if device.type == "cpu" else _cut_by_index
+        cut = _cut_by_slices if choices_for(device).crops_by_slices else _cut_by_index
         indices, keys = indices.to(device), mix_keys(sample_keys.to(device), _CROPS)
         offsets, totals = pool.offsets[indices], pool.lengths[indices]
         rolls = uniform_noise(mix_keys(keys, _ROLL), 1)[:, 0] < settings.roll_probability

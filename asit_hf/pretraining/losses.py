@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .device import choices_for
+from ..device import choices_for
 
 # Rows whose logits over all prototypes exist at one time in `patch_distillation_loss`; `None`: as the device has it.
 CHUNK_ROWS: int | None = None
@@ -207,11 +207,12 @@ class _PatchDistillation(torch.autograd.Function):
 
 def chunk_rows(num_rows: int, device: torch.device) -> int:
     """
-    Rows of a chunk of `num_rows`: at most as many as suit the device, and on an accelerator equally many in every
-    chunk where they can be, so that a compiled body has one shape.
+    Rows of a chunk of `num_rows`: at most as many as suit the device, and where it wants that equally many in every
+    chunk, if they can be.
     """
-    most = choices_for(device).loss_rows if CHUNK_ROWS is None else CHUNK_ROWS
-    if device.type == "cpu":
+    choices = choices_for(device)
+    most = choices.loss_rows if CHUNK_ROWS is None else CHUNK_ROWS
+    if not choices.equal_chunks:
         return most
     fewest = -(-num_rows // most)
     return next((num_rows // chunks for chunks in range(fewest, 2 * fewest) if num_rows % chunks == 0), most)

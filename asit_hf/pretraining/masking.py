@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..data.randomness import mix_keys, uniform_noise
-from .device import choices_for
+from ..device import choices_for
 
 BLOCKS_PER_ROUND = 62  # one bit each of a signed 64-bit word
 MAX_ROUNDS = 64

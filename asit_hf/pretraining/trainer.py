@@ -24,6 +24,7 @@ from ..data.collators import collate_crops
 from ..data.epochs import EpochCallback
 from ..data.packed import PackedCrops
 from ..data.workers import clear_worker_errors
+from ..device import choices_for
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..modeling_asit import ASiTLayer
 from ..processor import keep_freed_memory, warn_of_emulated_bf16
@@ -223,9 +224,7 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
         if kwargs.get("eval_dataset") is not None:
             raise ValueError("pretraining has no evaluation data: probe its checkpoints on labelled audio instead")
         if data_collator is None:
-            # On the way to an accelerator int16 is half the bytes, through shared memory and over the bus, and its
-            # step of 2^-15 lies at or below the floor of the log-mel; a CPU would only convert to and fro.
-            data_collator = partial(collate_crops, int16=args.device.type != "cpu")
+            data_collator = partial(collate_crops, int16=choices_for(args.device).int16_batches)
         if isinstance(kwargs.get("train_dataset"), IterableDataset):
             # dispatched batches are joined tensor by tensor, which the list of bad files is not
             args.accelerator_config.dispatch_batches = False

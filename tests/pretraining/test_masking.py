@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from asit_hf.device import ACCELERATOR
 from asit_hf.pretraining import masking
-from asit_hf.pretraining.device import ACCELERATOR
 from asit_hf.pretraining.masking import (
     GMML,
     corrupt,

@@ -27,8 +27,7 @@ class DeviceChoices:
         crops_by_slices (`bool`): crops of packed audio are copied one by one, which is what a CPU does best; an
             accelerator would launch a kernel, and wait, for each.
         int16_batches (`bool`): waveform crops travel from the loader as int16: half the bytes through shared memory
-            and over the bus, and the step of 2^-15 lies at or below the floor of the log-mel. A CPU would only
-            convert to and fro.
+            and over the bus. A CPU would only convert to and fro.
     """
 
     loss_rows: int

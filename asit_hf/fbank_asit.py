@@ -45,15 +45,28 @@ def _mel_filters(sampling_rate: int, num_mel_bins: int, fft_size: int) -> list[t
     return halves
 
 
-@lru_cache(maxsize=32)
+_CONSTANTS: dict[tuple, tuple[torch.Tensor, list[tuple[slice, torch.Tensor]]]] = {}
+
+
 def _constants(
     sampling_rate: int, num_mel_bins: int, window_size: int, fft_size: int, device: torch.device
 ) -> tuple[torch.Tensor, list[tuple[slice, torch.Tensor]]]:
-    """The window and the filters on a device: a copy in every call would make the host wait for it."""
-    with torch.inference_mode(False):
-        window = torch.hann_window(window_size, periodic=False, dtype=torch.float32, device="cpu").to(device)
-        filters = _mel_filters(sampling_rate, num_mel_bins, fft_size)
-        return window, [(bins, half.to(device)) for bins, half in filters]
+    """The window and the filters on a device, kept: a copy in every call would make the host wait for it."""
+    key = (sampling_rate, num_mel_bins, window_size, fft_size, device)
+    if key not in _CONSTANTS or torch.compiler.is_compiling():
+        with torch.inference_mode(False):
+            window = torch.hann_window(window_size, periodic=False, dtype=torch.float32, device="cpu").to(device)
+            filters = _mel_filters(sampling_rate, num_mel_bins, fft_size)
+            constants = window, [(bins, half.to(device)) for bins, half in filters]
+        if not is_real(window):
+            return constants
+        _CONSTANTS[key] = constants
+    return _CONSTANTS[key]
+
+
+def is_real(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has values that can be kept for later calls, as those made by a tracer have not."""
+    return type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def log_mel_spectrogram(waveforms: torch.Tensor, sampling_rate: int, num_mel_bins: int = 128) -> torch.Tensor:

@@ -37,8 +37,9 @@ from datasets import Audio, Features, Value
 from make_shards import ROWS_IN_MEMORY, encode, make_packed
 from tqdm.auto import tqdm
 
-from asit_hf.data import AudioReadError, is_packed, load_audio_dataset, read_audio
+from asit_hf.data import AudioReadError, load_audio_dataset, read_audio
 from asit_hf.data.datasets import find_audio_files
+from asit_hf.data.packed import INDEX
 from asit_hf.fbank_asit import log_mel_spectrogram
 
 SAMPLING_RATE = 16000
@@ -546,7 +547,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--packed_dir", type=Path, help="also write the pool there as packed audio")
     options = vars(parser.parse_args(arguments))
     packed_dir = options.pop("packed_dir")
-    if packed_dir is not None and is_packed(packed_dir):
+    if packed_dir is not None and (packed_dir / INDEX).exists():
         parser.error(f"{packed_dir} holds packed audio already: remove it, or choose another --packed_dir")
     pool = make_pool(**options)
     print(table(pool))

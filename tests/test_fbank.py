@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from asit_hf import fbank_asit
 from asit_hf.fbank_asit import log_mel_spectrogram, num_fbank_frames, window_and_hop
@@ -134,3 +135,14 @@ def test_all_clips_at_once_give_what_chunks_give():
     output = torch.empty(2 * 3 * 98, 128)
     fbank_asit._log_mel_of_frames(frames.flatten(0, 2), window, 512, filters, output)
     torch.testing.assert_close(output.view(2, 3, 98, 128), log_mel_spectrogram(waveforms, 16000), rtol=0, atol=1e-5)
+
+
+def test_constants_made_by_a_tracer_are_not_kept(monkeypatch):
+    waveform = torch.randn(1, 9000, generator=torch.Generator().manual_seed(0))
+    expected = log_mel_spectrogram(waveform, 22050, 40)
+    monkeypatch.setattr(fbank_asit, "_CONSTANTS", {})
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        log_mel_spectrogram(mode.from_tensor(waveform), 22050, 40)
+    features = log_mel_spectrogram(waveform, 22050, 40)
+    assert type(features) is torch.Tensor
+    assert torch.equal(features, expected)

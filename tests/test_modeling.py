@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny import MEL, TINY, build
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, AutoModelForAudioClassification, AutoModelForAudioFrameClassification
 
 from asit_hf import (
@@ -458,6 +459,15 @@ def test_patches_multiplied_on_accelerators_equal_the_convolution(frames):
         torch.autograd.grad(output.square().sum(), projection.weight)[0] for output in (multiplied, convolved)
     ]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
+
+
+def test_a_length_first_seen_by_a_tracer_is_computed_when_it_is_real():
+    model, values = build(), spectrograms(1, 80)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model(mode.from_tensor(values))
+    output = model(values).last_hidden_state
+    assert type(output) is torch.Tensor
+    assert output.isfinite().all()
 
 
 def test_a_length_first_seen_in_inference_mode_can_be_trained_on():

@@ -16,12 +16,13 @@ def collate_crops(items: Sequence[dict[str, Any]], int16: bool = False) -> dict[
     """Batch the items of `PretrainingCrops`, `StreamingCrops` or `PackedCrops`.
 
     Args:
-        int16: give waveforms as 16-bit PCM, rounded to 2^-15. Crops that reach beyond full scale are not clipped:
-            they and the others of their batch and length stay float32.
+        int16: give waveforms as 16-bit numbers, each crop with a scale of its own: the power of 2 that is just above
+            its peak. So nothing is clipped, a quiet crop keeps 16 bits, and 16-bit audio is kept as it is.
 
     Returns:
-        `global_waveforms` (batch, crops, samples) float32 or int16, `global_lengths` (batch, crops) int64, the same
-        with `local_` where there are local crops, `sample_keys` (batch,) int64, `indices` (batch,) int64, `files`, a
+        `global_waveforms` (batch, crops, samples) float32, `global_lengths` (batch, crops) int64, with `int16`
+        `global_scales` (batch, crops) float32 too, what an int16 sample of 2^15 stands for; the same with `local_`
+        where there are local crops, `sample_keys` (batch,) int64, `indices` (batch,) int64, `files`, a
         list of names, and `bad_files`, a list of (path, reason). Items of `PackedCrops` have no crops. Of items
         without audio, which a resumed stream begins with, `skipped`, their number.
     """
@@ -29,8 +30,10 @@ def collate_crops(items: Sequence[dict[str, Any]], int16: bool = False) -> dict[
         return {"skipped": len(items)}
     names = ("global_waveforms", "global_lengths", "local_waveforms", "local_lengths")
     tensors = {name: [item[name] for item in items] for name in names if name in items[0]}
-    if int16:
-        tensors |= {name: _to_pcm(tensors[name]) for name in tensors if name.endswith("waveforms")}
+    for kind in ("global", "local") if int16 else ():
+        if f"{kind}_waveforms" in tensors:
+            pairs = [_to_int16(waveforms) for waveforms in tensors[f"{kind}_waveforms"]]
+            tensors[f"{kind}_waveforms"], tensors[f"{kind}_scales"] = zip(*pairs)
     # torch's own, which in a loader worker stacks straight into shared memory
     batch: dict[str, Any] = {name: default_collate(values) for name, values in tensors.items()}
     batch["sample_keys"] = torch.tensor([item["sample_key"] for item in items], dtype=torch.int64)
@@ -40,11 +43,15 @@ def collate_crops(items: Sequence[dict[str, Any]], int16: bool = False) -> dict[
     return batch
 
 
-def _to_pcm(waveforms: list[torch.Tensor]) -> list[torch.Tensor]:
-    """int16, unless one of them does not fit."""
-    scaled = [(waveform * 2**15).round_() for waveform in waveforms]
-    fits = all(value.min() >= -(2**15) and value.max() < 2**15 for value in scaled)
-    return [value.to(torch.int16) for value in scaled] if fits else waveforms
+def _to_int16(waveforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(crops, samples)` as int16, and the scale of each crop, `(crops,)`."""
+    # the largest int16 is one step short of full scale
+    peaks = torch.maximum(-waveforms.amin(-1), waveforms.amax(-1) * (2**15 / (2**15 - 0.5)))
+    mantissas, exponents = torch.frexp(peaks)
+    exponents = exponents - (mantissas == 0.5).to(exponents.dtype)  # a power of 2 is its own scale
+    scales = torch.ldexp(torch.ones_like(peaks), exponents)
+    samples = (waveforms * (2**15 / scales)[:, None]).round_().clamp_(-(2**15), 2**15 - 1)
+    return samples.to(torch.int16), scales
 
 
 @dataclass

@@ -33,7 +33,7 @@ _CROPS, _ROLL, _SHIFT, _FIRST_CROP = 0x63726F70, 0, 1, 2
 
 def is_packed(folder: str | os.PathLike) -> bool:
     """Whether a folder holds packed audio; that it is whole is checked by `PackedAudio.load`."""
-    return Path(folder, AUDIO).is_file()
+    return os.path.isfile(os.path.join(folder, AUDIO))  # False for what is too long or odd to be a path
 
 
 def to_pcm(waveform: np.ndarray) -> np.ndarray:

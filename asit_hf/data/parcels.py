@@ -111,9 +111,12 @@ def decode_parcels(
     ]
 
     def clips() -> Iterator[tuple[str, str | None, np.ndarray]]:
-        with ThreadPoolExecutor(num_threads or os.cpu_count()) as threads:
-            decoded = chain.from_iterable(threads.map(lambda job: _decode(*job, rate), jobs))
-            yield from zip(names, parts, decoded)
+        at_once = num_threads or os.cpu_count() or 1
+        with ThreadPoolExecutor(at_once) as threads:
+            # so many files at a time: what is decoded waits in memory until it is written
+            groups = (jobs[start : start + at_once] for start in range(0, len(jobs), at_once))
+            files = (file for group in groups for file in threads.map(lambda job: _decode(*job, rate), group))
+            yield from zip(names, parts, chain.from_iterable(files))
 
     write_packed(folder, clips(), rate)
     return PackedAudio.load(folder)

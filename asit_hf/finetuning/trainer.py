@@ -33,10 +33,6 @@ class FinetuningArguments(TimeBudgetArguments, TrainingArguments):
         default="auto", metadata={"help": "auto: accuracy, mAP or mse, as the labels have it."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator reads them."})
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={"help": "Hide losses that are not finite from the logs; the host then waits for every loss."},
-    )
     label_smoothing: float = field(
         default=0.0, metadata={"help": "Share of every target, soft or several ones too, spread over all classes."}
     )

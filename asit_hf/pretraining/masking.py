@@ -16,7 +16,8 @@ import torch
 from ..data.randomness import mix_keys, uniform_noise
 from ..device import choices_for
 
-BLOCKS_PER_ROUND = 62  # one bit each of a signed 64-bit word
+BLOCKS_PER_ROUND = 62
+BLOCKS_PER_WORD = 31  # one bit each of a signed 32-bit integer
 MAX_ROUNDS = 64
 TRIALS = 256
 PATTERNS = ("blocks", "time", "frequency", "patches")
@@ -198,7 +199,8 @@ def _draw_patches(
 ) -> torch.Tensor:
     """Squares of the patch grid chosen uniformly; those at the far edges may be cut."""
     rows, columns = -(-num_frames // patch_size), -(-num_mel_bins // patch_size)
-    ranks = uniform_noise(keys, rows * columns).argsort(-1).argsort(-1)
+    noise = uniform_noise(keys, rows * columns)
+    ranks = noise.argsort(stable=True, dim=-1).argsort(-1)  # stable: equal numbers in the same order on every device
     chosen = (ranks < (shares[:, None] * rows * columns).ceil()).view(-1, rows, columns)
     pixels = chosen.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
     return pixels[:, :num_frames, :num_mel_bins]
@@ -224,11 +226,11 @@ def _draw_at_once(
     rows, columns = _draw_blocks(keys[:, None], numbers, (num_frames, num_mel_bins), longest, alignment, pattern)
     row_bits, column_bits = _block_bits(*rows, num_frames), _block_bits(*columns, num_mel_bins)
     first = torch.full((len(keys), num_frames, num_mel_bins), NOT_COVERED, dtype=torch.int16, device=keys.device)
-    for index in range(rounds):
+    for index in range(row_bits.shape[1]):
         bits = row_bits[:, index, :, None] & column_bits[:, index, None, :]
-        # the float's own exponent is that of the lowest bit: 0 where there is none, else 1023 + its block
-        exponents = (bits & -bits).double().view(torch.int16)[..., 3::4] >> 4
-        blocks = (exponents + (index * BLOCKS_PER_ROUND - 1023)).masked_fill_(exponents == 0, NOT_COVERED)
+        # the float's own exponent is that of the lowest bit: 0 where there is none, else 127 + its block
+        exponents = (bits & -bits).float().view(torch.int16)[..., 1::2] >> 7
+        blocks = (exponents + (index * BLOCKS_PER_WORD - 127)).masked_fill_(exponents == 0, NOT_COVERED)
         first = torch.minimum(first, blocks)
 
     targets = shares * (num_frames * num_mel_bins)
@@ -333,13 +335,23 @@ def _block_sides(
     starts = (start_noise * (extent - alignment + 1)).long() // alignment * alignment
     longest = max(int(extent * max_block), alignment + 1)
     sizes = alignment + (size_noise * (longest - alignment)).long()  # half-open, as the authors' range is
-    sizes = (torch.minimum(sizes, extent - starts) / alignment).round().long() * alignment
-    return starts, starts + sizes
+    return starts, starts + _nearest_multiple(torch.minimum(sizes, extent - starts), alignment)
+
+
+def _nearest_multiple(numbers: torch.Tensor, step: int) -> torch.Tensor:
+    """Of two that are as near, the even one. In integers: devices round quotients in different ways."""
+    quotients, remainders = numbers // step, numbers % step
+    rounds_up = (2 * remainders > step) | ((2 * remainders == step) & (quotients % 2 == 1))
+    return (quotients + rounds_up) * step
 
 
 def _block_bits(starts: torch.Tensor, stops: torch.Tensor, extent: int) -> torch.Tensor:
-    """Which pixels of one axis every block covers, block k as bit k: two `(..., blocks)` -> `(..., extent)`."""
-    bits = (1 << torch.arange(starts.shape[-1], device=starts.device)).expand_as(starts)
+    """
+    Which pixels of one axis every block covers, `BLOCKS_PER_WORD` blocks as the bits of a number: two
+    `(masks, rounds, BLOCKS_PER_ROUND)` -> `(masks, words, extent)` int32.
+    """
+    starts, stops = (sides.unflatten(-1, (-1, BLOCKS_PER_WORD)).flatten(1, 2) for sides in (starts, stops))
+    bits = (1 << torch.arange(BLOCKS_PER_WORD, device=starts.device)).expand_as(starts)
     changes = starts.new_zeros(*starts.shape[:-1], extent + 1)
     changes.scatter_add_(-1, starts, bits).scatter_add_(-1, stops, -bits)
-    return changes.cumsum(-1)[..., :extent]
+    return changes.cumsum(-1)[..., :extent].to(torch.int32)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
@@ -67,6 +68,13 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
     base_learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate for a global batch of 256."})
     learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate; overrides base_learning_rate."}
+    )
+    encoder_learning_rate_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor of the learning rate of the student's encoder: below 1 where it is trained already and "
+            "the heads are not."
+        },
     )
     min_learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate at the end of the cosine."})
     warmup_epochs: float = field(default=10.0, metadata={"help": "Epochs of linear warm-up of the learning rate."})
@@ -163,6 +171,8 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
             self.freeze_last_layer_epochs = objective.freeze_last_layer_epochs
         if self.learning_rate is None:
             self.learning_rate = self.base_learning_rate * self.global_batch_size / 256
+        if not self.encoder_learning_rate_scale > 0:
+            raise ValueError(f"expected encoder_learning_rate_scale above 0, got {self.encoder_learning_rate_scale}")
         self.gmml  # noqa: B018  raises for values that no mask can be drawn from
 
     @property
@@ -321,11 +331,18 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
         """AdamW; weight decay on matrices, the positions and the CLS token, not on biases and gains of norms."""
         if self.optimizer is None:
             model = self.model if model is None else model
-            trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
-            matrices = [parameter for parameter in trainable if parameter.dim() > 1]
-            vectors = [parameter for parameter in trainable if parameter.dim() <= 1]
-            groups = [{"params": matrices, "decays": True}, {"params": vectors, "weight_decay": 0.0, "decays": False}]
+            scale = self.args.encoder_learning_rate_scale
+            # heads first: the learning rate that is logged is that of the first group
+            rooms = [(model, 1.0)] if scale == 1 else [(model.heads, 1.0), (model.asit, scale)]
+            groups = []
+            for module, factor in rooms:
+                trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+                rate = {"lr": self.args.learning_rate * factor}
+                matrices = [parameter for parameter in trainable if parameter.dim() > 1]
+                vectors = [parameter for parameter in trainable if parameter.dim() <= 1]
+                groups.append({"params": matrices, "decays": True, **rate})
+                groups.append({"params": vectors, "weight_decay": 0.0, "decays": False, **rate})
             self.optimizer = optimizer_class(groups, weight_decay=self.args.weight_decay, **kwargs)
         return self.optimizer
 
@@ -381,11 +398,11 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
         if "input_values" not in views:
             if "global_waveforms" not in inputs:
                 inputs = {**inputs, **self._gather(inputs)}
-            clean = extract(inputs["global_waveforms"], inputs.get("global_lengths"))
+            clean = extract(_waveforms(inputs, "global"), inputs.get("global_lengths"))
             patch = self.model.config.patch_size
             views["input_values"] = clean[:, :, : clean.shape[2] // patch * patch]
             if "local_waveforms" in inputs:
-                views["local_values"] = extract(inputs["local_waveforms"], inputs.get("local_lengths"))
+                views["local_values"] = extract(_waveforms(inputs, "local"), inputs.get("local_lengths"))
         keys = inputs.get("sample_keys")
         if keys is not None:
             views["drop_path_keys"] = mix_keys(keys, self.state.global_step)
@@ -440,7 +457,7 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
     def _place_audio(self, crops: PackedCrops) -> None:
         """Packed audio goes to an accelerator that has room for it; else loader workers cut the crops on the CPU."""
         pool, device = crops.sources, self.args.device
-        if pool.audio.device.type == device.type or self.data_collator == crops.collate:
+        if pool.audio.device == device or self.data_collator == crops.collate:
             return
         size = f"{pool.hours:.1f} hours of packed audio ({pool.num_bytes / 1e9:.2f} GB)"
         free = _free_memory(device)
@@ -705,6 +722,12 @@ def _configure_fsdp(accelerator: Accelerator) -> None:
     warnings.filterwarnings("ignore", message=".*returned a view tensor")  # no view is changed in place
 
 
+def _waveforms(inputs: dict[str, Any], kind: str) -> torch.Tensor:
+    """Crops of a kind; those that travelled as int16 with scales of their own become float32."""
+    waveforms, scales = inputs[f"{kind}_waveforms"], inputs.get(f"{kind}_scales")
+    return waveforms if scales is None else waveforms * (scales * 2**-15)[..., None]
+
+
 def _free_memory(device: torch.device) -> int | None:
     """Bytes; `None` where the device does not tell."""
     mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)
@@ -738,10 +761,10 @@ def clip_tensor_norms(model: nn.Module, max_norm: float, norms: torch.Tensor | N
     norms = gradient_norms(model) if norms is None else norms
     if max_norm > 0:
         names, gradients = zip(*_named_gradients(model))
-        index = _tensor_index(names, norms.device)
-        squares = torch.zeros_like(norms).index_add_(0, index, norms.square())
+        # summed in a fixed order, which adding up in place is not on an accelerator
+        squares = F.pad(norms.square(), (0, 1))[_parts_of_tensors(names, norms.device)].sum(1)
         scales = (max_norm / (squares.sqrt() + 1e-6)).clamp_max(1.0)
-        torch._foreach_mul_([_local(gradient) for gradient in gradients], scales[index].unbind())
+        torch._foreach_mul_([_local(gradient) for gradient in gradients], scales.unbind())
     return norms.norm()
 
 
@@ -755,11 +778,16 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=8)
-def _tensor_index(names: tuple[str, ...], device: torch.device) -> torch.Tensor:
-    """For each parameter the number of the tensor that it is a part of in the authors' code: `(parameters,)`."""
+def _parts_of_tensors(names: tuple[str, ...], device: torch.device) -> torch.Tensor:
+    """
+    For each parameter the parameters that make one tensor with it in the authors' code: indices `(parameters, 3)`,
+    filled up with the number of parameters.
+    """
     merged = [name.replace("q_proj", "qkv").replace("k_proj", "qkv").replace("v_proj", "qkv") for name in names]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(merged))}
-    return torch.tensor([numbers[name] for name in merged], device=device)
+    parts: dict[str, list[int]] = {}
+    for index, name in enumerate(merged):
+        parts.setdefault(name, []).append(index)
+    return torch.tensor([(parts[name] + [len(names)] * 3)[:3] for name in merged], device=device)
 
 
 __all__ = ["ASiTPreTrainer", "ASiTPreTrainingArguments", "clip_tensor_norms"]

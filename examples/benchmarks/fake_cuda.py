@@ -25,6 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from asit_hf import fbank_asit, modeling_asit
+
 # What torch asks for the accelerator of this build.
 ACCELERATOR = """
 #include <cstdint>
@@ -99,8 +101,15 @@ def build(folder: Path) -> str:
 
 @contextmanager
 def fake_cuda() -> Iterator[None]:
-    """Within it, `device="cuda"` makes fake tensors; fused attention is the kernel that CUDA devices have."""
+    """
+    Within it, `device="cuda"` makes fake tensors, and fused attention is the kernel that CUDA devices have. What the
+    package keeps for each device is kept, which for fake tensors it does not, but not beyond.
+    """
     with ExitStack() as stack:
+        for module, kept in ((fbank_asit, "_CONSTANTS"), (modeling_asit, "_RESIZE_MATRICES")):
+            if hasattr(module, kept):
+                stack.enter_context(mock.patch.object(module, kept, {}))
+                stack.enter_context(mock.patch.object(module, "is_real", return_value=True))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False))
         stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", return_value=True))

@@ -27,6 +27,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -250,6 +251,7 @@ class Worker:
 def _serve(connection: Connection, log: str) -> None:
     """What a worker does."""
     os.setpgid(0, 0)
+    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
@@ -272,6 +274,13 @@ def _serve(connection: Connection, log: str) -> None:
         connection.send(row)
         with suppress(Exception):
             _clean_up()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process where its parent was killed: it would go on, and hold the GPU."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _without_paths(text: str) -> str:
@@ -473,8 +482,10 @@ def _without_folders(arguments: list[str]) -> list[str]:
 
 
 def _remove_half_exports(folder: Path) -> None:
-    """Of a process that was killed while it exported."""
+    """Of a process that was killed while it exported; one that has lost its place already gets it back."""
     for leftover in folder.glob(".encoder-*"):
+        if not (folder / "encoder").exists() and (leftover / "replaced").exists():
+            os.replace(leftover / "replaced", folder / "encoder")
         shutil.rmtree(leftover, ignore_errors=True)
 
 

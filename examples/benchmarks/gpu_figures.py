@@ -30,6 +30,7 @@ from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.configuration_asit import SIZES
 from asit_hf.data import PretrainingCrops
 from asit_hf.data.collators import collate_crops
+from asit_hf.data.packed import PackedAudio, PackedCrops
 from asit_hf.fbank_asit import num_fbank_frames
 from asit_hf.pretraining.masking import corrupt
 from asit_hf.pretraining.objectives import get_objective
@@ -120,8 +121,6 @@ def inference(run: Run, size: str) -> dict[str, Any]:
 
 def packed_pool(run: Run) -> dict[str, Any]:
     """Crops cut on the device from a pool that lies there: two of 6 s and four of 2 s."""
-    from asit_hf.data.packed import PackedAudio, PackedCrops
-
     folder = pool_folder(run)
     if folder is None:
         return {"status": "skipped", "detail": "there is no pool: see its own row"}

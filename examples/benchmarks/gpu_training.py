@@ -13,6 +13,8 @@ from transformers import TrainerCallback, set_seed
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.configuration_asit import HUB_FILES
+from asit_hf.data.packed import INDEX, PackedAudio, PackedCrops, is_packed, write_packed
+from asit_hf.data.parcels import decode_parcels
 from asit_hf.fbank_asit import num_fbank_frames
 from asit_hf.hub import whole_folder
 from asit_hf.pretraining.initialisation import encoder_from_vit, read_model_type
@@ -25,6 +27,8 @@ BATCH, QUICK_BATCH = 256, 4
 EXPORT_SECONDS, QUICK_EXPORT_SECONDS = 60.0, 2.0
 QUICK_SECONDS = 8.0
 MARGIN = 10.0  # seconds: for the last export and the worker's answer
+# Of the learning rate that fresh heads have, what an encoder that is trained already can bear.
+TRAINED_ENCODER_SCALE = 0.02
 SHARD_SIZE = "16MB"  # below 16 MiB
 CLIP_SECONDS = 10
 
@@ -42,8 +46,6 @@ class TrainingSettings:
 
 def pool(run: Run) -> dict[str, Any]:
     """Makes the pool ready: decodes parcels, or writes noise where toy sizes are asked for and no pool is given."""
-    from asit_hf.data.packed import INDEX, PackedAudio, is_packed, write_packed
-
     target = run.scratch / "pool"
     if run.train_data is None and not run.quick:
         return {"status": "skipped", "detail": "no --train_data was given"}
@@ -52,8 +54,6 @@ def pool(run: Run) -> dict[str, Any]:
     elif not is_packed(run.train_data):
         if not Path(run.train_data, INDEX).is_file():
             raise FileNotFoundError(f"expected packed audio or opus parcels in {run.train_data}, found neither")
-        from asit_hf.data.parcels import decode_parcels
-
         decode_parcels(run.train_data, target)
     found = PackedAudio.load(pool_folder(run))
     return {"values": {"hours": found.hours, "clips": len(found), "GB": found.num_bytes / 1e9}}
@@ -61,8 +61,6 @@ def pool(run: Run) -> dict[str, Any]:
 
 def pool_folder(run: Run) -> Path | None:
     """Packed audio that was given or made ready, if any."""
-    from asit_hf.data.packed import is_packed
-
     folders = [run.scratch / "pool", *([Path(run.train_data)] if run.train_data else [])]
     return next((folder for folder in folders if is_packed(folder)), None)
 
@@ -80,17 +78,13 @@ def train(run: Run, compiled: bool = True) -> dict[str, Any]:
 
 def attempt(run: Run, batch: int, compiled: bool) -> dict[str, Any]:
     """Training by the recipe with one size of batches."""
-    from asit_hf.data.packed import PackedCrops
-
     options = ["--recipe", str(RECIPE), "--output_dir", str(run.scratch / "training")]
     options += ["--per_device_train_batch_size", str(batch), "--compile_layers", str(compiled)]
     if run.quick:
         options += ["--logging_steps", "1"]
-    seconds = run.end - time.monotonic() - MARGIN
-    seconds = min(seconds, QUICK_SECONDS) if run.quick else seconds
-    settings, args = parse_arguments(
-        (TrainingSettings, ASiTPreTrainingArguments), [*options, "--max_minutes", str(seconds / 60)]
-    )
+    if run.init is not None:
+        options += ["--encoder_learning_rate_scale", str(TRAINED_ENCODER_SCALE)]
+    settings, args = parse_arguments((TrainingSettings, ASiTPreTrainingArguments), options)
     set_seed(args.seed)
     model = initial_model(run, settings, args.objective)
     extractor = initial_extractor(run, model.config.num_mel_bins)
@@ -107,6 +101,8 @@ def attempt(run: Run, batch: int, compiled: bool) -> dict[str, Any]:
         seed=args.seed,
     )
     export = ExportTeacher(run, QUICK_EXPORT_SECONDS if run.quick else EXPORT_SECONDS)
+    seconds = run.end - time.monotonic() - MARGIN
+    args.max_minutes = (min(seconds, QUICK_SECONDS) if run.quick else seconds) / 60
     with cheap_compiler():
         trainer = ASiTPreTrainer(
             model=model, args=args, train_dataset=crops, processing_class=extractor, callbacks=[export]

@@ -1,7 +1,6 @@
 """PyTorch ASiT encoder and its classifiers ([arXiv 2211.13189](https://arxiv.org/abs/2211.13189))."""
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_asit import ASiTConfig
+from .fbank_asit import is_real
 
 logger = logging.get_logger(__name__)
 
@@ -61,11 +61,23 @@ def bicubic_resize_matrix(
     return weights
 
 
-@lru_cache(maxsize=64)
+_RESIZE_MATRICES: dict[tuple, torch.Tensor] = {}
+MAX_RESIZE_MATRICES = 256
+
+
 def _resize_matrix(source_size: int, target_size: int, device: torch.device) -> torch.Tensor:
-    """[`bicubic_resize_matrix`] of one target size, `(1, target_size, source_size)`, computed once for each device."""
-    with torch.inference_mode(False):  # what is made in inference mode could not be trained with later
-        return bicubic_resize_matrix(source_size, torch.full((1,), target_size, device=device), target_size)
+    """[`bicubic_resize_matrix`] of one target size, `(1, target_size, source_size)`, kept for each device."""
+    key = (source_size, target_size, device)
+    if key not in _RESIZE_MATRICES:
+        with torch.inference_mode(False):  # what is made in inference mode could not be trained with later
+            sizes = torch.full((1,), target_size, device=device)
+            matrix = bicubic_resize_matrix(source_size, sizes, target_size)
+        if not is_real(matrix):
+            return matrix
+        if len(_RESIZE_MATRICES) >= MAX_RESIZE_MATRICES:
+            _RESIZE_MATRICES.clear()
+        _RESIZE_MATRICES[key] = matrix
+    return _RESIZE_MATRICES[key]
 
 
 class ASiTPatchProjection(nn.Conv2d):

@@ -106,26 +106,41 @@ def test_collate_crops(num_local_crops, tmp_path):
     assert set(batch["bad_files"]) == {(missing, "no such file")}
 
 
-def test_crops_as_16_bits_are_rounded_to_the_nearest_step():
+def restored(batch: dict, kind: str = "global") -> torch.Tensor:
+    return batch[f"{kind}_waveforms"] * (batch[f"{kind}_scales"] * 2**-15)[..., None]
+
+
+@pytest.mark.parametrize("level", [0.99, 1e-4, 3.0])
+def test_crops_in_16_bits_are_as_near_as_16_bits_of_their_own_peak(level):
     generator = np.random.default_rng(0)
-    clips = [{"array": generator.uniform(-0.99, 0.99, 8000), "sampling_rate": 8000} for _ in range(3)]
+    clips = [{"array": generator.uniform(-level, level, 8000), "sampling_rate": 8000} for _ in range(3)]
     crops = PretrainingCrops(clips, 8000, 0.5, 2, 0.2, 3)
     items = [crops[index] for index in range(3)]
     plain, batch = collate_crops(items), collate_crops(items, int16=True)
-    assert batch.keys() == plain.keys()
-    for name in ("global_waveforms", "local_waveforms"):
-        assert batch[name].dtype == torch.int16
-        assert (batch[name].float() * 2**-15 - plain[name]).abs().max() <= 2**-16
+    assert batch.keys() - plain.keys() == {"global_scales", "local_scales"}
+    for kind in ("global", "local"):
+        assert batch[f"{kind}_waveforms"].dtype == torch.int16
+        assert batch[f"{kind}_scales"].shape == plain[f"{kind}_lengths"].shape
+        assert (restored(batch, kind) - plain[f"{kind}_waveforms"]).abs().max() <= 2 * level * 2**-16
     assert torch.equal(batch["global_lengths"], plain["global_lengths"])
 
 
-@pytest.mark.parametrize("peak", [32767 / 32768, 1.0, 1.5, -1.0, -1.5])
+@pytest.mark.parametrize("peak", [32767, -32768, 16384, -16384, 1, 0])
+def test_16_bit_audio_stays_as_it_is(peak):
+    samples = np.random.default_rng(0).integers(-abs(peak) // 2, abs(peak) // 2 + 1, 4000)
+    samples[7] = peak
+    clip = {"array": (samples / 2**15).astype(np.float32), "sampling_rate": 8000}
+    crops = PretrainingCrops([clip], 8000, 0.5, 2, 0.2, 0)
+    batch = collate_crops([crops[0]], int16=True)
+    assert torch.equal(restored(batch), collate_crops([crops[0]])["global_waveforms"])
+
+
+@pytest.mark.parametrize("peak", [1.0, 1.5, -1.0, -1.5, 700.0])
 def test_crops_beyond_full_scale_are_not_clipped(peak):
     waveform = np.zeros(4000, np.float32)
     waveform[7] = peak
     quiet, loud = ({"array": array, "sampling_rate": 8000} for array in (np.zeros(4000, np.float32), waveform))
     crops = PretrainingCrops([quiet, loud], 8000, 0.5, 2, 0.2, 0)
-    batch = collate_crops([crops[0], crops[1]], int16=True)["global_waveforms"]
-    assert batch.dtype == (torch.int16 if peak in (32767 / 32768, -1.0) else torch.float32)
-    scale = 2**-15 if batch.dtype == torch.int16 else 1
-    assert batch[1, 0, 7].item() * scale == peak
+    batch = restored(collate_crops([crops[0], crops[1]], int16=True))
+    assert batch[1, 0, 7].item() == peak
+    assert batch[0].abs().max() == 0

@@ -114,6 +114,7 @@ def test_writing_refuses_what_it_cannot_write(folder, tmp_path):
             write_packed(tmp_path, [("a", None, samples)], RATE)
     with pytest.raises(ValueError, match="at least one clip"):
         write_packed(tmp_path, [], RATE)
+    assert not is_packed("a" * 400)  # longer than names of files may be, as sources in JSON are
     assert not is_packed(tmp_path)
 
 

@@ -6,6 +6,7 @@ import torch
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.data import PackedCrops, PretrainingCrops
+from asit_hf.data.collators import collate_crops
 from asit_hf.data.packed import write_packed
 from asit_hf.pretraining import trainer as module
 from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
@@ -135,6 +136,18 @@ def test_crops_travel_as_16_bits_to_an_accelerator_only(tmp_path, accelerator, m
         batch = make_trainer(crops, tmp_path).data_collator([crops[0], crops[1]])
         dtypes[device] = {batch["global_waveforms"].dtype, batch["local_waveforms"].dtype}
     assert dtypes == {"meta": {torch.int16}, "cpu": {torch.float32}}
+
+
+def test_crops_that_travelled_as_16_bits_give_the_same_views(tmp_path):
+    generator = np.random.default_rng(0)
+    levels = (1e-4, 0.5, 1.0, 3.0)  # far below full scale to beyond it
+    clips = [{"array": generator.uniform(-level, level, 16000), "sampling_rate": 16000} for level in levels]
+    crops = PretrainingCrops(clips, 16000, **CROPS)
+    trainer = make_trainer(crops, tmp_path)
+    items = [crops[index] for index in range(4)]
+    plain, rounded = (trainer.prepare_views(collate_crops(items, int16=int16)) for int16 in (False, True))
+    for name in ("input_values", "local_values"):
+        assert (plain[name] - rounded[name]).abs().max() < 0.01, name
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,34 @@ def test_the_schedules_reach_the_optimiser(clips, tmp_path):
     assert schedules.learning_rate.max() == pytest.approx(1e-3)
 
 
+def test_a_trained_encoder_has_a_learning_rate_of_its_own(clips, tmp_path):
+    trainer = make_trainer(clips, tmp_path, encoder_learning_rate_scale=0.02)
+    rates = []
+
+    class Recorder(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+
+    trainer.add_callback(Recorder())
+    trainer.train()
+    peak = np.array(rates)[:, 0]
+    assert peak.max() == pytest.approx(1e-3)
+    np.testing.assert_allclose(np.array(rates), peak[:, None] * [[1, 1, 0.02, 0.02]])
+    grouped = [id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(
+        id(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad
+    )
+    encoder = {id(parameter) for parameter in trainer.model.asit.parameters()}
+    assert [id(group["params"][0]) in encoder for group in trainer.optimizer.param_groups] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    logged = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+    assert max(logged) == pytest.approx(1e-3)
+
+
 def test_weight_decay_spares_biases_and_norms_only(clips, tmp_path):
     model = make_model()
     optimizer = make_trainer(clips, tmp_path, model).create_optimizer()

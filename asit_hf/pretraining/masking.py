@@ -9,6 +9,7 @@ key alone: not on the batch, the device, the number of workers or the state of a
 
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import length_hint
 
 import numpy as np
 import torch
@@ -296,13 +297,14 @@ def _add_blocks(mask: np.ndarray, blocks: list[list[int]], missing: float) -> tu
     """
     wanted = missing + np.count_nonzero(mask)
     added = 0  # pixels since the last count, at most: blocks overlap
-    for count, (top, bottom, left, right) in enumerate(blocks, start=1):
+    remaining = iter(blocks)
+    for top, bottom, left, right in remaining:
         mask[top:bottom, left:right] = True
         added += (bottom - top) * (right - left)
         if added >= missing:
             missing, added = wanted - np.count_nonzero(mask), 0
             if missing <= 0:
-                return missing, count
+                return missing, len(blocks) - length_hint(remaining)
     return wanted - np.count_nonzero(mask), len(blocks)
 
 
@@ -340,6 +342,8 @@ def _block_sides(
 
 def _nearest_multiple(numbers: torch.Tensor, step: int) -> torch.Tensor:
     """Of two that are as near, the even one. In integers: devices round quotients in different ways."""
+    if step == 1:
+        return numbers
     quotients, remainders = numbers // step, numbers % step
     rounds_up = (2 * remainders > step) | ((2 * remainders == step) & (quotients % 2 == 1))
     return (quotients + rounds_up) * step

@@ -9,6 +9,7 @@ import count_kernels
 import pytest
 import torch
 from fake_cuda import KernelCounter, fake_cuda, to_fake_cuda
+from training_step import TOY
 
 from asit_hf import (
     ASiTConfig,
@@ -23,17 +24,6 @@ from asit_hf.pretraining.masking import GMML, corrupt
 from asit_hf.pretraining.objectives import get_objective
 from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
 
-TOY = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "num_frames": 96,
-    "num_mel_bins": 32,
-    "distillation_hidden_size": 32,
-    "distillation_bottleneck_size": 16,
-    "num_prototypes": 64,
-}
 BATCH, SAMPLES = 4, 15760  # 97 frames, of which 96 are whole patches
 
 

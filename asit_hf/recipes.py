@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 def parse_arguments(dataclass_types: tuple[type, ...], arguments: list[str] | None = None) -> tuple[Any, ...]:
@@ -30,6 +34,16 @@ def parse_arguments(dataclass_types: tuple[type, ...], arguments: list[str] | No
     trains = any(issubclass(one, TrainingArguments) for one in dataclass_types)
     implied = ["--use_cpu", "true"] if trains and not torch.accelerator.is_available() else []
     return parser.parse_args_into_dataclasses(implied + recipe + arguments)
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """What `resume_from_checkpoint` asks for: a folder, or with `True` the last checkpoint of `output_dir`, if any."""
+    if args.resume_from_checkpoint not in (True, "True", "true"):
+        return args.resume_from_checkpoint
+    checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    if checkpoint is None:
+        logger.warning(f"no checkpoint in {args.output_dir} to resume from: the run starts at its beginning")
+    return checkpoint
 
 
 def recipe_arguments(path: str | os.PathLike) -> list[str]:

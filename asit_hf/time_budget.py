@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.optimization import get_scheduler
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
@@ -47,8 +49,8 @@ class TimeBudgetArguments:
     max_minutes: float | None = field(
         default=None,
         metadata={
-            "help": "Train for so many minutes, evaluations and checkpoints included, instead of max_steps or "
-            "num_train_epochs. The number of steps is measured, and all schedules end with it."
+            "help": "Train for so many minutes, with compilation, evaluations and checkpoints, instead of max_steps "
+            "or num_train_epochs. The number of steps is measured, and all schedules end with it."
         },
     )
 
@@ -152,8 +154,10 @@ class TimeBudget(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         saved = state.stateful_callbacks.get(STATE_KEY) if state.global_step else None
+        if state.global_step == 0 and state.is_world_process_zero:  # what an earlier run has spent is no matter
+            (Path(args.output_dir) / TRAINER_STATE_NAME).unlink(missing_ok=True)
         if saved is not None:
-            self.spent_before = saved["seconds"]
+            self.spent_before = max(saved["seconds"], self._spent_by(args.output_dir))
             if saved["plan"] is not None:
                 self._resume_plan(Plan(**saved["plan"]), args.max_minutes / saved["minutes"])
         self.first_step = state.global_step
@@ -181,9 +185,23 @@ class TimeBudget(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         state.stateful_callbacks[STATE_KEY] = self.state()
 
+    @staticmethod
+    def _spent_by(output_dir: str) -> float:
+        """Seconds that a run spent by its end, after the last checkpoint that it has kept."""
+        path = Path(output_dir) / TRAINER_STATE_NAME
+        if not path.is_file():
+            return 0.0
+        return TrainerState.load_from_json(str(path)).stateful_callbacks.get(STATE_KEY, {}).get("seconds", 0.0)
+
     def _check(self, args: TrainingArguments, state: TrainerState, done: int) -> None:
         spent, last_evaluation, evaluations = self._agree(args)
         if spent >= self.seconds:
+            if not self.planned and state.is_world_process_zero:
+                logger.warning(
+                    f"max_minutes {args.max_minutes:g}: they were spent at step {done}, before a step could be timed, "
+                    f"so the schedules have hardly begun. The first {UNTIMED_STEPS} steps compile and start the "
+                    "loader, which counts: set more minutes"
+                )
             self._set_steps(args, state, done)
             return
         if done - self.first_step < UNTIMED_STEPS:

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import set_seed
-from transformers.trainer_utils import PredictionOutput, get_last_checkpoint
+from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
@@ -53,7 +53,7 @@ from asit_hf.finetuning.augmentation import Augmentation, TrainingClips
 from asit_hf.finetuning.metrics import TOP_K, compute_metrics_for, confusion_counts, per_class_report
 from asit_hf.finetuning.sampling import balanced_weights
 from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer
-from asit_hf.recipes import parse_arguments
+from asit_hf.recipes import checkpoint_to_resume, parse_arguments
 
 logger = logging.get_logger(__name__)
 
@@ -335,10 +335,7 @@ def finetune(
         compute_metrics=compute_metrics_for(problem_type, names or ["value"]),
         processing_class=feature_extractor,
     )
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint in ("True", "true"):
-        checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     if args.average_last_epochs:
         trainer.load_average()
     trainer.save_model()

@@ -9,14 +9,12 @@ holds the last model, `eval_results.json` and `events.tsv`, the events found in 
 above `--threshold` after a median filter of `--median_columns`. The evaluation data choose nothing.
 """
 
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification
@@ -37,7 +35,7 @@ from asit_hf.data.strong_labels import (
 from asit_hf.evaluation.embeddings import load_encoder
 from asit_hf.evaluation.sound_events import PSDS_SCENARIOS, decode_events, psds, segment_metrics
 from asit_hf.finetuning.metrics import multi_label_metrics
-from asit_hf.recipes import parse_arguments
+from asit_hf.recipes import checkpoint_to_resume, parse_arguments
 from asit_hf.time_budget import TimeBudgetArguments, TimeBudgetMixin
 
 logger = logging.get_logger(__name__)
@@ -182,10 +180,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         processing_class=feature_extractor,
         callbacks=[EpochCallback(train)],
     )
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint in ("True", "true"):
-        checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     trainer.save_model()
     trainer.save_state()
 

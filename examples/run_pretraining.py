@@ -18,7 +18,6 @@ from pathlib import Path
 
 import yaml
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
@@ -33,12 +32,13 @@ from asit_hf.data import (
     load_unlabelled,
 )
 from asit_hf.data.audio import AudioReadError
+from asit_hf.data.parcels import is_parcels
 from asit_hf.finetuning import load_labelled_dataset
 from asit_hf.pretraining.initialisation import encoder_from_vit, read_model_type
 from asit_hf.pretraining.monitoring import KnnProbeCallback
 from asit_hf.pretraining.objectives import get_objective
 from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
-from asit_hf.recipes import parse_arguments
+from asit_hf.recipes import checkpoint_to_resume, parse_arguments
 
 logger = logging.get_logger(__name__)
 
@@ -121,6 +121,11 @@ def build_dataset(
         if data.streaming:
             raise ValueError(f"expected audio to stream, got packed audio in {packed[0]}: leave out --streaming")
         return PackedCrops(packed[0], **settings)
+    if parcels := [source for source in data.train_data if is_parcels(source)]:
+        raise ValueError(
+            f"expected audio or packed audio, got the Opus parcels {parcels[0]}: decode them first "
+            f"(python -m asit_hf.data.parcels decode {parcels[0]} POOL)"
+        )
     dataset = load_unlabelled(data.train_data, streaming=data.streaming)
     if data.streaming:
         dataset = dataset.shuffle(seed=args.seed, buffer_size=data.shuffle_buffer)
@@ -208,9 +213,7 @@ def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
         num_local_crops = get_objective(args.objective).num_local_crops if model.config.global_loss_weight else 0
     dataset = build_dataset(data_args, args, feature_extractor.sampling_rate, num_local_crops)
     trainer = ASiTPreTrainer(model=model, args=args, train_dataset=dataset, processing_class=feature_extractor)
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint in ("True", "true"):
-        checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    checkpoint = checkpoint_to_resume(args)
     if data_args.knn_train:
         trainer.add_callback(build_knn_probe(data_args, trainer))
     trainer.train(resume_from_checkpoint=checkpoint)

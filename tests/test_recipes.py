@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from asit_hf.recipes import parse_arguments, recipe_arguments
+from asit_hf.recipes import checkpoint_to_resume, parse_arguments, recipe_arguments
 
 
 @dataclass
@@ -74,3 +74,17 @@ def test_without_an_accelerator_a_recipe_in_bf16_trains_on_the_cpu(tmp_path, mon
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     (args,) = parse_arguments((TrainingArguments,), ["--recipe", str(recipe), "--bf16", "false"])
     assert not args.use_cpu
+
+
+@pytest.mark.parametrize("asked", ["True", "true"])
+def test_a_run_is_resumed_from_its_last_checkpoint(tmp_path, caplog, asked):
+    args = TrainingArguments(output_dir=str(tmp_path / "run"), resume_from_checkpoint=asked, use_cpu=True)
+    assert checkpoint_to_resume(args) is None
+    assert str(tmp_path / "run") in caplog.text  # a folder misspelt must not pass for a fresh run
+    for step in (2, 10):
+        (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
+    assert checkpoint_to_resume(args) == str(tmp_path / "run" / "checkpoint-10")
+    args.resume_from_checkpoint = "elsewhere"
+    assert checkpoint_to_resume(args) == "elsewhere"
+    args.resume_from_checkpoint = None
+    assert checkpoint_to_resume(args) is None

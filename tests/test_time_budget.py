@@ -61,6 +61,14 @@ def make_trainer(tmp_path, monkeypatch):
     return make
 
 
+class Stop(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
 def run(trainer: FinetuningTrainer, **kwargs) -> float:
     """Seconds that training took by its clock."""
     clock = next(one for one in trainer.callback_handler.callbacks if isinstance(one, FakeClock))
@@ -199,13 +207,9 @@ def test_the_clock_is_not_waited_for_at_every_step(make_trainer, monkeypatch):
 
 
 def test_a_resumed_run_has_the_minutes_that_are_left(make_trainer, tmp_path):
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 20
-
     saving = {"max_minutes": 1, "save_strategy": "steps", "save_steps": 20}
     cut = make_trainer(FakeClock(1.0), **saving)
-    cut.add_callback(Stop())
+    cut.add_callback(Stop(20))
     assert run(cut) == 20
     saved = json.loads((tmp_path / "checkpoint-20" / "trainer_state.json").read_text())["stateful_callbacks"]
     assert saved["max_minutes"]["minutes"] == 1
@@ -221,13 +225,9 @@ def test_a_resumed_run_has_the_minutes_that_are_left(make_trainer, tmp_path):
 
 
 def test_a_run_that_was_stopped_before_its_plan(make_trainer, tmp_path):
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 2
-
     saving = {"max_minutes": 0.25, "save_strategy": "steps", "save_steps": 2}
     cut = make_trainer(FakeClock(1.0), **saving)
-    cut.add_callback(Stop())
+    cut.add_callback(Stop(2))
     run(cut)
     clock = FakeClock(1.0)
     resumed = make_trainer(clock, **saving)
@@ -350,3 +350,27 @@ def test_steps_and_evaluations_that_fit(seconds, done, steps):
 def test_steps_that_fit_without_evaluations():
     assert steps_left(34.4, 1.0, 3, None, 0.0) == steps_left(34.4, 1.0, 3, 10, 0.0) == 34
     assert steps_left(-1.0, 1.0, 3, None, 0.0) == 0
+
+
+def test_minutes_spent_after_the_checkpoint_that_was_kept_count_too(make_trainer, tmp_path):
+    options = {"max_minutes": 0.5, "save_strategy": "steps", "save_steps": 4, "save_total_limit": 20}
+    trainer = make_trainer(FakeClock(1.0), **options)
+    run(trainer)
+    trainer.save_state()
+    resumed = make_trainer(FakeClock(1.0), **options)
+    assert run(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-4")) == 0  # the best one, say
+    assert resumed.state.global_step == 4
+
+    again = make_trainer(FakeClock(1.0), **options)  # from the start: what the run before spent is no matter
+    again.add_callback(Stop(10))
+    run(again)
+    resumed = make_trainer(FakeClock(1.0), **options)
+    assert run(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-8")) > 15
+
+
+def test_minutes_that_are_spent_before_a_step_is_timed_are_said(make_trainer, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(FakeClock(1.0, first=60.0), max_minutes=0.5)
+        run(trainer)
+    assert trainer.state.global_step == 1
+    assert "spent at step 1" in caplog.text

@@ -25,6 +25,15 @@ FRAMES_PER_SECOND = 50  # of Opus as libsndfile writes it
 BLOCK = 1 << 16  # libsndfile's Ogg encoder crashes on long blocks
 
 
+def is_parcels(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds Opus parcels."""
+    path = os.path.join(folder, INDEX)
+    if not os.path.isfile(path):  # False for what is too long or odd to be a path
+        return False
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return FORMAT in file.read(1000)
+
+
 def encode_parcels(
     pool: PackedAudio,
     folder: str | os.PathLike,

@@ -72,8 +72,8 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
     encoder_learning_rate_scale: float = field(
         default=1.0,
         metadata={
-            "help": "Factor of the learning rate of the student's encoder: below 1 where it is trained already and "
-            "the heads are not."
+            "help": "Factor of the learning rate of the student's encoder, above 0. Below 1, such as 0.02, where it "
+            "is trained already and the heads are not."
         },
     )
     min_learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate at the end of the cosine."})
@@ -267,6 +267,8 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled:
             _configure_fsdp(self.accelerator)
+        elif self.args.fsdp:
+            raise ValueError(f"fsdp needs torchrun or accelerate launch, and a GPU; got {self.args.device}")
 
     @cached_property
     def known_bad_files(self) -> set[str]:
@@ -307,10 +309,10 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
         self.pace_note = ""
         if length < self._steps_per_epoch:
             self.pace_note = (
-                f"the run is too short for schedules given in epochs of {self._steps_per_epoch} steps: an epoch of "
-                f"warmup_epochs ({args.warmup_epochs:g}), teacher_temperature_warmup_epochs "
-                f"({args.teacher_temperature_warmup_epochs}) and freeze_last_layer_epochs "
-                f"({args.freeze_last_layer_epochs}) takes {length:.3g} steps"
+                f"{steps} steps are {steps / self._steps_per_epoch:.3g} epochs, too few for schedules given in "
+                f"epochs: warmup_epochs {args.warmup_epochs:g}, teacher_temperature_warmup_epochs "
+                f"{args.teacher_temperature_warmup_epochs} and freeze_last_layer_epochs "
+                f"{args.freeze_last_layer_epochs} are shortened to {length / self._steps_per_epoch:.0%}"
             )
         return length, args.warmup_epochs
 

@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> dict:
             command = [sys.executable, __file__, *(sys.argv[1:] if arguments is None else arguments)]
             sys.exit(subprocess.run(command, env=environment).returncode)
     counts = count_step(args.size, args.batch, args.objective)
-    print(json.dumps(counts, indent=2))
+    print(to_markdown({args.name or "this version": counts}))
     if args.name:
         path = RESULTS / "kernels.json"
         kept = json.loads(path.read_text()) if path.exists() else {}

@@ -16,7 +16,8 @@ from transformers import ViTConfig, ViTModel
 from asit_hf import ASiTForPreTraining, ASiTModel, export_encoder
 from asit_hf.convert_original import convert
 from asit_hf.data import PackedCrops
-from asit_hf.data.packed import write_packed
+from asit_hf.data.packed import PackedAudio, write_packed
+from asit_hf.data.parcels import encode_parcels
 from asit_hf.pretraining.masking import GMML
 from asit_hf.pretraining.trainer import ASiTPreTrainer
 
@@ -313,6 +314,12 @@ def test_it_trains_on_a_packed_pool(script, pool, tmp_path):
 def test_a_packed_pool_is_neither_resampled_nor_streamed(script, pool, tmp_path, more, said):
     with pytest.raises(ValueError, match=said):
         script.main(options(pool, tmp_path, **more))
+
+
+def test_parcels_are_no_audio_until_they_are_decoded(script, pool, tmp_path):
+    encode_parcels(PackedAudio.load(pool), tmp_path / "parcels", num_threads=1)
+    with pytest.raises(ValueError, match="decode"):
+        script.main(options(tmp_path / "parcels", tmp_path / "run"))
 
 
 def test_a_packed_pool_is_not_mixed_with_other_data(script, pool, folder, tmp_path):

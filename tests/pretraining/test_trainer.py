@@ -454,7 +454,7 @@ def test_float16_goes_on_with_a_lower_scale_after_an_overflow(clips, tmp_path):
     assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
 
 
-def test_compiled_layers_share_three_graphs_and_learn_the_same(clips, tmp_path, monkeypatch):
+def test_compiled_layers_share_their_graphs_and_learn_the_same(clips, tmp_path, monkeypatch):
     graphs = []
 
     def backend(graph, examples):
@@ -497,6 +497,13 @@ def test_a_knn_probe_of_clips_of_all_lengths_compiles_nothing(clips, tmp_path):
     assert graphs == []
     teacher(torch.randn(2, 48, 32))
     assert len(graphs) == 1
+
+
+def test_fsdp_without_processes_or_without_a_gpu_is_refused(clips, tmp_path, monkeypatch):
+    trainer = make_trainer(clips, tmp_path)
+    monkeypatch.setattr(trainer.args, "fsdp", True)  # as torchrun on a CPU has it: Accelerate takes no notice
+    with pytest.raises(ValueError, match="torchrun"):
+        trainer.create_accelerator_and_postprocess()
 
 
 def test_the_whole_model_is_not_compiled(tmp_path):

@@ -130,7 +130,7 @@ def distill_rows(
     weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    The cross-entropies of some rows and their gradients, in one go.
+    The sum of the cross-entropies of some rows, and its gradients.
 
     Args:
         student, teacher (`torch.Tensor` of shape `(rows, bottleneck)`).
@@ -139,8 +139,8 @@ def distill_rows(
         weights (`torch.Tensor` of shape `(rows,)`, *optional*).
 
     Returns:
-        The sum of the cross-entropies `()` in float32, and what it is differentiated to by `student`
-        `(rows, bottleneck)` and by `student_matrix` `(prototypes, bottleneck)`.
+        The sum `()` in float32, and its gradients with respect to `student`, `(rows, bottleneck)`, and
+        `student_matrix`, `(prototypes, bottleneck)`.
     """
     # softmax and cross-entropy in float32: in half precision the tail of 8192 prototypes is lost
     targets = (teacher @ teacher_matrix.T).float().sub_(bias).softmax(-1)
@@ -207,8 +207,8 @@ class _PatchDistillation(torch.autograd.Function):
 
 def chunk_rows(num_rows: int, device: torch.device) -> int:
     """
-    Rows of a chunk of `num_rows`: at most as many as suit the device, and where it wants that equally many in every
-    chunk, if they can be.
+    Rows in each chunk: at most as many as suit the device, and on an accelerator the same number in every chunk if
+    `num_rows` can be divided so.
     """
     choices = choices_for(device)
     most = choices.loss_rows if CHUNK_ROWS is None else CHUNK_ROWS

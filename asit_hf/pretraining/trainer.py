@@ -144,11 +144,11 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={
-            "help": "Trainer's filter of losses that are not finite. Not needed here, and the host waits for it."
+            "help": "Trainer's filter of non-finite losses, which are skipped here anyway; it synchronizes every step."
         },
     )
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Look for parameters without a gradient in every pass; there are none."}
+        default=False, metadata={"help": "Search for unused parameters in every pass under DDP; there are none."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: the data room names its own."})
 
@@ -162,8 +162,8 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
         super().__post_init__()
         if self.torch_compile:
             raise ValueError(
-                "torch_compile compiles the model as a whole, with the loop of its local loss unrolled: set "
-                "compile_layers instead, which compiles what gains by it"
+                "torch_compile is not supported: it compiles the whole model and unrolls the loop of its local loss. "
+                "Set compile_layers instead"
             )
         if self.teacher_temperature_warmup_epochs is None:
             self.teacher_temperature_warmup_epochs = objective.teacher_temperature_warmup_epochs
@@ -336,9 +336,9 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
             scale = self.args.encoder_learning_rate_scale
             # heads first: the learning rate that is logged is that of the first group
-            rooms = [(model, 1.0)] if scale == 1 else [(model.heads, 1.0), (model.asit, scale)]
+            modules = [(model, 1.0)] if scale == 1 else [(model.heads, 1.0), (model.asit, scale)]
             groups = []
-            for module, factor in rooms:
+            for module, factor in modules:
                 trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
                 rate = {"lr": self.args.learning_rate * factor}
                 matrices = [parameter for parameter in trainable if parameter.dim() > 1]
@@ -383,7 +383,7 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
         return (output.loss, output) if return_outputs else output.loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As Trainer's, whose sum of losses would stay NaN: one that is not finite counts as the one before it."""
+        """As Trainer's; a non-finite loss is replaced by the last finite one, or Trainer's sum would stay NaN."""
         loss = super().training_step(*args, **kwargs)
         self._last_loss = torch.where(torch.isfinite(loss), loss, self._last_loss)
         return self._last_loss

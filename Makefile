@@ -42,8 +42,8 @@ $(OLDEST)/ready: pyproject.toml constraints.txt
 
 oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest tests/test_configuration.py tests/test_feature_extraction.py tests/test_modeling.py \
-		tests/test_wrong_inputs.py tests/test_pipeline.py tests/test_sharing.py tests/finetuning/test_trainer_loss.py \
-		tests/test_time_budget.py tests/pretraining/test_trainer.py \
+		tests/test_wrong_inputs.py tests/test_pipeline.py tests/hub/test_sharing.py tests/finetuning/test_trainer_loss.py \
+		tests/utils/test_time_budget.py tests/pretraining/test_trainer.py \
 		-k "not pushed_on"
 
 # checks, figures and some minutes of training on a GPU; the package need not be installed

@@ -12,16 +12,11 @@ from transformers import (
 )
 
 from .configuration_asit import ASiTConfig
-from .extras import extra
 from .feature_extraction_asit import ASiTFeatureExtractor
-from .modeling_asit import (
-    ASiTForAudioClassification,
-    ASiTForAudioFrameClassification,
-    ASiTModel,
-    ASiTPreTrainedModel,
-)
+from .modeling_asit import ASiTForAudioClassification, ASiTForAudioFrameClassification, ASiTModel, ASiTPreTrainedModel
 from .pipeline import ASiTAudioClassificationPipeline, register_pipeline
 from .pretraining.modeling import ASiTForPreTraining
+from .utils.extras import extra
 
 __version__ = "0.1.0"
 
@@ -34,9 +29,8 @@ AutoModelForPreTraining.register(ASiTConfig, ASiTForPreTraining, exist_ok=True)
 register_pipeline()
 
 # What costs seconds to import, or needs more than inference does, is loaded when it is first asked for.
-_TRAINING = {"ASiTPreTrainer": "pretraining.trainer", "ASiTPreTrainingArguments": "pretraining.trainer"}
-_LAZY = {"export_encoder": "hub", "read_audio": "data.audio"}
-
+_TRAINING = {"ASiTPreTrainer": "pretraining.trainer", "ASiTPreTrainingArguments": "pretraining.arguments"}
+_LAZY = {"export_encoder": "hub.export", "read_audio": "data.audio"}
 __all__ = [
     "ASiTAudioClassificationPipeline",
     "ASiTConfig",

@@ -5,7 +5,7 @@ Converts checkpoints of the ASiT authors.
 
 reads a training checkpoint of the 2023 or 2024 release, or a bare backbone such as `ASIT_ssl.pt`, under whatever
 prefixes its keys have, and writes an `ASiTModel` with its feature extractor and a model card. `--pretraining` writes
-student, teacher, heads and centres instead, so that training can go on. Widths, depth and heads are told by the
+student, teacher, heads and centers instead, so that training can go on. Widths, depth and heads are told by the
 tensors; every key that was not used is named.
 
 Nothing but tensors and plain containers is read: a file that would run code is refused.
@@ -25,18 +25,18 @@ from typing import Any, Literal
 
 import torch
 
-from .cards import write_model_card
 from .configuration_asit import ASiTConfig
 from .feature_extraction_asit import ASiTFeatureExtractor
-from .hub import check_replaceable, whole_folder
+from .hub.cards import write_model_card
+from .hub.export import check_replaceable
 from .modeling_asit import ASiTModel
-from .pretraining.initialisation import resize_positions
+from .pretraining.initialization import resize_positions
 from .pretraining.modeling import ASiTForPreTraining
-from .pretraining.objectives import get_objective
+from .pretraining.presets import get_preset
+from .utils.files import whole_folder
 
 ARCHITECTURES = {"vit_tiny": 3, "vit_small": 6, "vit_base": 12}
 PATCHES = "patch_embed.proj.weight"
-
 # Our names and the authors', to be replaced one after the other. Query, key and value are one tensor of theirs.
 ENCODER_NAMES = (
     ("embeddings.cls_token", "cls_token"),
@@ -165,7 +165,7 @@ def convert(
         checkpoint: the file.
         output_dir: written as a whole or not at all. An earlier export of an encoder there is replaced.
         source (`str`, *optional*): which encoder of a training checkpoint, by default the teacher's.
-        pretraining (`bool`, defaults to `False`): write student, teacher, heads and centres, as
+        pretraining (`bool`, defaults to `False`): write student, teacher, heads and centers, as
             [`ASiTForPreTraining`].
         num_attention_heads (`int`, *optional*): told by no tensor; by default that of the file's `args.arch` if it
             divides the width, else width / 64.
@@ -203,7 +203,7 @@ def convert(
             setattr(config, name, value)
     if pretraining:
         model, places = ASiTForPreTraining(config), _training_places(backbones, release, checkpoint)
-        written = "student, teacher, heads and centres"
+        written = "student, teacher, heads and centers"
     else:
         model, places = ASiTModel(config), {"": prefix}
         written = f"the encoder {prefix}*" if prefix else "the encoder"
@@ -406,7 +406,7 @@ def _depth(tensors: dict[str, torch.Tensor], prefix: str) -> int:
 
 def _head_fields(tensors: dict[str, torch.Tensor], root: str, release: str) -> dict[str, Any]:
     """What a release sets, with the widths of this file's heads."""
-    fields = dict(get_objective(release).config)
+    fields = dict(get_preset(release).config)
     for field, name in HEAD_WIDTHS.items():
         key = root + _official_name(name, release)
         if key in tensors and tensors[key].dim() == 2:
@@ -440,7 +440,7 @@ def _rename(
         shape = (3 * like.shape[0], *like.shape[1:]) if projection else tuple(like.shape)
         if name in CENTERS["2024"] and key not in tensors:
             raise ValueError(
-                f"the file has no centre {key} to go on pretraining with; without pretraining its encoder is converted"
+                f"the file has no center {key} to go on pretraining with; without pretraining its encoder is converted"
             )
         value = _tensor(tensors, key)
         if name in CENTERS["2024"]:
@@ -523,7 +523,7 @@ def _card_facts(
     return {
         "license": "unknown",
         "training_data": f"Converted from `{checkpoint.name}`, weights in the format of ASiT's authors. **Their "
-        "licence is unknown**: the authors' code and weights carry none. What they were trained on the file does not "
+        "license is unknown**: the authors' code and weights carry none. What they were trained on the file does not "
         "tell.",
         "recipe": {name: value for name, value in recipe.items() if value is not None},
     }
@@ -575,7 +575,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--source", choices=["teacher", "student"], help="encoder of a training checkpoint (default: teacher)"
     )
-    parser.add_argument("--pretraining", action="store_true", help="keep student, teacher, heads and centres")
+    parser.add_argument("--pretraining", action="store_true", help="keep student, teacher, heads and centers")
     parser.add_argument(
         "--num_attention_heads", type=int, help="by default from the file's args.arch, else width / 64"
     )
@@ -607,7 +607,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(conversion)
-    print(f"{args.output_dir}: the licence of these weights is unknown")
+    print(f"{args.output_dir}: the license of these weights is unknown")
     return 0
 
 

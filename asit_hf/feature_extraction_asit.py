@@ -1,4 +1,4 @@
-"""ASiT feature extractor: waveforms to normalised log-mel spectrograms, in batch, on the waveforms' own device."""
+"""ASiT feature extractor: waveforms to normalized log-mel spectrograms, in batch, on the waveforms' own device."""
 
 from numbers import Integral
 from os import PathLike
@@ -23,7 +23,7 @@ RawSpeech = np.ndarray | torch.Tensor | list[float] | list[np.ndarray] | list[to
 
 class ASiTFeatureExtractor(SequenceFeatureExtractor):
     r"""
-    Turns waveforms into `input_values`: Kaldi log-mel filter banks normalised as `(x - mean) / (2 * std)`.
+    Turns waveforms into `input_values`: Kaldi log-mel filter banks normalized as `(x - mean) / (2 * std)`.
 
     The defaults are AudioSet's statistics, those of the published checkpoints. A clip shorter than one 25 ms window is
     filled with zeros up to one window. Padded frames hold `padding_value` and are 0 in `attention_mask`.
@@ -31,7 +31,7 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
     Args:
         feature_size (`int`, *optional*): width of the sequences that `pad` takes: `num_mel_bins`, the default, or 1.
         sampling_rate (`int`, defaults to 16000): rate in Hz that the waveforms must have.
-        padding_value (`float`, defaults to 0.0): value of padded frames, on the normalised scale.
+        padding_value (`float`, defaults to 0.0): value of padded frames, on the normalized scale.
         num_mel_bins (`int`, defaults to 128): number of mel bins.
         mean (`float`, defaults to -4.2677393): mean of the log-mel values.
         std (`float`, defaults to 4.5689974): their standard deviation.

@@ -29,7 +29,7 @@ def bicubic_resize_matrix(
     source_size: int, target_sizes: torch.Tensor, num_targets: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """
-    The weights of a one-dimensional bicubic resize (a = -0.75, half-pixel centres, clamped borders: what
+    The weights of a one-dimensional bicubic resize (a = -0.75, half-pixel centers, clamped borders: what
     `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)` computes), for many target sizes at once.
 
     Args:
@@ -136,33 +136,33 @@ class ASiTEmbeddings(nn.Module):
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + columns * rows, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_values: torch.Tensor, num_columns: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, input_values: torch.Tensor, num_time_patches: torch.Tensor | None = None) -> torch.Tensor:
         patches = self.patch_embeddings(input_values)
-        patches = patches + self.patch_positions(patches.shape[1], num_columns).to(patches.dtype)
+        patches = patches + self.patch_positions(patches.shape[1], num_time_patches).to(patches.dtype)
         cls_token = self.cls_token + self.position_embeddings[:, :1]
         cls_token = cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1)
         return self.dropout(torch.cat((cls_token, patches.flatten(1, 2)), dim=1))
 
-    def patch_positions(self, columns: int, num_columns: torch.Tensor | None = None) -> torch.Tensor:
+    def patch_positions(self, columns: int, num_time_patches: torch.Tensor | None = None) -> torch.Tensor:
         """
         Positions of shape `(batch or 1, columns, rows, hidden_size)`, resized bicubically along time to `columns`, or
-        for every clip to its own number of columns where `num_columns` of shape `(batch,)` is given. Positions of a
+        for every clip to its own number of columns where `num_time_patches` of shape `(batch,)` is given. Positions of a
         clip in a padded batch are thus those that it has alone.
         """
-        source_columns, rows = self.config.position_grid
-        positions = self.position_embeddings[0, 1:].view(source_columns, rows, -1)
+        source_time_patches, rows = self.config.position_grid
+        positions = self.position_embeddings[0, 1:].view(source_time_patches, rows, -1)
         # a graph traced at one length must do for others
-        is_known = num_columns is None and not torch.compiler.is_compiling()
-        if is_known and columns == source_columns:
+        is_known = num_time_patches is None and not torch.compiler.is_compiling()
+        if is_known and columns == source_time_patches:
             return positions[None]
         # float32: under autocast the weights would be rounded to 3 digits
         with torch.autocast(positions.device.type, enabled=False):
             if is_known:
-                weights = _resize_matrix(source_columns, columns, positions.device)
+                weights = _resize_matrix(source_time_patches, columns, positions.device)
             else:
-                if num_columns is None:
-                    num_columns = torch.full((1,), columns, device=positions.device)
-                weights = bicubic_resize_matrix(source_columns, num_columns, columns)
+                if num_time_patches is None:
+                    num_time_patches = torch.full((1,), columns, device=positions.device)
+                weights = bicubic_resize_matrix(source_time_patches, num_time_patches, columns)
             resized = weights @ positions.float().flatten(1)
         return resized.unflatten(-1, (rows, -1))
 
@@ -385,7 +385,7 @@ class ASiTPreTrainedModel(PreTrainedModel):
 
 class ASiTModel(ASiTPreTrainedModel):
     """
-    The ASiT encoder: a vision transformer on 16 x 16 patches of a normalised log-mel spectrogram.
+    The ASiT encoder: a vision transformer on 16 x 16 patches of a normalized log-mel spectrogram.
 
     Args:
         config ([`ASiTConfig`]): its sizes.
@@ -412,7 +412,7 @@ class ASiTModel(ASiTPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         r"""
         Args:
-            input_values (`torch.Tensor` of shape `(batch, frames, num_mel_bins)`): normalised log-mel, any number of
+            input_values (`torch.Tensor` of shape `(batch, frames, num_mel_bins)`): normalized log-mel, any number of
                 frames; the last ones short of a patch are cut, fewer than one patch are filled up with zeros.
             attention_mask (`torch.Tensor` of shape `(batch, frames)`, *optional*): 1 for real frames, 0 for padding on
                 the right. A padded clip gives the output it gives alone.
@@ -427,10 +427,10 @@ class ASiTModel(ASiTPreTrainedModel):
         """
         if attention_mask is not None and attention_mask.shape != input_values.shape[:2]:
             self._question_mask(attention_mask, input_values)
-        num_columns = None if attention_mask is None else self._num_patch_columns(attention_mask)
-        hidden_states = self.embeddings(input_values, num_columns)
+        num_time_patches = None if attention_mask is None else self._num_time_patches(attention_mask)
+        hidden_states = self.embeddings(input_values, num_time_patches)
         num_tokens = hidden_states.shape[1]
-        token_mask = None if num_columns is None else self._token_mask(num_columns, num_tokens)
+        token_mask = None if num_time_patches is None else self._token_mask(num_time_patches, num_tokens)
         layer_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=token_mask
         )
@@ -454,14 +454,14 @@ class ASiTModel(ASiTPreTrainedModel):
             "of its ones is taken as the clip's frames."
         )
 
-    def _num_patch_columns(self, attention_mask: torch.Tensor) -> torch.Tensor:
+    def _num_time_patches(self, attention_mask: torch.Tensor) -> torch.Tensor:
         """`(batch, frames)` -> `(batch,)`: whole patch columns of real frames, at least one."""
         return (attention_mask.sum(-1) // self.config.patch_size).clamp_min(1)
 
-    def _token_mask(self, num_columns: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def _token_mask(self, num_time_patches: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Boolean `(batch, tokens)`: the CLS token and the patches of real columns."""
-        num_real = 1 + num_columns * self.config.position_grid[1]
-        return torch.arange(num_tokens, device=num_columns.device) < num_real[:, None]
+        num_real = 1 + num_time_patches * self.config.position_grid[1]
+        return torch.arange(num_tokens, device=num_time_patches.device) < num_real[:, None]
 
     def _drop_path_scales(self, hidden_states: torch.Tensor, noise: torch.Tensor | None) -> list:
         """For each layer `None`, or what its branches are multiplied with, `(2, batch, 1, 1)`."""
@@ -636,8 +636,8 @@ class ASiTForAudioFrameClassification(ASiTPreTrainedModel):
         multi_label = labels.dim() == 3
         real = torch.ones_like(logits[..., 0], dtype=torch.bool) if multi_label else labels != -100
         if attention_mask is not None:
-            num_columns = self.asit._num_patch_columns(attention_mask)
-            real = real & (torch.arange(logits.shape[1], device=logits.device) < num_columns[:, None])
+            num_time_patches = self.asit._num_time_patches(attention_mask)
+            real = real & (torch.arange(logits.shape[1], device=logits.device) < num_time_patches[:, None])
         if multi_label:
             losses = nn.functional.binary_cross_entropy_with_logits(
                 logits.float(), labels.float(), reduction="none"

@@ -23,8 +23,9 @@ from demo_sounds import write_sounds
 
 from asit_hf import ASiTFeatureExtractor
 from asit_hf.data import LabelledClips, find_audio_files, load_audio_dataset, read_audio, split_dataset
-from asit_hf.evaluation.embeddings import embed, load_encoder
-from asit_hf.hub import export_encoder
+from asit_hf.evaluation.embeddings import embed
+from asit_hf.hub.export import export_encoder
+from asit_hf.loading import load_encoder
 from asit_hf.plotting import plot_confusion, plot_embeddings, plot_log_mel
 
 EXAMPLES = Path(__file__).parent
@@ -44,7 +45,7 @@ PRETRAINING = {
     "teacher_momentum": 0.98,
     "weight_decay_end": 0.1,
     "logging_steps": 20,
-    "picture_steps": 200,
+    "plot_steps": 200,
     "save_strategy": "no",
     "report_to": "none",
 }

@@ -63,13 +63,13 @@ def _tone(rng: np.random.Generator, pitch: np.ndarray, sampling_rate: int) -> np
     return _oscillator(pitch, amplitudes, sampling_rate) * _ramp(len(pitch), rng, sampling_rate)
 
 
-def _band_noise(rng: np.random.Generator, centre: np.ndarray, bandwidth: float, sampling_rate: int) -> np.ndarray:
-    """Noise around a moving centre (samples,) in Hz."""
-    samples = len(centre)
+def _band_noise(rng: np.random.Generator, center: np.ndarray, bandwidth: float, sampling_rate: int) -> np.ndarray:
+    """Noise around a moving center (samples,) in Hz."""
+    samples = len(center)
     baseband = np.fft.fft(rng.standard_normal(samples) + 1j * rng.standard_normal(samples))
     frequency = np.fft.fftfreq(samples, 1 / sampling_rate)
     baseband = np.fft.ifft(baseband * np.exp(-0.5 * (2 * frequency / bandwidth) ** 2))
-    return (baseband * np.exp(2j * np.pi * np.cumsum(centre) / sampling_rate)).real
+    return (baseband * np.exp(2j * np.pi * np.cumsum(center) / sampling_rate)).real
 
 
 def _onsets(rate: np.ndarray, sampling_rate: int) -> np.ndarray:
@@ -88,12 +88,12 @@ def _place(onsets: np.ndarray, gains: np.ndarray, sound: np.ndarray, samples: in
 
 
 def _strikes(
-    rng: np.random.Generator, onsets: np.ndarray, decay: float, centre: float, samples: int, sampling_rate: int
+    rng: np.random.Generator, onsets: np.ndarray, decay: float, center: float, samples: int, sampling_rate: int
 ) -> np.ndarray:
-    """The same noisy strike around `centre` Hz, with time constant `decay` in seconds, at every onset."""
+    """The same noisy strike around `center` Hz, with time constant `decay` in seconds, at every onset."""
     time = np.arange(int(5 * decay * sampling_rate)) / sampling_rate
-    ringing = np.sin(2 * np.pi * centre * time)
-    noise = _band_noise(rng, np.full(len(time), centre), _log_uniform(rng, 500.0, 6000.0), sampling_rate)
+    ringing = np.sin(2 * np.pi * center * time)
+    noise = _band_noise(rng, np.full(len(time), center), _log_uniform(rng, 500.0, 6000.0), sampling_rate)
     strike = (ringing + rng.uniform(0.2, 3.0) * noise / noise.std()) * np.exp(-time / decay)
     return _place(onsets, 10 ** (rng.uniform(-8, 0, size=len(onsets)) / 20), strike, samples)
 
@@ -159,27 +159,27 @@ def bell(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarr
 
 def click_train(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarray:
     onsets = _onsets(np.full(samples, rng.uniform(4, 12)), sampling_rate)
-    decay, centre = _log_uniform(rng, 0.003, 0.012), _log_uniform(rng, 600.0, 3500.0)
-    return _strikes(rng, onsets, decay, centre, samples, sampling_rate)
+    decay, center = _log_uniform(rng, 0.003, 0.012), _log_uniform(rng, 600.0, 3500.0)
+    return _strikes(rng, onsets, decay, center, samples, sampling_rate)
 
 
 def accelerating_bursts(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarray:
     onsets = _onsets(np.geomspace(rng.uniform(2, 4), rng.uniform(14, 30), samples), sampling_rate)
-    decay, centre = _log_uniform(rng, 0.015, 0.05), _log_uniform(rng, 200.0, 2000.0)
-    return _strikes(rng, onsets, decay, centre, samples, sampling_rate)
+    decay, center = _log_uniform(rng, 0.015, 0.05), _log_uniform(rng, 200.0, 2000.0)
+    return _strikes(rng, onsets, decay, center, samples, sampling_rate)
 
 
 def rain_ticks(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarray:
     count = int(rng.uniform(15, 40) * samples / sampling_rate)
     onsets = rng.integers(0, samples, size=count)
-    decay, centre = _log_uniform(rng, 0.003, 0.025), _log_uniform(rng, 600.0, 3500.0)
-    return _strikes(rng, onsets, decay, centre, samples, sampling_rate)
+    decay, center = _log_uniform(rng, 0.003, 0.025), _log_uniform(rng, 600.0, 3500.0)
+    return _strikes(rng, onsets, decay, center, samples, sampling_rate)
 
 
 def noise_sweep(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarray:
     octaves = rng.choice([-1, 1]) * rng.uniform(1.0, 2.5) * np.linspace(-0.5, 0.5, samples)
-    centre = _log_uniform(rng, 500.0, 2000.0) * 2**octaves
-    noise = _band_noise(rng, centre, _log_uniform(rng, 100.0, 800.0), sampling_rate)
+    center = _log_uniform(rng, 500.0, 2000.0) * 2**octaves
+    noise = _band_noise(rng, center, _log_uniform(rng, 100.0, 800.0), sampling_rate)
     return noise * _ramp(samples, rng, sampling_rate)
 
 

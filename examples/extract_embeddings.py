@@ -6,7 +6,7 @@ Embeddings of a folder of audio, or of whatever a manifest or Hub data set names
         --scenes clips.npz --timestamps columns.npz --pooling cls_mean
 
 Scenes: one embedding a clip. Timestamps: one for every patch column, 160 ms with the usual patches of 16 frames, each
-the mean over mel of the last layer, with the milliseconds that it is centred at.
+the mean over mel of the last layer, with the milliseconds that it is centerd at.
 
 parquet: rows of `file`, `label` (scenes, where there are labels), `milliseconds` (timestamps) and `embedding`; read it
 with `datasets.load_dataset("parquet", data_files=...)` or pandas. npz: `embeddings` (rows, dim), `files` (clips,) and,
@@ -36,7 +36,8 @@ from tqdm.auto import tqdm
 from asit_hf import ASiTFeatureExtractor
 from asit_hf.data import AudioReadError, label_names, load_audio_dataset
 from asit_hf.data.audio import source_name
-from asit_hf.evaluation.embeddings import POOLINGS, embed_files, embedding_size, load_encoder
+from asit_hf.evaluation.embeddings import POOLINGS, embed_files, embedding_size
+from asit_hf.loading import load_encoder
 
 # rows of a parquet row group: what is in memory before it is written
 GROUP_ROWS = 1024

@@ -37,23 +37,16 @@ from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
-from asit_hf.cards import CardArguments, describe_run
-from asit_hf.data import (
-    BENCHMARKS,
-    ClassificationCollator,
-    LabelledClips,
-    filter_rows,
-    label_names,
-    split_dataset,
-)
+from asit_hf.data import CORPORA, ClassificationCollator, LabelledClips, filter_rows, label_names, split_dataset
 from asit_hf.data.audio import AudioReadError, source_name
-from asit_hf.evaluation.embeddings import load_encoder
-from asit_hf.finetuning import load_labelled_dataset, problem_type_of
+from asit_hf.data.labelled import load_labelled, problem_type_of
+from asit_hf.evaluation.metrics import TOP_K, compute_metrics_for, confusion_counts, per_class_report
 from asit_hf.finetuning.augmentation import Augmentation, TrainingClips
-from asit_hf.finetuning.metrics import TOP_K, compute_metrics_for, confusion_counts, per_class_report
 from asit_hf.finetuning.sampling import balanced_weights
 from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer
-from asit_hf.recipes import checkpoint_to_resume, parse_arguments
+from asit_hf.hub.cards import CardArguments, describe_run
+from asit_hf.loading import load_encoder
+from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments
 
 logger = logging.get_logger(__name__)
 
@@ -86,10 +79,10 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     train_data: str = field(
-        metadata={"help": "Folder of class folders, csv or json manifest, Hub data set, or root of a dataset_layout."}
+        metadata={"help": "Folder of class folders, csv or json manifest, Hub data set, or root of a corpus."}
     )
-    dataset_layout: str | None = field(
-        default=None, metadata={"help": f"A published data set, with its splits and classes: {', '.join(BENCHMARKS)}."}
+    corpus: str | None = field(
+        default=None, metadata={"help": f"A published data set, with its splits and classes: {', '.join(CORPORA)}."}
     )
     eval_data: str | None = field(
         default=None,
@@ -134,8 +127,8 @@ class DataArguments:
     strict: bool = field(default=False, metadata={"help": "Stop at a file that cannot be read."})
 
     def __post_init__(self):
-        if self.dataset_layout is not None:
-            self._use_layout()
+        if self.corpus is not None:
+            self._use_corpus()
         if self.folds is not None:
             self._check_folds()
         elif self.eval_data is None and (self.eval_split or self.eval_filter):
@@ -153,17 +146,17 @@ class DataArguments:
         self.eval_data, self.eval_split = self.train_data, self.train_split
 
     def reading(self) -> dict[str, Any]:
-        """What `load_labelled_dataset` needs to know of the training and of the evaluation data."""
+        """What `load_labelled` needs to know of the training and of the evaluation data."""
         names = ("audio_column", "label_column", "root", "strict")
-        return {**{name: getattr(self, name) for name in names}, "layout": self.dataset_layout}
+        return {**{name: getattr(self, name) for name in names}, "corpus": self.corpus}
 
     def fold_names(self) -> list[str]:
         return [fold.strip() for fold in self.folds.split(",")]
 
-    def _use_layout(self) -> None:
-        if self.dataset_layout not in BENCHMARKS:
-            raise ValueError(f"dataset_layout must be one of {', '.join(BENCHMARKS)}, got {self.dataset_layout!r}")
-        splits = BENCHMARKS[self.dataset_layout].splits
+    def _use_corpus(self) -> None:
+        if self.corpus not in CORPORA:
+            raise ValueError(f"corpus must be one of {', '.join(CORPORA)}, got {self.corpus!r}")
+        splits = CORPORA[self.corpus].splits
         if splits:
             self.train_split = self.train_split or "train"
             self.eval_split = self.eval_split or "test"
@@ -199,17 +192,15 @@ def load_data(args: DataArguments, seed: int, chooses: bool = True) -> tuple[Dat
     the validation data choose a checkpoint.
     """
     reading = args.reading()
-    train = load_labelled_dataset(
+    train = load_labelled(
         args.train_data, args.train_filter, split=args.train_split, check_files=args.check_train_files, **reading
     )
     names = None if problem_type_of(train) == "regression" else label_names(train)
     validation = evaluation = None
     if args.eval_data is not None:
-        evaluation = load_labelled_dataset(args.eval_data, args.eval_filter, names, split=args.eval_split, **reading)
+        evaluation = load_labelled(args.eval_data, args.eval_filter, names, split=args.eval_split, **reading)
     if args.validation_split:
-        validation = load_labelled_dataset(
-            args.train_data, args.train_filter, names, split=args.validation_split, **reading
-        )
+        validation = load_labelled(args.train_data, args.train_filter, names, split=args.validation_split, **reading)
     elif args.validation_fraction:
         train, validation = split_dataset(train, args.validation_fraction, seed, args.group_column)
     elif chooses:
@@ -287,7 +278,7 @@ def write_class_reports(folder: Path, dataset: Dataset, output: PredictionOutput
         writer.writeheader()
         writer.writerows(rows)
     if single and len(names) <= MAX_CLASSES_OF_PICTURE:
-        from asit_hf.plotting import plot_confusion  # matplotlib takes a second to import
+        from asit_hf.plotting import plot_confusion
 
         figure = plot_confusion(confusion_counts(output.predictions, targets), names)
         figure.savefig(folder / "confusion.png", dpi=120)
@@ -336,7 +327,7 @@ def finetune(
         processing_class=feature_extractor,
     )
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
-    if args.average_last_epochs:
+    if args.average_checkpoints:
         trainer.load_average()
     trainer.save_model()
     trainer.save_state()
@@ -369,7 +360,7 @@ def cross_validate(
         raise ValueError("folds give one model each: push the one you choose, not all of them with --push_to_hub")
     data_args = parse_arguments(GROUPS, arguments)[1]
     reading = {**data_args.reading(), "split": data_args.train_split, "check_files": False}
-    dataset = load_labelled_dataset(data_args.train_data, data_args.train_filter, **reading)
+    dataset = load_labelled(data_args.train_data, data_args.train_filter, **reading)
     for fold in folds:  # now, not after hours of the others
         if len(filter_rows(dataset, [f"{data_args.fold_column}={fold}"])) == 0:
             raise ValueError(f"no row of {data_args.train_data} has {data_args.fold_column} {fold!r}")
@@ -379,7 +370,7 @@ def cross_validate(
         parsed[1].hold_out(fold)
         results[fold], trainer = finetune(*parsed, arguments, build=build)
         histories.append(trainer.state.log_history)
-    summary = summarise_folds(results)
+    summary = summarize_folds(results)
     if not parsed[1].validation_fraction:  # the history is of the fold that was left out
         summary |= best_common_epoch(histories, trainer.args.metric_for_best_model, trainer.args.greater_is_better)
     logger.info(f"{len(folds)} folds: {summary}")
@@ -389,7 +380,7 @@ def cross_validate(
     return summary
 
 
-def summarise_folds(results: dict[str, dict[str, float]]) -> dict[str, float]:
+def summarize_folds(results: dict[str, dict[str, float]]) -> dict[str, float]:
     """Mean over folds of every metric, and `..._std`, its standard deviation."""
     names = [name for name in next(iter(results.values())) if not name.endswith(("_per_second", "_runtime"))]
     columns = {name: [metrics[name] for metrics in results.values()] for name in names}

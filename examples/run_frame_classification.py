@@ -6,7 +6,7 @@ Finetunes an ASiT encoder to say what sounds when: a score for every class in ev
 
 Labels are tables of events, `filename onset offset event_label` (DCASE) or AudioSet's strong labels. The output folder
 holds the last model, `eval_results.json` and `events.tsv`, the events found in the evaluation clips: runs of columns
-above `--threshold` after a median filter of `--median_columns`. The evaluation data choose nothing.
+above `--threshold` after a median filter of `--median_filter_size`. The evaluation data choose nothing.
 """
 
 import sys
@@ -18,25 +18,25 @@ from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification
-from asit_hf.cards import CardArguments, PushMixin, describe_run
 from asit_hf.data import audio_info
 from asit_hf.data.audio import AudioReadError
 from asit_hf.data.epochs import EpochCallback
-from asit_hf.data.strong_labels import (
+from asit_hf.data.events import (
     IGNORED,
     Event,
     FrameCollator,
     StronglyLabelledClips,
-    column_edges,
     event_names,
     read_strong_labels,
+    time_patch_edges,
     write_strong_labels,
 )
-from asit_hf.evaluation.embeddings import load_encoder
+from asit_hf.evaluation.metrics import multi_label_metrics
 from asit_hf.evaluation.sound_events import PSDS_SCENARIOS, decode_events, psds, segment_metrics
-from asit_hf.finetuning.metrics import multi_label_metrics
-from asit_hf.recipes import checkpoint_to_resume, parse_arguments
-from asit_hf.time_budget import TimeBudgetArguments, TimeBudgetMixin
+from asit_hf.hub.cards import CardArguments, PushMixin, describe_run
+from asit_hf.loading import load_encoder
+from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments
+from asit_hf.utils.time_budget import TimeBudgetArguments, TimeBudgetMixin
 
 logger = logging.get_logger(__name__)
 
@@ -66,7 +66,7 @@ class DataArguments:
     eval_audio: str | None = field(default=None, metadata={"help": "That of the evaluation clips, if another."})
     max_seconds: float | None = field(default=None, metadata={"help": "Train on random crops of longer clips."})
     threshold: float = field(default=0.5, metadata={"help": "A class is on in the columns that score above it."})
-    median_columns: int = field(default=1, metadata={"help": "Width of the median filter; odd."})
+    median_filter_size: int = field(default=1, metadata={"help": "Width of the median filter; odd."})
     segment_seconds: float = field(default=1.0, metadata={"help": "Of the segment-based scores."})
     drop_unknown_labels: bool = field(
         default=False, metadata={"help": "Leave out evaluation events of classes that training has none of."}
@@ -128,12 +128,12 @@ class Scorer:
         for logits, targets, (name, duration) in zip(predictions, labels, self.durations.items(), strict=True):
             columns = int((targets[:, 0] != IGNORED).sum())
             scores[name] = 1 / (1 + np.exp(-logits[:columns].astype(np.float64)))
-            edges[name] = column_edges(columns, duration, self.rate, self.patch_size)
+            edges[name] = time_patch_edges(columns, duration, self.rate, self.patch_size)
         return scores, edges
 
     def detect(self, scores: dict, edges: dict) -> dict:
         """Events by file."""
-        options = {"threshold": self.args.threshold, "median_columns": self.args.median_columns}
+        options = {"threshold": self.args.threshold, "median_filter_size": self.args.median_filter_size}
         return {name: decode_events(scores[name], self.names, edges[name], **options) for name in scores}
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     output = trainer.predict(evaluation, metric_key_prefix="eval")
     scores, edges = scorer.scores(output.predictions, output.label_ids)
     for scenario in PSDS_SCENARIOS:
-        options = {"scenario": scenario, "median_columns": data_args.median_columns}
+        options = {"scenario": scenario, "median_filter_size": data_args.median_filter_size}
         output.metrics[f"eval_{scenario}"] = psds(scorer.reference, scores, edges, names, **options)
     trainer.log_metrics("eval", output.metrics)
     trainer.save_metrics("eval", output.metrics, combined=False)

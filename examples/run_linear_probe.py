@@ -1,6 +1,6 @@
 """
 What an encoder's frozen embeddings are worth: linear probes (`linear` is logistic regression, `ridge` least squares,
-which suits wide embeddings) and one of k nearest neighbours, on labelled audio.
+which suits wide embeddings) and one of k nearest neighbors, on labelled audio.
 
     python examples/run_linear_probe.py --model_name_or_path CHECKPOINT --train train.csv --test test.csv
     python examples/run_linear_probe.py --random_init --size tiny --train esc50.csv --root audio \
@@ -19,13 +19,15 @@ from datasets import Dataset
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTModel
 from asit_hf.configuration_asit import SIZES
-from asit_hf.data import BENCHMARKS
+from asit_hf.data import CORPORA
 from asit_hf.data.audio import AudioReadError, source_name
-from asit_hf.data.crops import LabelledClips
-from asit_hf.data.datasets import find_group_column, label_names
-from asit_hf.evaluation.embeddings import POOLINGS, embed, load_encoder
-from asit_hf.evaluation.probe import knn_probe, linear_probe, ridge_probe
-from asit_hf.finetuning import load_labelled_dataset, problem_type_of
+from asit_hf.data.clips import LabelledClips
+from asit_hf.data.labelled import load_labelled, problem_type_of
+from asit_hf.data.labels import label_names
+from asit_hf.data.splits import find_group_column
+from asit_hf.evaluation.embeddings import POOLINGS, embed
+from asit_hf.evaluation.probes import knn_probe, linear_probe, ridge_probe
+from asit_hf.loading import load_encoder
 
 METHODS = {"linear": linear_probe, "ridge": ridge_probe, "knn": knn_probe}
 
@@ -49,8 +51,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--test", help="the same; by default --train")
     parser.add_argument(
-        "--dataset_layout",
-        choices=tuple(BENCHMARKS),
+        "--corpus",
+        choices=tuple(CORPORA),
         help="--train is the root of such a data set, whose splits are chosen by --train_split and --test_split",
     )
     parser.add_argument("--train_split")
@@ -70,7 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_layers", type=int, default=1, help="concatenate this many last layers")
     parser.add_argument("--window_seconds", type=float, help="hear longer clips in windows, pooled over all of them")
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="these probes")
-    parser.add_argument("--k", type=int, default=20, help="neighbours")
+    parser.add_argument("--k", type=int, default=20, help="neighbors")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of cross-validation and fresh weights"
     )
@@ -95,11 +97,11 @@ def main(argv: list[str] | None = None, known: dict[tuple, np.ndarray] | None = 
     args = parse_args(argv)
     known = {} if known is None else known
     reading = {name: getattr(args, name) for name in ("audio_column", "label_column", "root", "strict")}
-    reading["layout"] = args.dataset_layout
-    train = load_labelled_dataset(args.train, args.train_filter or (), split=args.train_split, **reading)
+    reading["corpus"] = args.corpus
+    train = load_labelled(args.train, args.train_filter or (), split=args.train_split, **reading)
     if problem_type_of(train) == "regression":
         raise ValueError("a probe needs classes, the labels are floating-point numbers")
-    test = load_labelled_dataset(
+    test = load_labelled(
         args.test or args.train, args.test_filter or (), label_names(train), split=args.test_split, **reading
     )
     group_column = find_group_column(train) if args.group_column is None else args.group_column

@@ -21,7 +21,6 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
-from asit_hf.cards import CardArguments, describe_run
 from asit_hf.data import (
     LabelledClips,
     PackedCrops,
@@ -32,13 +31,15 @@ from asit_hf.data import (
     load_unlabelled,
 )
 from asit_hf.data.audio import AudioReadError
+from asit_hf.data.labelled import load_labelled
 from asit_hf.data.parcels import is_parcels
-from asit_hf.finetuning import load_labelled_dataset
-from asit_hf.pretraining.initialisation import encoder_from_vit, read_model_type
+from asit_hf.hub.cards import CardArguments, describe_run
+from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
+from asit_hf.pretraining.initialization import encoder_from_vit, read_model_type
 from asit_hf.pretraining.monitoring import KnnProbeCallback
-from asit_hf.pretraining.objectives import get_objective
-from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
-from asit_hf.recipes import checkpoint_to_resume, parse_arguments
+from asit_hf.pretraining.presets import get_preset
+from asit_hf.pretraining.trainer import ASiTPreTrainer
+from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments
 
 logger = logging.get_logger(__name__)
 
@@ -74,7 +75,7 @@ class DataArguments:
         default=None, metadata={"help": "csv of labelled clips (columns file and label) that vote in a kNN probe."}
     )
     knn_test: str | None = field(default=None, metadata={"help": "csv of the clips that it is scored on."})
-    knn_steps: int = field(default=1000, metadata={"help": "Optimiser steps between two kNN probes."})
+    knn_steps: int = field(default=1000, metadata={"help": "Optimizer steps between two kNN probes."})
 
 
 @dataclass
@@ -109,14 +110,14 @@ def build_dataset(
         "global_seconds": data.global_seconds,
         "local_seconds": data.local_seconds,
         "num_local_crops": num_local_crops,
-        "roll_probability": get_objective(args.objective).roll_probability,
+        "roll_probability": get_preset(args.preset).roll_probability,
         "seed": args.seed,
     }
     if packed := [source for source in data.train_data if is_packed(source)]:
         if len(data.train_data) > 1:
             raise ValueError(
                 f"expected the packed audio of {packed[0]} to be the only train_data, got {data.train_data}: pack all "
-                "of it together (examples/make_shards.py --format packed)"
+                "of it together (examples/tools/make_shards.py --format packed)"
             )
         if data.streaming:
             raise ValueError(f"expected audio to stream, got packed audio in {packed[0]}: leave out --streaming")
@@ -136,13 +137,13 @@ def build_dataset(
 def build_model(model: ModelArguments, data: DataArguments, args: ASiTPreTrainingArguments) -> ASiTForPreTraining:
     overrides = {"drop_path_rate": model.drop_path_rate, **parse_overrides(model.config_overrides)}
     overrides |= {name: value for name in LOSS_OPTIONS if (value := getattr(model, name)) is not None}
-    fields = {**get_objective(args.objective).config, **overrides}
+    fields = {**get_preset(args.preset).config, **overrides}
     name = model.model_name_or_path
     if name and is_asit(name):
         config = ASiTConfig.from_pretrained(name)
         if config.architectures == [ASiTForPreTraining.__name__]:  # its heads and loss weights go on as they are
             if (config.num_patch_prototypes is None) != (fields["num_patch_prototypes"] is None):
-                logger.warning("%s has not the heads of the %s objective; it keeps its own", name, args.objective)
+                logger.warning("%s has not the heads of the %s objective; it keeps its own", name, args.preset)
             fields = overrides
         config = ASiTConfig.from_pretrained(name, **fields)
         return ASiTForPreTraining.from_pretrained(name, config=config, attn_implementation=model.attn_implementation)
@@ -188,8 +189,8 @@ def build_feature_extractor(model: ModelArguments, data: DataArguments, num_mel_
 def build_knn_probe(data: DataArguments, trainer: ASiTPreTrainer) -> KnnProbeCallback:
     if not data.knn_test:
         raise ValueError("knn_train needs knn_test, the clips that the probe is scored on")
-    train = load_labelled_dataset(data.knn_train)
-    test = load_labelled_dataset(data.knn_test, names=label_names(train))
+    train = load_labelled(data.knn_train)
+    test = load_labelled(data.knn_test, names=label_names(train))
     rate = trainer.processing_class.sampling_rate
     return KnnProbeCallback(trainer, LabelledClips(train, rate), LabelledClips(test, rate), data.knn_steps)
 
@@ -210,7 +211,7 @@ def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
     feature_extractor = build_feature_extractor(model_args, data_args, model.config.num_mel_bins)
     num_local_crops = data_args.num_local_crops
     if num_local_crops is None:  # they enter the global loss only
-        num_local_crops = get_objective(args.objective).num_local_crops if model.config.global_loss_weight else 0
+        num_local_crops = get_preset(args.preset).num_local_crops if model.config.global_loss_weight else 0
     dataset = build_dataset(data_args, args, feature_extractor.sampling_rate, num_local_crops)
     trainer = ASiTPreTrainer(model=model, args=args, train_dataset=dataset, processing_class=feature_extractor)
     checkpoint = checkpoint_to_resume(args)

@@ -252,11 +252,11 @@ def test_every_unused_key_is_named(tmp_path, capsys):
     assert unused == {"teacher.backbone.blocks.0.attn.rope", "optimizer", "fp16_scaler"}
 
 
-def test_the_card_says_that_the_licence_is_unknown_and_nothing_private(tmp_path):
+def test_the_card_says_that_the_license_is_unknown_and_nothing_private(tmp_path):
     convert(write(official_content("2023"), tmp_path / "checkpoint.pth"), tmp_path / "encoder")
     card = ModelCard.load(tmp_path / "encoder" / "README.md")
     assert card.data.license == "unknown"
-    assert "licence is unknown" in card.text
+    assert "license is unknown" in card.text
     assert "checkpoint.pth" in card.text
     assert "somebody" not in card.text
 

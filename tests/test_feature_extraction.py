@@ -37,7 +37,7 @@ def test_log_mel_equals_transformers_ast(lengths):
         np.testing.assert_allclose(ours[:20], expected, rtol=0, atol=2e-3)
 
 
-def test_normalisation():
+def test_normalization():
     (clip,) = clips(4000)
     plain = ASiTFeatureExtractor(mean=0.0, std=0.5)(clip, RATE, return_tensors="pt")["input_values"]
     scaled = ASiTFeatureExtractor(mean=-6.0, std=2.0)(clip, RATE, return_tensors="pt")["input_values"]
@@ -174,8 +174,8 @@ def test_a_clip_shorter_than_a_window_is_one_frame():
     short = clips(150)[0]
     output = extractor([short, *clips(4000)], RATE, return_tensors="pt")
     assert output["attention_mask"].sum(1).tolist() == [1, 23]
-    centred = np.pad(short - short.mean(), (0, 250))
-    expected = extractor.extract(torch.from_numpy(centred), torch.tensor(400))
+    centerd = np.pad(short - short.mean(), (0, 250))
+    expected = extractor.extract(torch.from_numpy(centerd), torch.tensor(400))
     alone = extractor(short, RATE, return_tensors="pt")["input_values"]
     torch.testing.assert_close(output["input_values"][0, :1], alone[0], rtol=0, atol=1e-5)
     # the mean over the clip's own samples was removed: what `expected` removes again is nothing

@@ -8,12 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, AutoModelForAudioClassification, AutoModelForAudioFrameClassification
 
-from asit_hf import (
-    ASiTConfig,
-    ASiTForAudioClassification,
-    ASiTForAudioFrameClassification,
-    ASiTModel,
-)
+from asit_hf import ASiTConfig, ASiTForAudioClassification, ASiTForAudioFrameClassification, ASiTModel
 from asit_hf.modeling_asit import _BlockwiseAttention, bicubic_resize_matrix
 
 CLASSES = [ASiTModel, ASiTForAudioClassification, ASiTForAudioFrameClassification]
@@ -305,7 +300,7 @@ def test_encoder_loads_from_a_classifier_and_back(tmp_path):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_every_parameter_is_initialised_by_rule(cls, tmp_path):
+def test_every_parameter_is_initialized_by_rule(cls, tmp_path):
     """Nothing in the checkpoint: all comes from `_init_weights`, whatever the memory held before."""
     config = ASiTConfig(**{**TINY, "initializer_range": 0.02, "num_labels": 5})
     config.save_pretrained(tmp_path)
@@ -326,7 +321,7 @@ def test_every_parameter_is_initialised_by_rule(cls, tmp_path):
             assert 0.01 < value.std() < 0.03, name
 
 
-def test_initialisation_is_reproducible():
+def test_initialization_is_reproducible():
     state, again, other = (build(seed=seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(state[name], again[name]) for name in state)
     assert not torch.equal(state["embeddings.cls_token"], other["embeddings.cls_token"])

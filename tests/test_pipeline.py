@@ -22,13 +22,7 @@ from transformers import (
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from asit_hf import (
-    ASiTConfig,
-    ASiTFeatureExtractor,
-    ASiTForAudioClassification,
-    ASiTForPreTraining,
-    ASiTModel,
-)
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTForPreTraining, ASiTModel
 from asit_hf.data.audio import AudioReadError, resample
 from asit_hf.pipeline import MAX_SECONDS, ASiTAudioClassificationPipeline, register_pipeline
 
@@ -38,7 +32,7 @@ RATE = 16000
 def tiny_config(**kwargs) -> ASiTConfig:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     heads = {"distillation_hidden_size": 16, "distillation_bottleneck_size": 8, "num_prototypes": 16}
-    # a wide initialisation, so that different sounds get different scores
+    # a wide initialization, so that different sounds get different scores
     return ASiTConfig(**{**sizes, **heads, "num_mel_bins": 32, "num_frames": 96, "initializer_range": 0.3, **kwargs})
 
 

@@ -75,7 +75,7 @@ def test_scores_have_a_panel_each_and_a_dot_a_run():
         plot_scores({})
 
 
-def test_corruption_shows_the_mask_in_the_colours_of_the_clean_clip():
+def test_corruption_shows_the_mask_in_the_colors_of_the_clean_clip():
     clean, mask = torch.randn(40, 32), torch.rand(40, 32) < 0.5
     corrupted = torch.where(mask, torch.zeros(()), clean)
     shown = images(plot_corruption(clean, corrupted, mask))
@@ -110,16 +110,16 @@ def test_timeline_draws_the_highest_labels_at_the_windows_middles():
     assert axes.get_xlim() == (0.0, 3.0)
 
 
-def test_neighbours_stay_neighbours_in_either_map():
+def test_neighbors_stay_neighbors_in_either_map():
     generator = np.random.default_rng(0)
     labels = np.arange(30) % 3
     embeddings = generator.normal(size=(30, 16)) + 50 * np.eye(3, 16)[labels]
     for projection in ("pca", "tsne"):
         figure = plot_embeddings(embeddings, labels, projection=projection)
         groups = [np.asarray(group.get_offsets()) for group in figure.axes[0].collections]
-        centres = np.stack([group.mean(0) for group in groups])
+        centers = np.stack([group.mean(0) for group in groups])
         spread = max(np.linalg.norm(group - group.mean(0), axis=1).max() for group in groups)
-        apart = min(np.linalg.norm(centres[a] - centres[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+        apart = min(np.linalg.norm(centers[a] - centers[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
         assert apart > spread, projection
 
 

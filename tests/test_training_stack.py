@@ -1,4 +1,4 @@
-"""What trains, compiles, exports, quantises and spreads a model, from the libraries that users bring along."""
+"""What trains, compiles, exports, quantizes and spreads a model, from the libraries that users bring along."""
 
 import copy
 import importlib.util
@@ -15,12 +15,7 @@ from torch import distributed, nn
 from torch.export import Dim
 from transformers import TorchAoConfig
 
-from asit_hf import (
-    ASiTForAudioClassification,
-    ASiTForAudioFrameClassification,
-    ASiTForPreTraining,
-    ASiTModel,
-)
+from asit_hf import ASiTForAudioClassification, ASiTForAudioFrameClassification, ASiTForPreTraining, ASiTModel
 
 CLASSIFIERS = [ASiTForAudioClassification, ASiTForAudioFrameClassification]
 DYNAMIC = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}  # batch and time

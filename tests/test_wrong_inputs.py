@@ -30,16 +30,16 @@ from asit_hf.data import (
     load_audio_dataset,
     resample,
 )
-from asit_hf.evaluation.probe import linear_probe
+from asit_hf.evaluation import metrics
+from asit_hf.evaluation.probes import linear_probe
 from asit_hf.fbank_asit import log_mel_spectrogram
-from asit_hf.finetuning import metrics
 from asit_hf.finetuning.sampling import class_weights
-from asit_hf.hub import find_checkpoint
+from asit_hf.loading import find_checkpoint
 from asit_hf.modeling_asit import classification_loss
 from asit_hf.predict import load_classifier, predict_folder
 from asit_hf.pretraining.losses import view_distillation_loss
 from asit_hf.pretraining.masking import GMML, corrupt, draw_block_masks
-from asit_hf.pretraining.objectives import get_objective
+from asit_hf.pretraining.presets import get_preset
 
 RATE = 16000
 TINY = {
@@ -210,14 +210,14 @@ PRETRAINING = [
         ValueError,
         ["two student views"],
     ),
-    (lambda: GMML(zero_share=(0.7, 0.5)), ValueError, ["zero_share", "(0.7, 0.5)"]),
-    (lambda: GMML(zero_share=(0.5, 1.0)), ValueError, ["zero_share", "1.0"]),
-    (lambda: GMML(zero_share=(0.0, 0.5)), ValueError, ["zero_share", "0.0"]),
-    (lambda: GMML(replace_share=0.0), ValueError, ["replace_share", "0.0"]),
+    (lambda: GMML(mask_ratio=(0.7, 0.5)), ValueError, ["mask_ratio", "(0.7, 0.5)"]),
+    (lambda: GMML(mask_ratio=(0.5, 1.0)), ValueError, ["mask_ratio", "1.0"]),
+    (lambda: GMML(mask_ratio=(0.0, 0.5)), ValueError, ["mask_ratio", "0.0"]),
+    (lambda: GMML(replace_ratio=0.0), ValueError, ["replace_ratio", "0.0"]),
     (lambda: GMML(replace_probability=1.5), ValueError, ["replace_probability", "1.5"]),
-    (lambda: GMML(max_block=0.0), ValueError, ["max_block", "0.0"]),
+    (lambda: GMML(max_block_ratio=0.0), ValueError, ["max_block_ratio", "0.0"]),
     (lambda: GMML(alignment=0), ValueError, ["alignment", "0"]),
-    (lambda: get_objective("2022"), ValueError, ["2023", "2022"]),
+    (lambda: get_preset("2022"), ValueError, ["2023", "2022"]),
     (lambda: corrupt(views, torch.arange(3), 0, GMML()), ValueError, ["2", "3"]),
     (
         lambda: draw_block_masks(torch.arange(8), 32, 32, torch.full((4,), 0.5), 0.3),
@@ -288,7 +288,7 @@ EXTRAS = [
         ["sklearn is", "[train]"],
     ),
     (
-        lambda: without("evaluate", *importing("asit_hf.finetuning.evaluate_metrics")),
+        lambda: without("evaluate", *importing("asit_hf.evaluation.evaluate_metrics")),
         ImportError,
         ["evaluate is", "[train]"],
     ),

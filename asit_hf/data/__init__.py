@@ -1,27 +1,24 @@
 """Reading audio, data sets of it, and the crops and batches made from them."""
 
 from .audio import AudioInfo, AudioReader, AudioReadError, audio_info, read_audio, resample, to_mono_float
-from .benchmarks import BENCHMARKS, load_benchmark
+from .clips import LabelledClips
 from .collators import ClassificationCollator, collate_crops
-from .crops import CropSettings, LabelledClips, PretrainingCrops, StreamingCrops, sample_key
-from .datasets import (
-    AUDIO_EXTENSIONS,
-    encode_labels,
-    find_audio_files,
-    find_group_column,
-    label_names,
-    load_audio_dataset,
-    split_dataset,
-)
+from .corpora.registry import CORPORA, load_corpus
+from .crops import CropSettings, PretrainingCrops
+from .datasets import AUDIO_EXTENSIONS, find_audio_files, load_audio_dataset
+from .labelled import filter_rows, load_unlabelled
+from .labels import encode_labels, label_names
 from .packed import PackedAudio, PackedCrops, is_packed
-from .sources import filter_rows, load_unlabelled
+from .randomness import sample_key
+from .splits import find_group_column, split_dataset
+from .streaming import StreamingCrops
 
 __all__ = [
     "AUDIO_EXTENSIONS",
     "AudioInfo",
     "AudioReadError",
     "AudioReader",
-    "BENCHMARKS",
+    "CORPORA",
     "ClassificationCollator",
     "CropSettings",
     "LabelledClips",
@@ -38,7 +35,7 @@ __all__ = [
     "is_packed",
     "label_names",
     "load_audio_dataset",
-    "load_benchmark",
+    "load_corpus",
     "load_unlabelled",
     "read_audio",
     "resample",

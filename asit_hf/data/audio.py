@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..extras import extra
+from ..utils.extras import extra
 
 if TYPE_CHECKING:  # imported where used: arrays need neither soundfile nor soxr
     import soundfile
@@ -282,7 +282,7 @@ def read_audio(source: Any, sampling_rate: int, offset: float = 0.0, duration: f
 def to_mono_float(array: Any) -> np.ndarray:
     """Mono float32 `(samples,)` from an array, list or tensor: the mean of the channels, which are the shorter axis.
 
-    Integers are scaled by the range of their type (8 to 32 bits, unsigned ones are centred first); floats stay as
+    Integers are scaled by the range of their type (8 to 32 bits, unsigned ones are centerd first); floats stay as
     they are.
 
     Raises:

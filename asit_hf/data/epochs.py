@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..extras import extra
-from .crops import StreamingCrops
+from ..utils.extras import extra
+from .streaming import StreamingCrops
 
 with extra("train"):
     from accelerate.data_loader import IterableDatasetShard

@@ -4,7 +4,7 @@ Packed audio: all clips of a pool in one raw file with an index beside it, so th
 A folder holds `audio.int16` (16-bit little-endian mono PCM of one sampling rate, clips one after another) and
 `index.json` (format version, sampling rate, and of every clip its samples, its name and, where known, the part of the
 pool that it comes from). The file is memory-mapped on a CPU and resident on an accelerator, where crops are cut
-without a loader. `examples/make_shards.py --format packed` writes such a folder from any audio. Reading needs torch
+without a loader. `examples/tools/make_shards.py --format packed` writes such a folder from any audio. Reading needs torch
 and numpy only.
 """
 
@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..device import choices_for
+from ..utils.device import choices_for
+from .clips import _shared_counter
 from .collators import collate_crops
-from .crops import CropSettings, _shared_counter
+from .crops import CropSettings
 from .randomness import mix_keys, sample_key, uniform_noise
 
 AUDIO, INDEX = "audio.int16", "index.json"

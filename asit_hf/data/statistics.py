@@ -1,4 +1,4 @@
-"""Mean and spread of the log-mel values of a data set, which its spectrograms are normalised with."""
+"""Mean and spread of the log-mel values of a data set, which its spectrograms are normalized with."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -4,53 +4,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import itemgetter
-from os import PathLike
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..configuration_asit import ASiTConfig
 from ..data.audio import AudioReader, AudioReadError
 from ..fbank_asit import window_and_hop
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..modeling_asit import ASiTModel, ASiTPreTrainedModel
-from ..pretraining.modeling import ASiTForPreTraining
 
 POOLINGS = ("cls", "mean", "cls_mean", "mean_time", "mean_std_time")
 # Clips are put in order of length within this many batches, so that a data set need not fit in memory.
 _SORTED_BATCHES = 32
 # The same for windows of files, which are longer.
 _SORTED_WINDOW_BATCHES = 4
-
-
-def load_encoder(path: str | PathLike, source: str = "teacher", **kwargs: Any) -> ASiTModel:
-    """
-    The encoder of any ASiT checkpoint.
-
-    Args:
-        path (`str`): folder or Hub name of an encoder, a classifier or a pretraining checkpoint.
-        source (`str`, defaults to `"teacher"`): which encoder of a pretraining checkpoint, `"teacher"` or `"student"`;
-            the others have only one.
-        kwargs: passed to `from_pretrained`.
-
-    Raises:
-        ValueError: another `source`, or a checkpoint that lacks weights of the encoder.
-    """
-    if source not in ("teacher", "student"):
-        raise ValueError(f"source must be 'teacher' or 'student', got {source!r}")
-    config = ASiTConfig.from_pretrained(path)
-    if source == "teacher" and config.architectures == [ASiTForPreTraining.__name__]:
-        model, info = ASiTForPreTraining.from_pretrained(path, output_loading_info=True, **kwargs)
-        missing = [key for key in info["missing_keys"] if key.startswith("teacher.asit.")]
-        encoder = model.teacher["asit"].requires_grad_(True)
-    else:
-        encoder, info = ASiTModel.from_pretrained(path, output_loading_info=True, **kwargs)
-        missing = info["missing_keys"]
-    if missing:
-        raise ValueError(f"{path} lacks {len(missing)} weights of the encoder, first {sorted(missing)[0]}")
-    return encoder
 
 
 def embed(
@@ -91,7 +60,7 @@ def embed(
     encoder = _encoder_of(model)
     _check_layers(encoder, num_layers)
     rate, patch_size = feature_extractor.sampling_rate, encoder.config.patch_size
-    columns = None if window_seconds is None else window_columns(window_seconds, rate, patch_size)
+    columns = None if window_seconds is None else window_time_patches(window_seconds, rate, patch_size)
     embedded = _embed_windows(
         _clip_windows(clips, rate, columns, patch_size),
         encoder,
@@ -133,8 +102,8 @@ def timestamp_embeddings(
     """
     encoder = _encoder_of(model)
     (tokens,), columns = _tokens(encoder, feature_extractor, [waveform], device)
-    embeddings = column_means(tokens, encoder.config.position_grid[1])[0]
-    times = column_times(len(embeddings), feature_extractor.sampling_rate, encoder.config.patch_size)
+    embeddings = time_patch_means(tokens, encoder.config.position_grid[1])[0]
+    times = time_patch_centers(len(embeddings), feature_extractor.sampling_rate, encoder.config.patch_size)
     return embeddings.float().cpu().numpy(), times
 
 
@@ -180,7 +149,7 @@ def embed_files(
     encoder = _encoder_of(model)
     _check_layers(encoder, num_layers)
     rate, patch_size = feature_extractor.sampling_rate, encoder.config.patch_size
-    window_frames = window_columns(window_seconds, rate, patch_size) * patch_size
+    window_frames = window_time_patches(window_seconds, rate, patch_size) * patch_size
     if max_seconds is not None and max_seconds <= 0:
         raise ValueError(f"expected max_seconds above 0, got {max_seconds}")
     windows = _file_windows(sources, rate, window_frames, patch_size, max_seconds)
@@ -202,21 +171,23 @@ def embed_files(
         scenes, columns = zip(*parts)
         timestamps = np.concatenate(columns)
         scene = over_windows(scenes, [len(part) for part in columns], pooling, num_layers)
-        yield ClipEmbeddings(scene, timestamps, column_times(len(timestamps), rate, patch_size))
+        yield ClipEmbeddings(scene, timestamps, time_patch_centers(len(timestamps), rate, patch_size))
 
 
-def column_means(tokens: torch.Tensor, rows: int) -> torch.Tensor:
+def time_patch_means(tokens: torch.Tensor, rows: int) -> torch.Tensor:
     """Tokens `(clips, 1 + columns * rows, hidden)` to one embedding a patch column, `(clips, columns, hidden)`."""
     return tokens[:, 1:].unflatten(1, (-1, rows)).mean(2)
 
 
-def column_times(num_columns: int, sampling_rate: int, patch_size: int, hop_frames: int | None = None) -> np.ndarray:
+def time_patch_centers(
+    num_time_patches: int, sampling_rate: int, patch_size: int, hop_frames: int | None = None
+) -> np.ndarray:
     """
-    The middles of patch columns in milliseconds, `(num_columns,)`, float32: 87.5, 247.5, ... at 16 kHz. `hop_frames`
+    The middles of patch columns in milliseconds, `(num_time_patches,)`, float32: 87.5, 247.5, ... at 16 kHz. `hop_frames`
     is the distance between columns, by default `patch_size`.
     """
     window, hop = window_and_hop(sampling_rate)
-    first_frames = np.arange(num_columns) * (patch_size if hop_frames is None else hop_frames)
+    first_frames = np.arange(num_time_patches) * (patch_size if hop_frames is None else hop_frames)
     middles = (first_frames + (patch_size - 1) / 2) * hop + window / 2
     return (1000 * middles / sampling_rate).astype(np.float32)
 
@@ -234,7 +205,7 @@ def embedding_size(encoder: ASiTModel, pooling: str, num_layers: int = 1) -> int
     return rows * encoder.config.hidden_size * num_layers
 
 
-def window_columns(window_seconds: float, sampling_rate: int, patch_size: int) -> int:
+def window_time_patches(window_seconds: float, sampling_rate: int, patch_size: int) -> int:
     """Whole patch columns in a window. Raises `ValueError` where there is none."""
     columns = int(window_seconds * sampling_rate) // (patch_size * window_and_hop(sampling_rate)[1])
     if columns < 1:
@@ -336,7 +307,7 @@ def _embed_windows(
             waveforms = [results[place] for place in places]
             tokens, counts = _tokens(encoder, feature_extractor, waveforms, device, num_layers)
             scenes = torch.cat([pool_tokens(layer, counts, pooling) for layer in tokens], dim=-1).float().cpu().numpy()
-            columns = column_means(tokens[-1], encoder.config.position_grid[1]).float().cpu().numpy()
+            columns = time_patch_means(tokens[-1], encoder.config.position_grid[1]).float().cpu().numpy()
             for place, scene, of_clip, count in zip(places, scenes, columns, counts.tolist()):
                 results[place] = scene, of_clip[:count].copy()  # not a view, which would keep the batch
         yield from ((index, result) for (index, _), result in zip(buffer, results))
@@ -387,9 +358,9 @@ def pool_tokens(tokens: torch.Tensor, columns: torch.Tensor, pooling: str) -> to
     cls_token = tokens[:, 0]
     if pooling == "cls":
         return cls_token
-    num_columns = int(columns.max())
-    patches = tokens[:, 1:].unflatten(1, (num_columns, -1))
-    real = (torch.arange(num_columns, device=columns.device) < columns[:, None])[..., None, None]
+    num_time_patches = int(columns.max())
+    patches = tokens[:, 1:].unflatten(1, (num_time_patches, -1))
+    real = (torch.arange(num_time_patches, device=columns.device) < columns[:, None])[..., None, None]
     rows = (patches * real).sum(1) / columns[:, None, None]
     if pooling == "mean_time":
         return rows.flatten(1)

@@ -13,15 +13,15 @@ from transformers.utils import logging
 
 from ..configuration_asit import ASiTConfig
 from ..feature_extraction_asit import ASiTFeatureExtractor
+from ..loading import load_encoder
 from ..modeling_asit import ASiTModel
 from .embeddings import (
     check_pooling,
-    column_means,
-    column_times,
     embedding_size,
-    load_encoder,
     pool_tokens,
-    window_columns,
+    time_patch_centers,
+    time_patch_means,
+    window_time_patches,
 )
 
 logger = logging.get_logger(__name__)
@@ -61,7 +61,7 @@ class HearModel(nn.Module):
         if window_seconds is None:
             self.window_frames = encoder.config.num_frames // patch_size * patch_size
         else:
-            self.window_frames = window_columns(window_seconds, self.sample_rate, patch_size) * patch_size
+            self.window_frames = window_time_patches(window_seconds, self.sample_rate, patch_size) * patch_size
         self.timestamp_embedding_size = encoder.config.hidden_size
 
     def log_mel(self, audio: torch.Tensor) -> torch.Tensor:
@@ -132,7 +132,7 @@ def get_timestamp_embeddings(audio: torch.Tensor, model: HearModel) -> tuple[tor
         audio (`torch.Tensor` of shape `(sounds, samples)`): mono, at `model.sample_rate`, in [-1, 1].
 
     Returns:
-        embeddings `(sounds, timestamps, timestamp_embedding_size)`, and the milliseconds that they are centred at,
+        embeddings `(sounds, timestamps, timestamp_embedding_size)`, and the milliseconds that they are centerd at,
         `(sounds, timestamps)`; float32.
     """
     config = model.encoder.config
@@ -142,11 +142,11 @@ def get_timestamp_embeddings(audio: torch.Tensor, model: HearModel) -> tuple[tor
     for shift in range(0, config.patch_size, hop_frames):
         if shift == 0 or input_values.shape[1] - shift >= config.patch_size:
             windows = model.windows(input_values[:, shift:])
-            shifted.append(torch.cat([column_means(tokens, config.position_grid[1]) for tokens in windows], dim=1))
+            shifted.append(torch.cat([time_patch_means(tokens, config.position_grid[1]) for tokens in windows], dim=1))
     # taking turns; the later ones may have one column less
     count = sum(columns.shape[1] for columns in shifted)
     embeddings = input_values.new_empty(len(input_values), count, config.hidden_size, dtype=torch.float32)
     for turn, columns in enumerate(shifted):
         embeddings[:, turn :: len(shifted)] = columns
-    times = torch.from_numpy(column_times(count, model.sample_rate, config.patch_size, hop_frames))
+    times = torch.from_numpy(time_patch_centers(count, model.sample_rate, config.patch_size, hop_frames))
     return embeddings, times.to(embeddings.device).expand(len(embeddings), -1)

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from ..data.strong_labels import Event
-from ..extras import extra
+from ..data.events import Event
+from ..utils.extras import extra
 
 with extra("train"):
     from scipy.ndimage import median_filter
@@ -16,12 +16,11 @@ PSDS_SCENARIOS = {
     "psds2": {"dtc": 0.1, "gtc": 0.1, "cttc": 0.3, "alpha_ct": 0.5, "alpha_st": 1.0, "max_efpr": 100.0},
 }
 PSDS_THRESHOLDS = tuple((np.arange(50) + 0.5) / 50)
-
 Events = Mapping[str, Sequence[Event]]
 
 
 def decode_events(
-    scores: np.ndarray, names: Sequence[str], edges: np.ndarray, threshold: float = 0.5, median_columns: int = 1
+    scores: np.ndarray, names: Sequence[str], edges: np.ndarray, threshold: float = 0.5, median_filter_size: int = 1
 ) -> list[Event]:
     """
     Runs of columns whose score is above a threshold, as events by onset.
@@ -29,17 +28,17 @@ def decode_events(
     Args:
         scores (`np.ndarray` of shape `(columns, classes)`): probabilities.
         names (`Sequence[str]`): the classes.
-        edges (`np.ndarray` of shape `(columns + 1,)`): seconds, see [`~asit_hf.data.strong_labels.column_edges`].
+        edges (`np.ndarray` of shape `(columns + 1,)`): seconds, see [`~asit_hf.data.events.time_patch_edges`].
         threshold (`float`, defaults to 0.5): a column is on above it.
-        median_columns (`int`, defaults to 1): width, in columns, of a median filter over on and off; odd. It takes
+        median_filter_size (`int`, defaults to 1): width, in columns, of a median filter over on and off; odd. It takes
             away events, and fills gaps, of less than half of it; 1 leaves all as it is.
     """
     scores, edges = np.asarray(scores), np.asarray(edges)
     if scores.ndim != 2 or scores.shape != (len(edges) - 1, len(names)):
         raise ValueError(f"expected scores of shape {(len(edges) - 1, len(names))}, got {scores.shape}")
-    if median_columns < 1 or median_columns % 2 == 0:
-        raise ValueError(f"median_columns must be an odd number of columns, got {median_columns}")
-    on = median_filter((scores > threshold).astype(np.int8), size=(median_columns, 1), mode="nearest")
+    if median_filter_size < 1 or median_filter_size % 2 == 0:
+        raise ValueError(f"median_filter_size must be an odd number of columns, got {median_filter_size}")
+    on = median_filter((scores > threshold).astype(np.int8), size=(median_filter_size, 1), mode="nearest")
     changes = np.diff(on, axis=0, prepend=0, append=0)
     events = []
     for index, name in enumerate(names):
@@ -106,7 +105,7 @@ def psds(
     edges: Mapping[str, np.ndarray],
     names: Sequence[str],
     scenario: str = "psds1",
-    median_columns: int = 1,
+    median_filter_size: int = 1,
     thresholds: Sequence[float] = PSDS_THRESHOLDS,
 ) -> float:
     """
@@ -117,7 +116,7 @@ def psds(
         reference: events by file; a file without events is an empty list.
         scores: probabilities `(columns, classes)` by file, of the same files.
         edges: `(columns + 1,)` by file, seconds; a file lasts to the last of them.
-        names, median_columns: as in `decode_events`. A class without reference events is left out.
+        names, median_filter_size: as in `decode_events`. A class without reference events is left out.
         scenario (`str`): `"psds1"` or `"psds2"` of the DCASE challenge.
         thresholds (`Sequence[float]`): of the detection; the more, the finer the curve.
 
@@ -144,7 +143,7 @@ def psds(
     for threshold in thresholds:
         found, false_alarms, confused = np.zeros(len(names)), np.zeros(len(names)), np.zeros((len(names), len(names)))
         for file, of_file in scores.items():
-            detected = _spans(decode_events(of_file, names, edges[file], threshold, median_columns), names)
+            detected = _spans(decode_events(of_file, names, edges[file], threshold, median_filter_size), names)
             _count_detections(true[file], detected, settings, found, false_alarms, confused)
         # confusions with each other class that occurs, an hour of that class
         rates = confused[:, present] / class_hours[present]

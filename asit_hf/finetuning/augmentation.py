@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..data.crops import LabelledClips, sample_key
+from ..data.clips import LabelledClips
+from ..data.randomness import sample_key
 
 # Audio-MAE's: a gain of 0.5 to 1.5, mostly near 1
 _GAIN_BETA, _GAIN_OFFSET = 10.0, 0.5
-# AST's: noise of up to a tenth, on the normalised scale, and a shift of up to so many frames
+# AST's: noise of up to a tenth, on the normalized scale, and a shift of up to so many frames
 _NOISE_LEVEL, _NOISE_ROLL = 0.1, 10
 
 
@@ -63,11 +64,11 @@ class Augmentation:
 
     def spectrogram(self, values: torch.Tensor, generator: np.random.Generator, patch_size: int = 16) -> torch.Tensor:
         """
-        Masks, noise and shift of one normalised log-mel spectrogram.
+        Masks, noise and shift of one normalized log-mel spectrogram.
 
         Args:
             values (`torch.Tensor` of shape `(frames, mel)`): without padding. Masks are 0, the data's mean; AST masks
-                with 0 before it normalises.
+                with 0 before it normalizes.
             generator (`np.random.Generator`): of all that is drawn.
             patch_size (`int`): side of the patches that `patch_mask_rate` counts.
         """

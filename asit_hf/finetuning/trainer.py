@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..cards import PushMixin
 from ..data.epochs import EpochCallback
-from ..processor import warn_of_emulated_bf16
-from ..time_budget import TimeBudgetArguments, TimeBudgetMixin
-from .metrics import MAIN_METRIC
-from .optimisation import average_weights, parameter_groups, smooth_labels, step_decay
+from ..evaluation.metrics import MAIN_METRIC
+from ..hub.cards import PushMixin
+from ..utils.cpu import warn_of_emulated_bf16
+from ..utils.time_budget import TimeBudgetArguments, TimeBudgetMixin
+from .optimization import average_checkpoints, param_groups_layer_decay, smooth_labels, step_decay
 
 _DECAY_STEP, _DECAY_GAMMA = 1, 0.5
 
@@ -47,7 +47,7 @@ class FinetuningArguments(TimeBudgetArguments, TrainingArguments):
     lr_decay_gamma: float = field(
         default=_DECAY_GAMMA, metadata={"help": "What the learning rate is multiplied with at each."}
     )
-    average_last_epochs: int = field(
+    average_checkpoints: int = field(
         default=0,
         metadata={"help": "Save the weights after each of the last epochs (OUTPUT/epoch-NN) and keep their mean."},
     )
@@ -61,14 +61,14 @@ class FinetuningArguments(TimeBudgetArguments, TrainingArguments):
         decay = (self.lr_decay_step, self.lr_decay_gamma)
         if self.lr_decay_start is None and decay != (_DECAY_STEP, _DECAY_GAMMA):
             raise ValueError("lr_decay_step and lr_decay_gamma have no effect without lr_decay_start")
-        if min(self.lr_decay_start or 0, self.lr_decay_step - 1, self.average_last_epochs) < 0:
+        if min(self.lr_decay_start or 0, self.lr_decay_step - 1, self.average_checkpoints) < 0:
             raise ValueError(
-                "lr_decay_start and average_last_epochs must be at least 0 and lr_decay_step at least 1, got "
-                f"{self.lr_decay_start}, {self.average_last_epochs} and {self.lr_decay_step}"
+                "lr_decay_start and average_checkpoints must be at least 0 and lr_decay_step at least 1, got "
+                f"{self.lr_decay_start}, {self.average_checkpoints} and {self.lr_decay_step}"
             )
-        if self.average_last_epochs and self.load_best_model_at_end:
+        if self.average_checkpoints and self.load_best_model_at_end:
             raise ValueError(
-                "average_last_epochs keeps a mean and load_best_model_at_end the best checkpoint: set one of them to "
+                "average_checkpoints keeps a mean and load_best_model_at_end the best checkpoint: set one of them to "
                 "0 or false"
             )
 
@@ -87,7 +87,7 @@ class FinetuningTrainer(TimeBudgetMixin, PushMixin, Trainer):
     def __init__(self, model: nn.Module, args: FinetuningArguments, **kwargs: Any):
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(EpochCallback(self.train_dataset))
-        if args.average_last_epochs:
+        if args.average_checkpoints:
             self.add_callback(_EpochWeights(lambda folder: self.save_model(str(folder), _internal_call=True)))
         warn_of_emulated_bf16(args)
 
@@ -101,7 +101,7 @@ class FinetuningTrainer(TimeBudgetMixin, PushMixin, Trainer):
             model = self.model if model is None else model
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
             args = self.args
-            groups = parameter_groups(model, args.learning_rate, args.weight_decay, args.layer_decay)
+            groups = param_groups_layer_decay(model, args.learning_rate, args.weight_decay, args.layer_decay)
             self.optimizer = optimizer_class(groups, **kwargs)
         return self.optimizer
 
@@ -145,9 +145,9 @@ class FinetuningTrainer(TimeBudgetMixin, PushMixin, Trainer):
         """After training: the mean of the weights of the last epochs becomes the model's."""
         self.accelerator.wait_for_everyone()  # until the first process has written the last one
         last = self.state.num_train_epochs
-        first = max(1, last - self.args.average_last_epochs + 1)
+        first = max(1, last - self.args.average_checkpoints + 1)
         folders = [epoch_folder(self.args.output_dir, epoch) for epoch in range(first, last + 1)]
-        self.accelerator.unwrap_model(self.model).load_state_dict(average_weights(folders))
+        self.accelerator.unwrap_model(self.model).load_state_dict(average_checkpoints(folders))
 
 
 class _EpochWeights(TrainerCallback):
@@ -161,9 +161,9 @@ class _EpochWeights(TrainerCallback):
         if args.max_minutes is not None:  # any epoch may turn out to be among the last
             self.save(epoch_folder(args.output_dir, epoch))
             if args.should_save:
-                before = epoch_folder(args.output_dir, epoch - args.average_last_epochs)
+                before = epoch_folder(args.output_dir, epoch - args.average_checkpoints)
                 shutil.rmtree(before, ignore_errors=True)
-        elif epoch > state.num_train_epochs - args.average_last_epochs:
+        elif epoch > state.num_train_epochs - args.average_checkpoints:
             self.save(epoch_folder(args.output_dir, epoch))
 
 

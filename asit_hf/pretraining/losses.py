@@ -1,4 +1,4 @@
-"""The three losses of ASiT and the centres of the teacher's outputs."""
+"""The three losses of ASiT and the centers of the teacher's outputs."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from ..device import choices_for
+from ..utils.device import choices_for
 
 # Rows whose logits over all prototypes exist at one time in `patch_distillation_loss`; `None`: as the device has it.
 CHUNK_ROWS: int | None = None
@@ -18,7 +18,7 @@ class Center(nn.Module):
     """
     Moving average of the teacher's logits, subtracted from them so that no prototype wins always.
 
-    `accumulate` is called once a forward pass, `update` once an optimiser step: the mean is over all passes and all
+    `accumulate` is called once a forward pass, `update` once an optimizer step: the mean is over all passes and all
     processes since the last update.
     """
 
@@ -37,7 +37,7 @@ class Center(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves the centre towards the accumulated mean."""
+        """Moves the center towards the accumulated mean."""
         if self._sum is None:
             return
         if dist.is_available() and dist.is_initialized():
@@ -96,7 +96,7 @@ def patch_distillation_loss(
     chunk is computed beside its loss.
 
     Args:
-        student_features (`torch.Tensor` of shape `(patches, bottleneck)`): L2-normalised.
+        student_features (`torch.Tensor` of shape `(patches, bottleneck)`): L2-normalized.
         student_prototypes (`torch.Tensor` of shape `(prototypes, bottleneck)`): logits are their products.
         teacher_features, teacher_prototypes: the teacher's, same shapes; no gradient flows into them.
         center (`torch.Tensor` of shape `(prototypes,)`): subtracted from the teacher's logits.

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 
 from ..data.randomness import mix_keys, uniform_noise
-from ..device import choices_for
+from ..utils.device import choices_for
 
 BLOCKS_PER_ROUND = 62
 BLOCKS_PER_WORD = 31  # one bit each of a signed 32-bit integer
 MAX_ROUNDS = 64
 TRIALS = 256
 PATTERNS = ("blocks", "time", "frequency", "patches")
-FILLINGS = ("zeros", "noise")
-NOISE_STD = 0.5  # that of a spectrogram normalised by (x - mean) / (2 std)
+FILLS = ("zeros", "noise")
+NOISE_STD = 0.5  # that of a spectrogram normalized by (x - mean) / (2 std)
 NOT_COVERED = 2**15 - 1  # in place of a block's number
 
 
@@ -33,45 +33,45 @@ class GMML:
     The corruption's parameters.
 
     Args:
-        zero_share (`tuple[float, float]`): range of the share of pixels covered by zeros, drawn per view.
-        replace_share (`float`): share of pixels replaced by another clip's.
+        mask_ratio (`tuple[float, float]`): range of the share of pixels covered by zeros, drawn per view.
+        replace_ratio (`float`): share of pixels replaced by another clip's.
         replace_probability (`float`): how often a view is corrupted by replacement instead of zeros.
-        max_block (`float`): longest side of a block, as a share of the time and mel extents.
+        max_block_ratio (`float`): longest side of a block, as a share of the time and mel extents.
         alignment (`int`): blocks start and end at multiples of this many pixels; 1 is what the authors run.
         pattern (`str`): `"blocks"` of time and mel (the authors'), bands of `"time"` over all mel bins, bands of
             `"frequency"` over all frames, or single `"patches"` chosen uniformly (no groups).
         filling (`str`): what stands in for zeros: `"zeros"` (the authors' choice) or Gaussian `"noise"` with the
-            standard deviation of a normalised spectrogram. The authors' own noise is drawn at another scale.
+            standard deviation of a normalized spectrogram. The authors' own noise is drawn at another scale.
         patch_size (`int`): side of the squares of `"patches"`.
     """
 
-    zero_share: tuple[float, float] = (0.5, 0.5)
-    replace_share: float = 0.3
+    mask_ratio: tuple[float, float] = (0.5, 0.5)
+    replace_ratio: float = 0.3
     replace_probability: float = 0.5
-    max_block: float = 0.3
+    max_block_ratio: float = 0.3
     alignment: int = 1
     pattern: str = "blocks"
     filling: str = "zeros"
     patch_size: int = 16
 
     def __post_init__(self):
-        low, high = self.zero_share
+        low, high = self.mask_ratio
         if not 0 < low <= high < 1:
-            raise ValueError(f"zero_share must be a range inside (0, 1), got {self.zero_share}")
-        if not 0 < self.replace_share < 1:
-            raise ValueError(f"replace_share must be inside (0, 1), got {self.replace_share}")
+            raise ValueError(f"mask_ratio must be a range inside (0, 1), got {self.mask_ratio}")
+        if not 0 < self.replace_ratio < 1:
+            raise ValueError(f"replace_ratio must be inside (0, 1), got {self.replace_ratio}")
         if not 0 <= self.replace_probability <= 1:
             raise ValueError(f"replace_probability must be in [0, 1], got {self.replace_probability}")
-        if not 0 < self.max_block <= 1:
-            raise ValueError(f"max_block must be in (0, 1], got {self.max_block}")
+        if not 0 < self.max_block_ratio <= 1:
+            raise ValueError(f"max_block_ratio must be in (0, 1], got {self.max_block_ratio}")
         if self.alignment < 1 or self.patch_size < 1:
             raise ValueError(
                 f"alignment and patch_size must be at least 1 pixel, got {self.alignment} and {self.patch_size}"
             )
         if self.pattern not in PATTERNS:
             raise ValueError(f"pattern must be one of {PATTERNS}, got {self.pattern!r}")
-        if self.filling not in FILLINGS:
-            raise ValueError(f"filling must be one of {FILLINGS}, got {self.filling!r}")
+        if self.filling not in FILLS:
+            raise ValueError(f"filling must be one of {FILLS}, got {self.filling!r}")
 
 
 def draw_keys(count: int, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -101,7 +101,7 @@ def draw_masks(
     _check_shares(keys, shares)
     if config.pattern == "patches":
         return _draw_patches(keys, num_frames, num_mel_bins, shares, config.patch_size)
-    kind = (config.max_block, config.alignment, config.pattern)
+    kind = (config.max_block_ratio, config.alignment, config.pattern)
     return draw_block_masks(keys, num_frames, num_mel_bins, shares, *kind, max_share)
 
 
@@ -110,7 +110,7 @@ def draw_block_masks(
     num_frames: int,
     num_mel_bins: int,
     shares: torch.Tensor,
-    max_block: float,
+    max_block_ratio: float,
     alignment: int = 1,
     pattern: str = "blocks",
     max_share: float | None = None,
@@ -118,14 +118,14 @@ def draw_block_masks(
     """
     Masks made of rectangles (or bands) added until each covers its share of the pixels; see [`draw_masks`].
 
-    A rectangle's corner is uniform over the plane and its sides are uniform up to `max_block` of each extent, cut at
+    A rectangle's corner is uniform over the plane and its sides are uniform up to `max_block_ratio` of each extent, cut at
     the far edges: the first frames and the lowest bins are therefore covered less, as in the authors' masks.
 
     Args:
         max_share (`float`, *optional*): no share is larger. Without it an accelerator has to be asked for the largest.
     """
     _check_shares(keys, shares)
-    kind = (max_block, alignment, pattern)
+    kind = (max_block_ratio, alignment, pattern)
     if choices_for(keys.device).masks_block_by_block:
         return _draw_block_by_block(keys, num_frames, num_mel_bins, shares, *kind)[0]
     if max_share is None:
@@ -153,11 +153,11 @@ def corrupt(
         raise ValueError(f"expected one key for each of the {batch} clips, got keys of shape {tuple(keys.shape)}")
     keys = mix_keys(keys.to(clean.device)[:, None], torch.arange(views, device=clean.device))
     choice, share = uniform_noise(mix_keys(keys, 0), 2).unbind(-1)
-    low, high = config.zero_share
+    low, high = config.mask_ratio
     shares = low + (high - low) * share
     replaces = choice < (config.replace_probability if batch > 1 else 0.0)
-    shares = shares.masked_fill(replaces, config.replace_share)
-    max_share = max(high, config.replace_share)
+    shares = shares.masked_fill(replaces, config.replace_ratio)
+    max_share = max(high, config.replace_ratio)
     mask = draw_masks(mix_keys(keys, 1).flatten(), frames, mel, shares.flatten(), config, max_share).view(clean.shape)
     donors = draw_donors(batch, donor_key, clean.device)
     blank = _gaussian_noise(mix_keys(keys, 2), clean) if config.filling == "noise" else clean.new_zeros(())
@@ -331,11 +331,11 @@ def _draw_blocks(
 
 
 def _block_sides(
-    start_noise: torch.Tensor, size_noise: torch.Tensor, extent: int, max_block: float, alignment: int
+    start_noise: torch.Tensor, size_noise: torch.Tensor, extent: int, max_block_ratio: float, alignment: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where every block starts and stops along one axis, in pixels; all of one shape."""
     starts = (start_noise * (extent - alignment + 1)).long() // alignment * alignment
-    longest = max(int(extent * max_block), alignment + 1)
+    longest = max(int(extent * max_block_ratio), alignment + 1)
     sizes = alignment + (size_noise * (longest - alignment)).long()  # half-open, as the authors' range is
     return starts, starts + _nearest_multiple(torch.minimum(sizes, extent - starts), alignment)
 

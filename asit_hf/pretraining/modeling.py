@@ -1,4 +1,4 @@
-"""The ASiT pretraining model: student, EMA teacher, heads and centres."""
+"""The ASiT pretraining model: student, EMA teacher, heads and centers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -40,8 +40,8 @@ class ASiTForPreTrainingOutput(ModelOutput):
         cls_entropy, patch_entropy (`torch.Tensor` of shape `()`): mean entropy of the teacher's distributions, in
             nats. At log(prototypes) they are uniform, at 0 one-hot.
         cls_logit_std, patch_logit_std (`torch.Tensor` of shape `()`): standard deviation over clips, or patches, of
-            the teacher's centred logits, mean over prototypes; 0 when all get the same distribution.
-        feature_std (`torch.Tensor` of shape `()`): standard deviation over clips of the teacher's L2-normalised CLS
+            the teacher's centerd logits, mean over prototypes; 0 when all get the same distribution.
+        feature_std (`torch.Tensor` of shape `()`): standard deviation over clips of the teacher's L2-normalized CLS
             features, mean over dimensions; 1 / sqrt(dimensions) when they are spread out, 0 when collapsed.
     """
 
@@ -58,7 +58,7 @@ class ASiTForPreTrainingOutput(ModelOutput):
 
 
 class ASiTPrototypes(nn.Module):
-    """Weight-normalised linear layer without bias: `weight` of shape `(prototypes, bottleneck)`."""
+    """Weight-normalized linear layer without bias: `weight` of shape `(prototypes, bottleneck)`."""
 
     def __init__(self, num_prototypes: int, bottleneck_size: int, trainable_gain: bool):
         super().__init__()
@@ -74,7 +74,7 @@ class ASiTPrototypes(nn.Module):
 
 
 class ASiTDistillationHead(nn.Module):
-    """MLP to L2-normalised features `(..., bottleneck)`, and the prototypes they are compared with."""
+    """MLP to L2-normalized features `(..., bottleneck)`, and the prototypes they are compared with."""
 
     def __init__(self, config: ASiTConfig):
         super().__init__()
@@ -132,7 +132,7 @@ class ASiTPreTrainingHeads(nn.Module):
 class ASiTForPreTraining(ASiTPreTrainedModel):
     """
     ASiT with everything its self-supervised pretraining needs. The student's encoder is `asit`, its heads `heads`; the
-    teacher, a moving average of both, is `teacher`. All of it and the centres are saved, so a checkpoint resumes by
+    teacher, a moving average of both, is `teacher`. All of it and the centers are saved, so a checkpoint resumes by
     itself; [`ASiTModel`] and the classifiers load the student's encoder from it.
     """
 
@@ -205,12 +205,12 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         self._distill = torch.compile(distill_rows, **options)
 
     def update_centers(self) -> None:
-        """Moves both centres towards the mean teacher outputs since the last call, over all processes."""
+        """Moves both centers towards the mean teacher outputs since the last call, over all processes."""
         self.cls_center.update()
         self.patch_center.update()
 
     def forget_outputs(self) -> None:
-        """Drops the teacher outputs since the last update of the centres, for a step that is skipped."""
+        """Drops the teacher outputs since the last update of the centers, for a step that is skipped."""
         self.cls_center.forget()
         self.patch_center.forget()
 
@@ -291,7 +291,7 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
             init.zeros_(module.center)
 
     def _freeze(self) -> None:
-        """What no loss reaches gets no gradient, so that neither the optimiser nor DDP waits for it."""
+        """What no loss reaches gets no gradient, so that neither the optimizer nor DDP waits for it."""
         self.teacher.requires_grad_(False)
         head = self.heads.distillation
         if not head.shared:
@@ -400,7 +400,7 @@ def _entropy(logits: torch.Tensor, center: torch.Tensor, temperature: float) -> 
 
 @torch.no_grad()
 def _spread(logits: torch.Tensor) -> torch.Tensor:
-    # centring moves every row alike and leaves the deviation as it is
+    # centering moves every row alike and leaves the deviation as it is
     return logits.float().flatten(0, -2).std(0, correction=0).mean()
 
 

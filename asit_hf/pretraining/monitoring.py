@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..evaluation.embeddings import embed
-from ..evaluation.probe import knn_probe
+from ..evaluation.probes import knn_probe
 from ..modeling_asit import ASiTModel
 
 logger = logging.get_logger(__name__)
@@ -71,7 +71,7 @@ class KnnProbeCallback(TrainerCallback):
     Args:
         trainer ([`ASiTPreTrainer`]): the run.
         train, test ([`~asit_hf.data.LabelledClips`]): the clips that vote, and those that are asked about.
-        every_steps (`int`): optimiser steps between two probes.
+        every_steps (`int`): optimizer steps between two probes.
     """
 
     def __init__(self, trainer: Any, train: Dataset, test: Dataset, every_steps: int):

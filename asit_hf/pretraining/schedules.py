@@ -1,4 +1,4 @@
-"""Schedules of a pretraining run, as plain arrays with one value per optimiser step."""
+"""Schedules of a pretraining run, as plain arrays with one value per optimizer step."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from ..time_budget import Plan
+    from ..utils.time_budget import Plan
 
 
 def half_cosine(start: float, end: float, progress: np.ndarray) -> np.ndarray:
@@ -36,7 +36,7 @@ def stepwise_schedule(start: float, end: float, steps: int, steps_per_epoch: int
 
 @dataclass(frozen=True)
 class Schedules:
-    """One value per optimiser step of everything that changes over a run; arrays of shape `(steps,)`."""
+    """One value per optimizer step of everything that changes over a run; arrays of shape `(steps,)`."""
 
     learning_rate: np.ndarray
     weight_decay: np.ndarray
@@ -60,7 +60,7 @@ def planned_schedules(
     weight_decay: tuple[float, float],
     teacher_momentum: tuple[float, float],
     teacher_temperature: tuple[float, float],
-    teacher_temperature_warmup_epochs: int,
+    warmup_teacher_temperature_epochs: int,
 ) -> Schedules:
     """
     The schedules of a run by time, from the step on that its plan begins at; values come as (start, end), and the unit
@@ -70,11 +70,11 @@ def planned_schedules(
     epochs = plan.units(steps)
     warmup = learning_rate[0] * epochs / max(plan.warmup, 1e-9)
     temperatures = np.append(
-        np.linspace(*teacher_temperature, teacher_temperature_warmup_epochs), teacher_temperature[1]
+        np.linspace(*teacher_temperature, warmup_teacher_temperature_epochs), teacher_temperature[1]
     )
     return Schedules(
         learning_rate=np.where(epochs < plan.warmup, warmup, half_cosine(*learning_rate, plan.decay(steps))),
         weight_decay=half_cosine(*weight_decay, plan.progress(steps)),
         teacher_momentum=half_cosine(*teacher_momentum, plan.progress(steps)),
-        teacher_temperature=temperatures[np.minimum(epochs.astype(int), teacher_temperature_warmup_epochs)],
+        teacher_temperature=temperatures[np.minimum(epochs.astype(int), warmup_teacher_temperature_epochs)],
     )

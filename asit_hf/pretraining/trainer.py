@@ -3,38 +3,39 @@
 import json
 import shutil
 import warnings
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, Partial
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 from transformers.utils import logging
 
-from ..cards import PushMixin
 from ..data.collators import collate_crops
 from ..data.epochs import EpochCallback
 from ..data.packed import PackedCrops
+from ..data.randomness import mix_keys
 from ..data.workers import clear_worker_errors
-from ..device import choices_for
 from ..feature_extraction_asit import ASiTFeatureExtractor
+from ..hub.cards import PushMixin
 from ..modeling_asit import ASiTLayer
-from ..processor import keep_freed_memory, warn_of_emulated_bf16
-from ..time_budget import MAX_WARMUP_SHARE, Plan, TimeBudgetArguments, TimeBudgetMixin
+from ..utils.cpu import keep_freed_memory, warn_of_emulated_bf16
+from ..utils.device import choices_for
+from ..utils.time_budget import MAX_WARMUP_SHARE, Plan, TimeBudgetMixin
+from .arguments import ASiTPreTrainingArguments
 from .checkpoints import UNFINISHED, describe_failed_save, on_termination, publish
-from .masking import FILLINGS, GMML, PATTERNS, corrupt, mix_keys
+from .gradients import clip_tensor_norms, gradient_norms
+from .masking import corrupt
 from .modeling import ASiTForPreTraining, ASiTForPreTrainingOutput
 from .monitoring import CollapseCallback
-from .objectives import get_objective
+from .presets import get_preset
 from .schedules import Schedules, cosine_schedule, planned_schedules, stepwise_schedule
 
 logger = logging.get_logger(__name__)
@@ -43,7 +44,6 @@ BAD_FILES_REPORT = "bad_files.jsonl"
 LARGEST_RESIDENT_SHARE = 0.5  # of an accelerator's free memory, for packed audio; training needs the rest
 # With max_minutes: schedules given in epochs are shortened if they would take more of the run than this.
 MAX_TEMPERATURE_SHARE, MAX_FREEZE_SHARE = 0.3, 0.1
-_SET_BY_ASIT = {"warmup_steps": 0, "lr_scheduler_type": "linear", "label_smoothing_factor": 0.0}
 _LOGGED = (
     "global_loss",
     "local_loss",
@@ -56,163 +56,19 @@ _LOGGED = (
 )
 
 
-@dataclass
-class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
-    """
-    TrainingArguments with ASiT's schedules. `None` means: as the chosen objective has it.
-
-    The learning rate is `base_learning_rate * global batch / 256` unless `learning_rate` is given.
-    """
-
-    objective: str = field(default="2024", metadata={"help": "The authors' release to follow: 2024 or 2023."})
-    base_learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate for a global batch of 256."})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate; overrides base_learning_rate."}
-    )
-    encoder_learning_rate_scale: float = field(
-        default=1.0,
-        metadata={
-            "help": "Factor of the learning rate of the student's encoder, above 0. Below 1, such as 0.02, where it "
-            "is trained already and the heads are not."
-        },
-    )
-    min_learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate at the end of the cosine."})
-    warmup_epochs: float = field(default=10.0, metadata={"help": "Epochs of linear warm-up of the learning rate."})
-    weight_decay: float = field(default=0.04, metadata={"help": "Weight decay at the start; cosine to the end."})
-    weight_decay_end: float = field(default=0.4, metadata={"help": "Weight decay at the end."})
-    teacher_momentum: float = field(default=0.996, metadata={"help": "Teacher's EMA momentum at the start."})
-    teacher_momentum_end: float = field(default=1.0, metadata={"help": "Teacher's EMA momentum at the end."})
-    teacher_temperature_start: float = field(default=0.04, metadata={"help": "Teacher temperature at the start."})
-    teacher_temperature: float = field(default=0.07, metadata={"help": "Teacher temperature after its warm-up."})
-    teacher_temperature_warmup_epochs: int | None = field(
-        default=None, metadata={"help": "Epochs over which the teacher temperature rises (2024: 5, 2023: 30)."}
-    )
-    freeze_last_layer_epochs: int | None = field(
-        default=None, metadata={"help": "Epochs during which the prototypes get no gradient (2024: 1, 2023: 0)."}
-    )
-    max_tensor_grad_norm: float = field(
-        default=3.0, metadata={"help": "Clips the gradient norm of every parameter tensor by itself; 0: off."}
-    )
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the global gradient norm; 0: off."})
-    zero_share_min: float | None = field(default=None, metadata={"help": "Least share of pixels set to zero."})
-    zero_share_max: float | None = field(default=None, metadata={"help": "Largest share of pixels set to zero."})
-    replace_share: float | None = field(
-        default=None, metadata={"help": "Share of pixels replaced by those of another clip."}
-    )
-    replace_probability: float | None = field(
-        default=None, metadata={"help": "How often pixels are replaced instead of set to zero."}
-    )
-    max_block: float | None = field(default=None, metadata={"help": "Longest side of a block, as a share."})
-    mask_alignment: int | None = field(default=None, metadata={"help": "Pixels that blocks are aligned to."})
-    mask_pattern: str = field(
-        default="blocks", metadata={"help": f"What is corrupted together, one of {', '.join(PATTERNS)}."}
-    )
-    mask_filling: str = field(
-        default="zeros", metadata={"help": f"What stands where nothing replaces, one of {', '.join(FILLINGS)}."}
-    )
-    steps_per_epoch: int | None = field(
-        default=None, metadata={"help": "For data without a length: the optimiser steps that count as an epoch."}
-    )
-    picture_steps: int = field(
-        default=500, metadata={"help": "Draws a reconstruction and the curves every so many steps; 0: never."}
-    )
-    dataloader_drop_last: bool = field(
-        default=True, metadata={"help": "Leaves out the epoch's last batch if it is not full (others each epoch)."}
-    )
-    max_skipped_steps: int = field(
-        default=20,
-        metadata={"help": "Stop after so many steps in a row whose loss or gradient is not finite; they are skipped."},
-    )
-    mean_over_all: bool = field(
-        default=True,
-        metadata={
-            "help": "Over several processes: reconstruction loss as the mean over the pixels of all of them; "
-            "False: each takes the mean over its own, as the authors do."
-        },
-    )
-    keep_freed_memory: bool = field(
-        default=True,
-        metadata={"help": "On a processor: the process keeps what a step frees, for the next one (glibc only)."},
-    )
-    compile_layers: bool = field(
-        default=False,
-        metadata={
-            "help": "Compile the layers of student and teacher and the body of the local loss, which takes minutes "
-            "at the start. Batches must all have one shape, as crops have."
-        },
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={
-            "help": "Trainer's filter of non-finite losses, which are skipped here anyway; it synchronizes every step."
-        },
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Search for unused parameters in every pass under DDP; there are none."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: the data room names its own."})
-
-    def __post_init__(self):
-        objective = get_objective(self.objective)
-        for name, default in _SET_BY_ASIT.items():
-            if getattr(self, name) != default:
-                raise ValueError(f"{name} has no effect here: ASiT's own schedules and losses are used")
-        if self.accelerator_config is None and self.dataloader_pin_memory and not self.use_cpu:
-            self.accelerator_config = {"non_blocking": True}  # from pinned memory, while the device computes
-        super().__post_init__()
-        if self.torch_compile:
-            raise ValueError(
-                "torch_compile is not supported: it compiles the whole model and unrolls the loop of its local loss. "
-                "Set compile_layers instead"
-            )
-        if self.teacher_temperature_warmup_epochs is None:
-            self.teacher_temperature_warmup_epochs = objective.teacher_temperature_warmup_epochs
-        if self.freeze_last_layer_epochs is None:
-            self.freeze_last_layer_epochs = objective.freeze_last_layer_epochs
-        if self.learning_rate is None:
-            self.learning_rate = self.base_learning_rate * self.global_batch_size / 256
-        if not self.encoder_learning_rate_scale > 0:
-            raise ValueError(f"expected encoder_learning_rate_scale above 0, got {self.encoder_learning_rate_scale}")
-        self.gmml  # noqa: B018  raises for values that no mask can be drawn from
-
-    @property
-    def global_batch_size(self) -> int:
-        """Clips per optimiser step over all processes."""
-        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
-
-    @property
-    def gmml(self) -> GMML:
-        """The corruption: the objective's, with what was set here."""
-        default = get_objective(self.objective).gmml
-        low, high = default.zero_share
-        low = low if self.zero_share_min is None else self.zero_share_min
-        high = max(low, high) if self.zero_share_max is None else self.zero_share_max
-        chosen = {
-            "replace_share": self.replace_share,
-            "replace_probability": self.replace_probability,
-            "max_block": self.max_block,
-            "alignment": self.mask_alignment,
-            "pattern": self.mask_pattern,
-            "filling": self.mask_filling,
-        }
-        return replace(
-            default, zero_share=(low, high), **{name: value for name, value in chosen.items() if value is not None}
-        )
-
-
 class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
     """
     Pretrains an [`ASiTForPreTraining`].
 
     Batches hold waveform crops, as [`~asit_hf.data.PretrainingCrops`] reads them, or the keys of crops that are
-    gathered here from [`~asit_hf.data.PackedCrops`]; log-mel, normalisation and GMML run here, in batch, on the
+    gathered here from [`~asit_hf.data.PackedCrops`]; log-mel, normalization and GMML run here, in batch, on the
     model's device. A batch may bring `input_values`, `corrupted_values`, `corruption_mask` and `local_values` of its
     own instead: what is there is used as it is.
 
     Args:
         model ([`ASiTForPreTraining`]): the model.
         args ([`ASiTPreTrainingArguments`]): the arguments.
-        processing_class ([`ASiTFeatureExtractor`]): rate and normalisation of the data; saved with every checkpoint.
+        processing_class ([`ASiTFeatureExtractor`]): rate and normalization of the data; saved with every checkpoint.
         data_collator (`Callable`, *optional*): by default [`~asit_hf.data.collate_crops`], for an accelerator with
             `int16=True`.
     """
@@ -242,7 +98,7 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
             model=model, args=args, processing_class=processing_class, data_collator=data_collator, **kwargs
         )
         self._check_data()
-        self._compare_objective()
+        self._compare_preset()
         self.schedules: Schedules | None = None
         self.last_example: dict[str, torch.Tensor] | None = None
         self.next_log: dict[str, float] = {}  # what callbacks add to the next log
@@ -256,12 +112,12 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
         if args.compile_layers:
             model.compile_layers()
         self.add_callback(EpochCallback(self.train_dataset))
-        self.add_callback(_OptimiserSteps(self))
+        self.add_callback(_OptimizerSteps(self))
         self.add_callback(CollapseCallback())
-        if args.picture_steps > 0:
-            from .callbacks import PicturesCallback  # matplotlib takes a second to import
+        if args.plot_steps > 0:
+            from .plots import PlotCallback
 
-            self.add_callback(PicturesCallback(self))
+            self.add_callback(PlotCallback(self))
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -301,7 +157,7 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
         args, length = self.args, float(self._steps_per_epoch)
         for epochs, share in (
             (args.warmup_epochs, MAX_WARMUP_SHARE),
-            (args.teacher_temperature_warmup_epochs, MAX_TEMPERATURE_SHARE),
+            (args.warmup_teacher_temperature_epochs, MAX_TEMPERATURE_SHARE),
             (args.freeze_last_layer_epochs, MAX_FREEZE_SHARE),
         ):
             if steps is not None and epochs > 0:
@@ -310,8 +166,8 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
         if length < self._steps_per_epoch:
             self.pace_note = (
                 f"{steps} steps are {steps / self._steps_per_epoch:.3g} epochs, too few for schedules given in "
-                f"epochs: warmup_epochs {args.warmup_epochs:g}, teacher_temperature_warmup_epochs "
-                f"{args.teacher_temperature_warmup_epochs} and freeze_last_layer_epochs "
+                f"epochs: warmup_epochs {args.warmup_epochs:g}, warmup_teacher_temperature_epochs "
+                f"{args.warmup_teacher_temperature_epochs} and freeze_last_layer_epochs "
                 f"{args.freeze_last_layer_epochs} are shortened to {length / self._steps_per_epoch:.0%}"
             )
         return length, args.warmup_epochs
@@ -323,8 +179,8 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
             learning_rate=(args.learning_rate, args.min_learning_rate),
             weight_decay=(args.weight_decay, args.weight_decay_end),
             teacher_momentum=(args.teacher_momentum, args.teacher_momentum_end),
-            teacher_temperature=(args.teacher_temperature_start, args.teacher_temperature),
-            teacher_temperature_warmup_epochs=args.teacher_temperature_warmup_epochs,
+            teacher_temperature=(args.warmup_teacher_temperature, args.teacher_temperature),
+            warmup_teacher_temperature_epochs=args.warmup_teacher_temperature_epochs,
         )
         if before is not None and plan.start <= len(before.learning_rate):  # the step that is being made is finished
             self.schedules = self.schedules.after(before, plan.start)
@@ -373,7 +229,7 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
             output = model(**views, teacher_temperature=temperature, mean_over_all=self.args.mean_over_all)
         values = {name: output[name].detach().float() for name in _LOGGED if output.get(name) is not None}
         self._passes_in_step.append(_Pass(output.loss.detach(), values, inputs.get("files", [])))
-        if self.args.picture_steps > 0 and output.reconstruction is not None:
+        if self.args.plot_steps > 0 and output.reconstruction is not None:
             self.last_example = {
                 "clean": views["input_values"][0, 0],
                 "corrupted": views["corrupted_values"][0, 0],
@@ -540,16 +396,16 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
                 "per_device_train_batch_size or set dataloader_drop_last to False"
             )
 
-    def _compare_objective(self) -> None:
+    def _compare_preset(self) -> None:
         config = self.model.config
         differing = {
             name: (getattr(config, name), value)
-            for name, value in get_objective(self.args.objective).config.items()
+            for name, value in get_preset(self.args.preset).config.items()
             if getattr(config, name) != value
         }
         if differing:
             listed = ", ".join(f"{name} {mine} ({theirs})" for name, (mine, theirs) in differing.items())
-            logger.warning(f"The model differs from objective {self.args.objective} (in brackets): {listed}")
+            logger.warning(f"The model differs from objective {self.args.preset} (in brackets): {listed}")
 
     def _build_schedules(self, steps: int, steps_per_epoch: int) -> Schedules:
         args = self.args
@@ -565,11 +421,11 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
             weight_decay=cosine_schedule(args.weight_decay, args.weight_decay_end, steps),
             teacher_momentum=cosine_schedule(args.teacher_momentum, args.teacher_momentum_end, steps),
             teacher_temperature=stepwise_schedule(
-                args.teacher_temperature_start,
+                args.warmup_teacher_temperature,
                 args.teacher_temperature,
                 steps,
                 steps_per_epoch,
-                args.teacher_temperature_warmup_epochs,
+                args.warmup_teacher_temperature_epochs,
             ),
         )
 
@@ -638,8 +494,8 @@ class _Pass:
     files: list[str]
 
 
-class _OptimiserSteps(TrainerCallback):
-    """Once an optimiser step: clipping and weight decay before it, centres and teacher after it."""
+class _OptimizerSteps(TrainerCallback):
+    """Once an optimizer step: clipping and weight decay before it, centers and teacher after it."""
 
     def __init__(self, trainer: ASiTPreTrainer):
         self.trainer = trainer
@@ -734,62 +590,3 @@ def _free_memory(device: torch.device) -> int | None:
     """Bytes; `None` where the device does not tell."""
     mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)
     return mem_get_info(device)[0] if mem_get_info else None
-
-
-@torch.no_grad()
-def gradient_norms(model: nn.Module) -> torch.Tensor:
-    """Norms of the gradients of all parameters that have one, in their order: `(parameters,)`."""
-    gradients = [gradient for _, gradient in _named_gradients(model)]
-    norms = torch.stack(torch._foreach_norm([_local(gradient) for gradient in gradients]))
-    if isinstance(gradients[0], DTensor):  # those of this process's parts, added up over all processes at once
-        placements = [Partial() if place.is_shard() else place for place in gradients[0].placements]
-        squares = DTensor.from_local(norms.square(), gradients[0].device_mesh, placements)
-        norms = squares.full_tensor().sqrt()
-    return norms
-
-
-@torch.no_grad()
-def clip_tensor_norms(model: nn.Module, max_norm: float, norms: torch.Tensor | None = None) -> torch.Tensor:
-    """
-    Scales every parameter's gradient down to a norm of at most `max_norm` (0: not at all), each by itself. The query,
-    key and value projections of a layer count as one tensor, as they are one in the authors' code.
-
-    Args:
-        norms (`torch.Tensor` of shape `(parameters,)`, *optional*): [`gradient_norms`], where they are known.
-
-    Returns:
-        `torch.Tensor` of shape `()`: the norm of all gradients before, finite only if each of them is.
-    """
-    norms = gradient_norms(model) if norms is None else norms
-    if max_norm > 0:
-        names, gradients = zip(*_named_gradients(model))
-        # summed in a fixed order, which adding up in place is not on an accelerator
-        squares = F.pad(norms.square(), (0, 1))[_parts_of_tensors(names, norms.device)].sum(1)
-        scales = (max_norm / (squares.sqrt() + 1e-6)).clamp_max(1.0)
-        torch._foreach_mul_([_local(gradient) for gradient in gradients], scales.unbind())
-    return norms.norm()
-
-
-def _named_gradients(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that FSDP has sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-@lru_cache(maxsize=8)
-def _parts_of_tensors(names: tuple[str, ...], device: torch.device) -> torch.Tensor:
-    """
-    For each parameter the parameters that make one tensor with it in the authors' code: indices `(parameters, 3)`,
-    filled up with the number of parameters.
-    """
-    merged = [name.replace("q_proj", "qkv").replace("k_proj", "qkv").replace("v_proj", "qkv") for name in names]
-    parts: dict[str, list[int]] = {}
-    for index, name in enumerate(merged):
-        parts.setdefault(name, []).append(index)
-    return torch.tensor([(parts[name] + [len(names)] * 3)[:3] for name in merged], device=device)
-
-
-__all__ = ["ASiTPreTrainer", "ASiTPreTrainingArguments", "clip_tensor_norms"]

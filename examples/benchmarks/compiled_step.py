@@ -10,7 +10,7 @@ from training_step import BATCH, Contestant
 
 
 def measure(quick: bool = False) -> Report:
-    """Objective 2023 in bf16, with `compile_layers=True` and without."""
+    """Preset 2023 in bf16, with `compile_layers=True` and without."""
     report = Report("compiled step")
     runs = {
         "as it is": Contestant("ours bf16", "2023", [BATCH], quick),

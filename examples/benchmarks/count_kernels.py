@@ -26,20 +26,20 @@ from transformers.initialization import no_init_weights
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.pretraining import masking
-from asit_hf.pretraining.objectives import get_objective
-from asit_hf.pretraining.trainer import clip_tensor_norms
+from asit_hf.pretraining.gradients import clip_tensor_norms
+from asit_hf.pretraining.presets import get_preset
 
 RATE = 16000
 GLOBAL_SECONDS, LOCAL_SECONDS = 6.0, 2.0
 COUNTED = ("kernels", "gigabytes", "host_copies")
 
 
-def count_step(size: str, batch: int, objective: str = "2024", repeats: int = 2) -> dict:
+def count_step(size: str, batch: int, preset: str = "2024", repeats: int = 2) -> dict:
     """
     The kernels, bytes and copies from the host of each part of a step in bf16, in the last of `repeats` steps, and the
     step's operations. A part that has to wait for the device, which cannot be counted, has the reason instead.
     """
-    chosen = get_objective(objective)
+    chosen = get_preset(preset)
     with no_init_weights():
         model = ASiTForPreTraining(ASiTConfig.from_size(size, **chosen.config, drop_path_rate=0.1))
     extractor = ASiTFeatureExtractor()
@@ -47,13 +47,15 @@ def count_step(size: str, batch: int, objective: str = "2024", repeats: int = 2)
     # what is computed once, and kept, needs real tensors
     extractor.extract(torch.randn(1, RATE))
     if hasattr(masking, "rounds_for"):  # versions before it wait for the device there
-        share = max(gmml.zero_share[1], gmml.replace_share)
-        masking.rounds_for(frames, model.config.num_mel_bins, share, gmml.max_block, gmml.alignment, gmml.pattern)
+        share = max(gmml.mask_ratio[1], gmml.replace_ratio)
+        masking.rounds_for(
+            frames, model.config.num_mel_bins, share, gmml.max_block_ratio, gmml.alignment, gmml.pattern
+        )
     with fake_cuda():
         to_fake_cuda(model).train()
         for _ in range(repeats):
             parts, flops = _step(model, extractor, chosen, batch, frames)
-    return {"size": size, "batch": batch, "objective": objective, "tera_operations": flops / 1e12, "parts": parts}
+    return {"size": size, "batch": batch, "preset": preset, "tera_operations": flops / 1e12, "parts": parts}
 
 
 def _step(model, extractor, chosen, batch: int, frames: int) -> tuple[dict[str, dict], int]:
@@ -102,7 +104,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="small", choices=("tiny", "small", "base"))
     parser.add_argument("--batch", type=int, default=128, help="clips a step")
-    parser.add_argument("--objective", default="2024", choices=("2024", "2023"))
+    parser.add_argument("--preset", default="2024", choices=("2024", "2023"))
     parser.add_argument("--name", help="keep the counts under this name in results/kernels.json")
     args = parser.parse_args(arguments)
     if "LD_PRELOAD" not in os.environ:  # once more, with the libraries
@@ -110,7 +112,7 @@ def main(arguments: list[str] | None = None) -> dict:
             environment = {**os.environ, "LD_PRELOAD": build(Path(folder))}
             command = [sys.executable, __file__, *(sys.argv[1:] if arguments is None else arguments)]
             sys.exit(subprocess.run(command, env=environment).returncode)
-    counts = count_step(args.size, args.batch, args.objective)
+    counts = count_step(args.size, args.batch, args.preset)
     print(to_markdown({args.name or "this version": counts}))
     if args.name:
         path = RESULTS / "kernels.json"

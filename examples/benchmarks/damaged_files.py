@@ -25,7 +25,8 @@ from transformers import PrinterCallback
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.data import AudioReadError, PretrainingCrops, load_audio_dataset
-from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
+from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
+from asit_hf.pretraining.trainer import ASiTPreTrainer
 
 RATE = 16000
 # A crop is as long as the longest clip, so that all of a file is read and its damage met whatever the draw.
@@ -128,7 +129,7 @@ def make_trainer(folder: Path, output_dir: Path, num_workers: int, batch_size: i
         dataloader_num_workers=num_workers,
         dataloader_drop_last=False,
         logging_steps=1,
-        picture_steps=0,
+        plot_steps=0,
         save_strategy="no",
         report_to="none",
         use_cpu=True,

@@ -46,7 +46,7 @@ NOTES = [
 FINE = ("passed", "measured", "needs CUDA", "skipped")
 # Seconds: kept for the last results; that a worker may take to start; with less than this left, nothing is started.
 RESERVE, START, LEAST = 10, 60, 5
-SIZES, OBJECTIVES = ("small", "base"), ("2024", "2023")
+SIZES, PRESETS = ("small", "base"), ("2024", "2023")
 SIDES = {
     "ours": {"function": "gpu_figures:ours", "fallback": {"compiled": False}},
     "plain fp32": {"function": "gpu_figures:plain", "options": {"bf16": False, "attention": "eager"}},
@@ -108,14 +108,14 @@ def plan(quick: bool) -> list[Measurement]:
     def check(name: str, function: str, bound: float | None, **more: Any) -> None:
         found.append(Measurement("checks", name, f"gpu_checks:{function}", bound=bound, **more))
 
-    for objective in OBJECTIVES:
-        options = {"objective": objective}
-        check(f"{objective}, masks and donors: pixels unlike the CPU's", "masks", 0, options=options)
+    for preset in PRESETS:
+        options = {"preset": preset}
+        check(f"{preset}, masks and donors: pixels unlike the CPU's", "masks", 0, options=options)
     check("log-mel: largest difference from the CPU's, loud bins", "log_mel", 1e-4)
     for name, bf16, bound in (("fp32", False, 1e-4), ("bf16", True, 2e-2)):
-        for objective in OBJECTIVES:
-            options = {"objective": objective, "bf16": bf16}
-            check(f"{objective}, loss and gradients in {name} against the CPU", "gradients", bound, options=options)
+        for preset in PRESETS:
+            options = {"preset": preset, "bf16": bf16}
+            check(f"{preset}, loss and gradients in {name} against the CPU", "gradients", bound, options=options)
     check("three steps in fp16 against fp32, loss", "half_precision", 2e-2)
     check("compiled layers against eager ones, loss", "compiled", 1e-4, seconds=120)
     check("gradient checkpointing against none, loss", "checkpointing", 1e-4)
@@ -125,21 +125,21 @@ def plan(quick: bool) -> list[Measurement]:
     check("host synchronizations of one step", "synchronizations", None)
 
     found.append(Measurement("figures", "bf16 product", "gpu_figures:product"))
-    for objective in OBJECTIVES:
+    for preset in PRESETS:
         for size in SIZES:
             for side, measured in SIDES.items():
-                options = {"size": size, "objective": objective, **measured.get("options", {})}
+                options = {"size": size, "preset": preset, **measured.get("options", {})}
                 found.append(
                     Measurement(
                         "figures",
-                        f"{size}, {objective}, {side}",
+                        f"{size}, {preset}, {side}",
                         measured["function"],
                         seconds=120,
                         options=options,
                         fallback=measured.get("fallback"),
                     )
                 )
-        if objective == OBJECTIVES[0]:
+        if preset == PRESETS[0]:
             for size in SIZES:
                 options = {"size": size}
                 found.append(
@@ -369,16 +369,16 @@ def targets(rows: dict[str, dict[str, Any]], quick: bool) -> list[dict[str, Any]
             reached = got <= target if at_most else got >= target
         found.append({"name": name, "value": got, "target": target, "at_most": at_most, "reached": reached})
 
-    for objective in OBJECTIVES:
-        counts = objective == "2024"
+    for preset in PRESETS:
+        counts = preset == "2024"
         for size in SIZES:
-            ours = f"{size}, {objective}, ours"
+            ours = f"{size}, {preset}, ours"
             speed = value(ours, "clips/s")
             add(f"{ours}: clips/s", speed, CLIPS_PER_SECOND[size] if counts else None)
             for side, ratio in SPEED_RATIOS.items():
-                got = _ratio(speed, value(f"{size}, {objective}, {side}", "clips/s"))
+                got = _ratio(speed, value(f"{size}, {preset}, {side}", "clips/s"))
                 add(f"{ours} against {side}: clips/s", got, ratio if counts else None)
-            got = _ratio(value(ours, "MB a clip"), value(f"{size}, {objective}, plain fp32", "MB a clip"))
+            got = _ratio(value(ours, "MB a clip"), value(f"{size}, {preset}, plain fp32", "MB a clip"))
             add(f"{ours} against plain fp32: memory a clip", got, MEMORY_RATIO if counts else None, at_most=True)
             got = _ratio(value(ours, "ms of log-mel and GMML"), value(ours, "ms a step"))
             add(f"{ours}: share of log-mel and GMML", got, PREPARATION_SHARE if counts else None, at_most=True)
@@ -411,7 +411,7 @@ def to_markdown(rows: list[dict[str, Any]], held_to: list[dict[str, Any]], facts
         for row in held_to
     ]
     lines += _table("Targets: one H100, batch 128, bf16", ("what", "value", "target", "reached"), targets_of)
-    names = [f"{size}, {objective}, {side}" for objective in OBJECTIVES for size in SIZES for side in SIDES]
+    names = [f"{size}, {preset}, {side}" for preset in PRESETS for size in SIZES for side in SIDES]
     steps = [
         (row["name"], *(_shown(row.get("values", {}).get(name), "") for name in STEP), row["status"], _cell(row))
         for row in rows

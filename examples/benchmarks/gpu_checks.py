@@ -36,7 +36,7 @@ from transformers import TrainerCallback
 from asit_hf import ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.fbank_asit import log_mel_spectrogram
 from asit_hf.pretraining.masking import corrupt
-from asit_hf.pretraining.objectives import get_objective
+from asit_hf.pretraining.presets import get_preset
 
 ROOT = Path(__file__).parents[2]
 FSDP_RECIPE = ROOT / "examples" / "recipes" / "fsdp.json"
@@ -62,13 +62,13 @@ def facts(run: Run) -> dict[str, Any]:
     return {"values": found}
 
 
-def masks(run: Run, objective: str) -> dict[str, Any]:
+def masks(run: Run, preset: str) -> dict[str, Any]:
     """Pixels of masks and corrupted views that differ from the CPU's."""
-    config = build_model("small", objective, run.quick).config
+    config = build_model("small", preset, run.quick).config
     generator = torch.Generator().manual_seed(0)
     clean = torch.randn(8 if run.quick else 32, 2, config.num_frames, config.num_mel_bins, generator=generator)
     keys = torch.randint(2**62, (len(clean),), generator=generator)
-    gmml = get_objective(objective).gmml
+    gmml = get_preset(preset).gmml
     expected = corrupt(clean, keys, 7, gmml)
     found = corrupt(clean.to(device()), keys.to(device()), 7, gmml)
     differing = sum(int((one != other.cpu()).sum()) for one, other in zip(expected, found))
@@ -87,10 +87,10 @@ def log_mel(run: Run) -> dict[str, Any]:
     return {"value": float((found - expected).abs()[expected > expected.max() - 10].max())}
 
 
-def gradients(run: Run, objective: str, bf16: bool) -> dict[str, Any]:
+def gradients(run: Run, preset: str, bf16: bool) -> dict[str, Any]:
     """Relative error of the loss, and of all gradients as one vector, against float32 on the CPU; the larger one."""
-    model = build_model("small", objective, run.quick)
-    views = given_views(model, objective)
+    model = build_model("small", preset, run.quick)
+    views = given_views(model, preset)
     loss, expected = loss_and_gradients(model, views)
     model.to(device())
     views = {name: value.to(device()) for name, value in views.items()}
@@ -207,14 +207,14 @@ class _WatchSynchronizations(TrainerCallback):
         self.places[inner + ("" if outer.endswith(inner) else outer)] += 1
 
 
-def given_views(model: ASiTForPreTraining, objective: str, size: int = 2) -> dict[str, torch.Tensor]:
+def given_views(model: ASiTForPreTraining, preset: str, size: int = 2) -> dict[str, torch.Tensor]:
     """Model input of noise, made on the CPU."""
-    batch = build_batch(model.config, objective, size)
+    batch = build_batch(model.config, preset, size)
     extract = ASiTFeatureExtractor(num_mel_bins=model.config.num_mel_bins).extract
     views = {"input_values": extract(batch["global_waveforms"]), "drop_path_keys": batch["sample_keys"]}
     if "local_waveforms" in batch:
         views["local_values"] = extract(batch["local_waveforms"])
-    gmml = get_objective(objective).gmml
+    gmml = get_preset(preset).gmml
     views["corrupted_values"], views["corruption_mask"] = corrupt(views["input_values"], batch["sample_keys"], 0, gmml)
     return views
 

@@ -33,7 +33,7 @@ from asit_hf.data.collators import collate_crops
 from asit_hf.data.packed import PackedAudio, PackedCrops
 from asit_hf.fbank_asit import num_fbank_frames
 from asit_hf.pretraining.masking import corrupt
-from asit_hf.pretraining.objectives import get_objective
+from asit_hf.pretraining.presets import get_preset
 
 BATCH, QUICK_BATCH = 128, 4
 WARM_UP = 5
@@ -52,16 +52,16 @@ def product(run: Run) -> dict[str, Any]:
     return {"values": {"TFLOP/s": 2 * size**3 / seconds / 1e12, "ms": 1000 * seconds}}
 
 
-def ours(run: Run, size: str, objective: str, compiled: bool = True) -> dict[str, Any]:
+def ours(run: Run, size: str, preset: str, compiled: bool = True) -> dict[str, Any]:
     """Steps of `ASiTPreTrainer.train` in bf16, from int16 waveforms on the host."""
 
     def measure(batch: int, compiled: bool) -> dict[str, Any]:
-        model = build_model(size, objective, run.quick)
+        model = build_model(size, preset, run.quick)
         watch = Stopwatch(*((1, 2) if run.quick else (WARM_UP, STEPS)))
-        dataset = SameBatch(build_batch(model.config, objective, batch, torch.int16))
+        dataset = SameBatch(build_batch(model.config, preset, batch, torch.int16))
         with tempfile.TemporaryDirectory() as folder, cheap_compiler():
             options = {"bf16": True, "max_steps": watch.last, "callbacks": [watch]}
-            trainer = build_trainer(model, objective, dataset, folder, compiled, **options)
+            trainer = build_trainer(model, preset, dataset, folder, compiled, **options)
             trainer.train()
         if not torch.stack(trainer.losses).isfinite().all():
             raise FloatingPointError(f"losses {torch.stack(trainer.losses).tolist()}")
@@ -75,17 +75,17 @@ def ours(run: Run, size: str, objective: str, compiled: bool = True) -> dict[str
 
     values, batch, compiled, reasons = with_fallbacks(measure, QUICK_BATCH if run.quick else BATCH, compiled)
     values |= {"batch": batch, "layers": "compiled" if compiled else "eager"}
-    values["GFLOP a clip"] = flops_of_a_clip(build_model(size, objective, run.quick), objective) / 1e9
+    values["GFLOP a clip"] = flops_of_a_clip(build_model(size, preset, run.quick), preset) / 1e9
     return {"values": values, "detail": "; ".join(reasons)}
 
 
-def plain(run: Run, size: str, objective: str, bf16: bool, attention: str) -> dict[str, Any]:
+def plain(run: Run, size: str, preset: str, bf16: bool, attention: str) -> dict[str, Any]:
     """Steps of the authors' loop on the same noise, given log-mel and masks: theirs come from loader workers."""
 
     def measure(batch: int, compiled: bool) -> dict[str, Any]:
-        model = build_model(size, objective, run.quick).to(device())
-        loop = OfficialLoop(model, get_objective(objective).gmml, bf16=bf16, attention=attention)
-        clean, local, corruption = ready_views(model, objective, batch)
+        model = build_model(size, preset, run.quick).to(device())
+        loop = OfficialLoop(model, get_preset(preset).gmml, bf16=bf16, attention=attention)
+        clean, local, corruption = ready_views(model, preset, batch)
         del model
         watch = Stopwatch(*((1, 2) if run.quick else (2, PLAIN_STEPS)))
         for step in range(1, watch.last + 1):
@@ -158,21 +158,21 @@ def flac_files(run: Run) -> dict[str, Any]:
 
 
 def ready_views(
-    model: ASiTForPreTraining, objective: str, batch: int
+    model: ASiTForPreTraining, preset: str, batch: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
     """Clean and local spectrograms, and corrupted ones with their masks, on the device."""
-    inputs = {name: value.to(device()) for name, value in build_batch(model.config, objective, batch).items()}
+    inputs = {name: value.to(device()) for name, value in build_batch(model.config, preset, batch).items()}
     extract = ASiTFeatureExtractor(num_mel_bins=model.config.num_mel_bins).extract
     clean = extract(inputs["global_waveforms"])
     local = extract(inputs["local_waveforms"]) if "local_waveforms" in inputs else None
-    return clean, local, corrupt(clean, inputs["sample_keys"], 0, get_objective(objective).gmml)
+    return clean, local, corrupt(clean, inputs["sample_keys"], 0, get_preset(preset).gmml)
 
 
-def flops_of_a_clip(model: ASiTForPreTraining, objective: str, batch: int = 2) -> float:
+def flops_of_a_clip(model: ASiTForPreTraining, preset: str, batch: int = 2) -> float:
     """Floating-point operations of a step in the plain loop, which computes nothing twice, by clip."""
     model.to(device())
-    loop = OfficialLoop(model, get_objective(objective).gmml)
-    clean, local, corruption = ready_views(model, objective, batch)
+    loop = OfficialLoop(model, get_preset(preset).gmml)
+    clean, local, corruption = ready_views(model, preset, batch)
     with FlopCounterMode(display=False) as counter:
         loop.step(clean, local, corruption=corruption)
     return counter.get_total_flops() / batch

@@ -19,8 +19,9 @@ from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.configuration_asit import SIZES
 from asit_hf.data import PretrainingCrops
 from asit_hf.fbank_asit import window_and_hop
-from asit_hf.pretraining.objectives import get_objective
-from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
+from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
+from asit_hf.pretraining.presets import get_preset
+from asit_hf.pretraining.trainer import ASiTPreTrainer
 
 RATE = 16000
 
@@ -47,10 +48,10 @@ def synchronize() -> None:
 
 
 def build_model(
-    size: str, objective: str, quick: bool = False, drop_path_rate: float = 0.1, **more: Any
+    size: str, preset: str, quick: bool = False, drop_path_rate: float = 0.1, **more: Any
 ) -> ASiTForPreTraining:
     """A model of a named size (a toy with `quick`), always with the same weights, on the CPU."""
-    fields = {**get_objective(objective).config, "drop_path_rate": drop_path_rate, **more}
+    fields = {**get_preset(preset).config, "drop_path_rate": drop_path_rate, **more}
     fields |= TOY if quick else SIZES[size]
     return copy.deepcopy(_build_model(tuple(sorted(fields.items()))))
 
@@ -74,14 +75,14 @@ def local_frames(config: ASiTConfig) -> int:
 
 
 def build_batch(
-    config: ASiTConfig, objective: str, size: int, dtype: torch.dtype = torch.float32
+    config: ASiTConfig, preset: str, size: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
     """
     Noise as [`~asit_hf.data.collate_crops`] batches crops of `size` clips, pinned where there is a GPU; waveforms are
     float32, or int16 PCM.
     """
     generator = torch.Generator().manual_seed(0)
-    crops = {"global": (2, config.num_frames), "local": (get_objective(objective).num_local_crops, 0)}
+    crops = {"global": (2, config.num_frames), "local": (get_preset(preset).num_local_crops, 0)}
     batch = {"sample_keys": torch.arange(size)}
     for kind, (count, frames) in crops.items():
         if count:
@@ -102,7 +103,7 @@ class SameBatch(IterableDataset):
         return repeat(self.batch)
 
 
-def build_clips(config: ASiTConfig, objective: str, count: int = 16) -> PretrainingCrops:
+def build_clips(config: ASiTConfig, preset: str, count: int = 16) -> PretrainingCrops:
     """Crops of noise that lies in memory, read and cut as those of files are."""
     generator = torch.Generator().manual_seed(0)
     seconds = num_samples(config.num_frames) / RATE
@@ -112,7 +113,7 @@ def build_clips(config: ASiTConfig, objective: str, count: int = 16) -> Pretrain
         RATE,
         global_seconds=seconds,
         local_seconds=num_samples(local_frames(config)) / RATE,
-        num_local_crops=get_objective(objective).num_local_crops,
+        num_local_crops=get_preset(preset).num_local_crops,
     )
 
 
@@ -132,7 +133,7 @@ class RecordingTrainer(ASiTPreTrainer):
 
 def build_trainer(
     model: ASiTForPreTraining,
-    objective: str,
+    preset: str,
     dataset: Dataset,
     folder: str | Path,
     compiled: bool = False,
@@ -142,7 +143,7 @@ def build_trainer(
     """A trainer that neither logs nor saves unless `options`, arguments of it, say so."""
     ready = isinstance(dataset, SameBatch)
     arguments = {
-        "objective": objective,
+        "preset": preset,
         "per_device_train_batch_size": 1 if ready else 4,  # one item is a batch
         "steps_per_epoch": 1000,
         "max_steps": 3,
@@ -152,7 +153,7 @@ def build_trainer(
         "report_to": "none",
         "save_strategy": "no",
         "logging_strategy": "no",
-        "picture_steps": 0,
+        "plot_steps": 0,
         "disable_tqdm": True,
         "use_cpu": device().type == "cpu",
         "dataloader_pin_memory": device().type == "cuda",

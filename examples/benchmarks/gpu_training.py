@@ -16,11 +16,12 @@ from asit_hf.configuration_asit import HUB_FILES
 from asit_hf.data.packed import INDEX, PackedAudio, PackedCrops, is_packed, write_packed
 from asit_hf.data.parcels import decode_parcels
 from asit_hf.fbank_asit import num_fbank_frames
-from asit_hf.hub import whole_folder
-from asit_hf.pretraining.initialisation import encoder_from_vit, read_model_type
-from asit_hf.pretraining.objectives import get_objective
-from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
-from asit_hf.recipes import parse_arguments
+from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
+from asit_hf.pretraining.initialization import encoder_from_vit, read_model_type
+from asit_hf.pretraining.presets import get_preset
+from asit_hf.pretraining.trainer import ASiTPreTrainer
+from asit_hf.utils.arguments import parse_arguments
+from asit_hf.utils.files import whole_folder
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "pretrain-gpu.yaml"
 BATCH, QUICK_BATCH = 256, 4
@@ -86,7 +87,7 @@ def attempt(run: Run, batch: int, compiled: bool) -> dict[str, Any]:
         options += ["--encoder_learning_rate_scale", str(TRAINED_ENCODER_SCALE)]
     settings, args = parse_arguments((TrainingSettings, ASiTPreTrainingArguments), options)
     set_seed(args.seed)
-    model = initial_model(run, settings, args.objective)
+    model = initial_model(run, settings, args.preset)
     extractor = initial_extractor(run, model.config.num_mel_bins)
     if run.quick:
         settings.global_seconds = num_samples(model.config.num_frames) / RATE
@@ -97,7 +98,7 @@ def attempt(run: Run, batch: int, compiled: bool) -> dict[str, Any]:
         global_seconds=settings.global_seconds,
         local_seconds=settings.local_seconds,
         num_local_crops=settings.num_local_crops,
-        roll_probability=get_objective(args.objective).roll_probability,
+        roll_probability=get_preset(args.preset).roll_probability,
         seed=args.seed,
     )
     export = ExportTeacher(run, QUICK_EXPORT_SECONDS if run.quick else EXPORT_SECONDS)
@@ -113,12 +114,12 @@ def attempt(run: Run, batch: int, compiled: bool) -> dict[str, Any]:
     return export.row()
 
 
-def initial_model(run: Run, settings: TrainingSettings, objective: str) -> ASiTForPreTraining:
+def initial_model(run: Run, settings: TrainingSettings, preset: str) -> ASiTForPreTraining:
     """Random weights of the recipe's size, or those of `--init`."""
     frames = num_fbank_frames(round(settings.global_seconds * RATE), RATE)
-    fields = {**get_objective(objective).config, "drop_path_rate": settings.drop_path_rate}
+    fields = {**get_preset(preset).config, "drop_path_rate": settings.drop_path_rate}
     if run.init is None:
-        return build_model(settings.size, objective, run.quick, **({} if run.quick else {"num_frames": whole(frames)}))
+        return build_model(settings.size, preset, run.quick, **({} if run.quick else {"num_frames": whole(frames)}))
     if read_model_type(run.init) == ASiTConfig.model_type:
         return ASiTForPreTraining.from_pretrained(run.init, dtype=torch.float32, **fields)
     encoder = encoder_from_vit(run.init, num_frames=whole(frames), **fields)

@@ -22,7 +22,7 @@ from transformers.models.audio_spectrogram_transformer import feature_extraction
 
 import asit_hf  # noqa: F401  its pipeline
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
-from asit_hf.processor import has_bf16_instructions
+from asit_hf.utils.cpu import has_bf16_instructions
 
 RATE = 16000
 LABELS = 50

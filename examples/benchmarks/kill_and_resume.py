@@ -4,7 +4,7 @@ Kills a pretraining run with SIGKILL at random moments, saving included, and let
     python examples/benchmarks/kill_and_resume.py --kills 20
 
 The run saves a checkpoint every step, so that many kills fall into the saving. After every kill the last checkpoint
-must be whole (model, optimiser, schedules and random state load) and at the end the weights must equal those of a run
+must be whole (model, optimizer, schedules and random state load) and at the end the weights must equal those of a run
 that nobody killed, bit for bit. Prints counts as JSON; the exit status is 1 if anything was lost.
 """
 
@@ -26,7 +26,8 @@ def train(clips: list[str], output_dir: str, steps: int) -> None:
 
     from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
     from asit_hf.data import PretrainingCrops
-    from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
+    from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
+    from asit_hf.pretraining.trainer import ASiTPreTrainer
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -56,7 +57,7 @@ def train(clips: list[str], output_dir: str, steps: int) -> None:
         save_steps=1,
         save_total_limit=2,
         logging_steps=10**6,
-        picture_steps=0,
+        plot_steps=0,
         disable_tqdm=True,
     )
     data = PretrainingCrops(clips, 16000, global_seconds=0.5, local_seconds=0.25, num_local_crops=2)
@@ -152,7 +153,7 @@ def checkpoints(folder: Path) -> set[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=None, help="optimiser steps of the run (default: 3 a kill)")
+    parser.add_argument("--steps", type=int, default=None, help="optimizer steps of the run (default: 3 a kill)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:

@@ -9,8 +9,8 @@ from common import Report, Row, medians, run_alone, spread, threads, time_interl
 from official_loop import corrupt_in_python
 
 from asit_hf.pretraining.masking import corrupt, draw_keys
-from asit_hf.pretraining.objectives import OBJECTIVES
-from asit_hf.processor import keep_freed_memory
+from asit_hf.pretraining.presets import PRESETS
+from asit_hf.utils.cpu import keep_freed_memory
 
 TARGET = 20.0
 
@@ -22,10 +22,10 @@ def measure(quick: bool = False) -> Report:
     torch.manual_seed(0)
     clean = torch.randn(2 if quick else 32, 2, 592, 128)
     views = [view[:, None] for view in clean.unbind(1)]
-    for name, objective in OBJECTIVES.items():
+    for name, preset in PRESETS.items():
         calls = {
-            "ours": lambda gmml=objective.gmml: corrupt(clean, draw_keys(len(clean)), 0, gmml),
-            "theirs": lambda gmml=objective.gmml: corrupt_in_python(views, gmml),
+            "ours": lambda gmml=preset.gmml: corrupt(clean, draw_keys(len(clean)), 0, gmml),
+            "theirs": lambda gmml=preset.gmml: corrupt_in_python(views, gmml),
         }
         for count in sorted({1, torch.get_num_threads()}):
             with threads(count):

@@ -87,7 +87,7 @@ class Encoder(nn.Module):
 
 
 class Prototypes(nn.Module):
-    """A weight-normalised linear layer."""
+    """A weight-normalized linear layer."""
 
     def __init__(self, count: int, size: int, trainable_gain: bool):
         super().__init__()
@@ -135,7 +135,7 @@ class Network(nn.Module):
 
 class OfficialLoop:
     """
-    Student, teacher, centres and optimiser, moved by `step`.
+    Student, teacher, centers and optimizer, moved by `step`.
 
     Args:
         model ([`ASiTForPreTraining`]): gives the sizes, the loss weights, all initial weights and the device.
@@ -203,7 +203,7 @@ class OfficialLoop:
         local: list[torch.Tensor],
         temperature: float = 0.04,
     ) -> dict[str, torch.Tensor]:
-        """The losses of lists of views, each (batch, 1, frames, mel). The centres move after they were used."""
+        """The losses of lists of views, each (batch, 1, frames, mel). The centers move after they were used."""
         with torch.no_grad():
             teacher_cls, teacher_patch = self.teacher.distillation(self.teacher.encoder(torch.cat(clean)))
         tokens = self.student.encoder(torch.cat(corrupted))
@@ -265,7 +265,7 @@ def corrupt_in_python(views: list[torch.Tensor], gmml: GMML) -> tuple[list[torch
 
 def zeros_in_python(clip: torch.Tensor, gmml: GMML) -> tuple[torch.Tensor, torch.Tensor]:
     """One clip (1, frames, mel) corrupted by zeros, and its mask."""
-    return draw_in_python(clip, torch.zeros_like(clip), random.uniform(*gmml.zero_share), gmml)
+    return draw_in_python(clip, torch.zeros_like(clip), random.uniform(*gmml.mask_ratio), gmml)
 
 
 def replace_in_python(clean: torch.Tensor, corrupted: torch.Tensor, masks: torch.Tensor, gmml: GMML) -> None:
@@ -273,7 +273,7 @@ def replace_in_python(clean: torch.Tensor, corrupted: torch.Tensor, masks: torch
     for row, clip in enumerate(clean):
         donor = clean[random.randrange(len(clean))]
         if random.random() < gmml.replace_probability:
-            corrupted[row], masks[row] = draw_in_python(clip, donor, gmml.replace_share, gmml)
+            corrupted[row], masks[row] = draw_in_python(clip, donor, gmml.replace_ratio, gmml)
 
 
 def draw_in_python(
@@ -285,8 +285,8 @@ def draw_in_python(
     clip, mask = clip.clone(), torch.zeros_like(clip)
     while mask.sum() < share * frames * mel:
         top, left = generator.integers(frames - 1), generator.integers(mel - 1)
-        height = min(generator.integers(1, int(frames * gmml.max_block)), frames - top)
-        width = min(generator.integers(1, int(mel * gmml.max_block)), mel - left)
+        height = min(generator.integers(1, int(frames * gmml.max_block_ratio)), frames - top)
+        width = min(generator.integers(1, int(mel * gmml.max_block_ratio)), mel - left)
         block = (slice(None), slice(top, top + height), slice(left, left + width))
         clip[block] = filling[block].clone()
         mask[block] = 1

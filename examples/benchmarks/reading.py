@@ -25,7 +25,7 @@ import torch
 from common import Report, Row, medians, run_alone, spread, time_interleaved
 from official_loop import replace_in_python, zeros_in_python
 from torch.utils.data import DataLoader, Dataset, default_collate
-from training_step import OBJECTIVES, build_model
+from training_step import PRESETS, build_model
 from transformers import PrinterCallback, TrainerCallback
 
 from asit_hf import ASiTFeatureExtractor
@@ -34,10 +34,11 @@ from asit_hf.data.audio import read_audio
 from asit_hf.data.collators import collate_crops
 from asit_hf.data.packed import to_pcm, write_packed
 from asit_hf.fbank_asit import _mel_filters
+from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
 from asit_hf.pretraining.masking import corrupt
-from asit_hf.pretraining.objectives import get_objective
-from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
-from asit_hf.processor import keep_freed_memory
+from asit_hf.pretraining.presets import get_preset
+from asit_hf.pretraining.trainer import ASiTPreTrainer
+from asit_hf.utils.cpu import keep_freed_memory
 
 RATE = 16000
 LONG_RATE = 24000  # of the long files, so that crops are resampled
@@ -52,9 +53,9 @@ class OfficialDataset(Dataset):
     the loader's workers. The second half of the corruption follows in `official_collate`, where clips meet.
     """
 
-    def __init__(self, files: list[str], objective: str):
+    def __init__(self, files: list[str], preset: str):
         self.files = files
-        self.objective = get_objective(objective)
+        self.preset = get_preset(preset)
         self.extractor = ASiTFeatureExtractor()
 
     def __len__(self) -> int:
@@ -63,11 +64,11 @@ class OfficialDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         waveform, rate = soundfile.read(self.files[index], dtype="float32", always_2d=True)
         waveform = torch.from_numpy(soxr.resample(waveform.mean(1), rate, RATE))
-        if random.random() < self.objective.roll_probability:
+        if random.random() < self.preset.roll_probability:
             waveform = waveform.roll(random.randrange(len(waveform)))
         views = [self._spectrogram(waveform, 6.0) for _ in range(2)]
-        pairs = [zeros_in_python(view, self.objective.gmml) for view in views]
-        local = [self._spectrogram(waveform, 2.0) for _ in range(self.objective.num_local_crops)]
+        pairs = [zeros_in_python(view, self.preset.gmml) for view in views]
+        local = [self._spectrogram(waveform, 2.0) for _ in range(self.preset.num_local_crops)]
         return {"clean": views, "corrupted": [p[0] for p in pairs], "masks": [p[1] for p in pairs], "local": local}
 
     def _spectrogram(self, waveform: torch.Tensor, seconds: float) -> torch.Tensor:
@@ -98,10 +99,10 @@ def whole_filters() -> torch.Tensor:
     return filters
 
 
-def official_collate(items: list[dict[str, Any]], objective: str) -> dict[str, Any]:
+def official_collate(items: list[dict[str, Any]], preset: str) -> dict[str, Any]:
     batch = default_collate(items)
     for clean, corrupted, masks in zip(batch["clean"], batch["corrupted"], batch["masks"]):
-        replace_in_python(clean, corrupted, masks, get_objective(objective).gmml)
+        replace_in_python(clean, corrupted, masks, get_preset(preset).gmml)
     return batch
 
 
@@ -172,40 +173,40 @@ def _measure_loader(report: Report, files: list[str], pool: Path, quick: bool) -
     packed pool, without workers, against the loader of flac files.
     """
     batch, files, passes = (4, files, 1) if quick else (16, 3 * files, 3)
-    for objective in OBJECTIVES:
+    for preset in PRESETS:
         calls = {
-            "ours": lambda objective=objective: _count(our_batches(files, objective, batch)),
-            "ours prepared": lambda objective=objective: _count(prepared_batches(files, objective, batch)),
-            "theirs": lambda objective=objective: _count(official_batches(files, objective, batch)),
-            "packed": lambda objective=objective: _count(packed_batches(pool, objective, batch, passes)),
+            "ours": lambda preset=preset: _count(our_batches(files, preset, batch)),
+            "ours prepared": lambda preset=preset: _count(prepared_batches(files, preset, batch)),
+            "theirs": lambda preset=preset: _count(official_batches(files, preset, batch)),
+            "packed": lambda preset=preset: _count(packed_batches(pool, preset, batch, passes)),
         }
         seconds = time_interleaved(calls, rounds=1 if quick else 3, warm_up=0)
         found = {name: len(files) / value for name, value in medians(seconds).items()}
         options = {"unit": "clips/s", "higher_is_better": True}
-        name = f"{objective}, loader with {WORKERS} workers"
+        name = f"{preset}, loader with {WORKERS} workers"
         report.add(Row(name, found["ours"], found["theirs"], target=LOADER_TARGET, **options))
         report.add(Row(f"{name}, log-mel and masks included", found["ours prepared"], found["theirs"], **options))
-        name = f"{objective}, packed pool without workers against {WORKERS} workers that read flac"
+        name = f"{preset}, packed pool without workers against {WORKERS} workers that read flac"
         report.add(Row(name, found["packed"], found["ours"], target=PACKED_TARGET, **options))
-        report.notes.append(f"{objective}, loader, {len(files)} clips: {spread(seconds)}.")
+        report.notes.append(f"{preset}, loader, {len(files)} clips: {spread(seconds)}.")
 
 
 def _count(batches: Iterable) -> int:
     return sum(1 for _ in batches)
 
 
-def our_batches(files: list[str], objective: str, batch: int) -> DataLoader:
+def our_batches(files: list[str], preset: str, batch: int) -> DataLoader:
     """Waveform crops: what follows is done in batch, on the model's device."""
-    chosen = get_objective(objective)
+    chosen = get_preset(preset)
     crops = PretrainingCrops(
         files, RATE, num_local_crops=chosen.num_local_crops, roll_probability=chosen.roll_probability
     )
     return DataLoader(crops, batch_size=batch, num_workers=WORKERS, collate_fn=collate_crops)
 
 
-def packed_batches(pool: Path, objective: str, batch: int, passes: int) -> Iterator[dict[str, torch.Tensor]]:
+def packed_batches(pool: Path, preset: str, batch: int, passes: int) -> Iterator[dict[str, torch.Tensor]]:
     """The crops of `passes` epochs of a packed pool, gathered where `ASiTPreTrainer` gathers them."""
-    chosen = get_objective(objective)
+    chosen = get_preset(preset)
     crops = PackedCrops(pool, RATE, num_local_crops=chosen.num_local_crops, roll_probability=chosen.roll_probability)
     for epoch in range(passes):
         crops.set_epoch(epoch)
@@ -213,10 +214,10 @@ def packed_batches(pool: Path, objective: str, batch: int, passes: int) -> Itera
             yield keys | crops.gather(keys["indices"], keys["sample_keys"])
 
 
-def prepared_batches(files: list[str], objective: str, batch: int) -> Iterator[dict[str, torch.Tensor]]:
+def prepared_batches(files: list[str], preset: str, batch: int) -> Iterator[dict[str, torch.Tensor]]:
     """What `ASiTPreTrainer.prepare_views` makes of the loader's batches."""
-    extractor, gmml = ASiTFeatureExtractor(), get_objective(objective).gmml
-    for waveforms in our_batches(files, objective, batch):
+    extractor, gmml = ASiTFeatureExtractor(), get_preset(preset).gmml
+    for waveforms in our_batches(files, preset, batch):
         clean = extractor.extract(waveforms["global_waveforms"], waveforms["global_lengths"])
         clean = clean[:, :, : clean.shape[2] // 16 * 16]
         corrupted, masks = corrupt(clean, waveforms["sample_keys"], 0, gmml)
@@ -226,12 +227,12 @@ def prepared_batches(files: list[str], objective: str, batch: int) -> Iterator[d
         yield views
 
 
-def official_batches(files: list[str], objective: str, batch: int) -> DataLoader:
+def official_batches(files: list[str], preset: str, batch: int) -> DataLoader:
     return DataLoader(
-        OfficialDataset(files, objective),
+        OfficialDataset(files, preset),
         batch_size=batch,
         num_workers=WORKERS,
-        collate_fn=partial(official_collate, objective=objective),
+        collate_fn=partial(official_collate, preset=preset),
     )
 
 
@@ -257,7 +258,7 @@ def _measure_waiting(report: Report, files: list[str], folder: str, quick: bool)
     """Steps of the small model, objective 2023, batch 4, fed by workers."""
     args = ASiTPreTrainingArguments(
         output_dir=folder,
-        objective="2023",
+        preset="2023",
         per_device_train_batch_size=4,
         max_steps=2 if quick else 8,
         bf16=True,
@@ -267,7 +268,7 @@ def _measure_waiting(report: Report, files: list[str], folder: str, quick: bool)
         report_to="none",
         save_strategy="no",
         logging_strategy="no",
-        picture_steps=0,
+        plot_steps=0,
         disable_tqdm=True,
     )
     model = build_model("2023", quick)

@@ -28,12 +28,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, TrainerCallback
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
-from asit_hf.pretraining.objectives import get_objective
-from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
+from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
+from asit_hf.pretraining.presets import get_preset
+from asit_hf.pretraining.trainer import ASiTPreTrainer
 
 BATCH = 4
 MEMORY_BATCHES = (4, 16)
-OBJECTIVES = ("2023", "2024")
+PRESETS = ("2023", "2024")
 PRECISIONS = ("fp32", "bf16")
 TARGETS = {
     ("2023", "fp32"): 1.0,
@@ -60,23 +61,23 @@ KINDS = {
     "softmax": ("softmax", "logsumexp", "aten::exp"),
     "activations and norms": ("gelu", "layer_norm"),
     "copies and casts": ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_", "aten::index"),
-    "optimiser": ("adamw",),
+    "optimizer": ("adamw",),
 }
 
 
-def build_model(objective: str, quick: bool = False) -> ASiTForPreTraining:
+def build_model(preset: str, quick: bool = False) -> ASiTForPreTraining:
     """The small model of an objective (a toy with `quick`), always with the same weights."""
     torch.manual_seed(0)
-    fields = {**get_objective(objective).config, "drop_path_rate": 0.1}
+    fields = {**get_preset(preset).config, "drop_path_rate": 0.1}
     if quick:
         return ASiTForPreTraining(ASiTConfig(**fields, **TOY))
     return ASiTForPreTraining(ASiTConfig.from_size("small", **fields))
 
 
-def build_batch(config: ASiTConfig, objective: str, size: int) -> dict[str, torch.Tensor]:
+def build_batch(config: ASiTConfig, preset: str, size: int) -> dict[str, torch.Tensor]:
     """Log-mel crops of `size` clips: two of the model's length, and the objective's local crops of a third of it."""
     generator = torch.Generator().manual_seed(0)
-    frames, mel, crops = config.num_frames, config.num_mel_bins, get_objective(objective).num_local_crops
+    frames, mel, crops = config.num_frames, config.num_mel_bins, get_preset(preset).num_local_crops
     batch = {
         "input_values": torch.randn(size, 2, frames, mel, generator=generator),
         "sample_keys": torch.arange(size),
@@ -98,12 +99,12 @@ class Batches(IterableDataset):
 
 
 def build_trainer(
-    model: ASiTForPreTraining, objective: str, batches: Batches, folder: str, **options: Any
+    model: ASiTForPreTraining, preset: str, batches: Batches, folder: str, **options: Any
 ) -> ASiTPreTrainer:
     """Our trainer on ready batches; it writes and logs nothing. `options` go to its arguments."""
     args = ASiTPreTrainingArguments(
         output_dir=folder,
-        objective=objective,
+        preset=preset,
         per_device_train_batch_size=1,  # one item is a batch
         steps_per_epoch=1000,
         **{"max_steps": 1000, **options},
@@ -113,7 +114,7 @@ def build_trainer(
         report_to="none",
         save_strategy="no",
         logging_strategy="no",
-        picture_steps=0,
+        plot_steps=0,
         disable_tqdm=True,
     )
     trainer = ASiTPreTrainer(
@@ -138,11 +139,11 @@ class Contestant:
         options: ours: arguments of the trainer.
     """
 
-    def __init__(self, side: str, objective: str, sizes: list[int], quick: bool = False, **options: Any):
+    def __init__(self, side: str, preset: str, sizes: list[int], quick: bool = False, **options: Any):
         context = get_context("forkserver")  # a process that has used its threads must not be forked
         context.set_forkserver_preload(["asit_hf.pretraining.trainer"])
         self._connection, theirs = context.Pipe()
-        arguments = (theirs, side, objective, sizes, quick, options)
+        arguments = (theirs, side, preset, sizes, quick, options)
         self._process = context.Process(target=_compete, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -161,20 +162,20 @@ class Contestant:
 
 
 def _compete(
-    connection: Connection, side: str, objective: str, sizes: list[int], quick: bool, options: dict[str, Any]
+    connection: Connection, side: str, preset: str, sizes: list[int], quick: bool, options: dict[str, Any]
 ) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     side, precision = side.split()
     try:
-        model = build_model(objective, quick)
-        batches = Batches(*(build_batch(model.config, objective, size) for size in sizes))
+        model = build_model(preset, quick)
+        batches = Batches(*(build_batch(model.config, preset, size) for size in sizes))
         if side == "ours":
             with tempfile.TemporaryDirectory() as folder:
-                trainer = build_trainer(model, objective, batches, folder, bf16=precision == "bf16", **options)
+                trainer = build_trainer(model, preset, batches, folder, bf16=precision == "bf16", **options)
                 trainer.add_callback(_OnCommand(connection))
                 trainer.train()
         else:
-            loop = OfficialLoop(model, get_objective(objective).gmml, bf16=precision == "bf16")
+            loop = OfficialLoop(model, get_preset(preset).gmml, bf16=precision == "bf16")
             for batch in batches:
                 context = _await(connection)
                 with context:
@@ -226,18 +227,18 @@ def _reply(context: AbstractContextManager) -> Any:
 def measure(quick: bool = False) -> Report:
     """Steps and memory of both objectives, options of ours, and where the time goes."""
     report = Report("training step")
-    for objective in OBJECTIVES:
-        _measure_steps(report, objective, quick)
+    for preset in PRESETS:
+        _measure_steps(report, preset, quick)
     _measure_options(report, quick)
     if not quick:  # toys take no memory to speak of
-        for objective in OBJECTIVES:
-            _measure_memory(report, objective)
+        for preset in PRESETS:
+            _measure_memory(report, preset)
     return report
 
 
-def _measure_steps(report: Report, objective: str, quick: bool) -> None:
+def _measure_steps(report: Report, preset: str, quick: bool) -> None:
     sides = [f"{side} {precision}" for precision in ("bf16", "fp32") for side in ("ours", "theirs")]
-    runs = {side: Contestant(side, objective, [BATCH], quick) for side in sides}
+    runs = {side: Contestant(side, preset, [BATCH], quick) for side in sides}
     products = {f"matmul {precision}": MatrixProducts(precision, 64 if quick else 2048) for precision in PRECISIONS}
     flops = runs["theirs fp32"]("count")
     seconds = time_interleaved({**runs, **products}, rounds=1 if quick else 4)
@@ -248,21 +249,21 @@ def _measure_steps(report: Report, objective: str, quick: bool) -> None:
     found = medians(seconds)
     for precision in PRECISIONS:
         ours, theirs = found[f"ours {precision}"], found[f"theirs {precision}"]
-        target = TARGETS.get((objective, precision))
-        report.add(Row(f"{objective}, {precision} against {precision}", ours, theirs, target=target))
+        target = TARGETS.get((preset, precision))
+        report.add(Row(f"{preset}, {precision} against {precision}", ours, theirs, target=target))
     best = min(found["ours bf16"], found["ours fp32"])
-    target = TARGETS.get((objective, "best / fp32"))
-    report.add(Row(f"{objective}, best against fp32", best, found["theirs fp32"], target=target))
-    report.notes.append(f"{objective}: {spread(seconds)}.")
+    target = TARGETS.get((preset, "best / fp32"))
+    report.add(Row(f"{preset}, best against fp32", best, found["theirs fp32"], target=target))
+    report.notes.append(f"{preset}: {spread(seconds)}.")
     for precision in PRECISIONS:
         rate = products[f"matmul {precision}"].flops / found[f"matmul {precision}"]
         reached = flops / found[f"ours {precision}"]
         report.notes.append(
-            f"{objective}, {precision}: the loop's {flops / 1e9:.0f} GF in {found[f'ours {precision}']:.2f} s are "
+            f"{preset}, {precision}: the loop's {flops / 1e9:.0f} GF in {found[f'ours {precision}']:.2f} s are "
             f"{reached / 1e9:.0f} GF/s, {reached / rate:.0%} of the {rate / 1e9:.0f} GF/s of a matrix product."
         )
     listed = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
-    report.notes.append(f"{objective}, profile of one of our steps in bf16: {listed}.")
+    report.notes.append(f"{preset}, profile of one of our steps in bf16: {listed}.")
 
 
 class MatrixProducts:
@@ -309,21 +310,21 @@ def _update_in_loop(model: ASiTForPreTraining, momentum: float) -> None:
         teacher.mul_(momentum).add_((1 - momentum) * student)
 
 
-def _measure_memory(report: Report, objective: str) -> None:
-    """Peaks of processes that make two steps: one of one clip, for the optimiser's state, and one of all."""
+def _measure_memory(report: Report, preset: str) -> None:
+    """Peaks of processes that make two steps: one of one clip, for the optimizer's state, and one of all."""
     peaks: dict[tuple[str, int], float] = {}
     for side in ("ours bf16", "theirs fp32"):
         for size in MEMORY_BATCHES:
-            run = Contestant(side, objective, [1, size])
+            run = Contestant(side, preset, [1, size])
             run()
             peaks[side, size] = run()
             run.stop()
     few, many = MEMORY_BATCHES
     ours, theirs = ((peaks[side, many] - peaks[side, few]) / (many - few) for side in ("ours bf16", "theirs fp32"))
-    name = f"{objective}, memory per added clip, bf16 against fp32"
+    name = f"{preset}, memory per added clip, bf16 against fp32"
     report.add(Row(name, ours, theirs, unit="MB", target=MEMORY_TARGET, at_most=True))
     listed = ", ".join(f"{side} {size} clips {peak:.0f} MB" for (side, size), peak in peaks.items())
-    report.notes.append(f"{objective}, peak memory of a process: {listed}.")
+    report.notes.append(f"{preset}, peak memory of a process: {listed}.")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from transformers import AutoConfig
 
 from asit_hf import ASiTAudioClassificationPipeline, ASiTFeatureExtractor, ASiTForPreTraining, ASiTPreTrainedModel
 from asit_hf.data.audio import AudioReader, AudioReadError
-from asit_hf.evaluation.inspection import attention_rollout, reconstruct
+from asit_hf.evaluation.attention import attention_rollout
 from asit_hf.plotting import plot_attention, plot_log_mel, plot_reconstruction, plot_timeline
 from asit_hf.predict import load_classifier
+from asit_hf.pretraining.reconstruction import reconstruct
 
 MAX_SECONDS = 600  # of a sound: longer ones are a task for `python -m asit_hf.predict`
 VIEW_SECONDS = 10  # attention and reconstruction cost the square of the length

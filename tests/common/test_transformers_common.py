@@ -82,8 +82,8 @@ class ModelTester:
     hidden_size = 32
     num_hidden_layers = 2
     num_attention_heads = 4
-    num_columns = 4
-    seq_length = 1 + num_columns * 2  # the CLS token, and the patches of 4 columns and 2 rows
+    num_time_patches = 4
+    seq_length = 1 + num_time_patches * 2  # the CLS token, and the patches of 4 columns and 2 rows
 
     def get_config(self) -> ASiTConfig:
         return ASiTConfig(
@@ -119,7 +119,7 @@ class ModelTest(modeling.ModelTesterMixin, unittest.TestCase):
     def _prepare_for_class(self, inputs_dict: dict, model_class: type, return_labels: bool = False) -> dict:
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
         if return_labels and model_class is ASiTForAudioFrameClassification:
-            inputs["labels"] = torch.zeros(self.model_tester.batch_size, self.model_tester.num_columns).long()
+            inputs["labels"] = torch.zeros(self.model_tester.batch_size, self.model_tester.num_time_patches).long()
         return inputs
 
     def test_model_get_set_embeddings(self):

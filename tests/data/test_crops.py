@@ -5,9 +5,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from asit_hf.data.audio import AudioReadError, read_audio
+from asit_hf.data.clips import LabelledClips
 from asit_hf.data.collators import collate_crops
-from asit_hf.data.crops import LabelledClips, PretrainingCrops, sample_key
+from asit_hf.data.crops import PretrainingCrops
 from asit_hf.data.datasets import load_audio_dataset
+from asit_hf.data.randomness import sample_key
 
 RATE = 8000
 SHORT = {"global_seconds": 0.5, "local_seconds": 0.2, "num_local_crops": 3}

@@ -8,14 +8,9 @@ import soundfile as sf
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, IterableDataset, List, Value
 
 from asit_hf.data.audio import read_audio
-from asit_hf.data.datasets import (
-    encode_labels,
-    find_audio_files,
-    find_group_column,
-    label_names,
-    load_audio_dataset,
-    split_dataset,
-)
+from asit_hf.data.datasets import find_audio_files, load_audio_dataset
+from asit_hf.data.labels import encode_labels, label_names
+from asit_hf.data.splits import find_group_column, split_dataset
 
 CLIPS = ("bird/b.wav", "bird/a.wav", "dog/a.flac", "dog/deep/c.wav", "rain/.hidden.wav", "rain/r.wav")
 

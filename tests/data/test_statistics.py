@@ -15,7 +15,7 @@ def waveforms() -> list[np.ndarray]:
     return [10 ** generator.uniform(-4, 0) * generator.standard_normal(size, dtype=np.float32) for size in sizes]
 
 
-def test_the_statistics_normalise_the_data_to_mean_0_and_std_one_half(waveforms):
+def test_the_statistics_normalize_the_data_to_mean_0_and_std_one_half(waveforms):
     statistics = log_mel_statistics(iter(waveforms), num_mel_bins=32)
     extractor = ASiTFeatureExtractor(num_mel_bins=32, mean=statistics.mean, std=statistics.std)
     features = extractor(waveforms, sampling_rate=16000, padding=False)["input_values"]

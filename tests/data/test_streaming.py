@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.data import AudioReadError, StreamingCrops, collate_crops, load_audio_dataset, load_unlabelled
 from asit_hf.data.crops import CropSettings
-from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
+from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
+from asit_hf.pretraining.trainer import ASiTPreTrainer
 
 RATE = 8000
 SHORT = {"global_seconds": 0.2, "local_seconds": 0.1, "num_local_crops": 2}
@@ -223,7 +224,7 @@ def make_trainer(stream: StreamingCrops, output_dir: Path, seed: int = 0, **kwar
         "warmup_epochs": 1,
         "learning_rate": 1e-3,
         "save_steps": 13,
-        "picture_steps": 0,
+        "plot_steps": 0,
         "logging_steps": 1,
         "report_to": "none",
         "use_cpu": True,
@@ -258,12 +259,10 @@ def test_two_processes_under_torchrun_share_a_stream_and_resume_exactly(tmp_path
     script.write_text(
         textwrap.dedent(
             f"""
-            import datasets, importlib.util, torch
+            import datasets, torch
             from pathlib import Path
+            from tests.data import test_streaming as streaming
 
-            spec = importlib.util.spec_from_file_location("streaming", {str(Path(__file__))!r})
-            streaming = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(streaming)
             folder = Path({str(tmp_path)!r})
             datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.01
 

@@ -5,14 +5,8 @@ import torch
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTForPreTraining, ASiTModel
 from asit_hf.data.audio import AudioReadError, read_audio
-from asit_hf.evaluation.embeddings import (
-    POOLINGS,
-    embed,
-    embed_files,
-    embedding_size,
-    load_encoder,
-    timestamp_embeddings,
-)
+from asit_hf.evaluation.embeddings import POOLINGS, embed, embed_files, embedding_size, timestamp_embeddings
+from asit_hf.loading import load_encoder
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SMALL |= {"num_frames": 64, "num_prototypes": 16, "distillation_hidden_size": 16, "distillation_bottleneck_size": 8}
@@ -206,7 +200,7 @@ def test_load_encoder_refuses_what_is_not_whole(tmp_path):
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ValueError, match="lacks 16 weights"):
         load_encoder(tmp_path)
-    with pytest.raises(ValueError, match="source must be"):
+    with pytest.raises(ValueError, match="encoder must be"):
         load_encoder(tmp_path, "average")
 
 

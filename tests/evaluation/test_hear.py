@@ -9,7 +9,8 @@ import torch
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTForPreTraining, ASiTModel
 from asit_hf.evaluation import hear
-from asit_hf.evaluation.embeddings import embed, load_encoder, timestamp_embeddings
+from asit_hf.evaluation.embeddings import embed, timestamp_embeddings
+from asit_hf.loading import load_encoder
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SMALL |= {"num_frames": 64, "num_prototypes": 16, "distillation_hidden_size": 16, "distillation_bottleneck_size": 8}

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from asit_hf.data.strong_labels import Event, column_edges, frame_targets
+from asit_hf.data.events import Event, frame_targets, time_patch_edges
 from asit_hf.evaluation.sound_events import decode_events, psds, segment_metrics
 
 NAMES = ["dog", "rain"]
@@ -11,7 +11,7 @@ def test_runs_of_columns_become_events():
     scores = np.zeros((6, 2))
     scores[[0, 1, 4], 0] = 0.9
     scores[3:, 1] = 0.7
-    edges = column_edges(6, duration=1.02)
+    edges = time_patch_edges(6, duration=1.02)
     events = decode_events(scores, NAMES, edges)
     assert events == [Event(0.0, edges[2], "dog"), Event(edges[3], 1.02, "rain"), Event(edges[4], edges[5], "dog")]
     assert decode_events(scores, NAMES, edges, threshold=0.8) == [events[0], events[2]]
@@ -21,11 +21,11 @@ def test_runs_of_columns_become_events():
 def test_the_median_filter_drops_blips_and_fills_gaps():
     on = np.array([0, 1, 1, 1, 0, 1, 1, 0, 0, 0, 1, 0, 0])
     edges = np.arange(14.0)
-    assert decode_events(on[:, None], ["dog"], edges, median_columns=3) == [Event(1.0, 7.0, "dog")]
+    assert decode_events(on[:, None], ["dog"], edges, median_filter_size=3) == [Event(1.0, 7.0, "dog")]
 
 
 def test_events_survive_targets_and_decoding():
-    edges = column_edges(12, duration=2.0)
+    edges = time_patch_edges(12, duration=2.0)
     events = [Event(0.0, edges[3], "rain"), Event(edges[2], edges[7], "dog"), Event(edges[9], 2.0, "rain")]
     assert decode_events(frame_targets(events, NAMES, edges), NAMES, edges) == events
 
@@ -34,7 +34,7 @@ def test_wrong_scores():
     with pytest.raises(ValueError, match=r"scores of shape \(3, 2\), got \(3, 1\)"):
         decode_events(np.zeros((3, 1)), NAMES, np.arange(4.0))
     with pytest.raises(ValueError, match="odd number"):
-        decode_events(np.zeros((3, 2)), NAMES, np.arange(4.0), median_columns=2)
+        decode_events(np.zeros((3, 2)), NAMES, np.arange(4.0), median_filter_size=2)
 
 
 def test_segment_metrics_by_hand():
@@ -113,7 +113,7 @@ def crowd(seed: int) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("seed", "median_columns", "scenario", "expected"),
+    ("seed", "median_filter_size", "scenario", "expected"),
     [
         (0, 1, "psds1", 0.10224581776177015),
         (0, 1, "psds2", 0.9146490154716582),
@@ -121,9 +121,9 @@ def crowd(seed: int) -> dict:
         (3, 5, "psds2", 0.9610205101908511),
     ],
 )
-def test_psds_equals_psds_eval(seed, median_columns, scenario, expected):
+def test_psds_equals_psds_eval(seed, median_filter_size, scenario, expected):
     """Numbers of psds_eval 0.5.3 (with numpy 1.26 and pandas 2.2: it does not run with later ones)."""
-    score = psds(**crowd(seed), scenario=scenario, median_columns=median_columns)
+    score = psds(**crowd(seed), scenario=scenario, median_filter_size=median_filter_size)
     assert score == pytest.approx(expected, abs=1e-9)
 
 

@@ -1,6 +1,5 @@
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +8,9 @@ import torch
 
 from asit_hf.fbank_asit import log_mel_spectrogram
 from asit_hf.pretraining.masking import GMML, corrupt
-from asit_hf.processor import has_bf16_instructions
+from asit_hf.utils.cpu import has_bf16_instructions
 
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks():
-    """The benchmarks import each other by name, as scripts do."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) and Path(sys.modules[name].__file__).parent == FOLDER:
-            del sys.modules[name]
 
 
 def load(name: str):
@@ -34,9 +21,9 @@ def views(batch: torch.Tensor) -> list[torch.Tensor]:
     return [view[:, None] for view in batch.unbind(1)]
 
 
-@pytest.mark.parametrize("objective", ["2023", "2024"])
-def test_the_restated_loop_computes_our_losses(objective):
-    model = load("training_step").build_model(objective, quick=True)
+@pytest.mark.parametrize("preset", ["2023", "2024"])
+def test_the_restated_loop_computes_our_losses(preset):
+    model = load("training_step").build_model(preset, quick=True)
     model.config.drop_path_rate = 0.0
     torch.manual_seed(1)
     with torch.no_grad():
@@ -44,7 +31,7 @@ def test_the_restated_loop_computes_our_losses(objective):
             parameter.add_(torch.randn_like(parameter) * 0.02)  # student and teacher differ
     model.cls_center.center.normal_(std=0.1)
     model.patch_center.center.normal_(std=0.1)
-    batch = load("training_step").build_batch(model.config, objective, 3)
+    batch = load("training_step").build_batch(model.config, preset, 3)
     clean, local = batch["input_values"], batch.get("local_values")
     corrupted, mask = corrupt(clean, torch.arange(3), 0, GMML())
     loop = load("official_loop").OfficialLoop(model, GMML())
@@ -126,8 +113,8 @@ def test_contestants_step_on_command_and_tell_their_memory():
 
 
 def test_an_error_of_a_contestant_reaches_the_caller():
-    run = load("training_step").Contestant("ours fp32", "2023", [2], quick=True, optim="no such optimiser")
-    with pytest.raises(ValueError, match="no such optimiser"):
+    run = load("training_step").Contestant("ours fp32", "2023", [2], quick=True, optim="no such optimizer")
+    with pytest.raises(ValueError, match="no such optimizer"):
         run()
 
 

@@ -1,4 +1,3 @@
-import importlib.util
 import os
 import subprocess
 import sys
@@ -8,17 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from examples import demo_sounds
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "demo_sounds.py"
-
-
-def _load_script():
-    spec = importlib.util.spec_from_file_location("demo_sounds", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-demo_sounds = _load_script()
 
 
 def _state(folder: Path) -> dict[str, tuple[int, int]]:

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 from pathlib import Path
 
@@ -11,20 +10,14 @@ from datasets import load_dataset
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.data import read_audio
-from asit_hf.evaluation.embeddings import embed, load_encoder, timestamp_embeddings
+from asit_hf.evaluation.embeddings import embed, timestamp_embeddings
+from asit_hf.loading import load_encoder
+from examples import extract_embeddings as script
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "extract_embeddings.py"
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SMALL |= {"num_frames": 64, "num_prototypes": 16, "distillation_hidden_size": 16, "distillation_bottleneck_size": 8}
 LENGTHS = {"a.flac": 16000, "b.flac": 4000, "c.flac": 40000}
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("extract_embeddings", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +53,7 @@ def options(checkpoint: Path, data: Path, *more: object) -> list[str]:
     return [str(option) for option in (*fixed, *more)]
 
 
-def test_parquet(script, folder, checkpoint, expected, tmp_path, capfd):
+def test_parquet(folder, checkpoint, expected, tmp_path, capfd):
     scenes, timestamps = tmp_path / "new" / "scenes.parquet", tmp_path / "new" / "timestamps.parquet"
     counts = script.main(options(checkpoint, folder, "--scenes", scenes, "--timestamps", timestamps))
     assert counts == {"clips": 3, "unreadable": 1}
@@ -80,7 +73,7 @@ def test_parquet(script, folder, checkpoint, expected, tmp_path, capfd):
     assert sorted(path.name for path in scenes.parent.iterdir()) == ["scenes.parquet", "timestamps.parquet"]
 
 
-def test_npz_and_labels(script, folder, checkpoint, expected, tmp_path):
+def test_npz_and_labels(folder, checkpoint, expected, tmp_path):
     manifest = folder / "meta.csv"
     manifest.write_text("file,tags\na.flac,rain;wind\nbroken.flac,rain\nb.flac,wind\nc.flac,rain\n")
     scenes, timestamps = tmp_path / "scenes.npz", tmp_path / "timestamps.npz"
@@ -100,7 +93,7 @@ def test_npz_and_labels(script, folder, checkpoint, expected, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scenes.npz", "timestamps.npz"]
 
 
-def test_row_groups_hold_all_rows(script, folder, checkpoint, expected, tmp_path, monkeypatch):
+def test_row_groups_hold_all_rows(folder, checkpoint, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "GROUP_ROWS", 4)
     script.main(options(checkpoint, folder, "--timestamps", tmp_path / "columns.parquet"))
     file = pyarrow.parquet.ParquetFile(tmp_path / "columns.parquet")
@@ -109,7 +102,7 @@ def test_row_groups_hold_all_rows(script, folder, checkpoint, expected, tmp_path
     np.testing.assert_allclose(file.read().to_pydict()["embedding"], columns, atol=1e-5)
 
 
-def test_a_run_that_fails_leaves_the_old_output(script, folder, checkpoint, tmp_path):
+def test_a_run_that_fails_leaves_the_old_output(folder, checkpoint, tmp_path):
     for name in ("scenes.npz", "scenes.parquet"):
         (tmp_path / name).write_text("old")
         with pytest.raises(ValueError, match=r"broken\.flac"):
@@ -118,7 +111,7 @@ def test_a_run_that_fails_leaves_the_old_output(script, folder, checkpoint, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scenes.npz", "scenes.parquet"]
 
 
-def test_nothing_readable(script, checkpoint, tmp_path):
+def test_nothing_readable(checkpoint, tmp_path):
     (tmp_path / "broken.wav").write_bytes(b"not audio")
     with pytest.raises(ValueError, match="none of the 1 files can be read"):
         script.main(options(checkpoint, tmp_path, "--scenes", tmp_path / "scenes.npz"))
@@ -132,7 +125,7 @@ def test_nothing_readable(script, checkpoint, tmp_path):
         (["--scenes", "a.npz", "--timestamps", "a.npz"], "a file each"),
     ],
 )
-def test_wrong_options(script, more, message, capsys):
+def test_wrong_options(more, message, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(["--model_name_or_path", "m", "--data", "d", *more])
     assert message in capsys.readouterr().err

@@ -1,9 +1,8 @@
 """`gpu.py` at toy sizes on a CPU, and what it does when measurements fail. `make gpu-rehearsal` runs all of it."""
 
-import importlib.util
+import importlib
 import json
 import os
-import sys
 import time
 import warnings
 from collections import Counter
@@ -16,7 +15,8 @@ import torch
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTModel
 from asit_hf.data import packed, parcels
-from asit_hf.recipes import parse_arguments, recipe_arguments
+from asit_hf.utils.arguments import parse_arguments, recipe_arguments
+from examples import run_pretraining
 
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 FAKES = """
@@ -54,18 +54,6 @@ def process(run):
 def nothing(run):
     return {"status": "no GPU"}
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks():
-    """The benchmarks import each other by name, as scripts do."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) and Path(sys.modules[name].__file__).parent == FOLDER:
-            del sys.modules[name]
 
 
 def load(name: str):
@@ -219,10 +207,10 @@ def test_out_of_memory_halves_the_batch_and_compiled_layers_give_way_to_eager_on
 @pytest.mark.parametrize(
     ("function", "options", "bound"),
     [
-        ("masks", {"objective": "2023"}, 0),
+        ("masks", {"preset": "2023"}, 0),
         ("log_mel", {}, 1e-4),
-        ("gradients", {"objective": "2024", "bf16": False}, 1e-4),
-        ("gradients", {"objective": "2023", "bf16": True}, 2e-2),
+        ("gradients", {"preset": "2024", "bf16": False}, 1e-4),
+        ("gradients", {"preset": "2023", "bf16": True}, 2e-2),
         ("checkpointing", {}, 1e-4),
         ("resumed", {}, 1e-4),
         ("sharded", {}, 1e-4),
@@ -263,11 +251,11 @@ def test_synchronizations_are_counted_in_one_step_by_their_places(monkeypatch):
     assert all(place.startswith("test_gpu.py:") for place in watch.places)
 
 
-@pytest.mark.parametrize("objective", ["2024", "2023"])
-def test_steps_are_measured_at_toy_size(run, objective):
+@pytest.mark.parametrize("preset", ["2024", "2023"])
+def test_steps_are_measured_at_toy_size(run, preset):
     figures = load("gpu_figures")
-    ours = figures.ours(run, "small", objective, compiled=False)["values"]
-    plain = figures.plain(run, "small", objective, bf16=True, attention="sdpa")["values"]
+    ours = figures.ours(run, "small", preset, compiled=False)["values"]
+    plain = figures.plain(run, "small", preset, bf16=True, attention="sdpa")["values"]
     for values in (ours, plain):
         assert values["batch"] == figures.QUICK_BATCH
         assert values["clips/s"] == pytest.approx(1000 * values["batch"] / values["ms a step"])
@@ -365,11 +353,8 @@ def test_the_recipe_of_the_training_is_one_of_run_pretraining(tmp_path):
     names = {option.removeprefix("--") for option in options if option.startswith("--")}
     known = {one.name for one in (*fields(training.TrainingSettings), *fields(training.ASiTPreTrainingArguments))}
     assert names <= known
-    script = importlib.util.spec_from_file_location("pretraining_script", FOLDER.parent / "run_pretraining.py")
-    module = sys.modules[script.name] = importlib.util.module_from_spec(script)
-    script.loader.exec_module(module)
     given = ["--recipe", str(training.RECIPE), "--train_data", "x", "--output_dir", str(tmp_path), "--bf16", "False"]
     model, data, args = parse_arguments(
-        (module.ModelArguments, module.DataArguments, training.ASiTPreTrainingArguments), given
+        (run_pretraining.ModelArguments, run_pretraining.DataArguments, training.ASiTPreTrainingArguments), given
     )
     assert (model.size, data.global_seconds, args.train_batch_size) == ("small", 2.0, training.BATCH)

@@ -1,6 +1,5 @@
 """The recipes of the paper's tasks against the published hyperparameters, and runs of them on miniatures."""
 
-import importlib.util
 import json
 import os
 import re
@@ -14,9 +13,10 @@ import soundfile
 import torch
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTModel
-from asit_hf.data.benchmarks import KEYWORDS, SPEECH_COMMANDS_WORDS
+from asit_hf.data.corpora.speech_commands import KEYWORDS, SPEECH_COMMANDS_WORDS
 from asit_hf.fbank_asit import num_fbank_frames
-from asit_hf.recipes import parse_arguments
+from asit_hf.utils.arguments import parse_arguments
+from examples import run_audio_classification as script
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TASKS = ("audioset-20k", "audioset-2m", "esc50", "speech-commands-v1", "speech-commands-v2", "voxceleb1")
@@ -33,15 +33,6 @@ PUBLISHED = {
     "speech-commands-v1": (1e-4, 20000, 32, 1, 0, 0, 0, 100, AUDIOSET, False, None, 0, 0, False),
     "voxceleb1": (1e-4, 40000, 4, 8, 0, 0, 0, 1000, AUDIOSET, False, None, 0, 0, False),
 }
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("finetuning_script", EXAMPLES / "run_audio_classification.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def command(name: str, root: Path, output: Path, **options) -> list[str]:
@@ -61,7 +52,7 @@ def test_no_recipe_leaves_a_gpu_idle():
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_recipes_say_what_is_published(script, tmp_path, name):
+def test_recipes_say_what_is_published(tmp_path, name):
     _, data, inputs, augmentation, _, args = parse_arguments(script.GROUPS, command(name, tmp_path, tmp_path))
     by_steps = args.max_steps > 0
     decay = None if args.lr_decay_start is None else (args.lr_decay_start, args.lr_decay_step, args.lr_decay_gamma)
@@ -82,7 +73,7 @@ def test_recipes_say_what_is_published(script, tmp_path, name):
         augmentation.noise,
         decay,
         args.warmup_steps,
-        args.average_last_epochs,
+        args.average_checkpoints,
         data.balanced_sampling,
     ) == PUBLISHED[name]
     assert (args.adam_beta1, args.adam_beta2, args.weight_decay) == (0.95, 0.999, 5e-7)
@@ -92,13 +83,13 @@ def test_recipes_say_what_is_published(script, tmp_path, name):
         assert args.lr_scheduler_type == "constant"
 
 
-def test_data_and_rules_of_selection(script, tmp_path):
+def test_data_and_rules_of_selection(tmp_path):
     rules = {}
     for name in TASKS:
         for recipe in (name, f"{name}-modern"):
             _, data, _, _, _, args = parse_arguments(script.GROUPS, command(recipe, tmp_path, tmp_path))
             rules[recipe] = (
-                data.dataset_layout,
+                data.corpus,
                 data.problem_type,
                 (data.train_split, data.validation_split, data.eval_split, data.folds),
                 args.load_best_model_at_end,
@@ -116,7 +107,7 @@ def test_data_and_rules_of_selection(script, tmp_path):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_modern_recipes_use_what_they_are_for_and_say_that_they_are_not_measured(script, tmp_path, name):
+def test_modern_recipes_use_what_they_are_for_and_say_that_they_are_not_measured(tmp_path, name):
     recipe = f"{name}-modern"
     model, _, inputs, augmentation, _, args = parse_arguments(script.GROUPS, command(recipe, tmp_path, tmp_path))
     assert 0.65 <= args.layer_decay <= 0.8
@@ -179,8 +170,8 @@ def audioset(tmp_path_factory) -> Path:
     return root
 
 
-def test_multi_label_recipe_with_mixup_and_averaging(script, encoder, audioset, tmp_path):
-    options = {"average_last_epochs": 2, "balanced_sampling": True}
+def test_multi_label_recipe_with_mixup_and_averaging(encoder, audioset, tmp_path):
+    options = {"average_checkpoints": 2, "balanced_sampling": True}
     metrics = script.main(
         command("audioset-20k", audioset, tmp_path, **TINY | {"model_name_or_path": encoder} | options)
     )
@@ -199,10 +190,10 @@ def test_multi_label_recipe_with_mixup_and_averaging(script, encoder, audioset, 
 
 
 @pytest.mark.slow
-def test_two_processes_that_accumulate_train_as_one_that_does_not(script, encoder, audioset, tmp_path):
+def test_two_processes_that_accumulate_train_as_one_that_does_not(encoder, audioset, tmp_path):
     """Several labels a clip, soft by mixing, balanced draws, masks and noise: the same losses, norms and weights."""
     options = TINY | {"model_name_or_path": encoder, "balanced_sampling": True, "logging_steps": 1}
-    options |= {"max_grad_norm": 1.0, "noise": True, "average_last_epochs": 1}  # a norm that is logged
+    options |= {"max_grad_norm": 1.0, "noise": True, "average_checkpoints": 1}  # a norm that is logged
     # 16 clips are evaluated in batches that two processes cannot share evenly
     runs = {"one": {"per_device_train_batch_size": 8}, "two": {"per_device_train_batch_size": 2}}
     runs["two"]["per_device_eval_batch_size"] = 3
@@ -249,7 +240,7 @@ def esc50(tmp_path_factory) -> Path:
     return root
 
 
-def test_single_label_recipe_over_folds(script, encoder, esc50, tmp_path):
+def test_single_label_recipe_over_folds(encoder, esc50, tmp_path):
     """With mixing, cross-entropy takes soft labels; every fold is left out once, and the last epoch counts."""
     options = {"folds": "1,2,3", "num_train_epochs": 8, "mixup_rate": 0.5, "label_smoothing": 0.1, "layer_decay": 0.75}
     summary = script.main(command("esc50", esc50, tmp_path, **TINY | {"model_name_or_path": encoder} | options))
@@ -278,7 +269,7 @@ def test_single_label_recipe_over_folds(script, encoder, esc50, tmp_path):
     assert summary["best_common_epoch"] == 1 + means.argmax()
 
 
-def test_one_label_a_clip_by_binary_cross_entropy_is_scored_by_accuracy(script, encoder, esc50, tmp_path):
+def test_one_label_a_clip_by_binary_cross_entropy_is_scored_by_accuracy(encoder, esc50, tmp_path):
     options = {"folds": "1, 2", "problem_type": "multi_label_classification", "load_best_model_at_end": True}
     summary = script.main(command("esc50", esc50, tmp_path, **TINY | {"model_name_or_path": encoder} | options))
     assert {"eval_accuracy", "eval_mAP"} <= summary.keys()
@@ -289,7 +280,7 @@ def test_one_label_a_clip_by_binary_cross_entropy_is_scored_by_accuracy(script, 
     assert "precision" in (tmp_path / "fold-1" / "per_class.csv").read_text()
 
 
-def test_a_filter_holds_for_training_and_for_the_fold_left_out(script, esc50, tmp_path):
+def test_a_filter_holds_for_training_and_for_the_fold_left_out(esc50, tmp_path):
     options = {"folds": "1,2", "train_filter": "label=dog"}
     data = parse_arguments(script.GROUPS, command("esc50", esc50, tmp_path, **options))[1]
     data.hold_out("1")
@@ -298,14 +289,14 @@ def test_a_filter_holds_for_training_and_for_the_fold_left_out(script, esc50, tm
     assert set(train["label"][:]) | set(evaluation["label"][:]) == {0}
 
 
-def test_a_fold_without_clips_is_told_before_the_others_are_trained(script, encoder, esc50, tmp_path, monkeypatch):
+def test_a_fold_without_clips_is_told_before_the_others_are_trained(encoder, esc50, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "finetune", lambda *args, **kwargs: pytest.fail("trained"))
     options = TINY | {"model_name_or_path": encoder, "folds": "1,9"}
     with pytest.raises(ValueError, match=r"no row of .* has fold '9'"):
         script.main(command("esc50", esc50, tmp_path, **options))
 
 
-def test_the_best_common_epoch_of_folds_with_other_numbers_of_evaluations(script):
+def test_the_best_common_epoch_of_folds_with_other_numbers_of_evaluations():
     histories = [
         [{"loss": 1.0}, *({"epoch": epoch, "eval_accuracy": score} for epoch, score in enumerate(scores, 1))]
         for scores in ([0.1, 0.5, 0.2], [0.3, 0.4])
@@ -316,7 +307,7 @@ def test_the_best_common_epoch_of_folds_with_other_numbers_of_evaluations(script
     assert script.best_common_epoch([histories[0], []], "accuracy", True) == {}
 
 
-def test_modern_recipe_of_keywords_unknown_and_silence(script, encoder, tmp_path):
+def test_modern_recipe_of_keywords_unknown_and_silence(encoder, tmp_path):
     generator = np.random.default_rng(3)
     lists = {"validation_list.txt": [], "testing_list.txt": []}
     for index, word in enumerate(SPEECH_COMMANDS_WORDS[1]):
@@ -350,7 +341,7 @@ def voxceleb1(tmp_path) -> Path:
     return tmp_path
 
 
-def test_one_list_chooses_and_another_is_scored(script, encoder, voxceleb1, tmp_path):
+def test_one_list_chooses_and_another_is_scored(encoder, voxceleb1, tmp_path):
     options = TINY | {"model_name_or_path": encoder, "max_steps": 2, "eval_steps": 1, "save_steps": 1}
     output = tmp_path / "run"
     script.main(command("voxceleb1", voxceleb1, output, **options))
@@ -361,7 +352,7 @@ def test_one_list_chooses_and_another_is_scored(script, encoder, voxceleb1, tmp_
     assert [{row["video"].split("/")[1] for row in part} for part in parts] == [{"a", "b"}, {"c"}, {"d"}]
 
 
-def test_training_files_that_are_not_checked_are_left_out_as_they_come(script, encoder, voxceleb1, tmp_path, caplog):
+def test_training_files_that_are_not_checked_are_left_out_as_they_come(encoder, voxceleb1, tmp_path, caplog):
     (voxceleb1 / "wav" / "id10001" / "a" / "00001.wav").write_bytes(b"not audio")
     common = command("voxceleb1", voxceleb1, tmp_path / "run")
     for checked, count in ((True, 3), (False, 4)):
@@ -378,13 +369,13 @@ def test_training_files_that_are_not_checked_are_left_out_as_they_come(script, e
         ({"folds": "3"}, "folds must name at least two"),
         ({"folds": "1,2,1"}, "each once, as 1,2,3; got '1,2,1'"),
         ({"eval_filter": "fold=1"}, "folds are evaluated on each other"),
-        ({"dataset_layout": "gtzan"}, "dataset_layout must be one of"),
+        ({"corpus": "gtzan"}, "corpus must be one of"),
         ({"label_column": "category"}, "label_column cannot be used with the layout esc50"),
         ({"validation_split": "val"}, "leave out"),
         ({"push_to_hub": True}, "push the one you choose"),
     ],
 )
-def test_wrong_options(script, encoder, esc50, tmp_path, options, message):
+def test_wrong_options(encoder, esc50, tmp_path, options, message):
     options = TINY | {"model_name_or_path": encoder} | options
     with pytest.raises(ValueError, match=message):
         script.main(command("esc50", esc50, tmp_path, **options))

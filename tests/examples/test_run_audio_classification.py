@@ -1,5 +1,4 @@
 import csv
-import importlib.util
 import itertools
 import json
 import runpy
@@ -14,21 +13,13 @@ import torch
 from transformers import pipeline
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTForPreTraining
-from asit_hf.finetuning import load_labelled_dataset
+from asit_hf.data.labelled import load_labelled
+from examples import run_audio_classification as script
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "run_audio_classification.py"
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SMALL |= {"num_frames": 48, "num_prototypes": 16, "distillation_hidden_size": 16, "distillation_bottleneck_size": 8}
 CLASSES = {"low": 200, "middle": 900, "high": 3500}
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("run_audio_classification", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Trainer pickles the arguments
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +72,7 @@ def read_predictions(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_single_label(script, sounds, encoder, tmp_path):
+def test_single_label(sounds, encoder, tmp_path):
     metrics = script.main(arguments(sounds, encoder, tmp_path))
     assert metrics["eval_accuracy"] > 0.8
     saved = json.loads((tmp_path / "eval_results.json").read_text())
@@ -104,7 +95,7 @@ def test_single_label(script, sounds, encoder, tmp_path):
         assert best["score"] == pytest.approx(float(row["score"]), abs=1e-3)
 
 
-def test_the_best_checkpoint_is_kept(script, sounds, encoder, tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_kept(sounds, encoder, tmp_path, monkeypatch):
     """Of three epochs the second scores best."""
     scores = iter([0.5, 0.75, 0.25, 0.75])
     monkeypatch.setattr(script, "compute_metrics_for", lambda *_: lambda _: {"accuracy": next(scores)})
@@ -115,7 +106,7 @@ def test_the_best_checkpoint_is_kept(script, sounds, encoder, tmp_path, monkeypa
         assert all(torch.equal(weights[name], kept[name]) for name in kept) == best
 
 
-def test_multi_label(script, sounds, encoder, tmp_path):
+def test_multi_label(sounds, encoder, tmp_path):
     metrics = script.main(arguments(sounds, encoder, tmp_path, label_column="tags", num_train_epochs=8))
     assert metrics["eval_mAP"] > 0.6
     assert ASiTConfig.from_pretrained(tmp_path).problem_type == "multi_label_classification"
@@ -124,18 +115,18 @@ def test_multi_label(script, sounds, encoder, tmp_path):
     assert {row["label"] for row in read_predictions(tmp_path)} >= {"low;tone", "high"}
 
 
-def test_single_labels_trained_as_multi_label(script, sounds, encoder, tmp_path):
+def test_single_labels_trained_as_multi_label(sounds, encoder, tmp_path):
     options = {"problem_type": "multi_label_classification", "max_steps": 2}
     assert "eval_mAP" in script.main(arguments(sounds, encoder, tmp_path, **options))
 
 
-def test_regression(script, sounds, encoder, tmp_path):
+def test_regression(sounds, encoder, tmp_path):
     metrics = script.main(arguments(sounds, encoder, tmp_path, label_column="pitch", num_train_epochs=8))
     labels = [float(row["label"]) for row in read_predictions(tmp_path)]
     assert metrics["eval_mse"] < np.var(labels)
 
 
-def test_frozen_encoder(script, sounds, encoder, tmp_path):
+def test_frozen_encoder(sounds, encoder, tmp_path):
     script.main(arguments(sounds, encoder, tmp_path, max_steps=3, freeze_encoder=True, drop_path_rate=0.5))
     trained = ASiTForAudioClassification.from_pretrained(tmp_path)
     teacher = ASiTForPreTraining.from_pretrained(encoder).teacher["asit"].state_dict()
@@ -144,7 +135,7 @@ def test_frozen_encoder(script, sounds, encoder, tmp_path):
     assert trained.classifier.weight.abs().max() > 0
 
 
-def test_from_scratch_with_two_workers_and_random_crops(script, sounds, encoder, tmp_path):
+def test_from_scratch_with_two_workers_and_random_crops(sounds, encoder, tmp_path):
     options = {"random_init": True, "max_seconds": 0.2, "dataloader_num_workers": 2, "max_steps": 4}
     metrics = script.main(arguments(sounds, encoder, tmp_path, **options))
     assert 0 <= metrics["eval_accuracy"] <= 1
@@ -154,7 +145,7 @@ def test_from_scratch_with_two_workers_and_random_crops(script, sounds, encoder,
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_equals_uninterrupted(script, sounds, encoder, tmp_path, workers):
+def test_resumed_equals_uninterrupted(sounds, encoder, tmp_path, workers):
     common = {"max_seconds": 0.3, "num_train_epochs": 3, "save_total_limit": 3, "load_best_model_at_end": False}
     common["dataloader_num_workers"] = workers
     script.main(arguments(sounds, encoder, tmp_path / "whole", **common))
@@ -167,7 +158,7 @@ def test_resumed_equals_uninterrupted(script, sounds, encoder, tmp_path, workers
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0)
 
 
-def test_crops_change_with_the_epoch(script, sounds, encoder, tmp_path, monkeypatch):
+def test_crops_change_with_the_epoch(sounds, encoder, tmp_path, monkeypatch):
     """Trainer tells the data set the epoch, so that every epoch sees other crops."""
     seen = []
 
@@ -181,7 +172,7 @@ def test_crops_change_with_the_epoch(script, sounds, encoder, tmp_path, monkeypa
     assert {0, 1} <= set(seen)
 
 
-def test_validation_part_chooses_and_eval_data_is_scored(script, sounds, encoder, tmp_path):
+def test_validation_part_chooses_and_eval_data_is_scored(sounds, encoder, tmp_path):
     options = {"validation_fraction": 0.25, "group_column": "fold", "num_train_epochs": 2}
     script.main(arguments(sounds, encoder, tmp_path, **options))
     assert len(read_predictions(tmp_path)) == 6
@@ -214,15 +205,15 @@ def test_validation_part_chooses_and_eval_data_is_scored(script, sounds, encoder
         ({"validation_split": "a", "validation_fraction": 0.1}, "not both"),
     ],
 )
-def test_wrong_input(script, sounds, encoder, tmp_path, options, message):
+def test_wrong_input(sounds, encoder, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         script.main(arguments(sounds, encoder, tmp_path, **options))
 
 
 def test_labels_of_folders_are_those_used(sounds):
-    dataset = load_labelled_dataset(sounds, labels_from_folders=True)
+    dataset = load_labelled(sounds, labels_from_folders=True)
     assert dataset.features["label"].names == ["high", "low", "middle"]
-    kept = load_labelled_dataset(sounds / "meta.csv", ["category=low,high"], label_column="category")
+    kept = load_labelled(sounds / "meta.csv", ["category=low,high"], label_column="category")
     assert kept.features["label"].names == ["high", "low"]
     assert len(kept) == 20
 
@@ -245,8 +236,8 @@ def test_evaluation_data_damaged_inside_stop_with_one_line(sounds, encoder, tmp_
     assert "\n" not in message
 
 
-def test_a_run_by_minutes_keeps_its_best_checkpoint(script, sounds, encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr("asit_hf.time_budget.now", itertools.count(0, 2).__next__)  # every look lasts 2 s
+def test_a_run_by_minutes_keeps_its_best_checkpoint(sounds, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("asit_hf.utils.time_budget.now", itertools.count(0, 2).__next__)  # every look lasts 2 s
     script.main(arguments(sounds, encoder, tmp_path, max_minutes=0.7))
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert 5 <= state["global_step"] <= 21
@@ -254,5 +245,5 @@ def test_a_run_by_minutes_keeps_its_best_checkpoint(script, sounds, encoder, tmp
     assert evaluated[-1] == state["global_step"]
     assert state["best_global_step"] in evaluated
     recipe = json.loads((tmp_path / "run.json").read_text())["recipe"]
-    assert recipe["optimiser steps"] == state["global_step"]
+    assert recipe["optimizer steps"] == state["global_step"]
     assert recipe["epochs"] == round(state["epoch"], 2)

@@ -1,7 +1,5 @@
-import importlib.util
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +8,12 @@ import soundfile
 import torch
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification, ASiTModel
-from asit_hf.data.strong_labels import Event, read_strong_labels, write_strong_labels
+from asit_hf.data.events import Event, read_strong_labels, write_strong_labels
 from asit_hf.evaluation.sound_events import segment_metrics
+from examples import run_frame_classification as script
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "run_frame_classification.py"
 TONES = {"high": 3500, "low": 200}
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("run_frame_classification", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +67,7 @@ def arguments(sounds: Path, encoder: Path, output: Path, **options: object) -> l
     return [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
 
 
-def test_it_learns_what_sounds_when(script, sounds, encoder, tmp_path):
+def test_it_learns_what_sounds_when(sounds, encoder, tmp_path):
     metrics = script.main(arguments(sounds, encoder, tmp_path, segment_seconds=0.2, per_device_eval_batch_size=3))
     assert metrics["eval_mAP"] > 0.8
     assert metrics["eval_segment_f1"] > 0.7
@@ -97,7 +87,7 @@ def test_it_learns_what_sounds_when(script, sounds, encoder, tmp_path):
     assert ASiTFeatureExtractor.from_pretrained(tmp_path).sampling_rate == 16000
 
 
-def test_crops_resume_and_bad_files(script, sounds, encoder, tmp_path, caplog):
+def test_crops_resume_and_bad_files(sounds, encoder, tmp_path, caplog):
     labels = tmp_path / "train.tsv"
     labels.write_text((sounds / "train.tsv").read_text() + "gone.flac\t0.0\t1.0\tlow\n")
     options = {"train_labels": labels, "max_seconds": 1.0, "save_strategy": "steps", "save_steps": 2}
@@ -112,7 +102,7 @@ def test_crops_resume_and_bad_files(script, sounds, encoder, tmp_path, caplog):
         script.main(arguments(sounds, encoder, tmp_path / "strict", max_steps=5, strict=True, train_labels=labels))
 
 
-def test_wrong_input(script, sounds, encoder, tmp_path, caplog):
+def test_wrong_input(sounds, encoder, tmp_path, caplog):
     labels = tmp_path / "test.tsv"
     labels.write_text((sounds / "test.tsv").read_text().replace("low", "bell"))
     options = {"max_steps": 1, "eval_labels": labels}
@@ -125,9 +115,9 @@ def test_wrong_input(script, sounds, encoder, tmp_path, caplog):
         script.main(arguments(sounds, None, tmp_path))
 
 
-def test_a_run_by_minutes(script, sounds, encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr("asit_hf.time_budget.now", itertools.count(0, 2).__next__)  # every look lasts 2 s
+def test_a_run_by_minutes(sounds, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("asit_hf.utils.time_budget.now", itertools.count(0, 2).__next__)  # every look lasts 2 s
     script.main(arguments(sounds, encoder, tmp_path, max_minutes=0.5))
     steps = json.loads((tmp_path / "trainer_state.json").read_text())["global_step"]
     assert 5 <= steps <= 15
-    assert json.loads((tmp_path / "run.json").read_text())["recipe"]["optimiser steps"] == steps
+    assert json.loads((tmp_path / "run.json").read_text())["recipe"]["optimizer steps"] == steps

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import runpy
 import shutil
@@ -11,19 +10,12 @@ import soundfile
 import torch
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining, ASiTModel
+from examples import run_linear_probe as script
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "run_linear_probe.py"
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SMALL |= {"num_frames": 64, "num_prototypes": 16, "distillation_hidden_size": 16, "distillation_bottleneck_size": 8}
 CLASSES = {"low": 200, "middle": 900, "high": 3500}
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("run_linear_probe", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +52,7 @@ def arguments(sounds: Path, *more: str) -> list[str]:
     return [*manifest, *folds, "--device", "cpu", *more]
 
 
-def test_checkpoint(script, sounds, checkpoint, tmp_path, capsys):
+def test_checkpoint(sounds, checkpoint, tmp_path, capsys):
     output = tmp_path / "probe" / "results.json"
     more = ["--model_name_or_path", str(checkpoint), "--label_column", "category", "--pooling", "cls_mean"]
     results = script.main(arguments(sounds, *more, "--output", str(output)))
@@ -76,19 +68,19 @@ def test_checkpoint(script, sounds, checkpoint, tmp_path, capsys):
     assert "linear" in capsys.readouterr().out
 
 
-def test_random_encoders_differ_by_seed(script, sounds, checkpoint):
+def test_random_encoders_differ_by_seed(sounds, checkpoint):
     more = ["--random_init", "--model_name_or_path", str(checkpoint), "--label_column", "category"]
     results = script.main(arguments(sounds, *more, "--seeds", "0", "1"))
     assert results["model"].startswith("random")
     again = script.main(arguments(sounds, *more, "--seeds", "1"))
     assert again["runs"][0] == results["runs"][1]
     args = script.parse_args(arguments(sounds, *more))
-    dataset = script.load_labelled_dataset(sounds / "audio")
+    dataset = script.load_labelled(sounds / "audio")
     first, second = (script.embed_both(args, dataset, dataset, seed, {})[0] for seed in (0, 1))
     assert not np.allclose(first, second, atol=1e-3)
 
 
-def test_teacher_and_student_of_a_pretraining_checkpoint(script, sounds, tmp_path):
+def test_teacher_and_student_of_a_pretraining_checkpoint(sounds, tmp_path):
     """The student is spoilt: only the teacher's embeddings tell anything."""
     torch.manual_seed(0)
     model = ASiTForPreTraining(ASiTConfig(**SMALL))
@@ -105,14 +97,14 @@ def test_teacher_and_student_of_a_pretraining_checkpoint(script, sounds, tmp_pat
     assert accuracy["student"] < 0.5
 
 
-def test_several_labels_give_map(script, sounds, checkpoint):
+def test_several_labels_give_map(sounds, checkpoint):
     more = ["--model_name_or_path", str(checkpoint), "--label_column", "tags", "--seeds", "0"]
     results = script.main(arguments(sounds, *more))
     assert results["classes"] == 4
     assert 0.5 < results["summary"]["linear"]["mAP"]["mean"] <= 1
 
 
-def test_folders_and_max_seconds(script, sounds, checkpoint):
+def test_folders_and_max_seconds(sounds, checkpoint):
     folder = str(sounds / "audio")
     more = ["--model_name_or_path", str(checkpoint), "--max_seconds", "0.2", "--seeds", "0", "--k", "3"]
     results = script.main(["--train", folder, "--test", folder, "--device", "cpu", *more])
@@ -120,7 +112,7 @@ def test_folders_and_max_seconds(script, sounds, checkpoint):
     assert results["train_clips"] == results["test_clips"] == 30
 
 
-def test_bad_files_are_left_out_or_an_error(script, sounds, checkpoint, tmp_path, caplog):
+def test_bad_files_are_left_out_or_an_error(sounds, checkpoint, tmp_path, caplog):
     lines = (sounds / "meta.csv").read_text().splitlines()
     (tmp_path / "broken.flac").write_bytes(b"not audio")
     manifest = tmp_path / "meta.csv"
@@ -158,12 +150,12 @@ def test_a_file_damaged_inside_stops_with_one_line(sounds, checkpoint, tmp_path,
         (["--label_column", "category", "--train_filter", "category=low,high"], "unknown label 'middle'"),
     ],
 )
-def test_wrong_input(script, sounds, checkpoint, options, message):
+def test_wrong_input(sounds, checkpoint, options, message):
     with pytest.raises(ValueError, match=message):
         script.main(arguments(sounds, "--model_name_or_path", str(checkpoint), *options))
 
 
-def test_wrong_options(script, sounds, capsys):
+def test_wrong_options(sounds, capsys):
     with pytest.raises(SystemExit):
         script.main(["--train", str(sounds), "--test", str(sounds)])
     assert "--random_init" in capsys.readouterr().err
@@ -173,7 +165,7 @@ def test_wrong_options(script, sounds, capsys):
 
 
 @pytest.mark.real_audio
-def test_real_audio(script, real_audio, tmp_path):
+def test_real_audio(real_audio, tmp_path):
     """A few classes of ESC-50: a random encoder with a linear probe is above chance."""
     ASiTFeatureExtractor().save_pretrained(tmp_path)
     ASiTModel(ASiTConfig(**SMALL)).save_pretrained(tmp_path)
@@ -193,9 +185,9 @@ def test_real_audio(script, real_audio, tmp_path):
     assert results["summary"]["linear"]["accuracy"]["mean"] > 0.4
 
 
-def test_known_embeddings_are_not_computed_again(script, sounds, checkpoint, monkeypatch):
+def test_known_embeddings_are_not_computed_again(sounds, checkpoint, monkeypatch):
     args = script.parse_args(arguments(sounds, "--model_name_or_path", str(checkpoint)))
-    dataset = script.load_labelled_dataset(sounds / "audio")
+    dataset = script.load_labelled(sounds / "audio")
     known = {}
     first, _ = script.embed_both(args, dataset, dataset, 0, known)
     assert len(known) == len(dataset)
@@ -204,8 +196,8 @@ def test_known_embeddings_are_not_computed_again(script, sounds, checkpoint, mon
     assert np.array_equal(first[[2, 0]], second)
 
 
-def test_long_clips_are_heard_in_windows(script, sounds, checkpoint):
-    dataset = script.load_labelled_dataset(sounds / "audio")
+def test_long_clips_are_heard_in_windows(sounds, checkpoint):
+    dataset = script.load_labelled(sounds / "audio")
     model = ["--model_name_or_path", str(checkpoint), "--pooling", "cls_mean"]
     whole, windows, longer = (
         script.embed_both(script.parse_args(arguments(sounds, *model, *more)), dataset, dataset, 0, {})[0]
@@ -216,7 +208,7 @@ def test_long_clips_are_heard_in_windows(script, sounds, checkpoint):
     assert (np.abs(windows - whole).max(1)[seconds > 0.4] > 1e-4).all()
 
 
-def test_a_published_layout(script, sounds, checkpoint, tmp_path):
+def test_a_published_layout(sounds, checkpoint, tmp_path):
     lines = ["filename,fold,target,category,esc10,src_file,take"]
     (tmp_path / "audio").mkdir()
     for target, name in enumerate(CLASSES):
@@ -227,7 +219,7 @@ def test_a_published_layout(script, sounds, checkpoint, tmp_path):
             lines.append(f"{file},{index % 5 + 1},{target},{name},False,{target}{index},A")
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta" / "esc50.csv").write_text("\n".join(lines) + "\n")
-    options = ["--dataset_layout", "esc50", "--train", str(tmp_path), "--model_name_or_path", str(checkpoint)]
+    options = ["--corpus", "esc50", "--train", str(tmp_path), "--model_name_or_path", str(checkpoint)]
     folds = ["--train_filter", "fold=1,2,3", "--test_filter", "fold=4", "--device", "cpu", "--k", "3"]
     results = script.main([*options, *folds, "--seeds", "0"])
     assert (results["train_clips"], results["test_clips"], results["classes"]) == (18, 6, 3)

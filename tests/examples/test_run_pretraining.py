@@ -1,10 +1,8 @@
 import dataclasses
-import importlib.util
 import itertools
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from asit_hf.data.packed import PackedAudio, write_packed
 from asit_hf.data.parcels import encode_parcels
 from asit_hf.pretraining.masking import GMML
 from asit_hf.pretraining.trainer import ASiTPreTrainer
+from examples import run_pretraining as script
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -27,15 +26,6 @@ SMALL = (
     "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64,num_mel_bins=32,"
     "distillation_hidden_size=16,distillation_bottleneck_size=8,num_prototypes=16"
 )
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("run_pretraining", EXAMPLES / "run_pretraining.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +56,8 @@ def options(folder, output, **kwargs):
     return [text for name, value in {**defaults, **kwargs}.items() for text in (f"--{name}", str(value))]
 
 
-def test_the_run_gives_a_checkpoint_that_exports(script, folder, tmp_path):
-    trainer = script.main(options(folder, tmp_path / "run", picture_steps=2, logging_steps=1))
+def test_the_run_gives_a_checkpoint_that_exports(folder, tmp_path):
+    trainer = script.main(options(folder, tmp_path / "run", plot_steps=2, logging_steps=1))
     assert trainer.state.global_step == 4
     assert trainer.model.config.num_frames == 48
     assert (tmp_path / "run" / "pictures" / "curves.png").is_file()
@@ -78,15 +68,15 @@ def test_the_run_gives_a_checkpoint_that_exports(script, folder, tmp_path):
     assert (encoder.embeddings.cls_token == teacher.embeddings.cls_token).all()
 
 
-def test_the_2023_objective_has_its_own_heads_and_no_local_crops(script, folder, tmp_path):
-    trainer = script.main(options(folder, tmp_path, objective="2023", num_train_epochs=1))
+def test_the_2023_objective_has_its_own_heads_and_no_local_crops(folder, tmp_path):
+    trainer = script.main(options(folder, tmp_path, preset="2023", num_train_epochs=1))
     config = trainer.model.config
     assert (config.num_patch_prototypes, config.reconstruction_hidden_size) == (1024, 768)
     assert (config.global_loss_weight, config.reconstruction_loss_weight) == (1.0, 2.0)
     assert "local_waveforms" not in trainer.data_collator([trainer.train_dataset[0]])
 
 
-def build(script, options):
+def build(options):
     classes = (script.ModelArguments, script.DataArguments, script.ASiTPreTrainingArguments)
     model_args, data_args, args = script.parse_arguments(classes, options)
     return script.build_model(model_args, data_args, args)
@@ -103,11 +93,11 @@ def assert_same(module, state):
         assert torch.equal(value, state[name]), name
 
 
-def test_it_goes_on_from_an_encoder_with_fresh_heads(script, folder, tmp_path):
+def test_it_goes_on_from_an_encoder_with_fresh_heads(folder, tmp_path):
     trained = script.main(options(folder, tmp_path / "run", num_train_epochs=1)).model
     encoder = export_encoder(tmp_path / "run", tmp_path / "encoder")
     longer = {"model_name_or_path": encoder, "global_seconds": 0.7}
-    model = build(script, options(folder, tmp_path / "next", **longer))
+    model = build(options(folder, tmp_path / "next", **longer))
     assert isinstance(model, ASiTForPreTraining)
     assert_same(model.asit, ASiTModel.from_pretrained(encoder).state_dict())
     assert_teacher_is_student(model)
@@ -123,32 +113,32 @@ def test_it_goes_on_from_an_encoder_with_fresh_heads(script, folder, tmp_path):
     assert trainer.state.global_step == 2
 
 
-def test_all_of_a_pretraining_checkpoint_goes_on(script, folder, tmp_path, caplog):
+def test_all_of_a_pretraining_checkpoint_goes_on(folder, tmp_path, caplog):
     heads = f"{SMALL},num_patch_prototypes=12,reconstruction_hidden_size=20,reconstruction_bottleneck_size=10"
-    first = options(folder, tmp_path / "run", num_train_epochs=1, objective="2023", config_overrides=heads)
+    first = options(folder, tmp_path / "run", num_train_epochs=1, preset="2023", config_overrides=heads)
     trained = script.main(first).model
     chosen = {
         "model_name_or_path": tmp_path / "run",
-        "objective": "2023",
+        "preset": "2023",
         "config_overrides": "student_temperature=0.2",
     }
-    model = build(script, options(folder, tmp_path / "next", **chosen))
+    model = build(options(folder, tmp_path / "next", **chosen))
     assert_same(model, {name: value.cpu() for name, value in trained.state_dict().items()})
     assert (model.config.num_patch_prototypes, model.config.global_loss_weight) == (12, 1.0)
     assert model.config.student_temperature == 0.2
     assert "keeps its own" not in caplog.text
-    model = build(script, options(folder, tmp_path / "next", **{**chosen, "objective": "2024"}))
+    model = build(options(folder, tmp_path / "next", **{**chosen, "preset": "2024"}))
     assert (model.config.num_patch_prototypes, model.config.global_loss_weight) == (12, 1.0)
     assert "not the heads of the 2024 objective; it keeps its own" in caplog.text
 
 
-def test_it_starts_from_a_vit(script, folder, tmp_path):
+def test_it_starts_from_a_vit(folder, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
     vit = ViTModel(ViTConfig(**sizes, image_size=64))
     vit.save_pretrained(tmp_path / "vit")
     heads = "num_mel_bins=32,distillation_hidden_size=16,distillation_bottleneck_size=8,num_prototypes=16"
     chosen = {"model_name_or_path": tmp_path / "vit", "config_overrides": heads}
-    model = build(script, options(folder, tmp_path / "run", **chosen))
+    model = build(options(folder, tmp_path / "run", **chosen))
     assert (model.config.num_frames, model.config.intermediate_size, model.config.drop_path_rate) == (48, 40, 0.1)
     assert torch.equal(model.asit.layers[0].mlp.fc1.weight, vit.layers[0].mlp.fc1.weight)
     assert_teacher_is_student(model)
@@ -157,17 +147,17 @@ def test_it_starts_from_a_vit(script, folder, tmp_path):
     assert trainer.processing_class.num_mel_bins == 32
 
 
-def test_it_goes_on_from_a_converted_backbone(script, folder, tmp_path):
+def test_it_goes_on_from_a_converted_backbone(folder, tmp_path):
     """A file of the authors' without heads, as the public self-supervised one."""
     arrays = np.load(FIXTURES / "official_2024.npz")
     teacher = {name.removeprefix("teacher/"): torch.from_numpy(arrays[name]) for name in arrays.files}
     torch.save({name: value for name, value in teacher.items() if name.startswith("backbone.")}, tmp_path / "ssl.pt")
     with pytest.raises(ValueError, match="convert_original"):
-        build(script, options(folder, tmp_path / "run", model_name_or_path=tmp_path / "ssl.pt"))
+        build(options(folder, tmp_path / "run", model_name_or_path=tmp_path / "ssl.pt"))
     convert(tmp_path / "ssl.pt", tmp_path / "asit", num_attention_heads=3, num_mel_bins=32)
     heads = "distillation_hidden_size=16,distillation_bottleneck_size=8,num_prototypes=16"
     chosen = {"model_name_or_path": tmp_path / "asit", "config_overrides": heads, "num_train_epochs": 1}
-    model = build(script, options(folder, tmp_path / "run", **chosen))
+    model = build(options(folder, tmp_path / "run", **chosen))
     assert torch.equal(model.asit.embeddings.position_embeddings, teacher["backbone.pos_embed"])
     assert_teacher_is_student(model)
     trainer = script.main(options(folder, tmp_path / "run", **chosen))
@@ -176,7 +166,7 @@ def test_it_goes_on_from_a_converted_backbone(script, folder, tmp_path):
     assert not torch.equal(trainer.model.asit.embeddings.position_embeddings, teacher["backbone.pos_embed"])
 
 
-def test_resuming_finds_the_last_checkpoint(script, folder, tmp_path):
+def test_resuming_finds_the_last_checkpoint(folder, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 3}
     whole = script.main(options(folder, tmp_path, **saving))
     (tmp_path / "checkpoint-6").rename(tmp_path / "kept-6")
@@ -186,10 +176,10 @@ def test_resuming_finds_the_last_checkpoint(script, folder, tmp_path):
         assert (expected == value).all(), name
 
 
-def test_streaming_follows_the_schedules(script, folder, tmp_path):
+def test_streaming_follows_the_schedules(folder, tmp_path):
     lines = [json.dumps({"audio": str(path)}) for path in sorted(folder.glob("*.flac"))]
     (tmp_path / "clips.jsonl").write_text("\n".join(lines))
-    streaming = {"streaming": True, "max_steps": 6, "steps_per_epoch": 2, "teacher_temperature_warmup_epochs": 3}
+    streaming = {"streaming": True, "max_steps": 6, "steps_per_epoch": 2, "warmup_teacher_temperature_epochs": 3}
     trainer = script.main(options(tmp_path / "clips.jsonl", tmp_path / "run", **streaming))
     assert trainer.state.global_step == 6
     schedules = trainer.schedules
@@ -203,7 +193,7 @@ def test_streaming_follows_the_schedules(script, folder, tmp_path):
         script.main(options(tmp_path / "clips.jsonl", tmp_path / "other", streaming=True, max_steps=3))
 
 
-def test_a_checkpoint_keeps_its_rate_and_statistics(script, folder, tmp_path):
+def test_a_checkpoint_keeps_its_rate_and_statistics(folder, tmp_path):
     script.main(options(folder, tmp_path / "run", num_train_epochs=1, sampling_rate=8000, mean=-6.0, std=5.0))
     chosen = {"model_name_or_path": tmp_path / "run", "num_train_epochs": 1, "std": 4.0}
     trainer = script.main(options(folder, tmp_path / "next", **chosen))
@@ -212,7 +202,7 @@ def test_a_checkpoint_keeps_its_rate_and_statistics(script, folder, tmp_path):
     assert trainer.train_dataset.settings.sampling_rate == 8000
 
 
-def test_config_overrides_take_any_field(script):
+def test_config_overrides_take_any_field():
     text = "num_patch_prototypes=64,student_temperature=0.2,hidden_act=relu"
     assert script.parse_overrides(text) == {
         "num_patch_prototypes": 64,
@@ -223,7 +213,7 @@ def test_config_overrides_take_any_field(script):
         script.parse_overrides("no_field=1")
 
 
-def test_a_folder_without_audio_is_refused(script, tmp_path):
+def test_a_folder_without_audio_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing to hear")
     with pytest.raises(FileNotFoundError, match=r"\.txt"):
         script.main(options(tmp_path, tmp_path / "run"))
@@ -246,7 +236,7 @@ def test_every_ablation_recipe_is_known():
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_ablation_recipes_change_what_they_say_and_nothing_else(script, folder, tmp_path, name):
+def test_ablation_recipes_change_what_they_say_and_nothing_else(folder, tmp_path, name):
     recipe = str(EXAMPLES / "recipes" / f"ablation-{name}.yaml")
     trainer = script.main([*options(folder, tmp_path, max_steps=1, logging_steps=1), "--recipe", recipe])
     config, gmml = ABLATIONS[name]
@@ -260,7 +250,7 @@ def test_ablation_recipes_change_what_they_say_and_nothing_else(script, folder, 
     }
 
 
-def test_a_knn_probe_of_labelled_clips_is_logged(script, folder, tmp_path):
+def test_a_knn_probe_of_labelled_clips_is_logged(folder, tmp_path):
     for split in ("train", "test"):
         lines = [f"{folder / f'{index}.flac'},{'ab'[index % 2]}" for index in range(4)]
         (tmp_path / f"{split}.csv").write_text("\n".join(["file,label", *lines]))
@@ -273,7 +263,7 @@ def test_a_knn_probe_of_labelled_clips_is_logged(script, folder, tmp_path):
         script.main(options(folder, tmp_path / "run", knn_train=tmp_path / "train.csv"))
 
 
-def test_sigterm_ends_the_script_with_a_checkpoint_and_no_final_model(script, folder, tmp_path, monkeypatch):
+def test_sigterm_ends_the_script_with_a_checkpoint_and_no_final_model(folder, tmp_path, monkeypatch):
     step = ASiTPreTrainer.training_step
 
     def terminated(self, *args, **kwargs):
@@ -296,7 +286,7 @@ def pool(tmp_path_factory):
     return folder
 
 
-def test_it_trains_on_a_packed_pool(script, pool, tmp_path):
+def test_it_trains_on_a_packed_pool(pool, tmp_path):
     trainer = script.main(options(pool, tmp_path / "run", logging_steps=1))
     assert trainer.state.global_step == 4
     assert isinstance(trainer.train_dataset, PackedCrops)
@@ -311,18 +301,18 @@ def test_it_trains_on_a_packed_pool(script, pool, tmp_path):
         ({"streaming": True, "max_steps": 2, "steps_per_epoch": 2}, "streaming"),
     ],
 )
-def test_a_packed_pool_is_neither_resampled_nor_streamed(script, pool, tmp_path, more, said):
+def test_a_packed_pool_is_neither_resampled_nor_streamed(pool, tmp_path, more, said):
     with pytest.raises(ValueError, match=said):
         script.main(options(pool, tmp_path, **more))
 
 
-def test_parcels_are_no_audio_until_they_are_decoded(script, pool, tmp_path):
+def test_parcels_are_no_audio_until_they_are_decoded(pool, tmp_path):
     encode_parcels(PackedAudio.load(pool), tmp_path / "parcels", num_threads=1)
     with pytest.raises(ValueError, match="decode"):
         script.main(options(tmp_path / "parcels", tmp_path / "run"))
 
 
-def test_a_packed_pool_is_not_mixed_with_other_data(script, pool, folder, tmp_path):
+def test_a_packed_pool_is_not_mixed_with_other_data(pool, folder, tmp_path):
     command = options(pool, tmp_path)
     command.insert(command.index(str(pool)) + 1, str(folder))
     with pytest.raises(ValueError, match="only train_data"):
@@ -330,13 +320,13 @@ def test_a_packed_pool_is_not_mixed_with_other_data(script, pool, folder, tmp_pa
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_run_by_minutes_records_its_steps(script, folder, tmp_path, monkeypatch, streaming):
-    monkeypatch.setattr("asit_hf.time_budget.now", itertools.count().__next__)  # every look lasts 1 s
+def test_a_run_by_minutes_records_its_steps(folder, tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr("asit_hf.utils.time_budget.now", itertools.count().__next__)  # every look lasts 1 s
     chosen = {"streaming": True, "steps_per_epoch": 2} if streaming else {}
     trainer = script.main(options(folder, tmp_path, max_minutes=0.5, **chosen))
     steps = trainer.state.global_step
     assert 8 <= steps <= 30
     recipe = json.loads((tmp_path / "run.json").read_text())["recipe"]
-    assert (recipe["optimiser steps"], recipe["epochs"]) == (steps, steps / 2)
+    assert (recipe["optimizer steps"], recipe["epochs"]) == (steps, steps / 2)
     assert recipe["duration"] in ("0.5 minutes", "0.6 minutes")  # by the same clock
     assert trainer.schedules.at(steps)["learning_rate"] < 0.4 * trainer.args.learning_rate

@@ -1,4 +1,3 @@
-import importlib.util
 import os
 import re
 import shutil
@@ -15,15 +14,11 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
-from asit_hf import (
-    ASiTConfig,
-    ASiTFeatureExtractor,
-    ASiTForAudioClassification,
-    ASiTForPreTraining,
-    ASiTModel,
-)
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTForPreTraining, ASiTModel
 
 gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install '.[space]'")
+
+from examples.space import app  # noqa: E402  it needs gradio
 
 ROOT = Path(__file__).parents[2]
 SPACE = ROOT / "examples" / "space"
@@ -32,15 +27,6 @@ SMALL |= {"num_mel_bins": 32, "num_frames": 96, "num_prototypes": 16, "distillat
 SMALL |= {"distillation_bottleneck_size": 8}
 # an untrained classifier whose bias makes it certain
 ANSWER = "a kettle that whistles"
-
-
-@pytest.fixture(scope="module")
-def app():
-    spec = importlib.util.spec_from_file_location("space_app", SPACE / "app.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def save(model_class, folder: Path, **options) -> str:
@@ -73,7 +59,7 @@ def sounds(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_classifier_shows_labels_pictures_and_the_timeline_of_a_long_sound(app, classifier, sounds):
+def test_a_classifier_shows_labels_pictures_and_the_timeline_of_a_long_sound(classifier, sounds):
     checkpoint = app.load_checkpoint(classifier)
     labels, timeline, log_mel, attention = app.show(checkpoint, str(sounds / "long.wav"), 1.0)
     assert max(labels, key=labels.get) == ANSWER
@@ -85,21 +71,21 @@ def test_a_classifier_shows_labels_pictures_and_the_timeline_of_a_long_sound(app
 
 
 @pytest.mark.parametrize("name", ["short", "click"])
-def test_a_short_sound_has_no_timeline(app, classifier, sounds, name):
+def test_a_short_sound_has_no_timeline(classifier, sounds, name):
     labels, timeline, *pictures = app.show(app.load_checkpoint(classifier), str(sounds / f"{name}.wav"), 1.0)
     assert max(labels, key=labels.get) == ANSWER
     assert timeline is None
     assert all(isinstance(picture, Figure) for picture in pictures)
 
 
-def test_a_pretraining_checkpoint_shows_what_it_restores(app, pretrained, sounds):
+def test_a_pretraining_checkpoint_shows_what_it_restores(pretrained, sounds):
     checkpoint = app.load_checkpoint(pretrained)
     log_mel, attention, reconstruction = app.show(checkpoint, str(sounds / "long.wav"))
     assert [len(figure.axes) for figure in (log_mel, attention, reconstruction)] == [1, 2, 3]
     assert app.show(checkpoint, str(sounds / "click.wav"))[2] is None
 
 
-def test_nothing_in_nothing_out_for_every_view(app, classifier, pretrained):
+def test_nothing_in_nothing_out_for_every_view(classifier, pretrained):
     for name in (classifier, pretrained):
         checkpoint = app.load_checkpoint(name)
         page = app.build_page(checkpoint, name)
@@ -107,18 +93,18 @@ def test_nothing_in_nothing_out_for_every_view(app, classifier, pretrained):
         assert app.show(checkpoint, None, *[1.0] * (len(event.inputs) - 1)) == [None] * len(event.outputs)
 
 
-def test_a_sound_that_cannot_be_shown_is_one_escaped_line(app, classifier, sounds, monkeypatch):
+def test_a_sound_that_cannot_be_shown_is_one_escaped_line(classifier, sounds, monkeypatch):
     checkpoint = app.load_checkpoint(classifier)
     with pytest.raises(gradio.Error) as raised:
         app.show(checkpoint, str(sounds / "damaged<b>.wav"), 1.0)
     assert raised.value.message.startswith("Cannot read damaged&lt;b&gt;.wav: ")
     assert "\n" not in raised.value.message
-    monkeypatch.setattr(app, "MAX_SECONDS", 2)
+    monkeypatch.setattr(script, "MAX_SECONDS", 2)
     with pytest.raises(gradio.Error, match="it lasts 3 s, this page takes up to 2 s"):
         app.show(checkpoint, str(sounds / "long.wav"), 1.0)
 
 
-def test_a_model_that_the_page_cannot_show_is_refused(app, tmp_path, capsys, monkeypatch):
+def test_a_model_that_the_page_cannot_show_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("ASIT_MODEL", raising=False)
     with pytest.raises(SystemExit):
         app.main([])

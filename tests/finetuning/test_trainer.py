@@ -4,7 +4,7 @@ import torch
 from transformers import TrainerCallback
 
 from asit_hf import ASiTConfig, ASiTForAudioClassification
-from asit_hf.finetuning.optimisation import average_weights
+from asit_hf.finetuning.optimization import average_checkpoints
 from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer, epoch_folder
 from asit_hf.modeling_asit import classification_loss
 
@@ -44,7 +44,7 @@ class Rates(TrainerCallback):
         self.seen.append(sorted({group["lr"] for group in optimizer.param_groups}))
 
 
-def test_layer_decay_and_step_decay_reach_the_optimiser(tmp_path):
+def test_layer_decay_and_step_decay_reach_the_optimizer(tmp_path):
     options = {"layer_decay": 0.5, "lr_decay_start": 2, "lr_decay_step": 1, "lr_decay_gamma": 0.1, "warmup_steps": 2}
     trainer = make_trainer(tmp_path, learning_rate=0.8, num_train_epochs=4, **options)
     rates = Rates()
@@ -90,12 +90,12 @@ def test_labels_are_smoothed_in_training_alone(tmp_path, problem_type):
 
 
 def test_the_mean_of_the_last_epochs(tmp_path):
-    trainer = make_trainer(tmp_path, num_train_epochs=4, learning_rate=0.05, average_last_epochs=2)
+    trainer = make_trainer(tmp_path, num_train_epochs=4, learning_rate=0.05, average_checkpoints=2)
     trainer.train()
     last = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     assert sorted(path.name for path in tmp_path.glob("epoch-*")) == ["epoch-03", "epoch-04"]
     trainer.load_average()
-    expected = average_weights([epoch_folder(tmp_path, 3), epoch_folder(tmp_path, 4)])
+    expected = average_checkpoints([epoch_folder(tmp_path, 3), epoch_folder(tmp_path, 4)])
     name = "classifier.weight"
     assert torch.equal(trainer.model.state_dict()[name], expected[name])
     assert not torch.equal(last[name], expected[name])
@@ -104,7 +104,7 @@ def test_the_mean_of_the_last_epochs(tmp_path):
 
 
 def test_more_epochs_to_average_than_there_are_and_a_run_cut_by_steps(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=5, average_last_epochs=9)
+    trainer = make_trainer(tmp_path, max_steps=5, average_checkpoints=9)
     trainer.train()
     assert sorted(path.name for path in tmp_path.glob("epoch-*")) == ["epoch-01", "epoch-02"]
     trainer.load_average()
@@ -112,7 +112,7 @@ def test_more_epochs_to_average_than_there_are_and_a_run_cut_by_steps(tmp_path):
 
 def test_options_that_exclude_each_other(tmp_path):
     with pytest.raises(ValueError, match="set one of them"):
-        FinetuningArguments(output_dir=str(tmp_path), average_last_epochs=3)
+        FinetuningArguments(output_dir=str(tmp_path), average_checkpoints=3)
     with pytest.raises(ValueError, match="set label_smoothing"):
         FinetuningArguments(output_dir=str(tmp_path), label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="no effect without lr_decay_start"):
@@ -124,7 +124,7 @@ def test_options_that_exclude_each_other(tmp_path):
     [
         ({"label_smoothing": 1.5}, "label_smoothing must be at least 0 and below 1, got 1.5"),
         ({"lr_decay_start": 2, "lr_decay_step": 0}, "lr_decay_step at least 1, got 2, 0 and 0"),
-        ({"average_last_epochs": -1}, "must be at least 0 and lr_decay_step at least 1, got None, -1 and 1"),
+        ({"average_checkpoints": -1}, "must be at least 0 and lr_decay_step at least 1, got None, -1 and 1"),
     ],
 )
 def test_options_out_of_range(tmp_path, options, message):

@@ -11,18 +11,14 @@ import torch
 from fake_cuda import KernelCounter, fake_cuda, to_fake_cuda
 from training_step import TOY
 
-from asit_hf import (
-    ASiTConfig,
-    ASiTFeatureExtractor,
-    ASiTForAudioClassification,
-    ASiTForPreTraining,
-)
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTForPreTraining
 from asit_hf.data.collators import collate_crops
-from asit_hf.finetuning.optimisation import smooth_labels
-from asit_hf.pretraining import masking, trainer
+from asit_hf.finetuning.optimization import smooth_labels
+from asit_hf.pretraining import gradients, masking
+from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
 from asit_hf.pretraining.masking import GMML, corrupt
-from asit_hf.pretraining.objectives import get_objective
-from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
+from asit_hf.pretraining.presets import get_preset
+from asit_hf.pretraining.trainer import ASiTPreTrainer
 
 BATCH, SAMPLES = 4, 15760  # 97 frames, of which 96 are whole patches
 
@@ -30,17 +26,17 @@ BATCH, SAMPLES = 4, 15760  # 97 frames, of which 96 are whole patches
 class Step:
     """A step of `ASiTPreTrainer`, as its loop makes it, on fake CUDA tensors."""
 
-    def __init__(self, folder, objective="2024", dtype=None, attention="sdpa", checkpointing=False, **fields):
-        self.chosen = get_objective(objective)
+    def __init__(self, folder, preset="2024", dtype=None, attention="sdpa", checkpointing=False, **fields):
+        self.chosen = get_preset(preset)
         config = ASiTConfig(**{**self.chosen.config, **TOY, "drop_path_rate": 0.1, **fields})
         config._attn_implementation = attention
         args = ASiTPreTrainingArguments(
             output_dir=str(folder),
-            objective=objective,
+            preset=preset,
             max_steps=10,
             use_cpu=True,
             report_to="none",
-            picture_steps=0,
+            plot_steps=0,
             max_grad_norm=0.0,
         )
         args.steps_per_epoch = 5
@@ -55,8 +51,8 @@ class Step:
         self.dtype = dtype
         extractor.extract(torch.randn(1, SAMPLES))  # what is computed once needs real tensors
         gmml = args.gmml
-        share = max(gmml.zero_share[1], gmml.replace_share)
-        masking.rounds_for(96, 32, share, gmml.max_block, gmml.alignment, gmml.pattern)
+        share = max(gmml.mask_ratio[1], gmml.replace_ratio)
+        masking.rounds_for(96, 32, share, gmml.max_block_ratio, gmml.alignment, gmml.pattern)
 
     def __call__(self) -> torch.Tensor:
         trainer, model = self.trainer, self.trainer.model
@@ -89,7 +85,7 @@ class Step:
 @pytest.fixture(autouse=True)
 def no_fake_constants():
     yield
-    trainer._parts_of_tensors.cache_clear()
+    gradients._parts_of_tensors.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -98,11 +94,11 @@ def no_fake_constants():
         {},
         {"dtype": torch.bfloat16},
         {"dtype": torch.float16},
-        {"dtype": torch.bfloat16, "objective": "2023"},
+        {"dtype": torch.bfloat16, "preset": "2023"},
         {"dtype": torch.bfloat16, "attention": "eager"},
         {"dtype": torch.bfloat16, "checkpointing": True},
         {"dtype": torch.bfloat16, "local_loss_patches": "corrupted"},
-        {"dtype": torch.bfloat16, "objective": "2023", "global_loss_weight": 0.0},
+        {"dtype": torch.bfloat16, "preset": "2023", "global_loss_weight": 0.0},
         {"local_loss_weight": 0.0, "global_loss_weight": 0.0},
     ],
     ids=lambda settings: "-".join(str(value) for value in settings.values()) or "fp32",
@@ -129,11 +125,11 @@ def test_in_float32_nothing_is_cast_to_half_precision(tmp_path):
 
 
 @pytest.mark.parametrize("pattern", masking.PATTERNS)
-@pytest.mark.parametrize("filling", masking.FILLINGS)
+@pytest.mark.parametrize("filling", masking.FILLS)
 def test_all_corruptions_run_on_the_device(pattern, filling):
     config = GMML(pattern=pattern, filling=filling)
     if pattern != "patches":
-        masking.rounds_for(96, 32, 0.5, config.max_block, config.alignment, pattern)
+        masking.rounds_for(96, 32, 0.5, config.max_block_ratio, config.alignment, pattern)
     with fake_cuda():
         clean = torch.randn(BATCH, 2, 96, 32, device="cuda")
         corrupted, mask = corrupt(clean, torch.randint(2**62, (BATCH,), device="cuda"), 5, config)

@@ -20,8 +20,9 @@ from two_processes import stack
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.pretraining import modeling
+from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
 from asit_hf.pretraining.monitoring import KnnProbeCallback
-from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
+from asit_hf.pretraining.trainer import ASiTPreTrainer
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 RECIPE = Path(__file__).parents[2] / "examples" / "recipes" / "fsdp.json"
@@ -170,7 +171,7 @@ def build(mode: str, output: str, **arguments: Any) -> Trainer:
         save_strategy="steps" if kind in ("whole", "resumed") else "no",
         save_steps=4,
         logging_steps=1,
-        picture_steps=0,
+        plot_steps=0,
         disable_tqdm=True,
         train_sampling_strategy="sequential",
         ddp_backend=None if sharded else "gloo",

@@ -15,8 +15,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.data import PretrainingCrops
 from asit_hf.data.collators import collate_crops
+from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
 from asit_hf.pretraining.monitoring import PATIENCE, CollapseCallback, KnnProbeCallback, collapsed_losses
-from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
+from asit_hf.pretraining.trainer import ASiTPreTrainer
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def make_trainer(clips, output_dir, collate=collate_crops, **kwargs):
         "report_to": "none",
         "save_steps": 2,
         "logging_steps": 1,
-        "picture_steps": 0,
+        "plot_steps": 0,
         "disable_tqdm": True,
         **kwargs,
     }
@@ -205,7 +206,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_logged(clips, tmp_path
 
     trainer.add_callback(Keeper())
     trainer.train()
-    assert_equal(states[2], states[3])  # nothing moves: weights, teacher, centres
+    assert_equal(states[2], states[3])  # nothing moves: weights, teacher, centers
     assert_equal(states[3], states[4])
     assert not torch.equal(states[4]["asit.layers.0.mlp.fc1.weight"], states[5]["asit.layers.0.mlp.fc1.weight"])
     rows = [row for row in trainer.state.log_history if "loss" in row]

@@ -19,7 +19,7 @@ import numpy as np
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining, ASiTPreTrainer, ASiTPreTrainingArguments
 from asit_hf.data import PretrainingCrops
-from asit_hf.evaluation.probe import knn_probe
+from asit_hf.evaluation.probes import knn_probe
 
 noise = np.random.default_rng(0).standard_normal((8, 16000)).astype(np.float32)
 clips = [{{"array": 0.1 * clip, "sampling_rate": 16000}} for clip in noise]
@@ -28,7 +28,7 @@ heads = dict(distillation_hidden_size=32, distillation_bottleneck_size=16, num_p
 trainer = ASiTPreTrainer(
     ASiTForPreTraining(ASiTConfig(num_frames=48, **sizes, **heads)),
     ASiTPreTrainingArguments(
-        sys.argv[1], max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to="none", picture_steps=0
+        sys.argv[1], max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to="none", plot_steps=0
     ),
     processing_class=ASiTFeatureExtractor(num_mel_bins=32),
     train_dataset=PretrainingCrops(clips, 16000, global_seconds=0.5, local_seconds=0.25),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from asit_hf.device import ACCELERATOR
+from asit_hf.data.randomness import mix_keys
 from asit_hf.pretraining import masking
 from asit_hf.pretraining.masking import (
     GMML,
@@ -13,10 +13,10 @@ from asit_hf.pretraining.masking import (
     draw_donors,
     draw_keys,
     draw_masks,
-    mix_keys,
     uniform_noise,
 )
-from asit_hf.pretraining.objectives import get_objective
+from asit_hf.pretraining.presets import get_preset
+from asit_hf.utils.device import ACCELERATOR
 
 FRAMES, MEL = 592, 128
 ZEROS = GMML(replace_probability=0.0)
@@ -158,12 +158,12 @@ def test_sides_stay_within_the_longest_block():
 
 
 def test_objectives():
-    assert get_objective("2024").gmml == GMML(zero_share=(0.5, 0.5), replace_share=0.3, replace_probability=0.5)
-    assert get_objective("2023").gmml.zero_share == (0.5, 0.7)
-    assert get_objective("2023").gmml.alignment == get_objective("2024").gmml.alignment == 1
+    assert get_preset("2024").gmml == GMML(mask_ratio=(0.5, 0.5), replace_ratio=0.3, replace_probability=0.5)
+    assert get_preset("2023").gmml.mask_ratio == (0.5, 0.7)
+    assert get_preset("2023").gmml.alignment == get_preset("2024").gmml.alignment == 1
 
 
-@pytest.mark.parametrize("config", [ZEROS, REPLACE, GMML(zero_share=(0.5, 0.7))])
+@pytest.mark.parametrize("config", [ZEROS, REPLACE, GMML(mask_ratio=(0.5, 0.7))])
 def test_corruption_is_where_the_mask_is(config):
     values = clean(6)
     copy = values.clone()
@@ -195,7 +195,7 @@ def test_choice_between_zeros_and_replacement():
 
 def test_shares_of_zeros_and_replacement():
     values = clean(60, frames=160, mel=64)
-    _, mask = corrupt(values, keys(60), 0, GMML(zero_share=(0.6, 0.8), replace_probability=0.0))
+    _, mask = corrupt(values, keys(60), 0, GMML(mask_ratio=(0.6, 0.8), replace_probability=0.0))
     coverage = mask.float().mean((2, 3))
     assert 0.6 <= coverage.min() < 0.64
     assert 0.77 < coverage.max() < 0.85
@@ -274,11 +274,11 @@ def test_single_patches_are_whole_uniform_and_not_grouped(masks_2023):
     assert torch.equal(shares.sum((1, 2)), torch.full((400,), 148.0))  # half of 37 x 8
     assert (shares.mean(0) - 0.5).abs().max() < 0.13  # five standard errors: no edge is spared
 
-    def neighbours_alike(shares):
+    def neighbors_alike(shares):
         return ((shares[:, 1:] > 0.5) == (shares[:, :-1] > 0.5)).float().mean().item()
 
-    assert neighbours_alike(shares) == pytest.approx(0.5, abs=0.02)
-    assert neighbours_alike(patches(masks_2023)) > 0.7
+    assert neighbors_alike(shares) == pytest.approx(0.5, abs=0.02)
+    assert neighbors_alike(patches(masks_2023)) > 0.7
 
 
 def test_single_patches_of_another_size_and_a_plane_that_they_do_not_divide():
@@ -289,7 +289,7 @@ def test_single_patches_of_another_size_and_a_plane_that_they_do_not_divide():
     assert masks[:, 32:].any()
 
 
-def test_noise_has_the_scale_of_normalised_spectrograms():
+def test_noise_has_the_scale_of_normalized_spectrograms():
     values = clean(6, frames=160, mel=64)
     config = GMML(filling="noise", replace_probability=0.0)
     corrupted, mask = corrupt(values, keys(6), 0, config)
@@ -338,7 +338,7 @@ def test_accelerators_draw_the_masks_that_processors_draw(pattern, alignment, lo
 
 @pytest.mark.parametrize("filling", ["zeros", "noise"])
 def test_accelerators_corrupt_as_processors_do(filling, monkeypatch):
-    config = GMML(zero_share=(0.5, 0.7), filling=filling)
+    config = GMML(mask_ratio=(0.5, 0.7), filling=filling)
     arguments = (clean(6), keys(6), 3, config)
     corrupted, mask = corrupt(*arguments)
     monkeypatch.setattr(masking, "choices_for", lambda device: ACCELERATOR)

@@ -24,7 +24,7 @@ TINY = {
     "distillation_bottleneck_size": 32,
     "num_prototypes": 64,
 }
-OBJECTIVES = {
+PRESETS = {
     "2024": {},
     "2023": {
         "num_patch_prototypes": 32,
@@ -38,9 +38,9 @@ OBJECTIVES = {
 LOSSES = ["global_loss", "local_loss", "reconstruction_loss"]
 
 
-def build(seed: int = 0, objective: str = "2024", **kwargs) -> ASiTForPreTraining:
+def build(seed: int = 0, preset: str = "2024", **kwargs) -> ASiTForPreTraining:
     torch.manual_seed(seed)
-    return ASiTForPreTraining(ASiTConfig(**{**TINY, **OBJECTIVES[objective], **kwargs})).train()
+    return ASiTForPreTraining(ASiTConfig(**{**TINY, **PRESETS[preset], **kwargs})).train()
 
 
 def inputs(batch: int = 3, frames: int = 96, crops: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -58,7 +58,7 @@ def inputs(batch: int = 3, frames: int = 96, crops: int = 2, seed: int = 0) -> d
 
 
 def move_student(model: ASiTForPreTraining, seed: int = 1) -> None:
-    """Makes student, teacher and centres differ, as in the middle of training."""
+    """Makes student, teacher and centers differ, as in the middle of training."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in [*model.asit.parameters(), *model.heads.parameters()]:
@@ -70,9 +70,9 @@ def move_student(model: ASiTForPreTraining, seed: int = 1) -> None:
 # --- the forward pass ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
-def test_loss_is_the_weighted_sum(objective):
-    model = build(objective=objective)
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_loss_is_the_weighted_sum(preset):
+    model = build(preset=preset)
     outputs = model(**inputs())
     weights = [getattr(model.config, f"{name}_weight") for name in LOSSES]
     expected = sum(weight * outputs[name] for weight, name in zip(weights, LOSSES))
@@ -163,11 +163,11 @@ def count_calls(module: nn.Module) -> list:
 @pytest.mark.parametrize(
     "off", [["global_loss"], ["local_loss"], ["reconstruction_loss"], ["global_loss", "local_loss"]]
 )
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
-def test_a_loss_switched_off_costs_nothing(off, objective):
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_a_loss_switched_off_costs_nothing(off, preset):
     batch = inputs()
-    reference = build(objective=objective)(**batch)
-    model = build(objective=objective, **{f"{name}_weight": 0.0 for name in off})
+    reference = build(preset=preset)(**batch)
+    model = build(preset=preset, **{f"{name}_weight": 0.0 for name in off})
     student, teacher = count_calls(model.asit), count_calls(model.teacher["asit"])
     head = count_calls(model.heads.reconstruction)
     outputs = model(**batch)
@@ -217,12 +217,12 @@ def test_local_loss_on_corrupted_patches_only():
     assert np.mean(terms) == pytest.approx(full.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
-def test_gradients_reach_the_student_and_nothing_else(objective):
-    model = build(objective=objective)
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_gradients_reach_the_student_and_nothing_else(preset):
+    model = build(preset=preset)
     model(**inputs()).loss.backward()
     for name, parameter in model.named_parameters():
-        frozen = name.startswith("teacher.") or (objective == "2023" and name.endswith("weight_g"))
+        frozen = name.startswith("teacher.") or (preset == "2023" and name.endswith("weight_g"))
         assert parameter.requires_grad is not frozen, name
         assert (parameter.grad is None) is frozen, name
 
@@ -262,12 +262,12 @@ def test_drop_path_of_a_clip_depends_on_its_key_alone():
     torch.testing.assert_close(alone, together[3:], rtol=0, atol=1e-5)
 
 
-# --- teacher and centres -------------------------------------------------------------------------------------------
+# --- teacher and centers -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
-def test_the_teacher_is_a_moving_average(objective):
-    model = build(objective=objective)
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_the_teacher_is_a_moving_average(preset):
+    model = build(preset=preset)
     student = {name: value.clone() for name, value in model.asit.state_dict().items()}
     assert all(torch.equal(value, model.teacher["asit"].state_dict()[name]) for name, value in student.items())
     move_student(model)
@@ -335,7 +335,7 @@ def test_a_few_steps_lower_the_loss():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A pretraining checkpoint whose student, teacher and centres differ."""
+    """A pretraining checkpoint whose student, teacher and centers differ."""
     model = build()
     move_student(model)
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -343,9 +343,9 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
-def test_save_and_load_are_bit_identical(objective, tmp_path):
-    model = build(objective=objective)
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_save_and_load_are_bit_identical(preset, tmp_path):
+    model = build(preset=preset)
     move_student(model)
     model.save_pretrained(tmp_path)
     loaded, info = ASiTForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
@@ -405,7 +405,7 @@ def test_pretraining_starts_from_a_bare_encoder(source, tmp_path):
     assert torch.isfinite(model.train()(**inputs()).loss)
 
 
-def test_nothing_in_the_checkpoint_leaves_nothing_uninitialised(tmp_path):
+def test_nothing_in_the_checkpoint_leaves_nothing_uninitialized(tmp_path):
     from safetensors.torch import save_file
 
     ASiTConfig(**TINY).save_pretrained(tmp_path)
@@ -421,7 +421,7 @@ def test_the_teacher_follows_heads_of_another_size(checkpoint):
 
 def test_weights_that_the_pretraining_model_has_no_place_for_are_named(tmp_path):
     # patches share the prototypes in the second model: those of their own must not vanish in silence
-    build(objective="2023", num_patch_prototypes=64).save_pretrained(tmp_path)
+    build(preset="2023", num_patch_prototypes=64).save_pretrained(tmp_path)
     _, info = ASiTForPreTraining.from_pretrained(tmp_path, num_patch_prototypes=None, output_loading_info=True)
     assert any("patch_prototypes" in name for name in info["unexpected_keys"])
 
@@ -429,7 +429,7 @@ def test_weights_that_the_pretraining_model_has_no_place_for_are_named(tmp_path)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_equal_and_apart(duplicate):
     model = build()
-    model(**inputs())  # centres have something to move to
+    model(**inputs())  # centers have something to move to
     twin = duplicate(model)
     assert torch.equal(twin(**inputs()).loss, model(**inputs()).loss)
     move_student(twin)
@@ -448,7 +448,7 @@ def test_prototypes_equal_torchs_weight_norm():
 
 
 def test_reconstruction_head_equals_a_transposed_convolution():
-    head = build(objective="2023").heads.reconstruction
+    head = build(preset="2023").heads.reconstruction
     tokens = torch.randn(2, 6 * 2, 48)
     hidden = tokens
     for layer in (head.fc1, head.fc2, head.fc3):

@@ -9,7 +9,8 @@ from asit_hf.data import PackedCrops, PretrainingCrops
 from asit_hf.data.collators import collate_crops
 from asit_hf.data.packed import write_packed
 from asit_hf.pretraining import trainer as module
-from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
+from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
+from asit_hf.pretraining.trainer import ASiTPreTrainer
 
 CROPS = {"global_seconds": 0.5, "local_seconds": 0.25, "num_local_crops": 2, "seed": 1}
 
@@ -47,7 +48,7 @@ def make_trainer(dataset, output_dir, seed=0, **kwargs):
         "report_to": "none",
         "save_strategy": "no",
         "logging_steps": 1,
-        "picture_steps": 0,
+        "plot_steps": 0,
         "disable_tqdm": True,
     }
     args = ASiTPreTrainingArguments(output_dir=str(output_dir), **{**defaults, **kwargs})

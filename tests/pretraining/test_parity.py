@@ -10,7 +10,8 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
-from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
+from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
+from asit_hf.pretraining.trainer import ASiTPreTrainer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CONFIG = {
@@ -24,7 +25,7 @@ CONFIG = {
     "distillation_bottleneck_size": 32,
     "num_prototypes": 64,
 }
-OBJECTIVES = {
+PRESETS = {
     "2024": {},
     "2023": {
         "num_patch_prototypes": 32,
@@ -91,12 +92,12 @@ def our_tensor(tensors: dict[str, torch.Tensor], official: str, prefix: str = ""
 
 
 def official_model(release: str) -> ASiTForPreTraining:
-    """Our model with the authors' weights and centres."""
+    """Our model with the authors' weights and centers."""
     arrays = np.load(FIXTURES / f"official_{release}.npz")
     state = {**our_state(group(arrays, "student")), **our_state(group(arrays, "teacher"), "teacher.")}
     for name in ("cls", "patch"):
         state[f"{name}_center.center"] = torch.from_numpy(arrays[f"input/{name}_center"])
-    model = ASiTForPreTraining(ASiTConfig(**CONFIG, **OBJECTIVES[release])).train()
+    model = ASiTForPreTraining(ASiTConfig(**CONFIG, **PRESETS[release])).train()
     model.set_attn_implementation("eager")  # as theirs
     model.load_state_dict(state)
     return model
@@ -224,7 +225,7 @@ def run(request, tmp_path_factory):
     batches = [views(group(first, "input")), *(views(group(steps, str(index))) for index in (1, 2))]
     args = ASiTPreTrainingArguments(
         output_dir=str(tmp_path_factory.mktemp("run")),
-        objective=request.param,
+        preset=request.param,
         per_device_train_batch_size=3,
         num_train_epochs=EPOCHS,
         train_sampling_strategy="sequential",
@@ -235,7 +236,7 @@ def run(request, tmp_path_factory):
         use_cpu=True,
         report_to="none",
         save_strategy="no",
-        picture_steps=0,
+        plot_steps=0,
         disable_tqdm=True,
     )
     trainer = ASiTPreTrainer(
@@ -254,7 +255,7 @@ def run(request, tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-def test_three_steps_of_the_trainer_give_the_authors_losses_and_centres(run):
+def test_three_steps_of_the_trainer_give_the_authors_losses_and_centers(run):
     trainer, expected, _, _, centers = run
     rows = [row for row in trainer.state.log_history if "global_loss" in row]
     assert [row["step"] for row in rows] == [52, 53, 54]
@@ -299,7 +300,7 @@ def test_three_steps_of_the_trainer_give_the_authors_weights(run, who):
     """
     trainer, expected, _, after, _ = run
     state, prefix = trainer.model.state_dict(), "teacher." if who == "teacher" else ""
-    start = official_model(trainer.args.objective).state_dict()
+    start = official_model(trainer.args.preset).state_dict()
     errors, moves, noise = [], [], []
     for name, theirs in group(expected, f"final/{who}").items():
         ours = our_tensor(state, name, prefix).numpy()

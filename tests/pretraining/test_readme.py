@@ -1,13 +1,12 @@
 """The table of the pretraining README names options and tests that exist."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 from transformers import HfArgumentParser
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor
+from examples import run_pretraining
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "asit_hf" / "pretraining" / "README.md").read_text()
@@ -23,11 +22,9 @@ def test_tests_exist():
 
 
 def test_options_exist():
-    spec = importlib.util.spec_from_file_location("run_pretraining_options", ROOT / "examples" / "run_pretraining.py")
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script
-    spec.loader.exec_module(script)
-    parser = HfArgumentParser((script.ModelArguments, script.DataArguments, script.ASiTPreTrainingArguments))
+    parser = HfArgumentParser(
+        (run_pretraining.ModelArguments, run_pretraining.DataArguments, run_pretraining.ASiTPreTrainingArguments)
+    )
     known = {option for action in parser._actions for option in action.option_strings}
     known |= {"--recipe", "--checkpoint", "--pretraining", "--kills", "--help", "--position_grid"}  # other scripts
     options = set(re.findall(r"`(--\w+)", README))

@@ -12,9 +12,11 @@ from transformers import TrainerCallback
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.data import LabelledClips, PretrainingCrops
+from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
+from asit_hf.pretraining.gradients import clip_tensor_norms
 from asit_hf.pretraining.masking import GMML
 from asit_hf.pretraining.monitoring import KnnProbeCallback
-from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments, clip_tensor_norms
+from asit_hf.pretraining.trainer import ASiTPreTrainer
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def make_trainer(clips, output_dir, model=None, crops=None, **kwargs):
         "report_to": "none",
         "save_strategy": "no",
         "logging_steps": 1,
-        "picture_steps": 0,
+        "plot_steps": 0,
         "disable_tqdm": True,
         "seed": 1,
     }
@@ -73,12 +75,12 @@ def losses(trainer):
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-@pytest.mark.parametrize("objective", ["2024", "2023"])
-def test_a_run_logs_every_loss_and_moves_student_and_teacher(clips, tmp_path, objective):
-    config = {"num_patch_prototypes": 12} if objective == "2023" else {}
+@pytest.mark.parametrize("preset", ["2024", "2023"])
+def test_a_run_logs_every_loss_and_moves_student_and_teacher(clips, tmp_path, preset):
+    config = {"num_patch_prototypes": 12} if preset == "2023" else {}
     model = make_model(**config)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer = make_trainer(clips, tmp_path, model, objective=objective)
+    trainer = make_trainer(clips, tmp_path, model, preset=preset)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
     assert len(rows) == 6
@@ -105,7 +107,7 @@ def test_reconstruction_is_learned(clips, tmp_path):
     assert np.mean(values[-10:]) < 0.85 * np.mean(values[:10])
 
 
-def test_the_schedules_reach_the_optimiser(clips, tmp_path):
+def test_the_schedules_reach_the_optimizer(clips, tmp_path):
     seen = []
 
     class Recorder(TrainerCallback):
@@ -185,7 +187,7 @@ def test_the_last_layer_rests_for_the_first_epoch_of_2024(clips, tmp_path):
     assert not prototypes_after(1, freeze_last_layer_epochs=0)
 
 
-def test_centres_and_teacher_move_once_a_step_with_accumulation(clips, tmp_path, monkeypatch):
+def test_centers_and_teacher_move_once_a_step_with_accumulation(clips, tmp_path, monkeypatch):
     model = make_model()
     calls = []
     update_teacher, update_centers = model.update_teacher, model.update_centers
@@ -218,7 +220,7 @@ def test_centres_and_teacher_move_once_a_step_with_accumulation(clips, tmp_path,
         momentum for name, momentum, _ in calls if name == "teacher"
     ] == trainer.schedules.teacher_momentum.tolist()
     weights = [before, *(value for name, _, value in calls if name == "teacher")]
-    assert all(not torch.equal(first, second) for first, second in zip(weights, weights[1:]))  # after the optimiser
+    assert all(not torch.equal(first, second) for first, second in zip(weights, weights[1:]))  # after the optimizer
 
 
 def test_the_teacher_temperature_of_the_step_reaches_the_model(clips, tmp_path, monkeypatch):
@@ -229,7 +231,7 @@ def test_the_teacher_temperature_of_the_step_reaches_the_model(clips, tmp_path, 
         "forward",
         lambda *args, **kwargs: (seen.append(kwargs["teacher_temperature"]), forward(*args, **kwargs))[1],
     )
-    trainer = make_trainer(clips, tmp_path, model, num_train_epochs=3, teacher_temperature_warmup_epochs=3)
+    trainer = make_trainer(clips, tmp_path, model, num_train_epochs=3, warmup_teacher_temperature_epochs=3)
     trainer.train()
     assert seen == trainer.schedules.teacher_temperature.tolist()
     assert len(set(seen)) == 3
@@ -312,7 +314,7 @@ def test_clipping_treats_every_tensor_by_itself_and_qkv_as_one():
 
 
 def test_pictures_and_tensorboard(clips, tmp_path):
-    trainer = make_trainer(clips, tmp_path, picture_steps=4, report_to="tensorboard", num_train_epochs=2)
+    trainer = make_trainer(clips, tmp_path, plot_steps=4, report_to="tensorboard", num_train_epochs=2)
     trainer.train()
     names = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert {"curves.png", "reconstruction-4.png", "reconstruction-6.png"} <= names
@@ -327,19 +329,19 @@ def test_arguments_of_the_objectives(tmp_path):
     def arguments(**kwargs):
         return ASiTPreTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **kwargs)
 
-    assert arguments().gmml == GMML(zero_share=(0.5, 0.5))
-    assert arguments().teacher_temperature_warmup_epochs == 5
-    assert arguments(objective="2023").gmml == GMML(zero_share=(0.5, 0.7))
-    assert arguments(objective="2023").teacher_temperature_warmup_epochs == 30
-    assert arguments(objective="2023").freeze_last_layer_epochs == 0
-    assert arguments(mask_alignment=16, zero_share_min=0.6).gmml == GMML(zero_share=(0.6, 0.6), alignment=16)
+    assert arguments().gmml == GMML(mask_ratio=(0.5, 0.5))
+    assert arguments().warmup_teacher_temperature_epochs == 5
+    assert arguments(preset="2023").gmml == GMML(mask_ratio=(0.5, 0.7))
+    assert arguments(preset="2023").warmup_teacher_temperature_epochs == 30
+    assert arguments(preset="2023").freeze_last_layer_epochs == 0
+    assert arguments(mask_alignment=16, mask_ratio_min=0.6).gmml == GMML(mask_ratio=(0.6, 0.6), alignment=16)
 
 
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"objective": "2022"}, ["2023", "2024", "2022"]),
-        ({"zero_share_min": 1.5}, ["zero_share", "1.5"]),
+        ({"preset": "2022"}, ["2023", "2024", "2022"]),
+        ({"mask_ratio_min": 1.5}, ["mask_ratio", "1.5"]),
         ({"replace_probability": -1.0}, ["replace_probability", "-1.0"]),
         ({"mask_alignment": 0}, ["alignment", "0"]),
         ({"warmup_steps": 10}, ["warmup_steps", "no effect"]),
@@ -391,10 +393,10 @@ def test_the_corruption_of_a_run_is_the_chosen_one(clips, tmp_path, pattern, fil
             seen.append(trainer.last_example)
 
     trainer = make_trainer(
-        clips, tmp_path, mask_pattern=pattern, mask_filling=filling, replace_probability=0.0, picture_steps=1
+        clips, tmp_path, mask_pattern=pattern, mask_fill=filling, replace_probability=0.0, plot_steps=1
     )
     trainer.callback_handler.callbacks = [
-        callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ != "PicturesCallback"
+        callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ != "PlotCallback"
     ]
     trainer.add_callback(Recorder())
     trainer.train()
@@ -518,7 +520,7 @@ def test_nothing_is_looked_up_at_the_cost_of_waiting(tmp_path):
 
 
 def make_timed_trainer(clips, output_dir, monkeypatch, clock, **kwargs):
-    monkeypatch.setattr("asit_hf.time_budget.now", clock)
+    monkeypatch.setattr("asit_hf.utils.time_budget.now", clock)
     trainer = make_trainer(clips, output_dir, **kwargs)
     trainer.add_callback(clock)
     return trainer
@@ -543,7 +545,7 @@ class Values(TrainerCallback):
 
 
 def test_with_minutes_all_schedules_end_when_they_do(clips, tmp_path, monkeypatch):
-    options = {"max_minutes": 0.5, "warmup_epochs": 2, "teacher_temperature_warmup_epochs": 3}
+    options = {"max_minutes": 0.5, "warmup_epochs": 2, "warmup_teacher_temperature_epochs": 3}
     trainer = make_timed_trainer(clips, tmp_path, monkeypatch, FakeClock(1.0), **options)
     values = Values(trainer)
     trainer.add_callback(values)
@@ -561,7 +563,7 @@ def test_with_minutes_all_schedules_end_when_they_do(clips, tmp_path, monkeypatc
 
 
 def test_epochs_that_the_minutes_cannot_hold_are_cut_alike(clips, tmp_path, monkeypatch):
-    options = {"max_minutes": 1, "warmup_epochs": 100, "teacher_temperature_warmup_epochs": 50}
+    options = {"max_minutes": 1, "warmup_epochs": 100, "warmup_teacher_temperature_epochs": 50}
     trainer = make_timed_trainer(clips, tmp_path, monkeypatch, FakeClock(1.0), freeze_last_layer_epochs=10, **options)
     values = Values(trainer)
     trainer.add_callback(values)
@@ -587,7 +589,7 @@ def test_a_stream_with_minutes(clips, tmp_path, monkeypatch):
 
     def make(**kwargs):
         clock = FakeClock(1.0)
-        monkeypatch.setattr("asit_hf.time_budget.now", clock)
+        monkeypatch.setattr("asit_hf.utils.time_budget.now", clock)
         args = make_trainer(clips, tmp_path, max_minutes=0.25, **kwargs).args
         extractor = ASiTFeatureExtractor(num_mel_bins=32)
         trainer = ASiTPreTrainer(make_model(), args, extractor, train_dataset=Endless())

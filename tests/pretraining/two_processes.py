@@ -13,12 +13,14 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining, time_budget
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.data import PackedCrops, PretrainingCrops
 from asit_hf.data.collators import collate_crops
 from asit_hf.data.packed import write_packed
+from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
 from asit_hf.pretraining.masking import GMML, corrupt
-from asit_hf.pretraining.trainer import ASiTPreTrainer, ASiTPreTrainingArguments
+from asit_hf.pretraining.trainer import ASiTPreTrainer
+from asit_hf.utils import time_budget
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 GLOBAL_BATCH = 4
@@ -34,7 +36,7 @@ class GivenViews(Dataset):
         corrupted, masks = [], []
         for index in range(count):
             share = 0.1 + 0.8 * index / count
-            gmml = GMML(zero_share=(share, share), replace_probability=0.0)
+            gmml = GMML(mask_ratio=(share, share), replace_probability=0.0)
             one, mask = corrupt(clean[index : index + 1], torch.tensor([index]), 0, gmml)
             corrupted.append(one)
             masks.append(mask)
@@ -130,7 +132,7 @@ def main(mode: str, output: str, clips: list[str]) -> None:
         save_strategy="steps" if mode in ("whole", "resumed", "terminated") else "no",
         save_steps=3 if mode != "terminated" else 100,
         logging_steps=1,
-        picture_steps=0,
+        plot_steps=0,
         disable_tqdm=True,
         train_sampling_strategy="sequential" if given else "random",
         mean_over_all=mode != "per_process",

@@ -1,0 +1,148 @@
+"""AudioSet as it lies on disk: segment lists with files, or parquet shards."""
+
+import csv
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .files import _audio_files, _dataset, _folder, _published, _table
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+AUDIOSET_URL = "https://research.google.com/audioset/download.html"
+_SEGMENTS = {
+    "balanced_train": "balanced_train_segments.csv",
+    "unbalanced_train": "unbalanced_train_segments.csv",
+    "eval": "eval_segments.csv",
+}
+_CLASSES = "class_labels_indices.csv"
+# The first that a shard's path matches: unbalanced/train-00.parquet is unbalanced.
+_SHARDS = {
+    "eval": re.compile(r"(^|/)(eval|test)"),
+    "unbalanced_train": re.compile(r"(^|/)unbal"),
+    "balanced_train": re.compile(r"(^|/)(bal|train)"),
+}
+
+
+def load_audioset(root: str | os.PathLike, parts: Sequence[str]) -> "Dataset":
+    """AudioSet, clips as files or in parquet shards.
+
+    Args:
+        root: a folder with `class_labels_indices.csv` and, anywhere below it, either the official segment lists with
+            audio files called `YTID`, `YYTID`, `YTID_START` or `YTID_START_END` (seconds or milliseconds), or parquet
+            shards with the columns `audio` and `labels` (mids) or `human_labels` (names), whose paths begin with
+            `bal` or `train`, `unbal`, and `eval` or `test`.
+        parts: of "balanced_train", "unbalanced_train" and "eval", those to join.
+
+    Returns:
+        `audio`, `label` (a list of the 527 classes, in the order of `class_labels_indices.csv`) and `video_id`. Clips
+        that are listed but not on disk are left out and counted in one warning.
+
+    Raises:
+        FileNotFoundError: a list is missing, or there is no clip of these parts at all.
+    """
+    unknown = [part for part in parts if part not in _SEGMENTS]
+    if unknown or not parts:
+        raise ValueError(f"expected parts of AudioSet, {', '.join(_SEGMENTS)}; got {parts!r}")
+    root = _folder(root)
+    classes = _table(_published(root, _CLASSES, AUDIOSET_URL), ("index", "mid", "display_name"))
+    classes.sort(key=lambda row: int(row["index"]))
+    names = [row["display_name"] for row in classes]
+    ids = {name: index for index, row in enumerate(classes) for name in (row["mid"], row["display_name"])}
+    shards = sorted(root.rglob("*.parquet"))
+    if shards:
+        return _audioset_shards(root, shards, parts, ids, names)
+
+    rows = [row for part in parts for row in _segments(_published(root, _SEGMENTS[part], AUDIOSET_URL))]
+    files = {file.stem: file for file in reversed(_audio_files(root, AUDIOSET_URL))}
+    found = [(row, file) for row in rows if (file := _segment_file(row, files)) is not None]
+    missing = len(rows) - len(found)
+    if not found:
+        raise FileNotFoundError(
+            f"none of the {len(rows)} clips of AudioSet's {' and '.join(parts)} is below {root}: expected files named "
+            f"like {rows[0][0]}.wav or {rows[0][0]}_{float(rows[0][1]):.0f}.flac; the lists are published at "
+            f"{AUDIOSET_URL}"
+        )
+    if missing:
+        logger.warning("AudioSet %s: %d of %d listed clips are not on disk", "+".join(parts), missing, len(rows))
+    return _dataset(
+        audio=[str(file) for _, file in found],
+        labels=[_ids([mid.strip() for mid in row[3].split(",")], ids, root / _CLASSES) for row, _ in found],
+        names=names,
+        video_id=[row[0] for row, _ in found],
+    )
+
+
+_AUDIOSET_PARTS = {
+    "audioset-20k": {"train": ("balanced_train",), "test": ("eval",)},
+    "audioset-2m": {"train": ("balanced_train", "unbalanced_train"), "test": ("eval",)},
+}
+
+
+def _segments(path: Path) -> list[list[str]]:
+    """(video id, start, end, comma-separated mids) of every line that is not a comment."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        lines = (line for line in file if line.strip() and not line.startswith("#"))
+        rows = list(csv.reader(lines, skipinitialspace=True))
+    wrong = next((row for row in rows if len(row) != 4 or not (_is_number(row[1]) and _is_number(row[2]))), None)
+    if wrong or not rows:
+        raise ValueError(f"expected lines of id, start, end and labels in {path}, got {wrong or 'none'}")
+    return rows
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return np.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _segment_file(row: list[str], files: dict[str, Path]) -> Path | None:
+    name, start, end = row[0], float(row[1]), float(row[2])
+    spans = [""]
+    for first, last in ((f"{start:.0f}", f"{end:.0f}"), (f"{1000 * start:.0f}", f"{1000 * end:.0f}"), row[1:3]):
+        spans += [f"_{first}", f"_{first}_{last}"]
+    stems = (f"{prefix}{name}{span}" for span in spans for prefix in ("", "Y"))
+    return next((files[stem] for stem in stems if stem in files), None)
+
+
+def _audioset_shards(
+    root: Path, shards: list[Path], parts: Sequence[str], ids: dict[str, int], names: list[str]
+) -> "Dataset":
+    from datasets import Audio, ClassLabel, List, load_dataset
+
+    chosen = [str(shard) for shard in shards if _part_of(shard.relative_to(root).as_posix()) in parts]
+    if not chosen:
+        raise FileNotFoundError(
+            f"none of the {len(shards)} parquet files below {root} is of AudioSet's {' and '.join(parts)}: expected "
+            "paths that begin with bal or train, unbal, and eval or test"
+        )
+    dataset = load_dataset("parquet", data_files=chosen, split="train")
+    column = next((name for name in ("labels", "human_labels") if name in dataset.column_names), None)
+    if column is None or "audio" not in dataset.column_names:
+        raise ValueError(
+            f"expected the columns audio and labels or human_labels in {chosen[0]}, got {dataset.column_names}"
+        )
+    labels = [_ids(row or (), ids, root / _CLASSES) for row in dataset[column][:]]
+    kept = [name for name in ("audio", "video_id") if name in dataset.column_names]
+    dataset = dataset.select_columns(kept).cast_column("audio", Audio(decode=False))
+    return dataset.add_column("label", labels, feature=List(ClassLabel(names=names)))
+
+
+def _part_of(shard: str) -> str | None:
+    return next((part for part, pattern in _SHARDS.items() if pattern.search(shard)), None)
+
+
+def _ids(labels: Sequence[str], ids: dict[str, int], table: Path) -> list[int]:
+    unknown = [label for label in labels if label not in ids]
+    if unknown:
+        raise ValueError(f"label {unknown[0]!r} is not in {table}")
+    return [ids[label] for label in labels]

@@ -1,0 +1,222 @@
+"""Classification metrics computed on this machine: as functions, as `evaluate.Metric` classes, and for Trainer."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from transformers import EvalPrediction
+
+from ..utils.extras import extra
+
+TOP_K = 5
+
+
+def __getattr__(name: str):
+    if name in ("SingleLabelMetrics", "MultiLabelMetrics"):  # their base class needs evaluate, the functions do not
+        from . import evaluate_metrics
+
+        return getattr(evaluate_metrics, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
+    """
+    Share of clips whose class is among the `k` best-scored ones; of equal scores the lower class id comes first.
+
+    Args:
+        scores (`np.ndarray` of shape `(clips, classes)`): logits or probabilities.
+        labels (`np.ndarray` of shape `(clips,)`): class ids.
+        k (`int`): at least 1; beyond the number of classes it takes them all.
+    """
+    scores, labels = _check_scores(scores), np.asarray(labels)
+    _check_class_ids(labels, scores)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return float((best == labels[:, None]).any(axis=1).mean())
+
+
+def average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """
+    Average precision of every class, `(classes,)`; NaN for a class without positives.
+
+    Args:
+        scores (`np.ndarray` of shape `(clips, classes)`): logits or probabilities.
+        targets (`np.ndarray` of shape `(clips, classes)`): 0 or 1.
+    """
+    with extra("train"):
+        from sklearn.metrics import average_precision_score
+    scores, targets = _check_scores(scores), _check_targets(targets, scores)
+    return _per_class(average_precision_score, scores, targets, targets.any(axis=0))
+
+
+def roc_aucs(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve of every class, `(classes,)`; NaN for one without positives or without negatives."""
+    with extra("train"):
+        from sklearn.metrics import roc_auc_score
+    scores, targets = _check_scores(scores), _check_targets(targets, scores)
+    return _per_class(roc_auc_score, scores, targets, targets.any(axis=0) & ~targets.all(axis=0))
+
+
+def d_prime(auc: float) -> float:
+    """
+    The sensitivity index d' that an area under the ROC curve stands for: infinite for a perfect 1, minus infinity for
+    0, NaN for NaN.
+    """
+    with extra("train"):
+        from scipy.special import ndtri
+    return float(np.sqrt(2) * ndtri(auc))
+
+
+def single_label_metrics(scores: np.ndarray, labels: np.ndarray, k: int = TOP_K) -> dict[str, float]:
+    """`accuracy` and, of more than `k` classes, `top{k}_accuracy`; arguments as in `top_k_accuracy`."""
+    metrics = {"accuracy": top_k_accuracy(scores, labels)}
+    if np.shape(scores)[-1] > k:
+        metrics[f"top{k}_accuracy"] = top_k_accuracy(scores, labels, k)
+    return metrics
+
+
+def multi_label_metrics(scores: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """
+    `mAP` and `mAUC`, means over classes, and `d_prime` of mAUC, as AudioSet results are reported. Classes that cannot
+    be scored are left out of the means; `classes_without_positives` says how many. Arguments as in
+    `average_precisions`.
+
+    Raises:
+        ValueError: no class has a positive, or shapes and values that do not fit.
+    """
+    precisions = average_precisions(scores, targets)
+    if np.isnan(precisions).all():
+        raise ValueError("expected at least one positive target, got none in any class")
+    areas = roc_aucs(scores, targets)
+    mean_area = float("nan") if np.isnan(areas).all() else float(np.nanmean(areas))
+    return {
+        "mAP": float(np.nanmean(precisions)),
+        "mAUC": mean_area,
+        "d_prime": d_prime(mean_area),
+        "classes_without_positives": int(np.isnan(precisions).sum()),
+    }
+
+
+def regression_metrics(predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """`mse` and `mae` of predictions and targets of one shape, up to a last axis of size 1."""
+    predictions, targets = np.asarray(predictions, dtype=float), np.asarray(targets, dtype=float)
+    if predictions.shape == (*targets.shape, 1):
+        predictions = predictions[..., 0]
+    if predictions.shape != targets.shape:
+        raise ValueError(f"expected predictions and targets of one shape, got {predictions.shape}, {targets.shape}")
+    errors = predictions - targets
+    return {"mse": float(np.square(errors).mean()), "mae": float(np.abs(errors).mean())}
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, float]]] = {
+    "single_label_classification": single_label_metrics,
+    "multi_label_classification": multi_label_metrics,
+    "regression": regression_metrics,
+}
+# The one that chooses the best checkpoint, and whether more of it is better.
+MAIN_METRIC = {
+    "single_label_classification": ("accuracy", True),
+    "multi_label_classification": ("mAP", True),
+    "regression": ("mse", False),
+}
+
+
+def compute_metrics_for(problem_type: str, label_names: Sequence[str]) -> Callable[[EvalPrediction], dict[str, float]]:
+    """
+    The `compute_metrics` of a Trainer. Where every clip has exactly one label, multi-label metrics come with those of
+    single labels: binary cross-entropy may train a task that is scored by accuracy.
+
+    Args:
+        problem_type (`str`): as in the model's config.
+        label_names (`Sequence[str]`): the classes, by id; scores of another width are an error.
+    """
+    if problem_type not in METRICS:
+        raise ValueError(f"problem_type must be one of {sorted(METRICS)}, got {problem_type!r}")
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        scores = prediction.predictions
+        if scores.shape[-1] != len(label_names):
+            raise ValueError(f"expected scores of {len(label_names)} classes, got shape {scores.shape}")
+        targets = prediction.label_ids
+        metrics = METRICS[problem_type](scores, targets)
+        if problem_type == "multi_label_classification" and (targets.sum(-1) == 1).all():
+            metrics |= single_label_metrics(scores, targets.argmax(-1))
+        return metrics
+
+    return compute_metrics
+
+
+def confusion_counts(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """
+    Clips by class (rows) and best-scored class (columns), `(classes, classes)` int64, for
+    [`~asit_hf.plotting.plot_confusion`]. Arguments as in `top_k_accuracy`.
+    """
+    with extra("train"):
+        from sklearn.metrics import confusion_matrix
+    scores, labels = _check_scores(scores), np.asarray(labels)
+    _check_class_ids(labels, scores)
+    return confusion_matrix(labels, scores.argmax(axis=1), labels=range(scores.shape[1]))
+
+
+def per_class_report(
+    scores: np.ndarray, targets: np.ndarray, label_names: Sequence[str]
+) -> list[dict[str, str | int | float]]:
+    """
+    One row a class, in the order of `label_names`; NaN where a number does not exist.
+
+    Args:
+        scores (`np.ndarray` of shape `(clips, classes)`): logits or probabilities.
+        targets (`np.ndarray` of shape `(clips,)` or `(clips, classes)`): class ids give the columns `label`, `clips`,
+            `precision`, `recall`, `f1`; 0-1 targets give `label`, `clips`, `average_precision`, `auc`.
+    """
+    with extra("train"):
+        from sklearn.metrics import precision_recall_fscore_support
+    scores, targets = _check_scores(scores), np.asarray(targets)
+    if scores.shape[1] != len(label_names):
+        raise ValueError(f"expected scores of {len(label_names)} classes, got shape {scores.shape}")
+    if targets.ndim == 1:
+        _check_class_ids(targets, scores)
+        precision, recall, f1, counts = precision_recall_fscore_support(
+            targets, scores.argmax(axis=1), labels=range(len(label_names)), zero_division=np.nan
+        )
+        columns = {"clips": counts, "precision": precision, "recall": recall, "f1": f1}
+    else:
+        columns = {
+            "clips": _check_targets(targets, scores).sum(axis=0),
+            "average_precision": average_precisions(scores, targets),
+            "auc": roc_aucs(scores, targets),
+        }
+    rows = zip(label_names, *(values.tolist() for values in columns.values()))
+    return [dict(zip(("label", *columns), row)) for row in rows]
+
+
+def _per_class(metric: Callable, scores: np.ndarray, targets: np.ndarray, scorable: np.ndarray) -> np.ndarray:
+    values = np.full(scores.shape[1], np.nan)
+    for index in np.flatnonzero(scorable):
+        values[index] = metric(targets[:, index], scores[:, index])
+    return values
+
+
+def _check_scores(scores: np.ndarray) -> np.ndarray:
+    scores = np.asarray(scores)
+    if scores.ndim != 2 or len(scores) == 0:
+        raise ValueError(f"expected scores of shape (clips, classes), got {scores.shape}")
+    if not np.isfinite(scores).all():
+        raise ValueError("scores hold values that are not finite (NaN or infinity)")
+    return scores
+
+
+def _check_class_ids(labels: np.ndarray, scores: np.ndarray) -> None:
+    if labels.shape != scores.shape[:1]:
+        raise ValueError(f"expected one class id for each of {len(scores)} clips, got shape {labels.shape}")
+    if labels.min() < 0 or labels.max() >= scores.shape[1]:
+        raise ValueError(f"expected class ids from 0 to {scores.shape[1] - 1}, got {labels.min()} to {labels.max()}")
+
+
+def _check_targets(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    targets = np.asarray(targets)
+    if targets.shape != scores.shape:
+        raise ValueError(f"expected targets of the scores' shape {scores.shape}, got {targets.shape}")
+    if not np.isin(targets, (0, 1)).all():
+        raise ValueError("expected targets of 0 and 1 only")
+    return targets.astype(bool)

@@ -1,0 +1,159 @@
+"""Sharing ASiT models: export of a pretrained encoder."""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..configuration_asit import HUB_FILES, ASiTConfig
+from ..loading import (
+    find_checkpoint,
+    is_pretraining_checkpoint,
+    load_config,
+    load_encoder,
+    load_feature_extractor,
+    why_incomplete,
+)
+from ..modeling_asit import ASiTModel
+from ..utils.files import whole_folder
+from .cards import CARD_NAME, write_model_card
+from .run_record import RUN_NAME
+
+logger = logging.getLogger(__name__)
+
+_EXPORTED = {
+    CONFIG_NAME,
+    FEATURE_EXTRACTOR_NAME,
+    SAFE_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    CARD_NAME,
+    RUN_NAME,
+    *HUB_FILES,
+}
+
+
+def export_encoder(
+    pretraining_dir: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    source: Literal["teacher", "student"] = "teacher",
+    overwrite: bool = False,
+    half: bool = False,
+    **facts: Any,
+) -> Path:
+    """
+    Writes the encoder of a pretraining checkpoint as a plain `ASiTModel`, with its feature extractor and a model card.
+
+    Args:
+        pretraining_dir: a checkpoint saved by `ASiTForPreTraining`, or a Trainer's run folder: the model saved in the
+            folder itself if there is one, else its last whole checkpoint. The feature extractor is the one beside the
+            weights, else the run folder's.
+        output_dir: written as a whole or not at all. An earlier export there is replaced.
+        source (`str`, defaults to `"teacher"`): which encoder, `"teacher"` or `"student"`.
+        overwrite (`bool`, defaults to `False`): whether to replace whatever else `output_dir` holds.
+        half (`bool`, defaults to `False`): whether to store the weights in 16 bits, see [`halve_weights`].
+        facts: what is known for the card, see `write_model_card`.
+
+    Returns:
+        `Path`: `output_dir`.
+
+    Raises:
+        `FileNotFoundError`: no whole checkpoint, or no `preprocessor_config.json`.
+        `FileExistsError`: `output_dir` holds something that is not an earlier export.
+        `ValueError`: another `source`, another type of model, or a checkpoint without that encoder.
+    """
+    if source not in ("teacher", "student"):
+        raise ValueError(f"source must be 'teacher' or 'student', got {source!r}")
+    output_dir = Path(output_dir).resolve()
+    checkpoint = find_checkpoint(pretraining_dir)
+    check_replaceable(output_dir, checkpoint.resolve(), overwrite)
+    extractor = load_feature_extractor(checkpoint, Path(pretraining_dir))
+    config = load_config(checkpoint)
+    if not is_pretraining_checkpoint(config):
+        raise ValueError(f"{checkpoint}: expected an ASiTForPreTraining checkpoint, got {config.architectures}")
+    encoder = load_encoder(checkpoint, source, dtype="auto")
+    if extractor.num_mel_bins != encoder.config.num_mel_bins:
+        raise ValueError(
+            f"{checkpoint}: the feature extractor makes {extractor.num_mel_bins} mel bins, the model takes "
+            f"{encoder.config.num_mel_bins}"
+        )
+    run = next((path for folder in (checkpoint, Path(pretraining_dir)) if (path := folder / RUN_NAME).is_file()), None)
+    facts = {"recipe": _recipe(checkpoint, source, encoder.config), **facts}
+    with whole_folder(output_dir) as export:
+        encoder.save_pretrained(export)
+        extractor.save_pretrained(export)
+        if half:
+            halve_weights(export)
+        if run is not None:
+            shutil.copy(run, export)
+        write_model_card(export, **facts)
+    return output_dir
+
+
+def halve_weights(folder: str | os.PathLike) -> None:
+    """
+    Stores the float32 weights of a saved model as float16, in half the space. `config.json` goes on saying float32, so
+    that they load, and compute, as float32 unless `dtype` asks for something else.
+
+    Args:
+        folder: a saved model in one `model.safetensors`.
+
+    Raises:
+        `FileNotFoundError`: no such model there.
+        `ValueError`: a weight that float16 cannot hold.
+    """
+    folder = Path(folder)
+    if reason := why_incomplete(folder):
+        raise FileNotFoundError(f"{folder}: expected a saved model, found {reason}")
+    path = folder / SAFE_WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: expected the weights in one {SAFE_WEIGHTS_NAME}, they are in several")
+    tensors = load_file(path)
+    halves = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in tensors.items()}
+    if overflown := [name for name, tensor in halves.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{path}: float16 cannot hold the values of {overflown[0]}")
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")) | {"dtype": "float32"}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".half-") as scratch:
+        save_file(halves, Path(scratch) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        os.replace(Path(scratch) / SAFE_WEIGHTS_NAME, path)
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_replaceable(output_dir: Path, checkpoint: Path, overwrite: bool) -> None:
+    """Raises where writing `output_dir` would cost the `checkpoint` or, unless `overwrite`, somebody's files."""
+    if output_dir in (checkpoint, *checkpoint.parents):
+        raise ValueError(
+            f"output_dir {output_dir} holds the checkpoint to export, {checkpoint}: choose another folder"
+        )
+    if output_dir.exists() and not output_dir.is_dir():
+        raise FileExistsError(f"output_dir {output_dir} is a file")
+    if overwrite or not output_dir.exists() or not any(output_dir.iterdir()) or _is_export(output_dir):
+        return
+    raise FileExistsError(
+        f"output_dir {output_dir} is neither empty nor an earlier export; overwrite=True replaces it"
+    )
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether `folder` holds what `export_encoder` writes, and nothing else."""
+    config = folder / CONFIG_NAME
+    if not config.is_file() or json.loads(config.read_text()).get("architectures") != [ASiTModel.__name__]:
+        return False
+    return all(path.name in _EXPORTED or path.match("model-*.safetensors") for path in folder.iterdir())
+
+
+def _recipe(checkpoint: Path, source: str, config: ASiTConfig) -> dict[str, Any]:
+    """What the checkpoint itself tells of its pretraining."""
+    recipe: dict[str, Any] = {"encoder": source}
+    state_file = checkpoint / "trainer_state.json"
+    if state_file.is_file():
+        state = json.loads(state_file.read_text(encoding="utf-8"))
+        recipe |= {"optimizer steps": state.get("global_step"), "epochs": state.get("epoch")}
+    names = ("global_loss_weight", "local_loss_weight", "reconstruction_loss_weight", "num_prototypes")
+    return recipe | {name.replace("_", " "): getattr(config, name) for name in names}

@@ -1,0 +1,111 @@
+"""What a training run records of itself."""
+
+import json
+import math
+import os
+import platform
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:  # it takes a second to import, and more than inference has
+    pass
+
+RUN_NAME = "run.json"
+
+
+def record_run(
+    folder: str | os.PathLike,
+    command: Sequence[str],
+    recipe: Mapping[str, Any],
+    seconds: float,
+    clips: int | None = None,
+    hours: float | None = None,
+    sampling_rate: int | None = None,
+    results: Iterable[tuple[str, str, float]] = (),
+) -> None:
+    """
+    Writes `run.json`, what a training run tells of itself, for its model card. Of paths only the last part is told,
+    of `--hub_token` nothing.
+
+    Args:
+        folder: of the saved model.
+        command (`Sequence[str]`): the script and its arguments.
+        recipe (`Mapping[str, Any]`): hyperparameters by name.
+        seconds (`float`): of training.
+        clips, hours, sampling_rate: of the training data, as far as known.
+        results (`Iterable[tuple[str, str, float]]`): data set, metric and value, measured by the command.
+    """
+    told = shlex.join(["python", *(_without_folders(argument) for argument in _without_token(command))])
+    parts = [f"{clips} clips" if clips else "a stream of clips", f"{hours:.2f} hours" if hours else ""]
+    parts += [f"at {sampling_rate} Hz" if sampling_rate else ""]
+    facts = {
+        "training_data": ", ".join(filter(None, parts)) + ".",
+        "recipe": {
+            **recipe,
+            "duration": f"{seconds / 60:.1f} minutes",
+            "hardware": _hardware(),
+            "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),
+            "command": f"`{told}`",
+        },
+        "results": [
+            {
+                "task": "audio-classification",
+                "dataset": data,
+                "metric": metric,
+                "value": value if is_number(value) else str(value),
+                "command": f"`{told}`",
+            }
+            for data, metric, value in results
+        ],
+    }
+    Path(folder, RUN_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def read_run(folder: str | os.PathLike) -> dict[str, Any]:
+    """What [`record_run`] wrote into a folder; nothing where there is no `run.json`, or an empty one."""
+    path = Path(folder, RUN_NAME)
+    text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    return json.loads(text or "{}") or {}
+
+
+def _without_token(command: Sequence[str]) -> list[str]:
+    """Without `--hub_token`, which may be abbreviated, and its value."""
+    told, is_value = [], False
+    for argument in command:
+        token = None if is_value else re.fullmatch(r"--hub[_-]t\w*(=.*)?", argument)
+        if not is_value and token is None:
+            told.append(argument)
+        is_value = token is not None and token[1] is None
+    return told
+
+
+def _without_folders(value: Any) -> Any:
+    """Of absolute paths the last part: of an argument that is one, ends in one (`name=`, `::`), or holds JSON."""
+    if isinstance(value, dict):
+        return {key: _without_folders(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("{", "[")):
+        with suppress(json.JSONDecodeError):
+            return json.dumps(_without_folders(json.loads(value)), ensure_ascii=False)
+    parts = [value] if os.path.isabs(value) else re.split(r"(=|::)", value)
+    return "".join(Path(part).name if os.path.isabs(part) else part for part in parts)
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} cores, {platform.machine()}"
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

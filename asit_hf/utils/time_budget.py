@@ -1,0 +1,422 @@
+"""Training for a number of minutes: how many steps fit is measured, and all schedules end when the minutes do."""
+
+import copy
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.optimization import get_scheduler
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# In trainer_state.json, beside the states of callbacks.
+STATE_KEY = "max_minutes"
+# A run's first steps compile, tune kernels and start the data loader: they are not timed.
+UNTIMED_STEPS = 3
+# The first plan is made after so many timed steps, and announced after so many.
+TIMED_STEPS = 2
+ANNOUNCED_STEPS = 8
+# How far the number of steps left may be off before the run is planned anew.
+TOLERANCE = 0.03
+# A warm-up given in steps or epochs takes at most this share of the run.
+MAX_WARMUP_SHARE = 0.2
+# Until the first plan, schedules are those of a run of this length.
+_PROVISIONAL_STEPS = 1000
+# Bounds the loops of Trainer until the first plan; no machine is faster.
+_STEPS_PER_SECOND = 1000
+# Schedules of the learning rate that do not depend on the number of steps.
+_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+
+
+def now() -> float:
+    """Seconds of a clock whose differences alone mean something."""
+    return time.perf_counter()
+
+
+@dataclass
+class TimeBudgetArguments:
+    """Base class of training arguments: `max_minutes`."""
+
+    max_minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "Train for so many minutes, with compilation, evaluations and checkpoints, instead of max_steps "
+            "or num_train_epochs. The number of steps is measured, and all schedules end with it."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_minutes is None:
+            return
+        if not (math.isfinite(self.max_minutes) and self.max_minutes > 0):
+            raise ValueError(f"expected max_minutes above 0 and finite, got {self.max_minutes}")
+        if self.max_steps > 0:
+            raise ValueError(
+                f"max_minutes {self.max_minutes} and max_steps {self.max_steps} both end the run: leave one of them "
+                "out (max_steps -1 overrides that of a recipe)"
+            )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    How far a run is at each optimizer step, from step `start` on. Every measure goes on where it is at `start`, so
+    that no schedule jumps when a run is planned anew.
+
+    Args:
+        steps (`int`): of the whole run.
+        unit (`float`): optimizer steps in a unit that the warm-up is given in, such as an epoch.
+        warmup (`float`): length of the warm-up in units.
+        start (`int`): the step from which the plan holds.
+        units_done, decay_done, done: the measures at `start`.
+    """
+
+    steps: int
+    unit: float
+    warmup: float
+    start: int = 0
+    units_done: float = 0.0
+    decay_done: float = 0.0
+    done: float = 0.0
+
+    def units(self, step: int | np.ndarray) -> Any:
+        """Units passed at `step`; the warm-up ends at `warmup`."""
+        return self.units_done + np.maximum(step - self.start, 0) / self.unit
+
+    def decay(self, step: int | np.ndarray) -> Any:
+        """Share passed of what follows the warm-up, 0 to 1."""
+        warmup_end = self.start + max(0.0, self.warmup - self.units_done) * self.unit
+        return _ramp(step, warmup_end, self.decay_done, self.steps)
+
+    def progress(self, step: int | np.ndarray) -> Any:
+        """Share passed of the run, 0 to 1."""
+        return _ramp(step, self.start, self.done, self.steps)
+
+    def replan(self, step: int, steps: int, unit: float, warmup: float) -> "Plan":
+        """The run takes `steps` steps in all, as is known at `step`."""
+        measures = (self.units(step), self.decay(step), self.progress(step))
+        return Plan(steps, unit, warmup, step, *map(float, measures))
+
+
+def _ramp(step: int | np.ndarray, start: float, value: float, end: float) -> Any:
+    """From `value` at `start` to 1 at `end`, in a line."""
+    return value + (1 - value) * np.clip((step - start) / max(end - start, 1e-9), 0.0, 1.0)
+
+
+class TimeBudget(TrainerCallback):
+    """
+    Sets `state.max_steps`, and the trainer's schedules with it, so that the run ends when `args.max_minutes` do.
+
+    The projected end is looked at when the number of timed steps has doubled, later after every tenth of the steps
+    left, and after evaluations and checkpoints. Only then the accelerator is waited for and the processes agree on
+    the time, which is that of the first.
+    """
+
+    def __init__(self, trainer: "TimeBudgetMixin"):
+        self.trainer = trainer
+        self.began = now()
+        self.seconds = 60 * trainer.args.max_minutes
+        self.due = False
+        self.last_evaluation = self.evaluations = 0.0  # seconds
+
+    def reset(self) -> None:
+        """Schedules as at the start of a run whose length is not known yet."""
+        self.planned = self.announced = self.noted = self.due = False
+        self.spent_before = self.last_evaluation = self.evaluations = 0.0
+        self.first_step = self.next_check = 0
+        self.timed_from: tuple[int, float] | None = None
+        self.plan = Plan(_PROVISIONAL_STEPS, *self.trainer.pace(None))
+        self.trainer.follow_plan(self.plan)
+
+    @property
+    def most_steps(self) -> int:
+        """More than any machine makes in the minutes."""
+        return math.ceil(self.seconds * _STEPS_PER_SECOND)
+
+    def spent(self) -> float:
+        """Seconds of the budget that are spent, before a resume too."""
+        return self.spent_before + now() - self.began
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to know, as JSON."""
+        plan = asdict(self.plan) if self.planned else None
+        return {"minutes": self.trainer.args.max_minutes, "seconds": self.spent(), "plan": plan}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        saved = state.stateful_callbacks.get(STATE_KEY) if state.global_step else None
+        if state.global_step == 0 and state.is_world_process_zero:  # what an earlier run has spent is no matter
+            (Path(args.output_dir) / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        if saved is not None:
+            self.spent_before = max(saved["seconds"], self._spent_by(args.output_dir))
+            if saved["plan"] is not None:
+                self._resume_plan(Plan(**saved["plan"]), args.max_minutes / saved["minutes"])
+        self.first_step = state.global_step
+        self.next_check = state.global_step + 1
+        spent = self._agree(args)[0]
+        if saved is not None and state.is_world_process_zero:
+            logger.warning(f"max_minutes {args.max_minutes:g}: {spent / 60:.2f} of them were spent before")
+        steps = self.plan.steps if self.planned else self.most_steps
+        self._set_steps(args, state, state.global_step if spent >= self.seconds else steps)
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        # not on_step_end: what ends a run at max_steps looks there
+        done = state.global_step + 1
+        if done >= state.max_steps:
+            return
+        over = args.world_size == 1 and self.spent() >= self.seconds
+        if over or self.due or done >= self.next_check:
+            self.due = False
+            self._check(args, state, done)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if self.trainer.steps_per_endless_epoch:
+            state.epoch = state.global_step / self.trainer.steps_per_endless_epoch
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        state.stateful_callbacks[STATE_KEY] = self.state()
+
+    @staticmethod
+    def _spent_by(output_dir: str) -> float:
+        """Seconds that a run spent by its end, after the last checkpoint that it has kept."""
+        path = Path(output_dir) / TRAINER_STATE_NAME
+        if not path.is_file():
+            return 0.0
+        return TrainerState.load_from_json(str(path)).stateful_callbacks.get(STATE_KEY, {}).get("seconds", 0.0)
+
+    def _check(self, args: TrainingArguments, state: TrainerState, done: int) -> None:
+        spent, last_evaluation, evaluations = self._agree(args)
+        if spent >= self.seconds:
+            if not self.planned and state.is_world_process_zero:
+                logger.warning(
+                    f"max_minutes {args.max_minutes:g}: they were spent at step {done}, before a step could be timed, "
+                    f"so the schedules have hardly begun. The first {UNTIMED_STEPS} steps compile and start the "
+                    "loader, which counts: set more minutes"
+                )
+            self._set_steps(args, state, done)
+            return
+        if done - self.first_step < UNTIMED_STEPS:
+            self.next_check = done + 1
+            return
+        training = spent - evaluations  # with checkpoints, pictures and what else there is
+        if self.timed_from is None:
+            self.timed_from = (done, training)
+            self.next_check = done + TIMED_STEPS
+            return
+        timed = done - self.timed_from[0]
+        step_seconds = max((training - self.timed_from[1]) / timed, 1 / _STEPS_PER_SECOND)
+        left = steps_left(
+            self.seconds - spent, step_seconds, done, _evaluation_interval(args, state, self.trainer), last_evaluation
+        )
+        if timed >= TIMED_STEPS:
+            self._replan(args, state, done, left)
+            self._announce(args, state, step_seconds, timed >= ANNOUNCED_STEPS or left <= ANNOUNCED_STEPS)
+        self.next_check = done + max(1, min(timed, (self.plan.steps - done) // 10))
+
+    def _replan(self, args: TrainingArguments, state: TrainerState, done: int, left: int) -> None:
+        if self.planned and left and abs(done + left - self.plan.steps) <= TOLERANCE * (self.plan.steps - done):
+            return
+        logger.debug(f"step {done}: {done + left} steps fit the minutes, {self.plan.steps} were planned")
+        steps = done + left
+        self.plan = self.plan.replan(done, steps, *self.trainer.pace(steps))
+        self.planned = True
+        self.trainer.follow_plan(self.plan)
+        self._set_steps(args, state, steps)
+
+    def _resume_plan(self, plan: Plan, ratio: float) -> None:
+        """`ratio`: of the minutes to those that it was made for; the schedules of another run length start anew."""
+        if ratio != 1:
+            steps = max(1, round(plan.steps * ratio))
+            plan = Plan(steps, *self.trainer.pace(steps))
+        self.plan, self.planned = plan, True
+        self.trainer.follow_plan(plan)
+
+    def _set_steps(self, args: TrainingArguments, state: TrainerState, steps: int) -> None:
+        state.max_steps = steps
+        if steps < self.most_steps:
+            state.num_train_epochs = math.ceil(steps / self.trainer.steps_per_pass)
+            state.compute_steps(args, steps)
+        for callback in self.trainer.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None)
+            if bar is not None:
+                bar.total = steps if self.planned else None
+                bar.refresh()
+
+    def _announce(self, args: TrainingArguments, state: TrainerState, step_seconds: float, measured: bool) -> None:
+        if not measured or not state.is_world_process_zero:
+            return
+        if not self.announced:
+            self.announced = True
+            logger.warning(
+                f"max_minutes {args.max_minutes:g}: {self.plan.steps} steps are planned, {step_seconds:.3g} s each"
+            )
+        if self.trainer.pace_note and not self.noted:
+            self.noted = True
+            logger.warning(self.trainer.pace_note)
+
+    def _agree(self, args: TrainingArguments) -> list[float]:
+        """Seconds spent, of the last evaluation, and of all since the run began, as the first process has them."""
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None and args.device.type == accelerator.type:
+            torch.accelerator.synchronize(args.device)
+        seconds = [self.spent(), self.last_evaluation, self.evaluations]
+        if args.world_size > 1:
+            shared = torch.tensor(seconds, dtype=torch.float64, device=args.device)
+            torch.distributed.broadcast(shared, src=0)
+            seconds = shared.tolist()
+        return seconds
+
+
+def steps_left(seconds: float, step_seconds: float, done: int, interval: int | None, evaluation: float) -> int:
+    """
+    Steps after `done` (at least 1) that fit `seconds` with their evaluations: one after every `interval` steps of the
+    run and one at its end, of `evaluation` seconds each.
+    """
+    if interval is None or evaluation == 0:
+        return max(0, round(seconds / step_seconds))
+    steps = 0
+    to_next = -done % interval  # that of step `done` is still to come
+    if seconds >= to_next * step_seconds + evaluation:
+        seconds -= to_next * step_seconds + evaluation
+        periods, seconds = divmod(seconds, interval * step_seconds + evaluation)
+        steps = to_next + int(periods) * interval
+    return steps + max(0, round((seconds - evaluation) / step_seconds))
+
+
+def _evaluation_interval(args: TrainingArguments, state: TrainerState, trainer: "TimeBudgetMixin") -> int | None:
+    intervals = {"steps": state.eval_steps, "epoch": trainer.steps_per_pass}
+    return intervals.get(args.eval_strategy)
+
+
+class TimeBudgetMixin:
+    """
+    For a Trainer whose arguments are [`TimeBudgetArguments`]: with `max_minutes` the run takes as many steps as fit,
+    and the schedule of `lr_scheduler_type` follows. A trainer with schedules of its own overrides `pace` and
+    `follow_plan`, or `lr_factor`.
+    """
+
+    budget: TimeBudget | None = None
+    pace_note: str = ""  # what `pace` had to cut
+    steps_per_pass: int = 1  # over the data
+    steps_per_endless_epoch: int | None = None  # of data without a length, where the user counts in epochs
+
+    def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any):
+        if args.max_minutes is None:
+            super().__init__(model=model, args=args, **kwargs)
+            return
+        if not has_length(kwargs.get("train_dataset")):
+            args.max_steps = 1  # without it Trainer refuses data without a length
+        try:
+            super().__init__(model=model, args=args, **kwargs)
+        finally:
+            args.max_steps = -1
+        self.budget = TimeBudget(self)
+        self.add_callback(self.budget)
+
+    def pace(self, steps: int | None) -> tuple[float, float]:
+        """
+        Optimizer steps in a unit, and the warm-up in units: here the unit is the warm-up.
+
+        Args:
+            steps (`int`, *optional*): of the run, which the warm-up has to fit; `None`: not known yet.
+        """
+        asked = self.args.get_warmup_steps(steps or _PROVISIONAL_STEPS)
+        cut = asked
+        if steps is not None and self.args.warmup_steps >= 1:
+            cut = min(asked, MAX_WARMUP_SHARE * steps)
+        self.pace_note = f"the warm-up of {asked} steps does not fit: it takes {cut:.0f}" if cut < asked else ""
+        return max(1.0, cut), float(asked > 0)
+
+    def follow_plan(self, plan: Plan) -> None:
+        """Sets the schedules of a run that goes as planned."""
+        if self.args.lr_scheduler_type in _BY_METRIC:
+            return
+        unused = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=self.args.learning_rate)
+        scheduler = get_scheduler(
+            self.args.lr_scheduler_type,
+            optimizer=unused,
+            num_warmup_steps=plan.warmup * plan.unit,
+            num_training_steps=plan.steps,
+            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+        )
+        self._factor_at = scheduler.lr_lambdas[0]
+
+    def lr_factor(self, step: int) -> float:
+        """What the peak learning rates are multiplied with at an optimizer step."""
+        plan = self.budget.plan
+        warmup_steps = plan.warmup * plan.unit
+        if plan.units(step) < plan.warmup:
+            return self._factor_at(plan.units(step) * plan.unit)
+        return self._factor_at(warmup_steps + plan.decay(step) * (plan.steps - warmup_steps))
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.budget is not None:
+            self.budget.reset()
+            if self.lr_scheduler is None and self.args.lr_scheduler_type not in _BY_METRIC:
+                self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                    optimizer or self.optimizer, lambda step: self.lr_factor(step)
+                )
+                self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple:
+        if self.budget is None:
+            return super().set_initial_training_values(args, dataloader)
+        bounded = copy.copy(args)
+        bounded.max_steps = self.budget.most_steps
+        values = super().set_initial_training_values(bounded, dataloader)
+        self.steps_per_pass = values[1]
+        return values
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple:
+        samples = super().get_batch_samples(*args, **kwargs)
+        if self.budget is not None and not samples[0]:
+            self.control.should_epoch_stop = True  # data whose length is not known have come to an end
+        return samples
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        start = now()
+        metrics = super().evaluate(*args, **kwargs)
+        if self.budget is not None and self.is_in_train:
+            self.budget.last_evaluation = now() - start
+            self.budget.evaluations += self.budget.last_evaluation
+            self.budget.due = True
+        return metrics
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.budget is not None:
+            self.budget.began = now()
+        return super().train(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.budget is not None and self.state.global_step >= self.state.max_steps:
+            logger.warning(
+                f"nothing to do: the {self.args.max_minutes:g} minutes are spent at step {self.state.global_step}"
+            )
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self.budget is not None:
+            self.state.stateful_callbacks[STATE_KEY] = self.budget.state()
+            self.budget.due = True
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, *args: Any) -> Any:
+        if self.budget is not None:
+            if self.state.max_steps == self.budget.most_steps:  # stopped before there was a plan
+                self.state.max_steps = self.state.global_step
+            num_train_samples = self.state.max_steps * self.get_total_train_batch_size(self.args)
+        return super()._finalize_training(trial, num_train_samples, *args)

@@ -1,0 +1,250 @@
+"""
+Pretrains with every row of an ablation and several seeds, probes what came out, and writes a table and a plot.
+
+    python -m examples.experiments.ablation --recipe examples/recipes/esc50-asc-ablations.yaml --output_dir runs/ablations
+
+A row is a recipe of `run_pretraining.py` that says what it changes in those of `--base`, or `random`: the same
+encoder, not trained. A probe is what `run_linear_probe.py` does, two linear ones and a kNN one. Stopped? The same
+command goes on: what is finished is not run again, and pretraining goes on from its last checkpoint.
+
+The output folder holds `table.md`, `table.csv`, `results.json` and `plot.png`, written anew after every run, and a
+folder `ROW/seed-N` with the model of each. The spread is the standard deviation over seeds (n - 1), the cost the time
+of pretraining alone, on this machine.
+"""
+
+import csv
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from asit_hf.plotting import plot_scores
+from asit_hf.utils.arguments import option_arguments, parse_arguments, recipe_arguments
+from examples import run_linear_probe, run_pretraining
+
+logger = logging.get_logger(__name__)
+
+RANDOM = "random"
+PRETRAINING_GROUPS = (
+    run_pretraining.ModelArguments,
+    run_pretraining.DataArguments,
+    run_pretraining.CardArguments,
+    run_pretraining.ASiTPreTrainingArguments,
+)
+
+
+@dataclass
+class AblationArguments:
+    base: list[str] = field(metadata={"help": "Recipes of run_pretraining.py that all rows share."})
+    rows: list[str] = field(metadata={"help": "Recipes with what a row changes, or 'random': not trained at all."})
+    probes: list[str] = field(
+        metadata={"help": 'JSON: {"name": "ESC-50", "train": "esc50.csv", ...}, options of run_linear_probe.py.'}
+    )
+    output_dir: str = field(metadata={"help": "Folder of the runs and the table."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of pretraining and probes."})
+    source: str = field(default="teacher", metadata={"help": "Encoder that is probed: teacher, student."})
+
+    def __post_init__(self):
+        if self.source not in ("teacher", "student"):
+            raise ValueError(f"source must be 'teacher' or 'student', got {self.source!r}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"expected seeds, each once, got {self.seeds}")
+        names = [row_name(row) for row in self.rows]
+        if len(set(names)) < len(names):
+            raise ValueError(f"expected rows of different names, got {', '.join(names)}")
+        read_probes(self.probes)
+
+
+def row_name(row: str) -> str:
+    return Path(row).stem.removeprefix("ablation-")
+
+
+def read_probes(probes: list[str]) -> dict[str, list[str]]:
+    """The command line of every probe, by name."""
+    commands = {}
+    for text in probes:
+        options = json.loads(text)
+        name = options.pop("name", None)
+        if name is None or name in commands:
+            raise ValueError(f"every probe needs a name of its own, got {text}")
+        commands[name] = option_arguments(options)
+    return commands
+
+
+def run_cell(args: AblationArguments, row: str, seed: int) -> dict[str, Any]:
+    """One row with one seed: pretrains and probes, or reads what an earlier run found."""
+    folder = Path(args.output_dir) / row_name(row) / f"seed-{seed}"
+    options = pretraining_options(args, row, seed)
+    check_settings(folder, {"options": options, "probes": read_probes(args.probes), "source": args.source})
+    finished = folder / "result.json"
+    if finished.is_file():
+        return json.loads(finished.read_text())
+
+    logger.warning("%s, seed %d", row_name(row), seed)
+    options += ["--output_dir", str(folder / "pretraining")]
+    pretrained = folder / "pretrained.json"
+    if not pretrained.is_file():
+        write_json(pretrained, make_untrained(options) if row == RANDOM else pretrain(options))
+    result = {"row": row_name(row), "seed": seed, **json.loads(pretrained.read_text()), "probes": {}}
+    for name, command in probe_commands(args, folder, seed).items():
+        (run,) = run_linear_probe.main(command)["runs"]
+        result["probes"][name] = {method: run[method] for method in run_linear_probe.METHODS if method in run}
+    write_json(finished, result)
+    return result
+
+
+def pretraining_options(args: AblationArguments, row: str, seed: int) -> list[str]:
+    recipes = args.base if row == RANDOM else [*args.base, row]
+    return [argument for path in recipes for argument in recipe_arguments(path)] + ["--seed", str(seed)]
+
+
+def probe_commands(args: AblationArguments, folder: Path, seed: int) -> dict[str, list[str]]:
+    model = ["--model_name_or_path", str(folder / "pretraining"), "--source", args.source, "--seeds", str(seed)]
+    return {name: [*command, *model] for name, command in read_probes(args.probes).items()}
+
+
+def check_options(args: AblationArguments) -> None:
+    """A missing recipe or a wrong option of the last row is told now, not after hours of the others."""
+    for row in args.rows:
+        folder = Path(args.output_dir) / row_name(row)
+        options = pretraining_options(args, row, args.seeds[0])
+        parse_arguments(PRETRAINING_GROUPS, [*options, "--output_dir", str(folder)])
+    for command in probe_commands(args, Path(args.output_dir), args.seeds[0]).values():
+        run_linear_probe.parse_args(command)
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Results of other settings are not taken for those of these."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        write_json(path, settings)
+    elif json.loads(path.read_text()) != settings:
+        raise ValueError(f"{folder} was run with other settings ({path}): remove it, or choose another output_dir")
+
+
+def pretrain(options: list[str]) -> dict[str, float | None]:
+    """`steps`, and the `seconds` that they took; of a run that went on, at the pace of its last part."""
+    output_dir = options[options.index("--output_dir") + 1]
+    checkpoint = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    first_step = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    state = run_pretraining.main([*options, "--resume_from_checkpoint", "True"]).state
+    steps = state.global_step
+    runtime = next((entry["train_runtime"] for entry in state.log_history[::-1] if "train_runtime" in entry), None)
+    measured = runtime is not None and steps > first_step
+    return {"steps": steps, "seconds": runtime / (steps - first_step) * steps if measured else None}
+
+
+def make_untrained(options: list[str]) -> dict[str, float]:
+    """The model that a run with these options starts from."""
+    model_args, data_args, _, args = parse_arguments(PRETRAINING_GROUPS, options)
+    set_seed(args.seed)
+    model = run_pretraining.build_model(model_args, data_args, args)
+    model.save_pretrained(args.output_dir)
+    num_mel_bins = model.config.num_mel_bins
+    run_pretraining.build_feature_extractor(model_args, data_args, num_mel_bins).save_pretrained(args.output_dir)
+    return {"steps": 0, "seconds": 0.0}
+
+
+def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line for every row, probe and method: mean, spread and cost over the seeds that are there."""
+    lines = []
+    for row in dict.fromkeys(result["row"] for result in results):
+        of_row = [result for result in results if result["row"] == row]
+        seconds = [result["seconds"] for result in of_row if result["seconds"] is not None]
+        for probe, methods in of_row[0]["probes"].items():
+            for method in methods:
+                metric = "accuracy" if "accuracy" in methods[method] else "mAP"
+                values = [result["probes"][probe][method][metric] for result in of_row]
+                lines.append(
+                    {
+                        "row": row,
+                        "probe": probe,
+                        "method": method,
+                        "metric": metric,
+                        "mean": float(np.mean(values)),
+                        "spread": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                        "seeds": len(values),
+                        "steps": max(result["steps"] for result in of_row),
+                        "seconds": float(np.mean(seconds)) if seconds else None,
+                    }
+                )
+    return lines
+
+
+def markdown(lines: list[dict[str, Any]]) -> str:
+    """The table, scores in %."""
+    columns = list(dict.fromkeys((line["probe"], line["method"], line["metric"]) for line in lines))
+    header = [
+        "row",
+        *(f"{probe}, {method} {metric}" for probe, method, metric in columns),
+        "seeds",
+        "steps",
+        "seconds",
+    ]
+    table = [header, ["---"] * len(header)]
+    for row in dict.fromkeys(line["row"] for line in lines):
+        of_row = {(line["probe"], line["method"], line["metric"]): line for line in lines if line["row"] == row}
+        first = next(iter(of_row.values()))
+        seconds = "-" if first["seconds"] is None else f"{first['seconds']:.0f}"
+        scores = [score(of_row[column]) for column in columns]
+        table.append([row, *scores, str(first["seeds"]), str(first["steps"]), seconds])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
+
+
+def score(line: dict[str, Any]) -> str:
+    spread = "" if line["spread"] is None else f" ± {100 * line['spread']:.1f}"
+    return f"{100 * line['mean']:.1f}{spread}"
+
+
+def write_tables(folder: Path, results: list[dict[str, Any]]) -> str:
+    lines = summarize(results)
+    write_json(folder / "results.json", {"summary": lines, "runs": results})
+    with open(folder / "table.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    table = markdown(lines)
+    (folder / "table.md").write_text(table)
+    panels: dict[str, dict[str, list[float]]] = {}
+    for line in lines:
+        values = [
+            100 * result["probes"][line["probe"]][line["method"]][line["metric"]]
+            for result in results
+            if result["row"] == line["row"]
+        ]
+        panels.setdefault(f"{line['probe']}, {line['method']} {line['metric']}", {})[line["row"]] = values
+    plot_scores(panels).savefig(folder / "plot.png", dpi=110)
+    return table
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.partial")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    (args,) = parse_arguments((AblationArguments,), arguments)
+    check_options(args)
+    results: list[dict[str, Any]] = []
+    order = [row_name(row) for row in args.rows]
+    for seed in args.seeds:  # the first table has all rows
+        for row in args.rows:
+            results.append(run_cell(args, row, seed))
+            results.sort(key=lambda result: (order.index(result["row"]), result["seed"]))
+            table = write_tables(Path(args.output_dir), results)
+    print(table, end="")
+    return results
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,201 @@
+"""
+What an encoder is worth on a list of labelled tasks: linear probe, finetuning, and the baselines, as one table.
+
+    python -m examples.experiments.tasks --tasks examples/recipes/tasks-real-audio.yaml --model_name_or_path CHECKPOINT \
+        --output_dir runs/tasks
+
+The yaml file names the tasks, their data and splits; every split is a run of run_linear_probe.py (`probe`, and
+`probe-random` for random weights), run_audio_classification.py (`finetuned`, `finetuned-random`),
+baselines/ast_from_scratch.py (`ast`) or baselines/mfcc.py (`mfcc`). Results are kept in `--output_dir`, so what is
+there is not run again; `tasks.md` and `tasks.json` hold the table, mean over the splits and the spread over seeds.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from transformers.utils import logging
+
+from asit_hf.evaluation.embeddings import POOLINGS
+from examples import run_audio_classification, run_linear_probe
+from examples.experiments import ast_from_scratch, mfcc
+from examples.experiments.ablation import check_settings
+
+METHODS = ("mfcc", "probe-random", "probe", "ast", "finetuned-random", "finetuned")
+
+
+def splits(task: dict[str, Any]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """(name, filters of the training clips, filters of the test clips) of every split of a task."""
+    if "folds" not in task:
+        yield "test", as_list(task.get("train_filter")), as_list(task.get("test_filter"))
+        return
+    column, values = task["folds"]["column"], [str(value) for value in task["folds"]["values"]]
+    for value in values:
+        others = ",".join(other for other in values if other != value)
+        yield f"{column}-{value}", [f"{column}={others}"], [f"{column}={value}"]
+
+
+def as_list(value: Any) -> list[str]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def expand(value: Any) -> Any:
+    """A yaml value with environment variables filled in."""
+    if isinstance(value, dict):
+        return {name: expand(one) for name, one in value.items()}
+    if not isinstance(value, str):
+        return value
+    text = os.path.expandvars(value)
+    if "$" in text:
+        raise ValueError(f"the tasks name an environment variable that is not set: {value}")
+    return text
+
+
+def manifest_of(name: str, task: dict[str, Any], folder: Path) -> str:
+    """Writes the manifest of a task whose labels stand in the file names, as `pattern` reads them."""
+    pattern, root = re.compile(task["pattern"]), Path(task["folder"])
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    rows = [(path, pattern.fullmatch(path.name)) for path in files]
+    if not rows or not all(match for _, match in rows):
+        odd = next((str(path) for path, match in rows if not match), "no file")
+        raise ValueError(f"task {name}: expected files named as {task['pattern']} in {root}, got {odd}")
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{name}.csv"
+    with target.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", *pattern.groupindex])
+        writer.writerows([str(path), *(match[group] for group in pattern.groupindex)] for path, match in rows)
+    return str(target)
+
+
+def run(
+    method: str,
+    task: dict[str, Any],
+    train: list[str],
+    test: list[str],
+    args: argparse.Namespace,
+    out: Path,
+    known: dict[tuple, np.ndarray],
+) -> dict[str, list[float]]:
+    """The accuracies of one split, one a seed. `known` keeps embeddings for the task's other splits."""
+    data = {name: task[name] for name in ("audio_column", "label_column", "root") if name in task}
+    shared = [text for name, value in data.items() for text in (f"--{name}", str(value))]
+    test_data = task.get("test") or task["train"]
+    if method in ("mfcc", "probe", "probe-random"):
+        options = [*shared, "--train", task["train"], "--test", test_data, "--seeds", *map(str, args.seeds)]
+        options += [*(["--train_filter", *train] if train else []), *(["--test_filter", *test] if test else [])]
+        if method == "mfcc":
+            return {name: [result["mean"]] for name, result in mfcc.main(options).items()}
+        options += ["--model_name_or_path", args.model_name_or_path, "--batch_size", "32"]
+        options += ["--pooling", args.probe_pooling or args.pooling, "--num_layers", str(args.num_layers)]
+        options += ["--window_seconds", str(args.window_seconds)] if args.window_seconds is not None else []
+        options += ["--methods", *args.fits]
+        results = run_linear_probe.main([*options, *(["--random_init"] if method == "probe-random" else [])], known)
+        return {fit: [seed[fit]["accuracy"] for seed in results["runs"]] for fit in args.fits}
+    options = [*shared, "--model_name_or_path", args.model_name_or_path, "--output_dir", str(out / "run")]
+    options += ["--train_data", task["train"], "--eval_data", test_data, "--seed", str(args.seeds[0])]
+    options += [*(["--train_filter", *train] if train else []), *(["--eval_filter", *test] if test else [])]
+    settings = {**task["finetuning"], **(task.get("ast", {}) if method == "ast" else {})}
+    options += [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    options += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
+    options += ["--report_to", "none", "--disable_tqdm", "true", "--logging_steps", "50"]
+    if method == "ast":
+        return {"accuracy": [ast_from_scratch.main(options)["eval_accuracy"]]}
+    options += ["--pooling_mode", args.pooling, *(["--random_init"] if method == "finetuned-random" else [])]
+    return {"accuracy": [run_audio_classification.main(options)["eval_accuracy"]]}
+
+
+def settings_of(method: str, task: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """What a method's results depend on."""
+    if method == "mfcc":
+        names = ["seeds"]
+    elif method in ("probe", "probe-random"):
+        names = ["model_name_or_path", "pooling", "probe_pooling", "num_layers", "window_seconds", "fits", "seeds"]
+    else:
+        names = ["model_name_or_path", "pooling"]
+    settings = {name: getattr(args, name) for name in names}
+    return {"task": task, **settings, "seed": args.seeds[0]}
+
+
+def summarize(task: str, method: str, results: list[dict[str, list[float]]]) -> dict[str, Any]:
+    """The best of a method's scores: the mean over splits, seed by seed, its mean and spread over seeds."""
+    rows = []
+    for name in results[0]:
+        seeds = np.mean([result[name] for result in results], axis=0)
+        rows.append({"mean": float(np.mean(seeds)), "std": float(np.std(seeds)), "seeds": len(seeds), "score": name})
+    return {"task": task, "method": method, "splits": len(results), **max(rows, key=lambda row: row["mean"])}
+
+
+def write_table(rows: list[dict[str, Any]], tasks: list[str], folder: Path) -> str:
+    cells = {(row["task"], row["method"]): row for row in rows}
+    lines = ["| | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
+    for method in METHODS:
+        if any((task, method) in cells for task in tasks):
+            line = [_cell(cells.get((task, method))) for task in tasks]
+            lines.append(f"| {method} | " + " | ".join(line) + " |")
+    table = "\n".join(lines) + "\n"
+    (folder / "tasks.md").write_text(table)
+    (folder / "tasks.json").write_text(json.dumps(rows, indent=2) + "\n")
+    return table
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    return f"{100 * row['mean']:.1f}" + (f" ± {100 * row['std']:.1f}" if row["seeds"] > 1 else "")
+
+
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", required=True, help="yaml file of tasks")
+    parser.add_argument("--model_name_or_path", required=True, help="encoder, or pretraining checkpoint")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", metavar="TASK", help="these tasks; by default all")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--pooling", default="cls_mean", help="of probe and classifier")
+    parser.add_argument("--probe_pooling", choices=POOLINGS, help="of the probe, where it is another")
+    parser.add_argument("--num_layers", type=int, default=1, help="that the probe concatenates, the last ones")
+    parser.add_argument("--window_seconds", type=float, help="the probe hears longer clips in windows of this length")
+    parser.add_argument(
+        "--fits", nargs="+", choices=("linear", "ridge"), default=["linear"], help="the better of these"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the probes; finetuning: the first")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    args = parse_args(arguments)
+    logging.set_verbosity_warning()
+    tasks = expand(yaml.safe_load(Path(args.tasks).read_text()))
+    unknown = set(args.only or ()) - set(tasks)
+    if unknown:
+        raise ValueError(f"{args.tasks} has no task {', '.join(sorted(unknown))}, but {', '.join(tasks)}")
+    chosen, rows = args.only or list(tasks), []
+    for method in args.methods:
+        for name in chosen:
+            task, results, known = dict(tasks[name]), [], {}
+            if "pattern" in task:
+                task["train"] = manifest_of(name, task, args.output_dir)
+            for split, train, test in splits(task):
+                out = args.output_dir / name / split / method
+                result = out / "result.json"
+                check_settings(out, settings_of(method, task, args))
+                if not result.is_file():
+                    scores = run(method, task, train, test, args, out, known)
+                    out.mkdir(parents=True, exist_ok=True)
+                    result.write_text(json.dumps(scores) + "\n")
+                results.append(json.loads(result.read_text()))
+            rows.append(summarize(name, method, results))
+            print(write_table(rows, chosen, args.output_dir), flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

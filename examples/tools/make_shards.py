@@ -1,0 +1,297 @@
+"""
+Turns audio into what is read fast: few large shards that stream, resampled and encoded once, or one packed pool.
+
+    python -m examples.tools.make_shards --source AUDIO_FOLDER --output_dir shards --format parquet --codec flac \
+        --sampling_rate 16000 --clips_per_shard 2000 --num_workers 8
+    python examples/run_pretraining.py --train_data shards --streaming True ...
+    python -m examples.tools.make_shards --source AUDIO_FOLDER --output_dir pool --format packed --num_workers 8
+    python examples/run_pretraining.py --train_data pool ...
+
+`--source` is a folder, a manifest, parquet files or a Hub data set. parquet shards have an `audio` column of encoded
+bytes beside the other columns of the source; tar shards have webdataset's layout, a sound and a json file for each
+clip. Both hold the clip's `original_path`. Stopped? The same command goes on with the shards that are missing. What
+cannot be read is left out and listed in `bad_files.jsonl`.
+
+A packed pool is one file of 16-bit samples with an index (`asit_hf.data.packed`): 115 MB an hour at 16 kHz, nothing to
+decode, and held in an accelerator's memory if it fits. It is written in one go: stopped, it starts anew.
+
+To stream on N processes of W loader workers, make a multiple of N shards, at least N x W.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import soundfile
+from datasets import Audio, Dataset, Features, Value
+from tqdm.auto import tqdm
+
+from asit_hf.data import AudioReadError, load_audio_dataset, read_audio
+from asit_hf.data.audio import source_name
+from asit_hf.data.packed import to_pcm, write_packed
+
+# File extension, libsndfile's format and subtype.
+CODECS = {"flac": (".flac", "FLAC", "PCM_16"), "opus": (".opus", "OGG", "OPUS"), "vorbis": (".ogg", "OGG", "VORBIS")}
+OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
+BAD_FILES = "bad_files.jsonl"
+SETTINGS = ".make_shards.json"
+ROWS_IN_MEMORY = 100  # of a parquet shard, when it is read
+ROWS_AT_ONCE = 1000  # of a packed pool, when it is written
+CODEC, CLIPS_PER_SHARD = "flac", 2000
+
+
+def encode(source: Any, sampling_rate: int, codec: str) -> bytes:
+    """The whole clip, mono, at `sampling_rate`; samples beyond [-1, 1] are clipped."""
+    _, format, subtype = CODECS[codec]
+    waveform = read_audio(source, sampling_rate)
+    content = io.BytesIO()
+    with soundfile.SoundFile(content, "w", sampling_rate, 1, subtype, format=format) as file:
+        for start in range(0, len(waveform), 1 << 16):  # libsndfile's ogg encoder crashes on long blocks
+            file.write(np.clip(waveform[start : start + (1 << 16)], -1, 1))
+    return content.getvalue()
+
+
+def encode_or_reason(source: Any, sampling_rate: int, codec: str) -> bytes | str:
+    try:
+        return encode(source, sampling_rate, codec)
+    except AudioReadError as error:
+        return error.reason
+
+
+def make_shards(
+    dataset: Dataset,
+    output_dir: Path,
+    format: str = "parquet",
+    codec: str = "flac",
+    sampling_rate: int = 16000,
+    clips_per_shard: int = 2000,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> dict[str, int]:
+    """
+    Writes `clips-00000-of-N.parquet` (or `.tar`), ...; shards that are there already are kept.
+
+    Args:
+        dataset: with an `audio` column, see `load_audio_dataset`.
+        codec: "flac" (16 bit), "opus" or "vorbis".
+        clips_per_shard: rows of `dataset` for each shard, in order; unreadable ones are missing from it.
+        num_workers: processes that decode and encode; 0: this one.
+
+    Returns:
+        The number of `shards`, and of the `clips` and `bad` files of those written by this call.
+
+    Raises:
+        ValueError: a rate that the codec does not have, or an `output_dir` with shards of other settings or data.
+    """
+    if codec == "opus" and sampling_rate not in OPUS_RATES:
+        raise ValueError(f"opus has the sampling rates {OPUS_RATES}, got {sampling_rate}")
+    if clips_per_shard < 1 or len(dataset) == 0:
+        raise ValueError(f"expected clips for shards of at least 1, got {len(dataset)} for {clips_per_shard}")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    settings = {"format": format, "codec": codec, "sampling_rate": sampling_rate, "clips_per_shard": clips_per_shard}
+    check_settings(output_dir, dataset, **settings)
+    num_shards = -(-len(dataset) // clips_per_shard)
+    counts = {"shards": num_shards, "clips": 0, "bad": 0}
+    work = partial(encode_or_reason, sampling_rate=sampling_rate, codec=codec)
+    write = write_parquet if format == "parquet" else write_tar
+    with mapper(num_workers) as map_in_order, tqdm(total=len(dataset), unit="clip", disable=not progress) as bar:
+        for shard in range(num_shards):
+            path = output_dir / f"clips-{shard:05d}-of-{num_shards:05d}.{format}"
+            rows = dataset.select(range(shard * clips_per_shard, min((shard + 1) * clips_per_shard, len(dataset))))
+            if path.exists():
+                bar.update(len(rows))
+                continue
+            clips: dict[int, bytes] = {}
+            bad_files = []
+            for row, content in enumerate(map_in_order(work, (row["audio"] for row in rows))):
+                if isinstance(content, bytes):
+                    clips[row] = content
+                else:
+                    bad_files.append((source_name(rows[row]["audio"]), content))
+                bar.update()
+            report(output_dir / BAD_FILES, bad_files)
+            names = [f"{shard * clips_per_shard + row:09d}" for row in clips]
+            half = path.with_name(f".{path.name}.half")
+            write(half, rows.select(list(clips)), list(clips.values()), names, CODECS[codec][0])
+            with half.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(half, path)
+            counts["clips"] += len(clips)
+            counts["bad"] += len(bad_files)
+    return counts
+
+
+def make_packed(
+    dataset: Dataset,
+    output_dir: Path,
+    sampling_rate: int = 16000,
+    num_workers: int = 0,
+    part_column: str | None = None,
+    progress: bool = True,
+) -> dict[str, int]:
+    """
+    Writes a packed pool, see `asit_hf.data.packed`.
+
+    Args:
+        dataset: with an `audio` column, see `load_audio_dataset`.
+        part_column: the column that says which part of the pool a clip comes from.
+        num_workers: processes that decode; 0: this one.
+
+    Returns:
+        The numbers of `clips` written, of `bad` files, and of clips with samples beyond [-1, 1], which are `clipped`.
+
+    Raises:
+        FileExistsError: `output_dir` holds a packed pool already.
+        ValueError: no clip that can be read, or no such column.
+    """
+    if part_column is not None and part_column not in dataset.column_names:
+        raise ValueError(f"expected part_column to be one of {dataset.column_names}, got {part_column!r}")
+    counts = {"clips": 0, "bad": 0, "clipped": 0}
+
+    def clips() -> Iterator[tuple[str, str | None, np.ndarray]]:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        work = partial(decode_or_reason, sampling_rate=sampling_rate)
+        with mapper(num_workers) as map_in_order, tqdm(total=len(dataset), unit="clip", disable=not progress) as bar:
+            for first in range(0, len(dataset), ROWS_AT_ONCE):
+                rows = dataset.select(range(first, min(first + ROWS_AT_ONCE, len(dataset))))
+                bad_files = []
+                for row, found in zip(rows, map_in_order(work, (row["audio"] for row in rows))):
+                    bar.update()
+                    name = source_name(row["audio"])
+                    if isinstance(found, str):
+                        bad_files.append((name, found))
+                        continue
+                    samples, is_clipped = found
+                    counts["clips"] += 1
+                    counts["clipped"] += is_clipped
+                    yield name, None if part_column is None else str(row[part_column]), samples
+                counts["bad"] += len(bad_files)
+                report(output_dir / BAD_FILES, bad_files)
+
+    write_packed(output_dir, clips(), sampling_rate)
+    return counts
+
+
+def decode_or_reason(source: Any, sampling_rate: int) -> tuple[np.ndarray, bool] | str:
+    """The whole clip as int16, and whether any of it was clipped; or why it cannot be read."""
+    try:
+        waveform = read_audio(source, sampling_rate)
+    except AudioReadError as error:
+        return error.reason
+    return to_pcm(waveform), bool(np.abs(waveform).max() > 1)
+
+
+def check_settings(output_dir: Path, dataset: Dataset, **settings: Any) -> None:
+    """Shards of one folder belong together: the settings of the first call are kept beside them."""
+    first, last = (source_name(dataset[row]["audio"]) for row in (0, len(dataset) - 1))
+    mine = {"clips": len(dataset), "first": first, "last": last, **settings}
+    path = output_dir / SETTINGS
+    if not path.exists():
+        path.write_text(json.dumps(mine) + "\n")
+    elif (theirs := json.loads(path.read_text())) != mine:
+        raise ValueError(f"{output_dir} holds shards of {theirs}; asked for were {mine}")
+
+
+@contextmanager
+def mapper(num_workers: int) -> Iterator[Callable]:
+    """`map`, in this process or in several."""
+    if num_workers == 0:
+        yield map
+        return
+    with ProcessPoolExecutor(num_workers, get_context("spawn")) as pool:
+        yield partial(pool.map, chunksize=4)
+
+
+def write_parquet(path: Path, rows: Dataset, contents: list[bytes], names: list[str], extension: str) -> None:
+    """A row for each clip, with the other columns of `rows`."""
+    original = [source_name(row["audio"]) for row in rows]
+    columns = {name: rows[name][:] for name in rows.column_names}
+    columns["audio"] = [{"bytes": content, "path": name + extension} for name, content in zip(names, contents)]
+    columns["original_path"] = original
+    features = Features({**rows.features, "audio": Audio(decode=False), "original_path": Value("string")})
+    table = pyarrow.Table.from_pydict(columns, features.arrow_schema)
+    with pyarrow.parquet.ParquetWriter(path, table.schema) as writer:
+        if len(table):  # datasets cannot read a row group without rows
+            writer.write_table(table, row_group_size=ROWS_IN_MEMORY)
+
+
+def write_tar(path: Path, rows: Dataset, contents: list[bytes], names: list[str], extension: str) -> None:
+    """Two files for each clip, of one name without dots, which webdataset takes for extensions."""
+    with tarfile.open(path, "w") as archive:
+        for row, content, name in zip(rows, contents, names):
+            columns = json.dumps({"original_path": source_name(row["audio"])}).encode()
+            for member_name, data in ((name + extension, content), (name + ".json", columns)):
+                member = tarfile.TarInfo(member_name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+
+
+def report(path: Path, bad_files: list[tuple[str, str]]) -> None:
+    """Adds those that are not in the report yet: a shard that was not finished is read again."""
+    known = {json.loads(line)["file"] for line in path.read_text().splitlines()} if path.exists() else set()
+    with path.open("a") as file:
+        for name, reason in bad_files:
+            if name not in known:
+                known.add(name)
+                tqdm.write(f"left out {name}: {reason}", file=sys.stderr)
+                file.write(json.dumps({"file": name, "reason": reason}) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> dict[str, int]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True, help="folder, manifest, parquet file or Hub data set")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--format", choices=("parquet", "tar", "packed"), default="parquet")
+    parser.add_argument(
+        "--codec", choices=tuple(CODECS), help=f"of shards: flac is 16 bit, the others lose some (default: {CODEC})"
+    )
+    parser.add_argument("--sampling_rate", type=int, default=16000, help="of the shards, in Hz (default: %(default)s)")
+    parser.add_argument("--clips_per_shard", type=int, help=f"(default: {CLIPS_PER_SHARD})")
+    parser.add_argument("--part_column", help="of a packed pool: column with the part that a clip comes from")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode and encode; 0: this one")
+    parser.add_argument("--split", help="of a Hub data set, or rows of a manifest with this in their column `split`")
+    parser.add_argument("--audio_column")
+    parser.add_argument("--root", help="folder that a manifest's paths are relative to")
+    args = parser.parse_args(arguments)
+    if args.format == "packed" and (args.codec, args.clips_per_shard) != (None, None):
+        parser.error("--codec and --clips_per_shard are for parquet and tar shards, got --format packed")
+    if args.format != "packed" and args.part_column:
+        parser.error(f"--part_column is for --format packed, got {args.format}, which keeps all columns or none")
+    dataset = load_audio_dataset(args.source, split=args.split, audio_column=args.audio_column, root=args.root)
+    if args.format == "packed":
+        counts = make_packed(dataset, args.output_dir, args.sampling_rate, args.num_workers, args.part_column)
+        print(
+            f"{counts['clips']} clips in {args.output_dir}, {counts['clipped']} of them clipped at full scale, "
+            f"{counts['bad']} left out"
+        )
+        return counts
+    counts = make_shards(
+        dataset,
+        args.output_dir,
+        args.format,
+        CODEC if args.codec is None else args.codec,
+        args.sampling_rate,
+        CLIPS_PER_SHARD if args.clips_per_shard is None else args.clips_per_shard,
+        args.num_workers,
+    )
+    print(
+        f"{counts['shards']} shards in {args.output_dir}; this time {counts['clips']} clips written, "
+        f"{counts['bad']} left out"
+    )
+    return counts
+
+
+if __name__ == "__main__":
+    main()

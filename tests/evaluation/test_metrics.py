@@ -1,0 +1,164 @@
+import numpy as np
+import pytest
+from transformers import EvalPrediction
+
+from asit_hf.evaluation.evaluate_metrics import MultiLabelMetrics, SingleLabelMetrics
+from asit_hf.evaluation.metrics import (
+    MAIN_METRIC,
+    average_precisions,
+    compute_metrics_for,
+    confusion_counts,
+    d_prime,
+    multi_label_metrics,
+    per_class_report,
+    regression_metrics,
+    roc_aucs,
+    single_label_metrics,
+    top_k_accuracy,
+)
+
+SCORES = np.array([[0.9, 0.1, 0.0], [0.2, 0.5, 0.3], [0.1, 0.6, 0.3], [0.3, 0.3, 0.4]])
+LABELS = np.array([0, 1, 2, 0])
+# class 0: positives ranked 1 and 3; class 1: no positive; class 2: everything positive
+TARGET_SCORES = np.array([[0.9, 0.5, 0.1], [0.8, 0.4, 0.2], [0.7, 0.3, 0.3], [0.1, 0.2, 0.4]])
+TARGETS = np.array([[1, 0, 1], [0, 0, 1], [1, 0, 1], [0, 0, 1]])
+
+
+def test_top_k_accuracy():
+    assert top_k_accuracy(SCORES, LABELS) == 0.5
+    assert top_k_accuracy(SCORES, LABELS, k=2) == top_k_accuracy(SCORES, LABELS, k=9) == 1.0
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        top_k_accuracy(SCORES, LABELS, k=0)
+
+
+def test_equal_scores_do_not_count_as_right():
+    scores = np.zeros((10, 5))
+    assert top_k_accuracy(scores, np.full(10, 4)) == 0
+    assert top_k_accuracy(scores, np.full(10, 0)) == 1
+
+
+def test_top5_is_reported_only_where_it_says_something():
+    assert set(single_label_metrics(SCORES, LABELS)) == {"accuracy"}
+    assert single_label_metrics(np.eye(6), np.arange(6)) == {"accuracy": 1.0, "top5_accuracy": 1.0}
+
+
+def test_average_precision_by_hand_and_classes_without_positives():
+    precisions = average_precisions(TARGET_SCORES, TARGETS)
+    assert precisions[0] == pytest.approx((1 + 2 / 3) / 2)
+    assert np.isnan(precisions[1])
+    assert precisions[2] == 1
+    areas = roc_aucs(TARGET_SCORES, TARGETS)
+    assert areas[0] == pytest.approx(0.75)
+    assert np.isnan(areas[1:]).all()
+
+
+def test_multi_label_metrics_leave_out_and_count_what_cannot_be_scored():
+    metrics = multi_label_metrics(TARGET_SCORES, TARGETS)
+    assert metrics["mAP"] == pytest.approx((5 / 6 + 1) / 2)
+    assert metrics["mAUC"] == pytest.approx(0.75)
+    assert metrics["d_prime"] == pytest.approx(d_prime(0.75))
+    assert metrics["classes_without_positives"] == 1
+
+
+def test_d_prime_of_known_areas():
+    assert d_prime(0.5) == pytest.approx(0)
+    # two unit normals one apart: the area is Phi(1 / sqrt(2))
+    assert d_prime(0.7602499) == pytest.approx(1, abs=1e-5)
+    assert (d_prime(1.0), d_prime(0.0)) == (np.inf, -np.inf)
+    assert np.isnan(d_prime(float("nan")))
+    assert d_prime(1e-9) == pytest.approx(-d_prime(1 - 1e-9), rel=1e-6)
+
+
+def test_random_scores_are_at_chance():
+    generator = np.random.default_rng(0)
+    scores, targets = generator.random((4000, 3)), (generator.random((4000, 3)) < 0.2).astype(int)
+    metrics = multi_label_metrics(scores, targets)
+    assert metrics["mAP"] == pytest.approx(0.2, abs=0.03)
+    assert metrics["mAUC"] == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("function", "scores", "targets", "message"),
+    [
+        (single_label_metrics, SCORES, np.array([0, 1, 2, 3]), "class ids from 0 to 2"),
+        (single_label_metrics, SCORES, np.array([0, 1]), "for each of 4 clips"),
+        (single_label_metrics, SCORES * np.nan, LABELS, "not finite"),
+        (single_label_metrics, SCORES[:0], LABELS[:0], "expected scores of shape"),
+        (multi_label_metrics, TARGET_SCORES, TARGETS * 0, "at least one positive"),
+        (multi_label_metrics, TARGET_SCORES, TARGETS * 0.5, "0 and 1 only"),
+        (multi_label_metrics, TARGET_SCORES, TARGETS[:, :2], "shape"),
+        (regression_metrics, np.zeros((4, 2)), np.zeros(4), "one shape"),
+    ],
+)
+def test_wrong_input(function, scores, targets, message):
+    with pytest.raises(ValueError, match=message):
+        function(scores, targets)
+
+
+def test_regression():
+    assert regression_metrics([[1.0], [3.0]], [0.0, 0.0]) == {"mse": 5.0, "mae": 2.0}
+
+
+@pytest.mark.parametrize("problem_type", sorted(MAIN_METRIC))
+def test_compute_metrics_for_has_the_metric_that_chooses_checkpoints(problem_type):
+    inputs = {
+        "single_label_classification": (SCORES, LABELS, "abc"),
+        "multi_label_classification": (TARGET_SCORES, TARGETS.astype(np.float32), "abc"),
+        "regression": (np.zeros((4, 1), np.float32), np.ones(4, np.float32), "a"),
+    }
+    scores, labels, names = inputs[problem_type]
+    compute_metrics = compute_metrics_for(problem_type, names)
+    assert MAIN_METRIC[problem_type][0] in compute_metrics(EvalPrediction(predictions=scores, label_ids=labels))
+    with pytest.raises(ValueError, match="expected scores of 7 classes"):
+        compute_metrics_for(problem_type, "abcdefg")(EvalPrediction(predictions=scores, label_ids=labels))
+
+
+def test_unknown_problem_type():
+    with pytest.raises(ValueError, match="got 'ranking'"):
+        compute_metrics_for("ranking", ["a"])
+
+
+def test_per_class_report_of_class_ids():
+    rows = per_class_report(SCORES, LABELS, ["a", "b", "c"])
+    assert [row["label"] for row in rows] == ["a", "b", "c"]
+    assert [row["clips"] for row in rows] == [2, 1, 1]
+    assert rows[0]["precision"] == 1
+    assert rows[0]["recall"] == 0.5
+    assert rows[1]["precision"] == 0.5
+    assert rows[1]["recall"] == 1
+
+
+def test_per_class_report_of_targets():
+    rows = per_class_report(TARGET_SCORES, TARGETS, ["a", "b", "c"])
+    assert [row["clips"] for row in rows] == [2, 0, 4]
+    assert rows[0]["average_precision"] == pytest.approx(5 / 6)
+    assert np.isnan(rows[1]["average_precision"])
+    assert np.isnan(rows[2]["auc"])
+    with pytest.raises(ValueError, match="scores of 2 classes"):
+        per_class_report(TARGET_SCORES, TARGETS, ["a", "b"])
+
+
+def test_evaluate_metrics_equal_the_functions_and_take_batches(tmp_path):
+    metric = MultiLabelMetrics(cache_dir=str(tmp_path))
+    metric.add_batch(predictions=TARGET_SCORES[:2], references=TARGETS[:2])
+    metric.add_batch(predictions=TARGET_SCORES[2:], references=TARGETS[2:])
+    assert metric.compute() == pytest.approx(multi_label_metrics(TARGET_SCORES, TARGETS))
+    metric = SingleLabelMetrics(cache_dir=str(tmp_path))
+    assert metric.compute(predictions=SCORES, references=LABELS) == single_label_metrics(SCORES, LABELS)
+    assert metric.compute(predictions=SCORES, references=LABELS, k=2) == {"accuracy": 0.5, "top2_accuracy": 1.0}
+
+
+def test_one_label_a_clip_scored_by_binary_cross_entropys_model():
+    one_hot = np.eye(3)[LABELS]
+    metrics = compute_metrics_for("multi_label_classification", "abc")(EvalPrediction(SCORES, one_hot))
+    assert metrics["accuracy"] == 0.5
+    assert metrics["mAP"] == multi_label_metrics(SCORES, one_hot)["mAP"]
+    several = compute_metrics_for("multi_label_classification", "abc")(EvalPrediction(TARGET_SCORES, TARGETS))
+    assert "accuracy" not in several
+
+
+def test_confusion_counts():
+    assert confusion_counts(SCORES, LABELS).tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
+    assert confusion_counts(np.eye(4)[:1], np.array([0])).shape == (4, 4)
+    with pytest.raises(ValueError, match="class ids from 0 to 2"):
+        confusion_counts(SCORES, np.array([0, 1, 2, 3]))

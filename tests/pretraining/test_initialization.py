@@ -1,0 +1,149 @@
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    DeiTConfig,
+    DeiTModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEModel,
+    ViTModel,
+    ViTMSNConfig,
+    ViTMSNModel,
+)
+
+from asit_hf import ASiTModel
+from asit_hf.pretraining.initialization import encoder_from_vit, resize_positions
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 64,
+    "patch_size": 16,
+}
+
+
+def save(model_class, config, folder: Path, seed: int = 0):
+    torch.manual_seed(seed)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # fresh biases are 0 and norms 1, which would hide a mistake
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("frames", [64, 96, 160])
+@pytest.mark.parametrize("options", [{}, {"qkv_bias": False, "layer_norm_eps": 1e-3, "hidden_act": "relu"}])
+def test_the_encoder_sees_a_grey_image_as_the_vit_does(tmp_path, frames, options):
+    vit = save(ViTModel, ViTConfig(**SIZES, **options), tmp_path)
+    encoder = encoder_from_vit(tmp_path, num_frames=frames, num_mel_bins=32).eval()
+    values = torch.randn(2, frames, 32)
+    with torch.no_grad():
+        pixels = values[:, None].expand(-1, 3, -1, -1)
+        expected = vit(pixels, interpolate_pos_encoding=True).last_hidden_state
+        torch.testing.assert_close(encoder(values).last_hidden_state, expected, rtol=0, atol=1e-5)
+    assert encoder.config.position_grid == (frames // 16, 2)
+    assert encoder.config.layer_norm_eps == vit.config.layer_norm_eps
+
+
+def test_a_saved_classifier_works_and_the_result_saves(tmp_path):
+    vit = save(ViTForImageClassification, ViTConfig(**SIZES), tmp_path / "vit")
+    encoder = encoder_from_vit(tmp_path / "vit", num_frames=96, num_mel_bins=32, drop_path_rate=0.2, num_prototypes=64)
+    assert (encoder.config.drop_path_rate, encoder.config.num_prototypes) == (0.2, 64)
+    encoder.save_pretrained(tmp_path / "asit")
+    state = ASiTModel.from_pretrained(tmp_path / "asit").state_dict()
+    expected = vit.vit.state_dict()
+    patches = "embeddings.patch_embeddings.projection.weight"
+    torch.testing.assert_close(state[patches][:, 0], expected[patches].sum(1))
+    for name in set(state) - {patches, "embeddings.position_embeddings"}:
+        assert torch.equal(state[name], expected[name]), name
+
+
+@pytest.mark.parametrize(("model_class", "config"), [(ViTMAEModel, ViTMAEConfig), (ViTMSNModel, ViTMSNConfig)])
+def test_relatives_of_the_vit_work(tmp_path, model_class, config):
+    vit = save(model_class, config(**SIZES), tmp_path)
+    state = encoder_from_vit(tmp_path, num_frames=64, num_mel_bins=64).state_dict()
+    for name, value in vit.state_dict().items():
+        if name in state and "projection.weight" not in name:
+            torch.testing.assert_close(state[name], value, rtol=0, atol=1e-6)
+    assert set(state) <= set(vit.state_dict())
+
+
+def test_the_distillation_token_is_left_out_with_a_message(tmp_path, caplog):
+    vit = save(DeiTModel, DeiTConfig(**SIZES), tmp_path)
+    with caplog.at_level(logging.WARNING):
+        encoder = encoder_from_vit(tmp_path, num_frames=64, num_mel_bins=64)
+    assert "distillation token" in caplog.text
+    positions = vit.embeddings.position_embeddings
+    expected = torch.cat((positions[:, :1], positions[:, 2:]), dim=1)
+    torch.testing.assert_close(encoder.embeddings.position_embeddings, expected, rtol=0, atol=1e-6)
+
+
+def test_positions_of_an_oblong_image(tmp_path):
+    sizes = {**SIZES, "image_size": (96, 32)}
+    vit = save(ViTModel, ViTConfig(**sizes), tmp_path)
+    encoder = encoder_from_vit(tmp_path, num_frames=96, num_mel_bins=32).eval()
+    values = torch.randn(1, 96, 32)
+    with torch.no_grad():
+        expected = vit(values[:, None].expand(-1, 3, -1, -1)).last_hidden_state
+        torch.testing.assert_close(encoder(values).last_hidden_state, expected, rtol=0, atol=1e-5)
+
+
+def test_resizing_positions():
+    positions = torch.randn(1, 1 + 12, 5)
+    assert torch.equal(resize_positions(positions, (3, 4), (3, 4)), positions)
+    resized = resize_positions(positions, (3, 4), (7, 2))
+    grid = positions[0, 1:].T.reshape(1, 5, 3, 4)
+    expected = F.interpolate(grid, size=(7, 2), mode="bicubic", align_corners=False)
+    assert torch.equal(resized[:, 0], positions[:, 0])
+    for row in range(7):
+        for column in range(2):
+            torch.testing.assert_close(resized[0, 1 + 2 * row + column], expected[0, :, row, column])
+    with pytest.raises(ValueError, match="5 x 2 patch positions, got 12"):
+        resize_positions(positions, (5, 2), (3, 4))
+
+
+def test_what_is_no_vit_is_refused_with_the_types_that_work(tmp_path):
+    BertConfig(hidden_size=32).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="vit, deit, vit_mae, vit_msn, got 'bert'"):
+        encoder_from_vit(tmp_path / "bert")
+    (tmp_path / "unheard").mkdir()
+    (tmp_path / "unheard" / "config.json").write_text('{"model_type": "unheard_of"}')
+    with pytest.raises(ValueError, match="got 'unheard_of'"):
+        encoder_from_vit(tmp_path / "unheard")
+    with pytest.raises(OSError, match="nowhere"):
+        encoder_from_vit(tmp_path / "nowhere")
+
+
+def test_fields_that_contradict_the_checkpoint_are_refused(tmp_path):
+    save(ViTModel, ViTConfig(**SIZES), tmp_path)
+    assert encoder_from_vit(tmp_path, hidden_size=32).config.hidden_size == 32
+    with pytest.raises(ValueError, match="hidden_size is 32.*64"):
+        encoder_from_vit(tmp_path, hidden_size=64)
+    with pytest.raises(ValueError, match="patch_size is 16.*8"):
+        encoder_from_vit(tmp_path, patch_size=8)
+
+
+def test_incomplete_weights_and_oblong_patches_are_refused(tmp_path):
+    save(ViTModel, ViTConfig(**SIZES), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = next(name for name in weights if "fc2.weight" in name or "output.dense.weight" in name)
+    save_file(
+        {name: value for name, value in weights.items() if name != lost},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(ValueError, match="1 tensors are missing"):
+        encoder_from_vit(tmp_path)
+    ViTConfig(**{**SIZES, "patch_size": (16, 8)}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="square patches, got 16 x 8"):
+        encoder_from_vit(tmp_path)

@@ -1,0 +1,90 @@
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments, recipe_arguments
+
+
+@dataclass
+class Options:
+    data: list[str] = field(default_factory=list)
+    rate: float = 0.1
+    flag: bool = False
+    name: str | None = None
+
+
+def test_the_command_line_overrides_the_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: [a, b]\nrate: 2.0e-3\nflag: true\nname: null\n")
+    for given in (["--recipe", str(recipe)], [f"--recipe={recipe}"]):
+        (options,) = parse_arguments((Options,), ["--rate", "0.5", *given, "--data", "c"])
+        assert options == Options(data=["c"], rate=0.5, flag=True, name=None)
+
+
+def test_later_recipes_override_earlier_ones(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("data: [a, b]\nrate: 0.2\nname: x\n")
+    second.write_text("data: [c]\nrate: 0.3\n")
+    expected = Options(data=["c"], rate=0.3, flag=True, name="x")
+    for given in (["--recipe", str(first), str(second)], ["--recipe", str(first), "--recipe", str(second)]):
+        (options,) = parse_arguments((Options,), [*given, "--flag", "true"])
+        assert options == expected
+
+
+def test_json_recipes_and_nested_values(tmp_path):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text('{"data": [{"source": "a.csv", "filter": ["fold=1"]}, "b"]}')
+    assert recipe_arguments(recipe) == ["--data", '{"source": "a.csv", "filter": ["fold=1"]}', "b"]
+
+
+def test_environment_variables_are_filled_in(tmp_path, monkeypatch):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: [$FOLDER_OF_AUDIO/x]\n")
+    monkeypatch.setenv("FOLDER_OF_AUDIO", "here")
+    assert recipe_arguments(recipe) == ["--data", "here/x"]
+    monkeypatch.delenv("FOLDER_OF_AUDIO")
+    with pytest.raises(ValueError, match=r"not set.*FOLDER_OF_AUDIO"):
+        recipe_arguments(recipe)
+
+
+def test_wrong_recipes_are_refused(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("- a\n- b\n")
+    with pytest.raises(ValueError, match="name: value"):
+        recipe_arguments(recipe)
+    with pytest.raises(SystemExit):
+        parse_arguments((Options,), ["--recipe"])
+    for option in ("no_such_option", "rat"):  # the beginning of an option is none
+        recipe.write_text(f"{option}: 1\n")
+        with pytest.raises(ValueError, match=option):
+            parse_arguments((Options,), ["--recipe", str(recipe)])
+
+
+def test_without_an_accelerator_a_recipe_in_bf16_trains_on_the_cpu(tmp_path, monkeypatch):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"output_dir: {tmp_path}\nbf16: true\nreport_to: none\n")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    (args,) = parse_arguments((TrainingArguments,), ["--recipe", str(recipe)])
+    assert args.use_cpu
+    assert args.bf16
+    (options,) = parse_arguments((Options,), [])  # no option of its own
+    assert options == Options()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    (args,) = parse_arguments((TrainingArguments,), ["--recipe", str(recipe), "--bf16", "false"])
+    assert not args.use_cpu
+
+
+@pytest.mark.parametrize("asked", ["True", "true"])
+def test_a_run_is_resumed_from_its_last_checkpoint(tmp_path, caplog, asked):
+    args = TrainingArguments(output_dir=str(tmp_path / "run"), resume_from_checkpoint=asked, use_cpu=True)
+    assert checkpoint_to_resume(args) is None
+    assert str(tmp_path / "run") in caplog.text  # a folder misspelt must not pass for a fresh run
+    for step in (2, 10):
+        (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
+    assert checkpoint_to_resume(args) == str(tmp_path / "run" / "checkpoint-10")
+    args.resume_from_checkpoint = "elsewhere"
+    assert checkpoint_to_resume(args) == "elsewhere"
+    args.resume_from_checkpoint = None
+    assert checkpoint_to_resume(args) is None

@@ -1,0 +1,52 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from asit_hf.utils import cpu as processor
+
+SCRIPT = """
+import resource
+import torch
+from asit_hf.utils.cpu import keep_freed_memory
+
+kept = keep_freed_memory()
+faults = []
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 * 2**20)  # 64 MiB: 16384 pages
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(int(kept), *faults)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's setting")
+def test_memory_is_got_from_the_system_once():
+    output = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True).stdout
+    kept, first, *_, last = map(int, output.split())
+    if not kept:
+        pytest.skip("another C library")
+    assert first > 10000
+    assert last < 1000
+
+
+@pytest.mark.parametrize(
+    ("bf16", "capabilities", "warned"),
+    [
+        (True, {"avx2": True, "avx512_bf16": False}, True),
+        (True, {"avx2": True, "avx512_bf16": True}, False),
+        (True, {"neon": True, "bf16": True}, False),
+        (False, {"avx2": True}, False),
+    ],
+)
+def test_bf16_without_instructions_for_it_is_told(tmp_path, monkeypatch, bf16, capabilities, warned):
+    said = []
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(processor.logger, "warning", said.append)
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=bf16, report_to="none")
+    processor.warn_of_emulated_bf16(args)
+    assert bool(said) == warned
+    if warned:
+        assert "set bf16 to False" in said[0]

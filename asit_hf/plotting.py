@@ -47,7 +47,7 @@ def _draw_spectrogram(axes: Axes, spectrogram: np.ndarray, limits: tuple[float, 
 def _draw_rows(rows: Mapping[str, np.ndarray]) -> Figure:
     """Spectrograms of one shape below each other, all in the colors of the first."""
     clean = next(iter(rows.values()))
-    figure = Figure(figsize=(7, 1.8 * len(rows)), corpus="constrained")
+    figure = Figure(figsize=(7, 1.8 * len(rows)), layout="constrained")
     for axes, (title, spectrogram) in zip(figure.subplots(len(rows), 1, sharex=True), rows.items()):
         _draw_spectrogram(axes, spectrogram, (clean.min(), clean.max()), title)
     axes.set_xlabel("seconds", fontsize=8)
@@ -57,7 +57,7 @@ def _draw_rows(rows: Mapping[str, np.ndarray]) -> Figure:
 def plot_log_mel(spectrogram: Array, title: str = "log-mel") -> Figure:
     """One spectrogram of shape `(frames, mel)`, hop 10 ms."""
     spectrogram = _as_matrix(spectrogram, "a spectrogram", "frames, mel")
-    figure = Figure(figsize=(7, 2.4), corpus="constrained")
+    figure = Figure(figsize=(7, 2.4), layout="constrained")
     axes = figure.subplots()
     _draw_spectrogram(axes, spectrogram, (spectrogram.min(), spectrogram.max()), title)
     axes.set_xlabel("seconds", fontsize=8)
@@ -118,7 +118,7 @@ def plot_attention(spectrogram: Array, attention: Array, title: str = "attention
             f"expected attention of whole square patches of {frames} frames and {mel} mel bins, got {columns} columns "
             f"and {rows} rows"
         )
-    figure = Figure(figsize=(7, 4.2), corpus="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     _draw_spectrogram(above, spectrogram, (spectrogram.min(), spectrogram.max()), "log-mel")
     heat = attention.repeat(patch, 0).repeat(patch, 1)[:frames]
@@ -159,7 +159,7 @@ def plot_timeline(
     for label, score in (item for window in windows for item in window.items()):
         highest[label] = max(score, highest.get(label, score))
     middles = [(window["start"] + window["end"]) / 2 for window in timeline]
-    figure = Figure(figsize=(7, 2.8), corpus="constrained")
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
     axes = figure.subplots()
     for label in sorted(highest, key=highest.get, reverse=True)[:count]:
         scores = [window.get(label, np.nan) for window in windows]
@@ -182,7 +182,7 @@ def plot_curves(history: Sequence[dict[str, float]], names: Sequence[str]) -> Fi
         raise ValueError(f"none of {list(names)} stands in the log")
     columns = min(3, len(series))
     rows = -(-len(series) // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.5 * rows), corpus="constrained")
+    figure = Figure(figsize=(3.6 * columns, 2.5 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (name, points) in zip(panels, series.items()):
         axes.plot(*zip(*points), linewidth=1.2)
@@ -201,7 +201,7 @@ def plot_confusion(matrix: Array, labels: Sequence[str]) -> Figure:
         raise ValueError(f"expected a confusion matrix of {len(labels)} labels a side, got shape {matrix.shape}")
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     side = max(4.0, 0.28 * len(labels) + 1.5)
-    figure = Figure(figsize=(side, side), corpus="constrained")
+    figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
@@ -236,7 +236,7 @@ def plot_embeddings(
     if labels.shape != embeddings.shape[:1]:
         raise ValueError(f"expected one label for each of {len(embeddings)} clips, got labels of shape {labels.shape}")
     points = _project(embeddings, projection)
-    figure = Figure(figsize=(6.5, 5), corpus="constrained")
+    figure = Figure(figsize=(6.5, 5), layout="constrained")
     axes = figure.subplots()
     for index, label in enumerate(np.unique(labels)):
         chosen = points[labels == label]
@@ -275,7 +275,7 @@ def plot_scores(scores: dict[str, dict[str, Sequence[float]]], unit: str = "%") 
     names = list(dict.fromkeys(name for panel in scores.values() for name in panel))
     if not names:
         raise ValueError("expected at least one score, got none")
-    figure = Figure(figsize=(2.2 + 2.3 * len(scores), 1.1 + 0.32 * len(names)), corpus="constrained")
+    figure = Figure(figsize=(2.2 + 2.3 * len(scores), 1.1 + 0.32 * len(names)), layout="constrained")
     panels = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
     for axes, (title, panel) in zip(panels, scores.items()):
         for line, name in enumerate(names):

@@ -198,7 +198,7 @@ def test_validation_part_chooses_and_eval_data_is_scored(sounds, encoder, tmp_pa
         ({"train_filter": "category=low"}, "unknown label"),
         ({"label_column": "tags", "problem_type": "single_label_classification"}, "problem_type must be"),
         ({"label_column": "speaker"}, "no label column 'speaker'"),
-        ({"source": "average"}, "source must be"),
+        ({"source": "average"}, "encoder must be"),
         ({"eval_filter": None}, "give --eval_data"),
         ({"model_name_or_path": None}, "or --random_init"),
         ({"label_column": "pitch", "balanced_sampling": True}, "need classes"),

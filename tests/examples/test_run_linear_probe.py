@@ -223,5 +223,5 @@ def test_a_published_layout(sounds, checkpoint, tmp_path):
     folds = ["--train_filter", "fold=1,2,3", "--test_filter", "fold=4", "--device", "cpu", "--k", "3"]
     results = script.main([*options, *folds, "--seeds", "0"])
     assert (results["train_clips"], results["test_clips"], results["classes"]) == (18, 6, 3)
-    with pytest.raises(ValueError, match="root cannot be used with the layout esc50"):
+    with pytest.raises(ValueError, match="root cannot be used with the corpus esc50"):
         script.main([*options, *folds, "--root", str(tmp_path)])

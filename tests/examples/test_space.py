@@ -99,7 +99,7 @@ def test_a_sound_that_cannot_be_shown_is_one_escaped_line(classifier, sounds, mo
         app.show(checkpoint, str(sounds / "damaged<b>.wav"), 1.0)
     assert raised.value.message.startswith("Cannot read damaged&lt;b&gt;.wav: ")
     assert "\n" not in raised.value.message
-    monkeypatch.setattr(script, "MAX_SECONDS", 2)
+    monkeypatch.setattr(app, "MAX_SECONDS", 2)
     with pytest.raises(gradio.Error, match="it lasts 3 s, this page takes up to 2 s"):
         app.show(checkpoint, str(sounds / "long.wav"), 1.0)
 

@@ -29,6 +29,7 @@ from ..modeling_asit import ASiTLayer
 from ..utils.cpu import keep_freed_memory, warn_of_emulated_bf16
 from ..utils.device import choices_for
 from ..utils.time_budget import MAX_WARMUP_SHARE, Plan, TimeBudgetMixin
+from . import attention_cpu  # noqa: F401  registers "blockwise" attention
 from .arguments import ASiTPreTrainingArguments
 from .checkpoints import UNFINISHED, describe_failed_save, on_termination, publish
 from .gradients import clip_tensor_norms, gradient_norms
@@ -109,6 +110,8 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
         self._num_passes = 0
         self._last_loss = torch.zeros((), device=args.device)
         self._passes_in_step: list[_Pass] = []
+        if args.bf16 and model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(choices_for(args.device).bf16_attention)
         if args.compile_layers:
             model.compile_layers()
         self.add_callback(EpochCallback(self.train_dataset))

@@ -1,10 +1,10 @@
 """
-What training does in one way on a CPU and in another on an accelerator, and why.
+What the package computes differently on a CPU and on an accelerator, and why.
 
-A CPU is fast where its caches hold the data, and may look at a value at no cost. An accelerator is fast where few
-large operations follow each other without the host ever waiting for a value. The files that travel to the Hub import
-nothing from here, so what they choose by device stands in them: chunks of frames in `fbank_asit`, one clip at a time
-in `feature_extraction_asit`; the patches' matrix product, blockwise attention and dropped branches in `modeling_asit`.
+A CPU is fast while data fit its caches, and reads a value at no cost. An accelerator is fast when few large operations
+follow each other and the host never waits for a value. Files that travel to the Hub cannot import this module and
+choose in place: chunks of frames in `fbank_asit`, one clip at a time in `feature_extraction_asit`, the patch
+projection and dropped branches in `modeling_asit`.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ class DeviceChoices:
         loss_rows (`int`): patches whose logits over all prototypes exist at one time in the local loss. Those of 256
             stay in a CPU's cache; on an accelerator each chunk costs a dozen kernel launches, so few and large ones
             are better (16384 rows of 8192 logits are 0.5 GiB in float32).
+        bf16_attention (`str`): attention implementation of bf16 training that asks for sdpa. torch's fused CPU kernel
+            is slow in bfloat16, so a CPU uses `pretraining.attention_cpu`.
         equal_chunks (`bool`): chunks of the local loss are as large as each other where they can be, so that a
             compiled body has one shape; a CPU gains nothing by it.
         masks_block_by_block (`bool`): GMML covers the pixels of one block after the other, and stops when a mask has
@@ -31,6 +33,7 @@ class DeviceChoices:
     """
 
     loss_rows: int
+    bf16_attention: str
     equal_chunks: bool
     masks_block_by_block: bool
     crops_by_slices: bool
@@ -38,10 +41,20 @@ class DeviceChoices:
 
 
 CPU = DeviceChoices(
-    loss_rows=256, equal_chunks=False, masks_block_by_block=True, crops_by_slices=True, int16_batches=False
+    loss_rows=256,
+    bf16_attention="blockwise",
+    equal_chunks=False,
+    masks_block_by_block=True,
+    crops_by_slices=True,
+    int16_batches=False,
 )
 ACCELERATOR = DeviceChoices(
-    loss_rows=16384, equal_chunks=True, masks_block_by_block=False, crops_by_slices=False, int16_batches=True
+    loss_rows=16384,
+    bf16_attention="sdpa",
+    equal_chunks=True,
+    masks_block_by_block=False,
+    crops_by_slices=False,
+    int16_batches=True,
 )
 
 

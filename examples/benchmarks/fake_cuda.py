@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from asit_hf import fbank_asit, modeling_asit
+from asit_hf import fbank_asit
 
 # What torch asks for the accelerator of this build.
 ACCELERATOR = """
@@ -106,10 +106,8 @@ def fake_cuda() -> Iterator[None]:
     package keeps for each device is kept, which for fake tensors it does not, but not beyond.
     """
     with ExitStack() as stack:
-        for module, kept in ((fbank_asit, "_CONSTANTS"), (modeling_asit, "_RESIZE_MATRICES")):
-            if hasattr(module, kept):
-                stack.enter_context(mock.patch.object(module, kept, {}))
-                stack.enter_context(mock.patch.object(module, "is_real", return_value=True))
+        stack.enter_context(mock.patch.object(fbank_asit, "_CONSTANTS", {}))
+        stack.enter_context(mock.patch.object(fbank_asit, "is_real", return_value=True))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False))
         stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", return_value=True))

@@ -38,7 +38,7 @@ from asit_hf.loading import find_checkpoint
 from asit_hf.modeling_asit import classification_loss
 from asit_hf.predict import load_classifier, predict_folder
 from asit_hf.pretraining.losses import view_distillation_loss
-from asit_hf.pretraining.masking import GMML, corrupt, draw_block_masks
+from asit_hf.pretraining.masking import GMML, corrupt, draw_masks
 from asit_hf.pretraining.presets import get_preset
 
 RATE = 16000
@@ -220,11 +220,15 @@ PRETRAINING = [
     (lambda: get_preset("2022"), ValueError, ["2023", "2022"]),
     (lambda: corrupt(views, torch.arange(3), 0, GMML()), ValueError, ["2", "3"]),
     (
-        lambda: draw_block_masks(torch.arange(8), 32, 32, torch.full((4,), 0.5), 0.3),
+        lambda: draw_masks(torch.arange(8), 32, 32, torch.full((4,), 0.5), GMML()),
         ValueError,
         ["(8,)", "(4,)"],
     ),
-    (lambda: draw_block_masks(torch.arange(1), 32, 40, torch.tensor([0.9]), 0.3, 32), ValueError, ["0.90", "32 x 40"]),
+    (
+        lambda: draw_masks(torch.arange(1), 32, 40, torch.tensor([0.9]), GMML(alignment=32)),
+        ValueError,
+        ["0.90", "32 x 40"],
+    ),
 ]
 
 # of a folder with the files of `files`

@@ -148,7 +148,7 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
             "max_block_ratio": self.max_block_ratio,
             "alignment": self.mask_alignment,
             "pattern": self.mask_pattern,
-            "filling": self.mask_fill,
+            "fill": self.mask_fill,
         }
         return replace(
             default, mask_ratio=(low, high), **{name: value for name, value in chosen.items() if value is not None}

@@ -16,20 +16,19 @@ import torch
 class DeviceChoices:
     """
     Args:
-        loss_rows (`int`): patches whose logits over all prototypes exist at one time in the local loss. Those of 256
-            stay in a CPU's cache; on an accelerator each chunk costs a dozen kernel launches, so few and large ones
-            are better (16384 rows of 8192 logits are 0.5 GiB in float32).
+        loss_rows (`int`): patches in each chunk of the local loss. The logits of 256 patches fit a CPU's cache; on an
+            accelerator each chunk costs a dozen kernel launches, so few and large ones are better (16384 rows of 8192
+            logits are 0.5 GiB in float32).
         bf16_attention (`str`): attention implementation of bf16 training that asks for sdpa. torch's fused CPU kernel
             is slow in bfloat16, so a CPU uses `pretraining.attention_cpu`.
-        equal_chunks (`bool`): chunks of the local loss are as large as each other where they can be, so that a
-            compiled body has one shape; a CPU gains nothing by it.
-        masks_block_by_block (`bool`): GMML covers the pixels of one block after the other, and stops when a mask has
-            its share, instead of all masks of a batch at once. A CPU does 20 times less work so; an accelerator would
-            have to tell the host how far each mask is.
-        crops_by_slices (`bool`): crops of packed audio are copied one by one, which is what a CPU does best; an
+        equal_chunks (`bool`): chunks of the local loss have equal sizes where possible, so that a compiled body sees
+            one shape; a CPU gains nothing by it.
+        masks_block_by_block (`bool`): GMML draws one block after the other until a mask reaches its ratio, instead of
+            all masks of a batch at once; see `pretraining.masking.draw_masks`.
+        crops_by_slices (`bool`): crops of packed audio are copied one by one, which is fastest on a CPU; an
             accelerator would launch a kernel, and wait, for each.
-        int16_batches (`bool`): waveform crops travel from the loader as int16: half the bytes through shared memory
-            and over the bus. A CPU would only convert to and fro.
+        int16_batches (`bool`): the loader sends waveform crops as int16, which halves the bytes through shared memory
+            and over the bus. A CPU would only convert back and forth.
     """
 
     loss_rows: int
@@ -59,5 +58,5 @@ ACCELERATOR = DeviceChoices(
 
 
 def choices_for(device: torch.device) -> DeviceChoices:
-    """What is best on a device."""
+    """The choices for a device."""
     return CPU if device.type == "cpu" else ACCELERATOR

@@ -46,11 +46,7 @@ def count_step(size: str, batch: int, preset: str = "2024", repeats: int = 2) ->
     frames, gmml = model.config.num_frames, chosen.gmml
     # what is computed once, and kept, needs real tensors
     extractor.extract(torch.randn(1, RATE))
-    if hasattr(masking, "rounds_for"):  # versions before it wait for the device there
-        share = max(gmml.mask_ratio[1], gmml.replace_ratio)
-        masking.rounds_for(
-            frames, model.config.num_mel_bins, share, gmml.max_block_ratio, gmml.alignment, gmml.pattern
-        )
+    masking.rounds_for(frames, model.config.num_mel_bins, max(gmml.mask_ratio[1], gmml.replace_ratio), gmml)
     with fake_cuda():
         to_fake_cuda(model).train()
         for _ in range(repeats):

@@ -51,8 +51,7 @@ class Step:
         self.dtype = dtype
         extractor.extract(torch.randn(1, SAMPLES))  # what is computed once needs real tensors
         gmml = args.gmml
-        share = max(gmml.mask_ratio[1], gmml.replace_ratio)
-        masking.rounds_for(96, 32, share, gmml.max_block_ratio, gmml.alignment, gmml.pattern)
+        masking.rounds_for(96, 32, max(gmml.mask_ratio[1], gmml.replace_ratio), gmml)
 
     def __call__(self) -> torch.Tensor:
         trainer, model = self.trainer, self.trainer.model
@@ -125,11 +124,11 @@ def test_in_float32_nothing_is_cast_to_half_precision(tmp_path):
 
 
 @pytest.mark.parametrize("pattern", masking.PATTERNS)
-@pytest.mark.parametrize("filling", masking.FILLS)
-def test_all_corruptions_run_on_the_device(pattern, filling):
-    config = GMML(pattern=pattern, filling=filling)
+@pytest.mark.parametrize("fill", masking.FILLS)
+def test_all_corruptions_run_on_the_device(pattern, fill):
+    config = GMML(pattern=pattern, fill=fill)
     if pattern != "patches":
-        masking.rounds_for(96, 32, 0.5, config.max_block_ratio, config.alignment, pattern)
+        masking.rounds_for(96, 32, 0.5, config)
     with fake_cuda():
         clean = torch.randn(BATCH, 2, 96, 32, device="cuda")
         corrupted, mask = corrupt(clean, torch.randint(2**62, (BATCH,), device="cuda"), 5, config)

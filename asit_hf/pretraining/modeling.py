@@ -23,7 +23,7 @@ from .losses import (
     view_distillation_loss,
 )
 
-# The teacher's entropy over patches is watched on this many of them.
+# Number of patches on which the teacher's patch distribution is monitored.
 MONITORED_PATCHES = 256
 
 
@@ -34,15 +34,15 @@ class ASiTForPreTrainingOutput(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `()`): weighted sum of the losses.
-        global_loss, local_loss, reconstruction_loss (`torch.Tensor` of shape `()`): unweighted; `None` where
-            switched off.
-        reconstruction (`torch.Tensor` of shape `(batch, views, frames, mel)`): the student's clean-up of its input.
-        cls_entropy, patch_entropy (`torch.Tensor` of shape `()`): mean entropy of the teacher's distributions, in
-            nats. At log(prototypes) they are uniform, at 0 one-hot.
-        cls_logit_std, patch_logit_std (`torch.Tensor` of shape `()`): standard deviation over clips, or patches, of
-            the teacher's centerd logits, mean over prototypes; 0 when all get the same distribution.
+        global_loss, local_loss, reconstruction_loss (`torch.Tensor` of shape `()`): unweighted losses; `None` for a
+            weight of 0.
+        reconstruction (`torch.Tensor` of shape `(batch, views, frames, mel)`): the student's reconstruction.
+        cls_entropy, patch_entropy (`torch.Tensor` of shape `()`): mean entropy of the teacher's distributions in nats:
+            log(prototypes) if they are uniform, 0 if they are one-hot.
+        cls_logit_std, patch_logit_std (`torch.Tensor` of shape `()`): standard deviation of the teacher's logits over
+            clips, or patches, averaged over prototypes; 0 if all have the same distribution.
         feature_std (`torch.Tensor` of shape `()`): standard deviation over clips of the teacher's L2-normalized CLS
-            features, mean over dimensions; 1 / sqrt(dimensions) when they are spread out, 0 when collapsed.
+            tokens, averaged over dimensions; 1 / sqrt(dimensions) for independent directions, 0 after a collapse.
     """
 
     loss: torch.FloatTensor | None = None
@@ -74,7 +74,7 @@ class ASiTPrototypes(nn.Module):
 
 
 class ASiTDistillationHead(nn.Module):
-    """MLP to L2-normalized features `(..., bottleneck)`, and the prototypes they are compared with."""
+    """MLP to L2-normalized features of shape `(..., bottleneck)`, and the prototypes that give their logits."""
 
     def __init__(self, config: ASiTConfig):
         super().__init__()
@@ -94,18 +94,18 @@ class ASiTDistillationHead(nn.Module):
         return F.normalize(features.float(), dim=-1)
 
     def patch_weight(self) -> torch.Tensor:
-        """Effective prototypes of patch tokens, `(prototypes, bottleneck)`."""
+        """Weight-normalized prototypes of patch tokens, `(prototypes, bottleneck)`."""
         return self.cls_prototypes.weight if self.shared else self.patch_prototypes.weight
 
 
 class ASiTReconstructionHead(nn.Module):
-    """Patch tokens `(batch, columns * rows, hidden_size)` to a spectrogram `(batch, frames, mel)`."""
+    """Patch tokens `(batch, time_patches * mel_patches, hidden_size)` to a spectrogram `(batch, frames, mel)`."""
 
     def __init__(self, config: ASiTConfig):
         super().__init__()
         hidden = config.reconstruction_hidden_size or config.hidden_size
         bottleneck = config.reconstruction_bottleneck_size or config.hidden_size
-        self.rows = config.position_grid[1]
+        self.mel_patches = config.position_grid[1]
         self.patch_size = config.patch_size
         self.activation = ACT2FN[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, hidden)
@@ -116,9 +116,9 @@ class ASiTReconstructionHead(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         for layer in (self.fc1, self.fc2, self.fc3):
             hidden_states = self.activation(layer(hidden_states))
-        # the transposed convolution as one matrix product: its patches do not overlap
+        # the transposed convolution as one matrix product, since patches do not overlap
         pixels = F.linear(hidden_states, self.projection.weight.flatten(1).T) + self.projection.bias
-        pixels = pixels.unflatten(-1, (self.patch_size, self.patch_size)).unflatten(1, (-1, self.rows))
+        pixels = pixels.unflatten(-1, (self.patch_size, self.patch_size)).unflatten(1, (-1, self.mel_patches))
         return pixels.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
@@ -131,19 +131,19 @@ class ASiTPreTrainingHeads(nn.Module):
 
 class ASiTForPreTraining(ASiTPreTrainedModel):
     """
-    ASiT with everything its self-supervised pretraining needs. The student's encoder is `asit`, its heads `heads`; the
-    teacher, a moving average of both, is `teacher`. All of it and the centers are saved, so a checkpoint resumes by
-    itself; [`ASiTModel`] and the classifiers load the student's encoder from it.
+    ASiT for self-supervised pretraining. The student consists of the encoder `asit` and `heads`; `teacher` is a moving
+    average of both. Checkpoints hold all of them and the centers; [`ASiTModel`] and the classifiers load the student's
+    encoder from a checkpoint.
     """
 
     accepts_loss_kwargs = False
-    _distill = None  # the body of the local loss, once it is compiled
+    _distill = None  # `distill_rows`, if compiled
 
     def __init__(self, config: ASiTConfig):
         super().__init__(config)
-        if not (self.distils or config.reconstruction_loss_weight > 0):
+        if not (self.distills or config.reconstruction_loss_weight > 0):
             raise ValueError(
-                "pretraining needs a loss: global_loss_weight, local_loss_weight or reconstruction_loss_weight above 0"
+                "expected at least one loss, got a weight of 0 for global_loss, local_loss and reconstruction_loss"
             )
         self.asit = ASiTModel(config)
         self.heads = ASiTPreTrainingHeads(config)
@@ -152,11 +152,11 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         self.patch_center = Center(config.num_patch_prototypes or config.num_prototypes)
         self._freeze()
         self.post_init()
-        self._keys_to_ignore_on_load_unexpected = set()  # the encoder's list holds what this model has a place for
+        self._keys_to_ignore_on_load_unexpected = set()  # the inherited list names modules of this model
         self.reset_teacher()
 
     @property
-    def distils(self) -> bool:
+    def distills(self) -> bool:
         """Whether any loss needs the teacher."""
         return self.config.global_loss_weight > 0 or self.config.local_loss_weight > 0
 
@@ -167,13 +167,13 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any):
-        """As in other models; from a bare encoder, heads are fresh and the teacher starts as a copy of the student."""
+        """As in other models. From an encoder, heads are new and the teacher starts as a copy of the student."""
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
         if any(key.startswith("teacher.") for key in fresh):
             model.reset_teacher()
-        model._freeze()  # loading makes new parameters
+        model._freeze()  # loading creates new parameters
         return (model, info) if wants_info else model
 
     @torch.no_grad()
@@ -184,19 +184,19 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """One step of the moving average: teacher = momentum * teacher + (1 - momentum) * student."""
+        """Moving average: teacher = momentum * teacher + (1 - momentum) * student."""
         teachers, students = zip(*self._teacher_and_student())
         torch._foreach_mul_(teachers, momentum)
         torch._foreach_add_(teachers, students, alpha=1 - momentum)
 
     def compile_layers(self, **options: Any) -> None:
         """
-        Compiles every layer of student and teacher, in place, and the body of the local loss. Not the model: between
-        the layers there are loops and choices, which would be unrolled or break the graph. All layers share three
-        graphs, those of the student's global and local views and of the teacher's.
+        Compiles, in place, every layer of student and teacher and the body of the local loss. The loops between them
+        would be unrolled or break the graph. All layers share three graphs: the student's global views, its local
+        views, and the teacher's views.
 
         Args:
-            options: of `torch.compile`, over `fullgraph=True` and `dynamic=False`.
+            options: arguments of `torch.compile`; the defaults are `fullgraph=True` and `dynamic=False`.
         """
         options = {"fullgraph": True, "dynamic": False, **options}
         for encoder in (self.asit, self.teacher["asit"]):
@@ -205,12 +205,12 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         self._distill = torch.compile(distill_rows, **options)
 
     def update_centers(self) -> None:
-        """Moves both centers towards the mean teacher outputs since the last call, over all processes."""
+        """Moves both centers towards the mean of the teacher's logits since the last call, over all processes."""
         self.cls_center.update()
         self.patch_center.update()
 
     def forget_outputs(self) -> None:
-        """Drops the teacher outputs since the last update of the centers, for a step that is skipped."""
+        """Discards the teacher's logits since the last update of the centers, for a skipped step."""
         self.cls_center.forget()
         self.patch_center.forget()
 
@@ -228,58 +228,116 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         r"""
         Args:
             input_values (`torch.Tensor` of shape `(batch, views, frames, mel)`): clean global views.
-            corrupted_values (`torch.Tensor` of the same shape): what the student sees.
-            corruption_mask (`torch.Tensor` of the same shape): true where the two differ by corruption.
-            local_values (`torch.Tensor` of shape `(batch, crops, local frames, mel)`, *optional*): clean short crops,
-                seen by the student only; they enter the global loss only.
+            corrupted_values (`torch.Tensor` of the same shape): corrupted global views, the student's input.
+            corruption_mask (`torch.Tensor` of the same shape): true for corrupted pixels.
+            local_values (`torch.Tensor` of shape `(batch, crops, local frames, mel)`, *optional*): clean local crops;
+                they enter the student and the global loss only.
             teacher_temperature (`float`, defaults to 0.07): temperature of the teacher's softmax.
-            drop_path_keys (`torch.Tensor` of shape `(batch,)`, *optional*): int64 keys that decide what stochastic
-                depth drops for each clip; without them the global generator does.
-            mean_over_all (`bool`, defaults to `True`): over several processes, the reconstruction loss (and the local
-                one on corrupted patches) is the mean over the corrupted pixels of all of them; `False`: each process
-                takes the mean over its own, as the authors do.
+            drop_path_keys (`torch.Tensor` of shape `(batch,)`, *optional*): int64 keys that decide which branches
+                stochastic depth drops for each clip; by default torch's global generator decides.
+            mean_over_all (`bool`, defaults to `True`): with several processes, average the reconstruction loss (and
+                the local loss on corrupted patches) over the corrupted pixels of all of them; `False` averages per
+                process, as the official code does.
         """
         shape = input_values.shape
         if input_values.dim() != 4 or corrupted_values.shape != shape or corruption_mask.shape != shape:
             raise ValueError(
-                "input_values, corrupted_values and corruption_mask must have one shape (batch, views, frames, mel), "
-                f"got {tuple(shape)}, {tuple(corrupted_values.shape)} and {tuple(corruption_mask.shape)}"
+                "expected input_values, corrupted_values and corruption_mask of one shape (batch, views, frames, mel),"
+                f" got {tuple(shape)}, {tuple(corrupted_values.shape)} and {tuple(corruption_mask.shape)}"
             )
-        config = self.config
-        output = ASiTForPreTrainingOutput()
-        if self.distils:  # first, while nothing is kept for the backward pass
-            with torch.no_grad():
-                teacher = self._encode(self.teacher["asit"], input_values)
-        student = self._encode(self.asit, corrupted_values, self._drop_path_noise(drop_path_keys, shape[1], 0))
-        patches = student[:, :, 1:].contiguous()  # a slice would cost every linear layer a copy
+        teacher = self.get_teacher_output(input_values)  # first, while no activations are kept for the backward pass
+        student = self.get_student_output(corrupted_values, local_values, drop_path_keys)
+        loss, losses = self.compute_losses(
+            teacher, student, input_values, corruption_mask, teacher_temperature, mean_over_all
+        )
+        monitored = self._monitor(teacher, teacher_temperature)
+        if self.training:
+            self._accumulate_centers(teacher)
+        return ASiTForPreTrainingOutput(loss=loss, **losses, reconstruction=student.get("reconstruction"), **monitored)
 
-        if config.global_loss_weight > 0:
-            cls_tokens = student[:, :, 0]
+    @torch.no_grad()
+    def get_teacher_output(self, input_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        The teacher's `cls_tokens` and `cls_logits`, `(batch, views, ...)`, if there is a global loss, and its
+        `patch_features`, `(patches, bottleneck)`, and `patch_prototypes` if there is a local loss.
+        """
+        if not self.distills:
+            return {}
+        head, output = self.teacher["heads"].distillation, {}
+        tokens = self._encode(self.teacher["asit"], input_values)
+        if self.config.global_loss_weight > 0:
+            output["cls_tokens"] = tokens[:, :, 0]
+            output["cls_logits"] = head.cls_prototypes(head(tokens[:, :, 0]))
+        if self.config.local_loss_weight > 0:
+            output["patch_features"] = head(tokens[:, :, 1:].contiguous()).flatten(0, 2)
+            output["patch_prototypes"] = head.patch_weight()
+        return output
+
+    def get_student_output(
+        self,
+        corrupted_values: torch.Tensor,
+        local_values: torch.Tensor | None = None,
+        drop_path_keys: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """
+        The student's `cls_logits` (local crops after global views), `patch_features` and `patch_prototypes`, as for
+        the teacher, and its `reconstruction`, `(batch, views, frames, mel)`; each only if its loss is used.
+        """
+        head, output = self.heads.distillation, {}
+        views = corrupted_values.shape[:2]
+        tokens = self._encode(self.asit, corrupted_values, self._drop_path_noise(drop_path_keys, views[1], 0))
+        patches = tokens[:, :, 1:].contiguous()  # every linear layer would copy a slice
+        if self.config.global_loss_weight > 0:
+            cls_tokens = tokens[:, :, 0]
             if local_values is not None:
                 noise = self._drop_path_noise(drop_path_keys, local_values.shape[1], 1)
-                local_tokens = self._encode(self.asit, local_values, noise)[:, :, 0]
-                cls_tokens = torch.cat((cls_tokens, local_tokens), dim=1)
-            self._add_global_loss(output, cls_tokens, teacher[:, :, 0], teacher_temperature)
+                cls_tokens = torch.cat((cls_tokens, self._encode(self.asit, local_values, noise)[:, :, 0]), dim=1)
+            output["cls_logits"] = head.cls_prototypes(head(cls_tokens))
+        if self.config.local_loss_weight > 0:
+            output["patch_features"] = head(patches).flatten(0, 2)
+            output["patch_prototypes"] = head.patch_weight()
+        if self.config.reconstruction_loss_weight > 0:
+            output["reconstruction"] = self.heads.reconstruction(patches.flatten(0, 1)).unflatten(0, views)
+        return output
+
+    def compute_losses(
+        self,
+        teacher: dict[str, torch.Tensor],
+        student: dict[str, torch.Tensor],
+        input_values: torch.Tensor,
+        corruption_mask: torch.Tensor,
+        teacher_temperature: float,
+        mean_over_all: bool = True,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The weighted sum of the losses, and the unweighted losses by name."""
+        config, losses = self.config, {}
+        temperatures = config.student_temperature, teacher_temperature
+        if config.global_loss_weight > 0:
+            losses["global_loss"] = view_distillation_loss(
+                student["cls_logits"], teacher["cls_logits"], self.cls_center.center, *temperatures
+            )
         if config.local_loss_weight > 0:
-            counted = None
+            weights = count = None
             if config.local_loss_patches == "corrupted":
-                counted = corrupted_patches(corruption_mask, config.patch_size).flatten()
-            teacher_patches = teacher[:, :, 1:].contiguous()
-            self._add_local_loss(output, patches, teacher_patches, counted, mean_over_all, teacher_temperature)
+                weights = corrupted_patches(corruption_mask, config.patch_size).flatten().float()
+                count = mean_over_processes(weights.sum()) if mean_over_all else None
+            losses["local_loss"] = patch_distillation_loss(
+                student["patch_features"],
+                student["patch_prototypes"],
+                teacher["patch_features"],
+                teacher["patch_prototypes"],
+                self.patch_center.center,
+                *temperatures,
+                weights=weights,
+                count=count,
+                distill=self._distill,
+            )
         if config.reconstruction_loss_weight > 0:
-            pixels = self.heads.reconstruction(patches.flatten(0, 1)).unflatten(0, shape[:2])
-            frames = pixels.shape[2]  # the last frames short of a patch are cut
-            output.reconstruction = pixels
-            mask = corruption_mask[:, :, :frames]
+            frames = student["reconstruction"].shape[2]  # without trailing frames that do not fill a patch
+            target, mask = input_values[:, :, :frames], corruption_mask[:, :, :frames]
             count = mean_over_processes(mask.sum()) if mean_over_all else None
-            output.reconstruction_loss = reconstruction_loss(pixels, input_values[:, :, :frames], mask, count)
-        terms = [
-            (config.global_loss_weight, output.global_loss),
-            (config.local_loss_weight, output.local_loss),
-            (config.reconstruction_loss_weight, output.reconstruction_loss),
-        ]
-        loss = sum(weight * loss for weight, loss in terms if loss is not None)
-        return ASiTForPreTrainingOutput(loss=loss, **output)  # the loss comes first in the tuple
+            losses["reconstruction_loss"] = reconstruction_loss(student["reconstruction"], target, mask, count)
+        return sum(getattr(config, f"{name}_weight") * loss for name, loss in losses.items()), losses
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -291,13 +349,13 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
             init.zeros_(module.center)
 
     def _freeze(self) -> None:
-        """What no loss reaches gets no gradient, so that neither the optimizer nor DDP waits for it."""
+        """Freezes parameters that no loss reaches, so that neither the optimizer nor DDP expects their gradients."""
         self.teacher.requires_grad_(False)
         head = self.heads.distillation
         if not head.shared:
             for prototypes in (head.cls_prototypes, head.patch_prototypes):
                 prototypes.weight_g.requires_grad_(False)
-        if not self.distils:
+        if not self.distills:
             head.requires_grad_(False)
         elif not head.shared and not self.config.global_loss_weight > 0:
             head.cls_prototypes.requires_grad_(False)
@@ -313,94 +371,64 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
 
     @staticmethod
     def _encode(encoder: ASiTModel, views: torch.Tensor, drop_path_noise: torch.Tensor | None = None) -> torch.Tensor:
-        """(batch, views, frames, mel) -> tokens (batch, views, 1 + patches, hidden)."""
+        """Views `(batch, views, frames, mel)` to tokens `(batch, views, 1 + patches, hidden_size)`."""
         tokens = encoder(views.flatten(0, 1), drop_path_noise=drop_path_noise).last_hidden_state
         return tokens.unflatten(0, views.shape[:2])
 
-    @torch.compiler.disable  # the compiler's constants overflow where the hash wraps around
+    @torch.compiler.disable  # the hash overflows in the compiler's constants
     def _drop_path_noise(self, keys: torch.Tensor | None, num_views: int, stream: int) -> torch.Tensor | None:
-        """Noise of shape (layers, 2, batch * views) from one key a clip."""
+        """Noise of shape `(layers, 2, batch * views)` from one key per clip."""
         if keys is None or not self.training or self.config.drop_path_rate == 0:
             return None
         layers = self.config.num_hidden_layers
         view_keys = mix_keys(keys[:, None], stream, torch.arange(num_views, device=keys.device))
         return uniform_noise(view_keys.flatten(), layers * 2).T.reshape(layers, 2, -1)
 
-    def _add_global_loss(
-        self, output: ASiTForPreTrainingOutput, student: torch.Tensor, teacher: torch.Tensor, temperature: float
-    ) -> None:
-        with torch.no_grad():
-            head = self.teacher["heads"].distillation
-            teacher_features = head(teacher)
-            teacher_logits = head.cls_prototypes(teacher_features)
-        student_logits = self.heads.distillation.cls_prototypes(self.heads.distillation(student))
-        center = self.cls_center.center
-        output.global_loss = view_distillation_loss(
-            student_logits, teacher_logits, center, self.config.student_temperature, temperature
-        )
-        output.cls_entropy = _entropy(teacher_logits, center, temperature)
-        output.cls_logit_std = _spread(teacher_logits)
-        output.feature_std = F.normalize(teacher.detach().float(), dim=-1).flatten(0, 1).std(0, correction=0).mean()
-        if self.training:
-            rows = teacher_logits.float().flatten(0, -2)
-            self.cls_center.accumulate(rows.mean(0), len(rows))
+    @torch.no_grad()
+    def _monitor(self, teacher: dict[str, torch.Tensor], temperature: float) -> dict[str, torch.Tensor]:
+        """The values by which a collapse of the distillation is recognized; see [`ASiTForPreTrainingOutput`]."""
+        values = {}
+        if "cls_logits" in teacher:
+            directions = F.normalize(teacher["cls_tokens"].float(), dim=-1).flatten(0, 1)
+            values["cls_entropy"] = _entropy(teacher["cls_logits"], self.cls_center.center, temperature)
+            values["cls_logit_std"] = _logit_std(teacher["cls_logits"])
+            values["feature_std"] = directions.std(0, correction=0).mean()
+        if "patch_features" in teacher:
+            stride = max(1, len(teacher["patch_features"]) // MONITORED_PATCHES)
+            logits = teacher["patch_features"][::stride] @ teacher["patch_prototypes"].T
+            values["patch_entropy"] = _entropy(logits, self.patch_center.center, temperature)
+            values["patch_logit_std"] = _logit_std(logits)
+        return values
 
-    def _add_local_loss(
-        self,
-        output: ASiTForPreTrainingOutput,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        counted: torch.Tensor | None,
-        mean_over_all: bool,
-        temperature: float,
-    ) -> None:
-        with torch.no_grad():
-            teacher_features = self.teacher["heads"].distillation(teacher).flatten(0, 2)
-            teacher_weight = self.teacher["heads"].distillation.patch_weight()
-        count = mean_over_processes(counted.sum()) if counted is not None and mean_over_all else None
-        student_features = self.heads.distillation(student).flatten(0, 2)
-        center = self.patch_center.center
-        output.local_loss = patch_distillation_loss(
-            student_features,
-            self.heads.distillation.patch_weight(),
-            teacher_features,
-            teacher_weight,
-            center,
-            self.config.student_temperature,
-            temperature,
-            weights=None if counted is None else counted.float(),
-            count=count,
-            distill=self._distill,
-        )
-        stride = max(1, len(teacher_features) // MONITORED_PATCHES)
-        some_logits = teacher_features[::stride] @ teacher_weight.T
-        output.patch_entropy = _entropy(some_logits, center, temperature)
-        output.patch_logit_std = _spread(some_logits)
-        if self.training:
-            # the mean of the logits is the logits of the mean: no second pass over all of them
-            with torch.autocast(teacher_features.device.type, enabled=False):
-                mean_logits = teacher_weight.float() @ teacher_features.mean(0)
-            self.patch_center.accumulate(mean_logits, len(teacher_features))
+    @torch.no_grad()
+    def _accumulate_centers(self, teacher: dict[str, torch.Tensor]) -> None:
+        if "cls_logits" in teacher:
+            logits = teacher["cls_logits"].float().flatten(0, -2)
+            self.cls_center.accumulate(logits.mean(0), len(logits))
+        if "patch_features" in teacher:
+            features, prototypes = teacher["patch_features"], teacher["patch_prototypes"]
+            # the mean of the logits is the logits of the mean, which avoids a second pass over all of them
+            with torch.autocast(features.device.type, enabled=False):
+                mean_logits = prototypes.float() @ features.mean(0)
+            self.patch_center.accumulate(mean_logits, len(features))
 
 
 def corrupted_patches(corruption_mask: torch.Tensor, patch_size: int) -> torch.Tensor:
     """
-    Patches of which half the pixels or more are corrupted: a mask of shape (batch, views, frames, mel) to one of shape
-    (batch, views, columns * rows), in the order of the tokens.
+    Patches with at least half of their pixels corrupted, in the order of the tokens: a mask of shape
+    `(batch, views, frames, mel)` to one of shape `(batch, views, time_patches * mel_patches)`.
     """
     squares = corruption_mask.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
     return (squares.float().mean((-2, -1)) >= 0.5).flatten(2)
 
 
-@torch.no_grad()
 def _entropy(logits: torch.Tensor, center: torch.Tensor, temperature: float) -> torch.Tensor:
     log_probabilities = ((logits.float() - center) / temperature).log_softmax(-1)
     return -(log_probabilities.exp() * log_probabilities).sum(-1).mean()
 
 
-@torch.no_grad()
-def _spread(logits: torch.Tensor) -> torch.Tensor:
-    # centering moves every row alike and leaves the deviation as it is
+def _logit_std(logits: torch.Tensor) -> torch.Tensor:
+    # subtracting the center would not change it
     return logits.float().flatten(0, -2).std(0, correction=0).mean()
 
 

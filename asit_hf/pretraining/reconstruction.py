@@ -1,8 +1,7 @@
-"""What a pretrained model restores of a corrupted clip."""
+"""Reconstruction of a corrupted clip by a pretrained model."""
 
 import torch
 
-from ..evaluation.attention import _one_clip
 from .masking import GMML, corrupt, draw_keys
 from .modeling import ASiTForPreTraining
 
@@ -12,26 +11,26 @@ def reconstruct(
     model: ASiTForPreTraining, input_values: torch.Tensor, gmml: GMML | None = None, seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """
-    Corrupts one clip as in pretraining and lets the student restore it.
+    Corrupts one clip as in pretraining and reconstructs it with the student.
 
     Args:
-        model ([`ASiTForPreTraining`]).
-        input_values (`torch.Tensor` of shape `(frames, mel)` or `(1, frames, mel)`): one clip, as the feature
-            extractor gives it.
-        gmml ([`GMML`], *optional*): the corruption, by default that of `GMML()`. One clip alone has no other one to
-            take pixels from, so they are set to zero.
-        seed (`int`, defaults to 0): decides the mask.
+        model ([`ASiTForPreTraining`]): the pretrained model.
+        input_values (`torch.Tensor` of shape `(frames, mel)` or `(1, frames, mel)`): output of the feature extractor
+            for one clip.
+        gmml ([`GMML`], *optional*): parameters of the corruption. Pixels are never replaced by another clip's.
+        seed (`int`, defaults to 0): seed of the mask.
 
     Returns:
-        What [`~asit_hf.plotting.plot_reconstruction`] draws: `clean`, `corrupted`, `mask` and `reconstruction`, all of
-        shape `(frames, mel)` on the processor, without the last frames short of a patch.
+        The arguments of [`~asit_hf.plotting.plot_reconstruction`]: `clean`, `corrupted`, `mask` and `reconstruction`,
+        all of shape `(frames, mel)` on the CPU, without trailing frames that do not fill a patch.
     """
     if not isinstance(model, ASiTForPreTraining):
-        raise TypeError(f"expected an ASiTForPreTraining, which has a reconstruction head, got {type(model).__name__}")
+        raise TypeError(f"expected an ASiTForPreTraining with its reconstruction head, got {type(model).__name__}")
     if not model.config.reconstruction_loss_weight > 0:
-        raise ValueError("expected a model pretrained to reconstruct, got reconstruction_loss_weight 0")
-    clip = _one_clip(input_values)
-    patch = model.config.patch_size
+        raise ValueError("expected a model pretrained with the reconstruction loss, got reconstruction_loss_weight 0")
+    clip, patch = input_values.squeeze(0) if input_values.dim() == 3 else input_values, model.config.patch_size
+    if clip.dim() != 2:
+        raise ValueError(f"expected one clip of shape (frames, mel), got {tuple(input_values.shape)}")
     if len(clip) < patch:
         raise ValueError(f"expected at least {patch} frames, one patch, got {len(clip)}")
     clean = clip[: len(clip) // patch * patch].to(model.device, model.dtype)

@@ -1,4 +1,7 @@
-"""The three losses of ASiT and the centers of the teacher's outputs."""
+"""
+The losses of ASiT ([arXiv 2211.13189](https://arxiv.org/abs/2211.13189)): global and local self-distillation and group
+masked reconstruction. Equations and differences are those of the two official releases of the code, 2023 and 2024.
+"""
 
 from collections.abc import Callable
 
@@ -10,16 +13,15 @@ from torch.autograd.function import once_differentiable
 
 from ..utils.device import choices_for
 
-# Rows whose logits over all prototypes exist at one time in `patch_distillation_loss`; `None`: as the device has it.
+# Patches in each chunk of `patch_distillation_loss`; `None`: the device's choice.
 CHUNK_ROWS: int | None = None
 
 
 class Center(nn.Module):
     """
-    Moving average of the teacher's logits, subtracted from them so that no prototype wins always.
-
-    `accumulate` is called once a forward pass, `update` once an optimizer step: the mean is over all passes and all
-    processes since the last update.
+    Moving average of the teacher's mean logits, which is subtracted from them so that no prototype dominates, as in
+    [DINO](https://arxiv.org/abs/2104.14294), equation 4. Call `accumulate` in every forward pass and `update` once per
+    optimizer step, which averages over all passes and processes.
     """
 
     def __init__(self, num_prototypes: int, momentum: float = 0.9):
@@ -30,14 +32,14 @@ class Center(nn.Module):
 
     @torch.no_grad()
     def accumulate(self, mean_logits: torch.Tensor, count: int) -> None:
-        """Adds `count` rows whose mean is `mean_logits` of shape `(num_prototypes,)`."""
-        # sum and count travel in one tensor, so that one all-reduce suffices
+        """Adds the mean of `count` rows of logits, `(num_prototypes,)`."""
+        # sum and count in one tensor need only one all-reduce
         rows = torch.cat((mean_logits.float() * count, mean_logits.new_full((1,), count, dtype=torch.float32)))
         self._sum = rows if self._sum is None else self._sum + rows
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves the center towards the accumulated mean."""
+        """Moves the center towards the accumulated mean and resets it."""
         if self._sum is None:
             return
         if dist.is_available() and dist.is_initialized():
@@ -47,7 +49,7 @@ class Center(nn.Module):
         self._sum = None
 
     def forget(self) -> None:
-        """Drops what was accumulated."""
+        """Discards the accumulated logits."""
         self._sum = None
 
 
@@ -59,21 +61,29 @@ def view_distillation_loss(
     teacher_temperature: float,
 ) -> torch.Tensor:
     """
-    Global self-distillation: every teacher view teaches every other student view; mean over pairs and clips.
+    Global self-distillation of CLS tokens: `-sum_k p_t[k] log p_s[k]` with
+    `p_t = softmax((teacher_logits - center) / teacher_temperature)` and
+    `p_s = softmax(student_logits / student_temperature)`, averaged over clips and over all pairs of a teacher view and
+    a different student view: 2 pairs in 2023, and 10 in 2024, where the student also gets four local crops.
 
     Args:
         student_logits (`torch.Tensor` of shape `(batch, student views, prototypes)`): the teacher's views come first.
-        teacher_logits (`torch.Tensor` of shape `(batch, teacher views, prototypes)`).
+        teacher_logits (`torch.Tensor` of shape `(batch, teacher views, prototypes)`): logits of the teacher.
         center (`torch.Tensor` of shape `(prototypes,)`): subtracted from the teacher's logits.
+
+    ```python
+    >>> student, teacher = torch.randn(4, 6, 8192), torch.randn(4, 2, 8192)
+    >>> loss = view_distillation_loss(student, teacher, torch.zeros(8192), 0.1, 0.04)
+    ```
     """
     targets = ((teacher_logits.float() - center) / teacher_temperature).softmax(-1)
     log_probabilities = (student_logits.float() / student_temperature).log_softmax(-1)
-    with torch.autocast(targets.device.type, enabled=False):  # it would round the product's inputs
+    with torch.autocast(targets.device.type, enabled=False):  # half precision would round the product's inputs
         targets, log_probabilities = (rows.transpose(0, 1).flatten(1) for rows in (targets, log_probabilities))
         cross_entropies = -(targets @ log_probabilities.T) / len(student_logits)
     teachers, students = cross_entropies.shape
     if students < 2:
-        raise ValueError("global self-distillation needs at least two student views")
+        raise ValueError(f"global self-distillation expects at least two student views, got {students}")
     others = 1 - torch.eye(teachers, students, device=cross_entropies.device)
     return (cross_entropies * others).sum() / others.sum()
 
@@ -91,19 +101,27 @@ def patch_distillation_loss(
     distill: Callable | None = None,
 ) -> torch.Tensor:
     """
-    Local self-distillation: cross-entropy between the teacher's and the student's prototype distributions of the same
-    patch, mean over patches. The logits never stand whole in memory: rows are taken in chunks, and the gradient of a
-    chunk is computed beside its loss.
+    Local self-distillation of patch tokens: the cross-entropy of [`view_distillation_loss`] between teacher and student
+    for the same patch of the same view, averaged over all patches. Patches have 1024 prototypes of their own in 2023
+    and share the 8192 of the CLS token in 2024.
+
+    Features are processed in chunks, whose gradients are computed together with their loss, so that the logits of all
+    patches never exist at the same time.
 
     Args:
         student_features (`torch.Tensor` of shape `(patches, bottleneck)`): L2-normalized.
-        student_prototypes (`torch.Tensor` of shape `(prototypes, bottleneck)`): logits are their products.
-        teacher_features, teacher_prototypes: the teacher's, same shapes; no gradient flows into them.
+        student_prototypes (`torch.Tensor` of shape `(prototypes, bottleneck)`): logits are their dot products.
+        teacher_features, teacher_prototypes: the teacher's, of the same shapes; they get no gradient.
         center (`torch.Tensor` of shape `(prototypes,)`): subtracted from the teacher's logits.
-        weights (`torch.Tensor` of shape `(patches,)`, *optional*): a factor for each patch's term, 0 to leave it out.
-        count (`torch.Tensor` of shape `()`, *optional*): what the sum is divided by instead of the number of patches,
-            or of the sum of their weights.
-        distill (`Callable`, *optional*): [`distill_rows`], compiled.
+        weights (`torch.Tensor` of shape `(patches,)`, *optional*): weight of each patch; 0 excludes it.
+        count (`torch.Tensor` of shape `()`, *optional*): divisor of the sum; by default the number of patches, or the
+            sum of their weights.
+        distill (`Callable`, *optional*): a compiled [`distill_rows`].
+
+    ```python
+    >>> features, prototypes = (F.normalize(torch.randn(n, 256), dim=-1) for n in (592, 1024))
+    >>> loss = patch_distillation_loss(features, prototypes, features, prototypes, torch.zeros(1024), 0.1, 0.04)
+    ```
     """
     total = _PatchDistillation.apply(
         student_features,
@@ -111,8 +129,7 @@ def patch_distillation_loss(
         teacher_features,
         teacher_prototypes,
         center,
-        student_temperature,
-        teacher_temperature,
+        (student_temperature, teacher_temperature),
         weights,
         distill or distill_rows,
     )
@@ -130,19 +147,19 @@ def distill_rows(
     weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    The sum of the cross-entropies of some rows, and its gradients.
+    Sum of the cross-entropies of a chunk of patches, and its gradients.
 
     Args:
-        student, teacher (`torch.Tensor` of shape `(rows, bottleneck)`).
-        student_matrix, teacher_matrix (`torch.Tensor` of shape `(prototypes, bottleneck)`): divided by temperatures.
+        student, teacher (`torch.Tensor` of shape `(rows, bottleneck)`): features.
+        student_matrix, teacher_matrix (`torch.Tensor` of shape `(prototypes, bottleneck)`): prototypes divided by the
+            temperature.
         bias (`torch.Tensor` of shape `(prototypes,)`): subtracted from the teacher's logits.
-        weights (`torch.Tensor` of shape `(rows,)`, *optional*).
+        weights (`torch.Tensor` of shape `(rows,)`, *optional*): weight of each patch.
 
     Returns:
-        The sum `()` in float32, and its gradients with respect to `student`, `(rows, bottleneck)`, and
-        `student_matrix`, `(prototypes, bottleneck)`.
+        The sum in float32, and its gradients with respect to `student` and `student_matrix`.
     """
-    # softmax and cross-entropy in float32: in half precision the tail of 8192 prototypes is lost
+    # softmax and cross-entropy in float32, because half precision loses the tail of 8192 prototypes
     targets = (teacher @ teacher_matrix.T).float().sub_(bias).softmax(-1)
     log_probabilities = (student @ student_matrix.T).float().log_softmax(-1)
     terms = torch.linalg.vecdot(targets, log_probabilities)
@@ -155,22 +172,12 @@ def distill_rows(
 
 class _PatchDistillation(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        student,
-        student_prototypes,
-        teacher,
-        teacher_prototypes,
-        center,
-        student_temp,
-        teacher_temp,
-        weights,
-        distill,
-    ):
+    def forward(ctx, student, student_prototypes, teacher, teacher_prototypes, center, temperatures, weights, distill):
+        student_temp, teacher_temp = temperatures
         device_type = student.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else student.dtype
         student, teacher = student.to(dtype), teacher.to(dtype)
-        # the temperatures are folded into the small matrices instead of the large logits
+        # divide the small matrices by the temperatures instead of the large logits
         student_matrix = (student_prototypes / student_temp).to(dtype)
         teacher_matrix = (teacher_prototypes / teacher_temp).to(dtype)
         bias = (center / teacher_temp).float()
@@ -201,14 +208,14 @@ class _PatchDistillation(torch.autograd.Function):
             features_grad = ctx.features_grad * grad
         if ctx.needs_input_grad[1]:
             prototypes_grad = (ctx.prototypes_grad * (grad / ctx.student_temp)).to(ctx.dtype)
-        ctx.features_grad = ctx.prototypes_grad = None  # whoever holds on to the loss does not hold on to these
-        return features_grad, prototypes_grad, *(None,) * 7
+        ctx.features_grad = ctx.prototypes_grad = None  # free them even if the loss is kept
+        return features_grad, prototypes_grad, *(None,) * 6
 
 
 def chunk_rows(num_rows: int, device: torch.device) -> int:
     """
-    Rows in each chunk: at most as many as suit the device, and on an accelerator the same number in every chunk if
-    `num_rows` can be divided so.
+    Number of rows in each chunk: at most the device's maximum, and on an accelerator the same for all chunks if
+    `num_rows` has such a divisor.
     """
     choices = choices_for(device)
     most = choices.loss_rows if CHUNK_ROWS is None else CHUNK_ROWS
@@ -222,12 +229,18 @@ def reconstruction_loss(
     reconstruction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, count: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    L1 distance, mean over the corrupted pixels only.
+    Reconstruction loss of group masked model learning: `sum(mask * |reconstruction - target|) / sum(mask)`, the L1
+    distance averaged over corrupted pixels only, in both releases.
 
     Args:
         reconstruction, target (`torch.Tensor` of any equal shape): the student's output and the clean spectrogram.
-        mask (`torch.Tensor` of the same shape): true where the student's input was corrupted.
-        count (`torch.Tensor` of shape `()`, *optional*): what the sum is divided by instead of the mask's pixels.
+        mask (`torch.Tensor` of the same shape): true for corrupted pixels.
+        count (`torch.Tensor` of shape `()`, *optional*): divisor of the sum instead of the number of corrupted pixels.
+
+    ```python
+    >>> clean, mask = torch.randn(4, 2, 592, 128), torch.rand(4, 2, 592, 128) < 0.5
+    >>> loss = reconstruction_loss(torch.zeros_like(clean), clean, mask)
+    ```
     """
     mask = mask.to(torch.float32)
     distance = F.l1_loss(reconstruction.float(), target.float(), reduction="none")
@@ -236,8 +249,8 @@ def reconstruction_loss(
 
 def mean_over_processes(count: torch.Tensor) -> torch.Tensor:
     """
-    A count, at least 1 in all, averaged over the processes. Divided by it, and with gradients averaged over the
-    processes, a sum becomes the mean over all of them, however unevenly they share what is counted.
+    Mean of a count (at least 1 in total) over processes. A sum divided by it, with gradients averaged over processes,
+    is the mean over all of them, however unevenly the count is distributed.
     """
     count, processes = count.to(torch.float32), 1
     if dist.is_available() and dist.is_initialized():

@@ -1,4 +1,4 @@
-"""ASiT model configuration, and what makes a saved folder load without this package."""
+"""ASiT model configuration, and the code files that let a saved folder load without this package."""
 
 import shutil
 from os import PathLike
@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-# The files that travel with every saved model, so that `trust_remote_code=True` works where the package is absent.
+# Saved with every model, so that it loads with `trust_remote_code=True` where the package is not installed.
 HUB_FILES = ("configuration_asit.py", "fbank_asit.py", "feature_extraction_asit.py", "modeling_asit.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_asit.ASiTConfig",
@@ -38,7 +38,7 @@ POSITIVE_FIELDS = (
 
 
 def copy_hub_files(folder: str | PathLike) -> None:
-    """Copies those of the Hub files that lie beside this one into `folder`."""
+    """Copies the Hub files beside this one to `folder`."""
     source, target = Path(__file__).parent, Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     for name in HUB_FILES:
@@ -49,8 +49,8 @@ def copy_hub_files(folder: str | PathLike) -> None:
 @strict
 class ASiTConfig(PreTrainedConfig):
     r"""
-    Configuration of the ASiT models ([arXiv 2211.13189](https://arxiv.org/abs/2211.13189)). The defaults give the base
-    size and the objective of the authors' 2024 release. `ASiTConfig.from_size("tiny")` gives the named sizes.
+    Configuration of the ASiT models ([arXiv 2211.13189](https://arxiv.org/abs/2211.13189)). The defaults are the base
+    size and the objective of the official 2024 release. `ASiTConfig.from_size("tiny")` gives a named size.
 
     Args:
         hidden_size (`int`, defaults to 768): width of the encoder.
@@ -58,30 +58,31 @@ class ASiTConfig(PreTrainedConfig):
         num_attention_heads (`int`, defaults to 12): attention heads per layer.
         intermediate_size (`int`, defaults to 3072): hidden width of each layer's MLP.
         hidden_act (`str`, defaults to `"gelu"`): activation of the MLPs.
-        hidden_dropout_prob (`float`, defaults to 0.0): dropout after the embeddings and in every layer.
-        attention_probs_dropout_prob (`float`, defaults to 0.0): dropout on attention weights.
-        drop_path_rate (`float`, defaults to 0.0): stochastic depth of the last layer, growing linearly from 0.
-        initializer_range (`float`, defaults to 0.02): standard deviation of initial weights.
+        hidden_dropout_prob (`float`, defaults to 0.0): dropout on the embeddings and on both branches of every layer.
+        attention_probs_dropout_prob (`float`, defaults to 0.0): dropout on the attention weights.
+        drop_path_rate (`float`, defaults to 0.0): stochastic depth rate of the last layer, growing linearly from 0.
+        initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
         layer_norm_eps (`float`, defaults to 1e-6): epsilon of the layer norms.
         qkv_bias (`bool`, defaults to `True`): whether queries, keys and values have a bias.
-        patch_size (`int`, defaults to 16): side of a square patch: frames x mel bins.
-        num_mel_bins (`int`, defaults to 128): mel bins of the input.
-        num_frames (`int`, defaults to 592): frames the position embeddings were learned at; other lengths resize them.
-        pooling_mode (`str`, defaults to `"cls"`): the clip's embedding: `"cls"`, `"mean"` of the patch tokens, or
-            `"cls_mean"`, both concatenated.
-        distillation_hidden_size (`int`, defaults to 2048): width of the distillation head's MLP.
-        distillation_bottleneck_size (`int`, defaults to 256): its output width, before the prototypes.
-        num_prototypes (`int`, defaults to 8192): prototypes for the CLS token, and for patches where they are shared.
-        num_patch_prototypes (`int`, *optional*): prototypes for patch tokens in a layer of their own (1024 in the 2023
-            release, gains then frozen at 1). `None`: one layer shared with the CLS token (2024).
-        reconstruction_hidden_size (`int`, *optional*): width of the reconstruction MLP; `None`: `hidden_size`.
-        reconstruction_bottleneck_size (`int`, *optional*): its output width; `None`: `hidden_size`.
+        patch_size (`int`, defaults to 16): side of the square patches, in frames and mel bins.
+        num_mel_bins (`int`, defaults to 128): number of mel bins of the input.
+        num_frames (`int`, defaults to 592): frames at which positions are learned; other lengths resize them.
+        pooling_mode (`str`, defaults to `"cls"`): pooled output: the `"cls"` token, the `"mean"` of the patch
+            tokens, or `"cls_mean"`, both concatenated.
+        distillation_hidden_size (`int`, defaults to 2048): hidden width of the distillation head's MLP.
+        distillation_bottleneck_size (`int`, defaults to 256): output width of that MLP, and of the prototypes.
+        num_prototypes (`int`, defaults to 8192): number of prototypes for the CLS token, and for patches if shared.
+        num_patch_prototypes (`int`, *optional*): number of separate prototypes for patches, with gains frozen at 1
+            (2023: 1024). `None` shares those of the CLS token (2024).
+        reconstruction_hidden_size (`int`, *optional*): hidden width of the reconstruction head's MLP; `None` is
+            `hidden_size`.
+        reconstruction_bottleneck_size (`int`, *optional*): output width of that MLP; `None` is `hidden_size`.
         student_temperature (`float`, defaults to 0.1): temperature of the student's softmax.
-        global_loss_weight (`float`, defaults to 0.5): weight of the CLS loss (2023: 1).
-        local_loss_weight (`float`, defaults to 0.5): weight of the patch loss (2023: 1).
+        global_loss_weight (`float`, defaults to 0.5): weight of the global (CLS) loss (2023: 1).
+        local_loss_weight (`float`, defaults to 0.5): weight of the local (patch) loss (2023: 1).
         reconstruction_loss_weight (`float`, defaults to 1.0): weight of the L1 reconstruction loss (2023: 2).
-        local_loss_patches (`str`, defaults to `"all"`): patches that the patch loss is the mean over: `"all"`, as the
-            authors have it, or `"corrupted"`, those of which the student does not see half the pixels or more.
+        local_loss_patches (`str`, defaults to `"all"`): patches over which the local loss is averaged: `"all"`
+            (official), or `"corrupted"`, those with at least half of their pixels corrupted.
 
     ```python
     >>> from asit_hf import ASiTConfig, ASiTModel
@@ -120,7 +121,7 @@ class ASiTConfig(PreTrainedConfig):
     local_loss_patches: str = "all"
 
     def validate_architecture(self) -> None:
-        """Raises `ValueError` for values that no model can be built from."""
+        """Raises `ValueError` for values that do not give a model."""
         for name in POSITIVE_FIELDS:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -150,29 +151,29 @@ class ASiTConfig(PreTrainedConfig):
 
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "ASiTConfig":
-        """The configuration of a named size, `"tiny"`, `"small"` or `"base"`; `kwargs` override its fields."""
+        """Configuration of size `"tiny"`, `"small"` or `"base"`; `kwargs` override its fields."""
         if size not in SIZES:
             raise ValueError(f"size must be one of {sorted(SIZES)}, got {size!r}")
         return cls(**{**SIZES[size], **kwargs})
 
     @property
     def position_grid(self) -> tuple[int, int]:
-        """Patch columns (time) and rows (mel) that the position embeddings were learned at."""
+        """`(time_patches, mel_patches)` at which the position embeddings are learned."""
         return self.num_frames // self.patch_size, self.num_mel_bins // self.patch_size
 
     @property
     def pooled_size(self) -> int:
-        """Width of the pooled clip embedding."""
+        """Width of the pooled output."""
         return 2 * self.hidden_size if self.pooling_mode == "cls_mean" else self.hidden_size
 
     def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Saves `config.json` with the full `auto_map`, and the code it names beside it."""
+        """Saves `config.json` with the full `auto_map` and the code files that it names."""
         self.auto_map = dict(AUTO_MAP)
         copy_hub_files(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _get_files_timestamps(self, working_dir: str | PathLike) -> dict[str, float]:
-        # without the code files, so that a push uploads them although they were copied before it looked
+        # a push uploads files without a timestamp, and the code files are copied before it takes them
         return {k: v for k, v in super()._get_files_timestamps(working_dir).items() if k not in HUB_FILES}
 
 

@@ -9,7 +9,7 @@ WINDOW_SECONDS = 0.025
 HOP_SECONDS = 0.010
 LOW_FREQUENCY = 20.0
 PREEMPHASIS = 0.97
-# Frames are transformed in chunks whose buffers stay in the processor's cache; one pass over a large batch is slower.
+# Frames per chunk on a CPU, so that buffers stay in its cache; one pass over a large batch is slower.
 CHUNK_FRAMES = 512
 
 
@@ -19,7 +19,7 @@ def window_and_hop(sampling_rate: int) -> tuple[int, int]:
 
 
 def num_fbank_frames(num_samples: int, sampling_rate: int) -> int:
-    """Whole windows that fit in `num_samples` samples (Kaldi's `snip_edges`)."""
+    """Number of whole windows in `num_samples` samples (Kaldi's `snip_edges`)."""
     window, hop = window_and_hop(sampling_rate)
     return 0 if num_samples < window else 1 + (num_samples - window) // hop
 
@@ -27,8 +27,8 @@ def num_fbank_frames(num_samples: int, sampling_rate: int) -> int:
 @lru_cache(maxsize=32)
 def _mel_filters(sampling_rate: int, num_mel_bins: int, fft_size: int) -> list[tuple[slice, torch.Tensor]]:
     """
-    Kaldi's triangular filters, from 20 Hz to Nyquist, whose bin it leaves out: the low and the high half of them, each
-    as the frequency bins that it looks at and its (bins, filters). The whole matrix is mostly zeros.
+    Kaldi's triangular filters from 20 Hz to Nyquist, without the Nyquist bin. The low and the high half are each a
+    slice of frequency bins and a matrix of shape (bins, filters), because the full matrix is mostly zeros.
     """
     low, high = (1127.0 * math.log1p(hertz / 700.0) for hertz in (LOW_FREQUENCY, sampling_rate / 2))
     step = (high - low) / (num_mel_bins + 1)
@@ -51,7 +51,7 @@ _CONSTANTS: dict[tuple, tuple[torch.Tensor, list[tuple[slice, torch.Tensor]]]] =
 def _constants(
     sampling_rate: int, num_mel_bins: int, window_size: int, fft_size: int, device: torch.device
 ) -> tuple[torch.Tensor, list[tuple[slice, torch.Tensor]]]:
-    """The window and the filters on a device, kept: a copy in every call would make the host wait for it."""
+    """The window and the filters, cached for each device, because a copy in every call would make the host wait."""
     key = (sampling_rate, num_mel_bins, window_size, fft_size, device)
     if key not in _CONSTANTS or torch.compiler.is_compiling():
         with torch.inference_mode(False):
@@ -65,15 +65,15 @@ def _constants(
 
 
 def is_real(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has values that can be kept for later calls, as those made by a tracer have not."""
+    """Whether a tensor has values that can be cached; tensors of a tracer have none."""
     return type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def log_mel_spectrogram(waveforms: torch.Tensor, sampling_rate: int, num_mel_bins: int = 128) -> torch.Tensor:
     """
-    Kaldi-compatible log-mel filter banks: 25 ms symmetric Hann ("hanning") windows every 10 ms, DC removed from every
+    Kaldi-compatible log-mel filter banks: 25 ms symmetric Hann ("hanning") windows every 10 ms, DC removed from each
     window, pre-emphasis 0.97, power spectrum, mel filters from 20 Hz to Nyquist, natural logarithm floored at
-    float32's epsilon; no dither, no energy. Always computed in float32: half precision loses the quiet bins.
+    float32's epsilon; no dither and no energy. They are computed in float32, because half precision loses quiet bins.
 
     Args:
         waveforms (`torch.Tensor` of shape `(..., samples)`): in [-1, 1], on any device.
@@ -81,12 +81,12 @@ def log_mel_spectrogram(waveforms: torch.Tensor, sampling_rate: int, num_mel_bin
         num_mel_bins (`int`, defaults to 128): number of mel filters.
 
     Returns:
-        `torch.Tensor` of shape `(..., frames, num_mel_bins)`, float32; frames as `num_fbank_frames` says.
+        `torch.Tensor` of shape `(..., frames, num_mel_bins)`, float32, with [`num_fbank_frames`] frames.
     """
     window_size, hop = window_and_hop(sampling_rate)
     if waveforms.shape[-1] < window_size:
         raise ValueError(
-            f"a waveform needs at least one window of {window_size} samples at {sampling_rate} Hz, "
+            f"expected waveforms of at least one window, {window_size} samples at {sampling_rate} Hz, "
             f"got {waveforms.shape[-1]}"
         )
     device = waveforms.device
@@ -97,7 +97,7 @@ def log_mel_spectrogram(waveforms: torch.Tensor, sampling_rate: int, num_mel_bin
         shape = frames.shape[:-1]
         outputs = torch.empty(shape.numel(), num_mel_bins, dtype=torch.float32, device=device)
         clips, start = frames.reshape(-1, *frames.shape[-2:]), 0
-        if device.type == "cpu":  # rows of one clip are views into the waveform: never more than a chunk is copied
+        if device.type == "cpu":  # frames are views into the waveform, so only one chunk is copied
             chunks = [chunk for clip in clips for chunk in clip.split(CHUNK_FRAMES)]
         else:
             chunks = [clips.flatten(0, 1)]
@@ -114,17 +114,17 @@ def _log_mel_of_frames(
     filters: list[tuple[slice, torch.Tensor]],
     output: torch.Tensor,
 ) -> None:
-    """(frames, samples) -> (frames, mel), written to `output`."""
+    """Frames `(frames, samples)` to `output` of shape `(frames, mel)`."""
     frames = frames - frames.mean(-1, keepdim=True)
     size = frames.shape[-1]
-    emphasised = frames.new_empty(len(frames), fft_size)
-    emphasised[:, 0] = (1 - PREEMPHASIS) * frames[:, 0]  # Kaldi repeats the first sample
-    # two roundings as in Kaldi: a fused multiply-add moves quiet bins by up to 2e-3
-    torch.mul(frames[:, :-1], -PREEMPHASIS, out=emphasised[:, 1:size])
-    emphasised[:, 1:size] += frames[:, 1:]
-    emphasised[:, :size] *= window
-    emphasised[:, size:] = 0
-    squares = torch.view_as_real(torch.fft.rfft(emphasised)).square_()
+    emphasized = frames.new_empty(len(frames), fft_size)
+    emphasized[:, 0] = (1 - PREEMPHASIS) * frames[:, 0]  # Kaldi repeats the first sample
+    # round twice as Kaldi does; a fused multiply-add changes quiet bins by up to 2e-3
+    torch.mul(frames[:, :-1], -PREEMPHASIS, out=emphasized[:, 1:size])
+    emphasized[:, 1:size] += frames[:, 1:]
+    emphasized[:, :size] *= window
+    emphasized[:, size:] = 0
+    squares = torch.view_as_real(torch.fft.rfft(emphasized)).square_()
     power = squares[..., 0] + squares[..., 1]
     for (bins, half), part in zip(filters, output.chunk(len(filters), dim=1)):
         torch.mm(power[:, bins], half, out=part)

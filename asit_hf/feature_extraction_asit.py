@@ -1,4 +1,4 @@
-"""ASiT feature extractor: waveforms to normalized log-mel spectrograms, in batch, on the waveforms' own device."""
+"""ASiT feature extractor: waveforms to normalized log-mel spectrograms, in batch, on the waveforms' device."""
 
 from numbers import Integral
 from os import PathLike
@@ -15,7 +15,7 @@ from .fbank_asit import log_mel_spectrogram, num_fbank_frames, window_and_hop
 
 logger = logging.get_logger(__name__)
 
-# no batch of clips is as short as this: a last axis of at most so many is channels, as soundfile returns them
+# A last axis of at most this size is taken for channels, as soundfile returns them; clips are longer.
 MAX_CHANNELS = 8
 
 RawSpeech = np.ndarray | torch.Tensor | list[float] | list[np.ndarray] | list[torch.Tensor] | list[list[float]]
@@ -25,17 +25,17 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
     r"""
     Turns waveforms into `input_values`: Kaldi log-mel filter banks normalized as `(x - mean) / (2 * std)`.
 
-    The defaults are AudioSet's statistics, those of the published checkpoints. A clip shorter than one 25 ms window is
-    filled with zeros up to one window. Padded frames hold `padding_value` and are 0 in `attention_mask`.
+    The defaults are the statistics of AudioSet, which the published checkpoints use. Clips shorter than one 25 ms
+    window are padded with zeros. Padded frames hold `padding_value` and are 0 in `attention_mask`.
 
     Args:
-        feature_size (`int`, *optional*): width of the sequences that `pad` takes: `num_mel_bins`, the default, or 1.
-        sampling_rate (`int`, defaults to 16000): rate in Hz that the waveforms must have.
+        feature_size (`int`, *optional*): width of the sequences that `pad` accepts: `num_mel_bins` (default) or 1.
+        sampling_rate (`int`, defaults to 16000): required sampling rate of the waveforms in Hz.
         padding_value (`float`, defaults to 0.0): value of padded frames, on the normalized scale.
         num_mel_bins (`int`, defaults to 128): number of mel bins.
         mean (`float`, defaults to -4.2677393): mean of the log-mel values.
         std (`float`, defaults to 4.5689974): their standard deviation.
-        return_attention_mask (`bool`, defaults to `True`): whether `attention_mask` is returned.
+        return_attention_mask (`bool`, defaults to `True`): whether to return `attention_mask`.
     """
 
     model_input_names = ["input_values", "attention_mask"]
@@ -52,9 +52,7 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
         **kwargs: Any,
     ):
         if kwargs.get("padding_side", "right") != "right":
-            raise ValueError(
-                f"padding_side must be 'right', where the models expect it, got {kwargs['padding_side']!r}"
-            )
+            raise ValueError(f"padding_side must be 'right', as the models expect, got {kwargs['padding_side']!r}")
         feature_size = num_mel_bins if feature_size is None else feature_size
         if feature_size not in (1, num_mel_bins):
             raise ValueError(f"feature_size must be num_mel_bins {num_mel_bins} or 1, got {feature_size}")
@@ -78,13 +76,13 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
 
     def extract(self, waveforms: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """
-        The whole path from a batch of waveforms of this extractor's rate to model input, without checks or padding.
+        Converts a batch of waveforms at this extractor's rate to model input, without checks or padding.
 
         Args:
             waveforms (`torch.Tensor` of shape `(..., samples)`): floating point in [-1, 1] or int16 PCM, zero beyond
-                each clip's own length.
-            lengths (`torch.Tensor` of shape `(...)`, *optional*): samples of each clip; its mean over them is removed
-                first. `None`: all of them.
+                each clip's length.
+            lengths (`torch.Tensor` of shape `(...)`, *optional*): number of samples of each clip, over which its mean
+                is removed first; by default all samples.
 
         Returns:
             `torch.Tensor` of shape `(..., frames, num_mel_bins)`, float32, on the waveforms' device.
@@ -97,7 +95,7 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
             mean = waveforms.sum(-1, keepdim=True) / lengths[..., None]
             waveforms = (waveforms - mean) * real
         log_mel = log_mel_spectrogram(waveforms, self.sampling_rate, self.num_mel_bins)
-        return log_mel.sub_(self.mean).div_(2 * self.std)  # as normalize, in place
+        return log_mel.sub_(self.mean).div_(2 * self.std)  # `normalize`, in place
 
     def __call__(
         self,
@@ -113,34 +111,34 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
         **kwargs: Any,
     ) -> BatchFeature:
         """
-        Featurises one waveform or a batch of them.
+        Extracts features of one waveform or a batch.
 
         Args:
-            raw_speech: one waveform of shape `(samples,)`, or a batch: a list of them or an array of shape
-                `(batch, samples)`; numpy, torch (the device is kept) or lists of floats, mono, in [-1, 1];
-                int16 and int32 PCM is scaled to that range.
-            sampling_rate (`int`): the waveforms' rate in Hz; an error unless it is this extractor's.
+            raw_speech: one mono waveform of shape `(samples,)`, or a batch as a list or an array of shape
+                `(batch, samples)`. Waveforms are numpy arrays, torch tensors (whose device is kept) or lists of
+                floats in [-1, 1]; int16 and int32 PCM is scaled to that range.
+            sampling_rate (`int`): sampling rate of the waveforms in Hz, which must be this extractor's.
             padding (`bool` or `str`, defaults to `True`): `True` or `"longest"` pads to the longest clip,
-                `"max_length"` to `num_frames`, `False` pads nothing.
+                `"max_length"` to `num_frames`, and `False` does not pad.
             truncation (`bool`, defaults to `False`): cut clips to `num_frames`.
-            num_frames (`int`, *optional*): the length, in frames of 10 ms, that padding and truncation aim at.
-            max_length (`int`, *optional*): another name for `num_frames`.
+            num_frames (`int`, *optional*): target length of padding and truncation, in frames of 10 ms.
+            max_length (`int`, *optional*): alias of `num_frames`.
             pad_to_multiple_of (`int`, *optional*): round the padded length up to a multiple of this.
-            return_attention_mask (`bool`, *optional*): overrides the extractor's own setting.
-            return_tensors (`str`, *optional*): `"pt"` or `"np"`; by default a list of numpy arrays.
+            return_attention_mask (`bool`, *optional*): overrides the extractor's setting.
+            return_tensors (`str`, *optional*): `"pt"` or `"np"`; by default, lists of numpy arrays.
 
         Returns:
-            [`BatchFeature`] with `input_values` of shape `(batch, frames, num_mel_bins)` and, unless switched off,
+            [`BatchFeature`] with `input_values` of shape `(batch, frames, num_mel_bins)` and, unless disabled,
             `attention_mask` of shape `(batch, frames)`, 1 for real frames.
 
         Raises:
-            `ValueError`: another sampling rate, more than one channel, an empty or a non-finite waveform.
+            `ValueError`: the sampling rate differs, or a waveform is empty, not mono or not finite.
         """
         if kwargs:
-            raise TypeError(f"unexpected arguments {sorted(kwargs)}; known: see ASiTFeatureExtractor.__call__")
+            raise TypeError(f"unexpected arguments {sorted(kwargs)}; see ASiTFeatureExtractor.__call__")
         self._check_rate(sampling_rate)
         if None not in (num_frames, max_length) and num_frames != max_length:
-            raise ValueError(f"num_frames and max_length are one thing, got {num_frames} and {max_length}")
+            raise ValueError(f"max_length is an alias of num_frames, got {num_frames} and {max_length}")
         num_frames = num_frames if num_frames is not None else max_length
         for name, value in {"num_frames": num_frames, "pad_to_multiple_of": pad_to_multiple_of}.items():
             if value is not None and not (isinstance(value, Integral) and value >= 1):
@@ -148,7 +146,7 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
         strategy = self._padding_strategy(padding, truncation, num_frames)
         clips = [self._to_tensor(clip, index) for index, clip in enumerate(self._to_clips(raw_speech))]
 
-        # a processor's cache holds one clip, an accelerator wants all at once
+        # one clip fits a CPU's cache; an accelerator is fastest with all at once
         groups = [[clip] for clip in clips] if clips[0].device.type == "cpu" else [clips]
         features = [feature for group in groups for feature in self._extract_clips(group)]
         if truncation:
@@ -171,25 +169,24 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
         return _to_batch_feature(outputs, return_tensors)
 
     def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Saves `preprocessor_config.json` with the full `auto_map`, and the code it names beside it."""
+        """Saves `preprocessor_config.json` with the full `auto_map` and the code files that it names."""
         self.auto_map = dict(AUTO_MAP)
         copy_hub_files(save_directory)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _get_files_timestamps(self, working_dir: str | PathLike) -> dict[str, float]:
-        # without the code files, so that a push uploads them although they were copied before it looked
+        # a push uploads files without a timestamp, and the code files are copied before it takes them
         return {k: v for k, v in super()._get_files_timestamps(working_dir).items() if k not in HUB_FILES}
 
     def _check_rate(self, sampling_rate: int | None) -> None:
         if sampling_rate is None:
             logger.warning_once(
-                f"No `sampling_rate` was passed to {type(self).__name__}; the waveforms are taken to be at "
-                f"{self.sampling_rate} Hz. Passing it turns a silent mistake into an error."
+                f"No sampling_rate was passed to {type(self).__name__}, so {self.sampling_rate} Hz is assumed. Pass it "
+                "to get an error for waveforms at another rate."
             )
         elif sampling_rate != self.sampling_rate:
             raise ValueError(
-                f"This feature extractor expects waveforms at {self.sampling_rate} Hz, got {sampling_rate} Hz: "
-                "resample them first"
+                f"expected waveforms at {self.sampling_rate} Hz, got {sampling_rate} Hz; resample them first"
             )
 
     def _padding_strategy(
@@ -202,7 +199,7 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
         else:
             strategy = PaddingStrategy(padding)
         if num_frames is None and (truncation or strategy == PaddingStrategy.MAX_LENGTH):
-            raise ValueError("padding='max_length' and truncation=True need `num_frames`, the length to aim at")
+            raise ValueError("padding='max_length' and truncation=True need num_frames, the target length")
         return strategy
 
     @staticmethod
@@ -233,7 +230,10 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
             clip = _to_array(clip, index)
         if clip.ndim != 1:
             raise ValueError(f"waveform {index} must be mono, of shape (samples,), got shape {tuple(clip.shape)}")
-        clip = clip.detach() if isinstance(clip, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(clip))
+        # torch has no read-only tensors and warns of read-only arrays, so only those are copied ("W": writable)
+        clip = (
+            clip.detach() if isinstance(clip, torch.Tensor) else torch.from_numpy(np.require(clip, None, ["C", "W"]))
+        )
         if clip.dtype in (torch.int16, torch.int32):  # PCM
             clip = clip.float() / -torch.iinfo(clip.dtype).min
         if not clip.is_floating_point():
@@ -242,13 +242,13 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
             )
         if clip.numel() == 0:
             raise ValueError(f"waveform {index} is empty")
-        # one pass first: a finite sum has finite terms
+        # a cheap test first: if the sum is finite, so are all values
         if not torch.isfinite(clip.sum()) and not torch.isfinite(clip).all():
-            raise ValueError(f"waveform {index} holds values that are not finite (NaN or infinity)")
+            raise ValueError(f"waveform {index} contains values that are not finite (NaN or infinity)")
         return clip.float()
 
     def _extract_clips(self, clips: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Log-mel of clips of any lengths in one batch: frames never look beyond a clip's own samples."""
+        """Features of clips of any lengths, computed as one batch. Frames do not reach beyond a clip's samples."""
         window, _ = window_and_hop(self.sampling_rate)
         lengths = [len(clip) for clip in clips]
         samples = max(*lengths, window)
@@ -262,7 +262,7 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
 
 
 def _to_array(clip: Any, index: int) -> np.ndarray:
-    """An array of a type that torch knows."""
+    """An array of a type that torch supports."""
     try:
         array = np.asarray(clip)
     except ValueError as error:
@@ -274,7 +274,7 @@ def _to_array(clip: Any, index: int) -> np.ndarray:
 
 
 def _pad(values: torch.Tensor, length: int | None, value: float, side: str) -> torch.Tensor:
-    """Pads the first axis to `length`."""
+    """Pads the first axis to `length` with `value`."""
     if length is None or len(values) >= length:
         return values
     padding = values.new_full((length - len(values), *values.shape[1:]), value)

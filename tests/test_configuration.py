@@ -17,7 +17,7 @@ def test_named_sizes(size, hidden_size, num_heads):
     assert config.num_mel_bins == 64
 
 
-def test_defaults_are_the_base_size_and_the_2024_objective():
+def test_defaults_are_the_base_size_and_the_2024_release():
     config = ASiTConfig()
     assert config.hidden_size == ASiTConfig.from_size("base").hidden_size
     assert config.position_grid == (37, 8)
@@ -25,7 +25,7 @@ def test_defaults_are_the_base_size_and_the_2024_objective():
     assert config.num_patch_prototypes is None
 
 
-def test_overrides_win_over_the_size():
+def test_overrides_replace_the_fields_of_a_size():
     assert ASiTConfig.from_size("tiny", num_hidden_layers=2).num_hidden_layers == 2
 
 
@@ -49,14 +49,14 @@ def test_round_trip_keeps_every_field(tmp_path):
     assert differing <= {"_name_or_path"}
 
 
-def test_saved_folder_holds_the_code_that_its_auto_map_names(tmp_path):
+def test_saved_folder_contains_the_code_named_by_its_auto_map(tmp_path):
     ASiTConfig.from_size("tiny").save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
     assert {path.name for path in tmp_path.glob("*.py")} == set(HUB_FILES)
     assert {name.split(".")[0] + ".py" for name in AUTO_MAP.values()} <= set(HUB_FILES)
 
 
-def test_hub_files_import_nothing_that_does_not_travel(tmp_path):
+def test_hub_files_import_only_each_other(tmp_path):
     copy_hub_files(tmp_path)
     for path in tmp_path.glob("*.py"):
         imports = [line for line in path.read_text().splitlines() if line.startswith(("from .", "import ."))]
@@ -64,7 +64,7 @@ def test_hub_files_import_nothing_that_does_not_travel(tmp_path):
         assert "asit_hf" not in " ".join(line for line in path.read_text().splitlines() if line.startswith("from "))
 
 
-def test_from_dict_ignores_nothing_it_knows():
+def test_from_dict_keeps_every_field():
     fields = {"hidden_size": 48, "num_attention_heads": 3, "num_frames": 96, "num_mel_bins": 32}
     config = ASiTConfig.from_dict({**fields, "num_hidden_layers": 1, "intermediate_size": 96})
     assert {name: getattr(config, name) for name in fields} == fields

@@ -23,13 +23,13 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_authors_features(case):
+def test_equals_the_official_features(case):
     waveform, rate, expected = golden(case)
     log_mel = log_mel_spectrogram(waveform, rate)
     assert log_mel.shape == expected.shape
     difference = (log_mel - expected).abs()
     assert difference[expected > FLOOR + 1e-3].max() < 2e-3
-    # processors round FFT and products differently: in quiet bins at 44.1 kHz by 1.1e-5 and 2.1e-5 on average
+    # CPUs round FFT and products differently, in quiet bins at 44.1 kHz by 1.1e-5 or 2.1e-5 on average
     assert difference.mean() < 5e-5
     assert difference[expected > expected.max() - 10].max() < 1e-4
 
@@ -43,7 +43,7 @@ def test_window_and_hop(rate, window, hop):
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 2), (0,)])
-def test_leading_shape_is_kept_and_every_clip_is_its_own(shape):
+def test_leading_dimensions_are_kept_and_clips_are_independent(shape):
     waveforms = noise(*shape, 2000)
     log_mel = log_mel_spectrogram(waveforms, 16000)
     assert log_mel.shape == (*shape, num_fbank_frames(2000, 16000), 128)
@@ -82,7 +82,7 @@ def test_result_is_float32_for_other_input_types():
     assert log_mel_spectrogram(waveform.half(), 16000).dtype == torch.float32
 
 
-def test_the_default_dtype_of_torch_does_not_matter():
+def test_torchs_default_dtype_does_not_matter():
     waveform = noise(4000)
     expected = log_mel_spectrogram(waveform, 16000)
     fbank_asit._mel_filters.cache_clear()
@@ -123,12 +123,11 @@ def test_input_is_not_changed():
 
 
 def test_a_waveform_shorter_than_one_window_is_an_error():
-    with pytest.raises(ValueError, match="400 samples at 16000 Hz, got 399"):
+    with pytest.raises(ValueError, match="400.*399"):
         log_mel_spectrogram(torch.zeros(2, 399), 16000)
 
 
-def test_all_clips_at_once_give_what_chunks_give():
-    """What other devices than the processor compute."""
+def test_accelerators_compute_the_same_without_chunks():
     waveforms = torch.rand(2, 3, 16000, generator=torch.Generator().manual_seed(0)) - 0.5
     filters, window = fbank_asit._mel_filters(16000, 128, 512), torch.hann_window(400, periodic=False)
     frames = waveforms.unfold(-1, 400, 160)
@@ -137,7 +136,7 @@ def test_all_clips_at_once_give_what_chunks_give():
     torch.testing.assert_close(output.view(2, 3, 98, 128), log_mel_spectrogram(waveforms, 16000), rtol=0, atol=1e-5)
 
 
-def test_constants_made_by_a_tracer_are_not_kept(monkeypatch):
+def test_constants_of_a_tracer_are_not_cached(monkeypatch):
     waveform = torch.randn(1, 9000, generator=torch.Generator().manual_seed(0))
     expected = log_mel_spectrogram(waveform, 22050, 40)
     monkeypatch.setattr(fbank_asit, "_CONSTANTS", {})

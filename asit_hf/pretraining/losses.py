@@ -101,9 +101,9 @@ def patch_distillation_loss(
     distill: Callable | None = None,
 ) -> torch.Tensor:
     """
-    Local self-distillation of patch tokens: the cross-entropy of [`view_distillation_loss`] between teacher and student
-    for the same patch of the same view, averaged over all patches. Patches have 1024 prototypes of their own in 2023
-    and share the 8192 of the CLS token in 2024.
+    Local self-distillation of patch tokens: the cross-entropy of [`view_distillation_loss`] between teacher and
+    student for the same patch of the same view, averaged over all patches. Patches have 1024 prototypes of their own
+    in 2023 and share the 8192 of the CLS token in 2024.
 
     Features are processed in chunks, whose gradients are computed together with their loss, so that the logits of all
     patches never exist at the same time.

@@ -25,10 +25,10 @@ class DeviceChoices:
             one shape; a CPU gains nothing by it.
         masks_block_by_block (`bool`): GMML draws one block after the other until a mask reaches its ratio, instead of
             all masks of a batch at once; see `pretraining.masking.draw_masks`.
-        crops_by_slices (`bool`): crops of packed audio are copied one by one, which is fastest on a CPU; an
-            accelerator would launch a kernel, and wait, for each.
-        int16_batches (`bool`): the loader sends waveform crops as int16, which halves the bytes through shared memory
-            and over the bus. A CPU would only convert back and forth.
+        crops_by_slices (`bool`): copy crops of packed audio one by one, the fastest way on a CPU; on an accelerator
+            each copy would launch a kernel, so all crops are gathered by one index.
+        int16_batches (`bool`): the loader sends waveform crops as int16, half the bytes through shared memory and over
+            the bus. On a CPU the conversion would only cost time.
     """
 
     loss_rows: int

@@ -1,4 +1,4 @@
-"""The table of the pretraining README names options and tests that exist."""
+"""Tests, options and fields named in the pretraining README exist."""
 
 import re
 from pathlib import Path

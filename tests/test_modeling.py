@@ -11,7 +11,7 @@ from asit_hf import ASiTConfig, ASiTForAudioClassification, ASiTForAudioFrameCla
 from asit_hf.modeling_asit import bicubic_resize_matrix
 
 CLASSES = [ASiTModel, ASiTForAudioClassification, ASiTForAudioFrameClassification]
-ROWS = MEL // 16
+MEL_PATCHES = MEL // 16
 
 
 def spectrograms(batch: int, frames: int, seed: int = 1) -> torch.Tensor:
@@ -29,33 +29,33 @@ def padded_batch(lengths: list[int], value: float = 0.0) -> tuple[torch.Tensor, 
 
 
 @pytest.mark.parametrize(
-    ("frames", "columns"), [(1, 1), (15, 1), (16, 1), (96, 6), (98, 6), (298, 18), (998, 62), (1998, 124)]
+    ("frames", "time_patches"), [(1, 1), (15, 1), (16, 1), (96, 6), (98, 6), (298, 18), (998, 62), (1998, 124)]
 )
-def test_shapes_of_clips_from_one_frame_to_20_seconds(frames, columns):
+def test_shapes_of_clips_from_one_frame_to_20_seconds(frames, time_patches):
     outputs = build()(spectrograms(2, frames))
-    assert outputs.last_hidden_state.shape == (2, 1 + columns * ROWS, 48)
+    assert outputs.last_hidden_state.shape == (2, 1 + time_patches * MEL_PATCHES, 48)
     assert outputs.pooler_output.shape == (2, 48)
     logits = build(ASiTForAudioFrameClassification)(spectrograms(2, frames)).logits
-    assert logits.shape == (2, columns, 5)
+    assert logits.shape == (2, time_patches, 5)
     assert build(ASiTForAudioClassification)(spectrograms(2, frames)).logits.shape == (2, 5)
 
 
-def test_frames_short_of_a_patch_are_cut_and_a_short_clip_is_filled_with_zeros():
+def test_trailing_frames_are_cut_and_short_clips_are_padded_with_zeros():
     model = build()
     long = spectrograms(1, 110)
     assert torch.equal(model(long).last_hidden_state, model(long[:, :96]).last_hidden_state)
     short = spectrograms(1, 9)
-    filled = torch.cat([short, torch.zeros(1, 7, MEL)], dim=1)
-    assert torch.equal(model(short).last_hidden_state, model(filled).last_hidden_state)
+    padded = torch.cat([short, torch.zeros(1, 7, MEL)], dim=1)
+    assert torch.equal(model(short).last_hidden_state, model(padded).last_hidden_state)
 
 
 def test_patches_are_time_major():
     model = build(num_hidden_layers=0)
     values = spectrograms(1, 96)
     changed = values.clone()
-    changed[:, 32:48, 16:32] += 1  # column 2, row 1
+    changed[:, 32:48, 16:32] += 1  # time patch 2, mel patch 1
     difference = (model(values).last_hidden_state - model(changed).last_hidden_state).abs().sum(-1)[0]
-    assert difference.nonzero().flatten().tolist() == [1 + 2 * ROWS + 1]
+    assert difference.nonzero().flatten().tolist() == [1 + 2 * MEL_PATCHES + 1]
 
 
 @pytest.mark.parametrize("pooling_mode", ["cls", "mean", "cls_mean"])
@@ -67,7 +67,7 @@ def test_padding_does_not_change_a_clip(pooling_mode, attention, padding):
     logits = model(batch, attention_mask=mask).logits
     for row, clip in zip(logits, clips):
         torch.testing.assert_close(row, model(clip).logits[0], rtol=0, atol=1e-5)
-    assert (logits[0] - model(batch).logits[0]).abs().max() > 1e-3  # without the mask it would
+    assert (logits[0] - model(batch).logits[0]).abs().max() > 1e-3  # but without the mask it does
 
 
 def test_padding_does_not_change_a_clip_shorter_than_a_patch():
@@ -103,7 +103,11 @@ def test_sdpa_equals_eager(masked):
         build(attn_implementation=name)(batch, attention_mask=mask if masked else None).last_hidden_state
         for name in ("sdpa", "eager")
     ]
-    real = torch.tensor([1 + 6 * ROWS, 1 + 2 * ROWS, 1 + 15 * ROWS]) if masked else torch.full((3,), 31)
+    real = (
+        torch.tensor([1 + 6 * MEL_PATCHES, 1 + 2 * MEL_PATCHES, 1 + 15 * MEL_PATCHES])
+        if masked
+        else torch.full((3,), 31)
+    )
     for sdpa, eager, tokens in zip(*outputs, real):
         torch.testing.assert_close(sdpa[:tokens], eager[:tokens], rtol=0, atol=1e-5)
 
@@ -126,7 +130,7 @@ def test_bfloat16_is_close_to_float32(autocast):
 def test_hidden_states_and_attentions_are_recorded(cls):
     model = build(cls, attn_implementation="eager")
     outputs = model(spectrograms(2, 96), output_hidden_states=True, output_attentions=True)
-    tokens = 1 + 6 * ROWS
+    tokens = 1 + 6 * MEL_PATCHES
     assert [state.shape for state in outputs.hidden_states] == [(2, tokens, 48)] * 3
     assert [weights.shape for weights in outputs.attentions] == [(2, 3, tokens, tokens)] * 2
     torch.testing.assert_close(outputs.attentions[0].sum(-1), torch.ones(2, 3, tokens))
@@ -138,7 +142,7 @@ def test_hidden_states_and_attentions_are_recorded(cls):
 def test_padding_gets_no_attention():
     batch, mask, _ = padded_batch([96, 40])
     weights = build(attn_implementation="eager")(batch, attention_mask=mask, output_attentions=True).attentions[0]
-    assert (weights[1, :, :, 1 + 2 * ROWS :] == 0).all()
+    assert (weights[1, :, :, 1 + 2 * MEL_PATCHES :] == 0).all()
     assert (weights[0] > 0).all()
 
 
@@ -172,12 +176,12 @@ def test_drop_path_follows_the_noise():
         model(values, drop_path_noise=dropped).last_hidden_state,
     )
     mixed = kept.clone()
-    mixed[:, :, 1] = 0  # only the second clip loses its branches
+    mixed[:, :, 1] = 0  # drop only the branches of the second clip
     difference = (
         model(values, drop_path_noise=mixed).last_hidden_state - model(values, drop_path_noise=kept).last_hidden_state
     )
     assert (difference.abs().amax((1, 2)) > 1e-3).tolist() == [False, True, False, False]
-    # the first layer's rate is 0: its branches stay whatever the noise
+    # the first layer has rate 0, so its branches are never dropped
     only_first = build(num_hidden_layers=1, drop_path_rate=0.6).train()
     assert torch.equal(
         only_first(values, drop_path_noise=dropped[:1]).last_hidden_state, only_first(values).last_hidden_state
@@ -211,7 +215,7 @@ def test_bicubic_resize_equals_torch(source, target):
 
 
 @pytest.mark.parametrize("target", [6, 31, 62, 124])
-def test_bicubic_resize_in_float32_is_as_near_to_torchs_as_rounding_allows(target):
+def test_bicubic_resize_in_float32_equals_torch_up_to_rounding(target):
     values = 0.5 * torch.randn(1, 3, 37, 4, generator=torch.Generator().manual_seed(target))
     expected = nn.functional.interpolate(values, size=(target, 4), mode="bicubic", align_corners=False)
     resized = torch.einsum("ts,bcsf->bctf", bicubic_resize_matrix(37, torch.tensor([target]), target)[0], values)
@@ -226,7 +230,7 @@ def test_bicubic_resize_of_many_sizes_at_once():
     torch.testing.assert_close(together[2, :6], torch.eye(6))
 
 
-def test_positions_reach_the_gradient_through_the_resize():
+def test_resized_positions_get_gradients():
     model = build()
     model(spectrograms(1, 250)).pooler_output[:, 0].sum().backward()
     assert (model.embeddings.position_embeddings.grad[0].abs().sum(-1) > 0).all()
@@ -240,7 +244,7 @@ def test_save_and_load_are_bit_identical(cls, tmp_path):
     assert not any(info.values()), info
     assert not loaded.training
     values = spectrograms(2, 130)
-    torch.testing.assert_close(loaded(values)[0], model(values)[0], rtol=0, atol=1e-6)  # memory may lie differently
+    torch.testing.assert_close(loaded(values)[0], model(values)[0], rtol=0, atol=1e-6)  # memory alignment may differ
     state = loaded.state_dict()
     assert set(state) == set(model.state_dict())
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
@@ -283,7 +287,7 @@ def test_encoder_loads_from_a_classifier_and_back(tmp_path):
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_every_parameter_is_initialized_by_rule(cls, tmp_path):
-    """Nothing in the checkpoint: all comes from `_init_weights`, whatever the memory held before."""
+    """A checkpoint without weights leaves every parameter to `_init_weights`."""
     config = ASiTConfig(**{**TINY, "initializer_range": 0.02, "num_labels": 5})
     config.save_pretrained(tmp_path)
     from safetensors.torch import save_file
@@ -364,12 +368,12 @@ def test_losses_are_float32_under_autocast():
 
 
 def test_loss_does_not_take_trainers_item_count():
-    """With `**kwargs` in `forward`, Trainer would scale the loss by accumulation steps, did the class not say no."""
+    """`accepts_loss_kwargs` keeps Trainer from scaling the loss itself because `forward` has `**kwargs`."""
     for cls in (ASiTForAudioClassification, ASiTForAudioFrameClassification):
         assert cls.accepts_loss_kwargs is False
 
 
-def test_frame_loss_ignores_padding_and_unlabelled_columns():
+def test_frame_loss_ignores_padding_and_unlabelled_time_patches():
     model = build(ASiTForAudioFrameClassification)
     batch, mask, _ = padded_batch([96, 40])
     labels = torch.tensor([[0, 1, 2, 3, -100, 4], [3, 1, 0, 0, 0, 0]])
@@ -392,7 +396,7 @@ def test_frame_loss_of_multi_label_targets():
     torch.testing.assert_close(outputs.loss, expected)
 
 
-def test_frame_loss_without_any_labelled_column_is_zero():
+def test_frame_loss_without_labels_is_zero():
     model = build(ASiTForAudioFrameClassification)
     loss = model(spectrograms(2, 96), labels=torch.full((2, 6), -100)).loss
     assert loss.item() == 0
@@ -407,7 +411,7 @@ def test_every_parameter_gets_a_gradient(cls):
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_are_equal_and_apart(duplicate):
+def test_copies_are_equal_and_independent(duplicate):
     model = build(ASiTForAudioClassification)
     values = spectrograms(1, 96)
     twin = duplicate(model)
@@ -417,7 +421,7 @@ def test_copies_are_equal_and_apart(duplicate):
     assert not torch.equal(twin(values).logits, model(values).logits)
 
 
-def test_one_label_more_by_resizing_is_an_explicit_choice(tmp_path):
+def test_another_number_of_labels_must_be_requested_explicitly(tmp_path):
     build(ASiTForAudioClassification).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError):
         ASiTForAudioClassification.from_pretrained(tmp_path, num_labels=6)
@@ -426,7 +430,7 @@ def test_one_label_more_by_resizing_is_an_explicit_choice(tmp_path):
 
 
 @pytest.mark.parametrize("frames", [96, 50, 16])
-def test_patches_multiplied_on_accelerators_equal_the_convolution(frames):
+def test_patch_projection_on_accelerators_equals_the_convolution(frames):
     projection = build().embeddings.patch_embeddings.projection
     values = spectrograms(2, frames)[:, None]
     multiplied, convolved = projection.multiply(values), projection(values)

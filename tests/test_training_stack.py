@@ -1,4 +1,4 @@
-"""What trains, compiles, exports, quantizes and spreads a model, from the libraries that users bring along."""
+"""Models with the libraries that adapt, compile, export, quantize and shard them."""
 
 import copy
 import importlib.util
@@ -26,7 +26,7 @@ def build(cls=ASiTForAudioClassification, **kwargs):
 
 
 def padded_batch(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Clips of these lengths in frames, as the model takes them."""
+    """Model inputs for clips of these lengths in frames."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(len(lengths), max(lengths), MEL, generator=generator)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
@@ -104,7 +104,7 @@ def test_gradient_checkpointing_keeps_the_gradients_of_a_padded_batch(reentrant)
     calls = []
     model.asit.layers[0].mlp.register_forward_pre_hook(lambda *args: calls.append(1))
     gradients = gradients_of(model, batch, labels=labels)
-    assert len(calls) == 2  # forward, and once more backward
+    assert len(calls) == 2  # once in the forward and once in the backward pass
     torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -163,9 +163,9 @@ def test_flex_attention_equals_sdpa(checkpoint):
     torch.testing.assert_close(model(**batch).logits, build()(**batch).logits, rtol=0, atol=1e-5)
 
 
-def test_flash_attention_without_its_package_or_a_gpu_says_so(checkpoint):
+def test_flash_attention_without_its_package_is_refused(checkpoint):
     if importlib.util.find_spec("flash_attn") or torch.cuda.is_available():
-        pytest.skip("flash attention, or a GPU that its kernels can be fetched for, is there")
+        pytest.skip("flash attention is available")
     with pytest.raises(ImportError, match="FlashAttention2 .*installed"):
         ASiTForAudioClassification.from_pretrained(checkpoint, attn_implementation="flash_attention_2")
 
@@ -209,7 +209,7 @@ def test_inductor_equals_eager():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("frames", [96, 250])  # as many as the positions were learned at, and others
+@pytest.mark.parametrize("frames", [96, 250])  # the length at which positions are learned, and another
 def test_exports_with_dynamic_batch_and_frames(frames, masked):
     def clips(lengths: list[int]) -> dict[str, torch.Tensor]:
         batch = padded_batch(lengths)
@@ -223,7 +223,7 @@ def test_exports_with_dynamic_batch_and_frames(frames, masked):
 
 
 def to_onnx(model: nn.Module, batch: dict[str, torch.Tensor], **options):
-    """By transformers' own exporter."""
+    """Exports with transformers' exporter."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     from transformers.exporters import OnnxConfig, OnnxExporter
@@ -286,7 +286,7 @@ def test_int8_by_onnxruntime_keeps_labels(caplog):
     assert_labels_agree(exported(**batch)["logits"], model(**batch).logits)
 
 
-# --- spreading over devices ----------------------------------------------------------------------------------------
+# --- several devices -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])
@@ -296,7 +296,7 @@ def test_device_map_loads(checkpoint, device_map):
     torch.testing.assert_close(model(**batch).logits.cpu(), build()(**batch).logits, rtol=0, atol=1e-4)
 
 
-def test_a_layer_on_disk_computes_the_same(checkpoint, tmp_path):
+def test_offloading_layers_to_disk_keeps_the_output(checkpoint, tmp_path):
     parts = ["asit.embeddings", "asit.layers.0", "asit.layers.1", "asit.layernorm", "classifier"]
     places = dict.fromkeys(parts, "cpu") | {"asit.embeddings": "disk", "asit.layers.1": "disk"}
     model = ASiTForAudioClassification.from_pretrained(checkpoint, device_map=places, offload_folder=tmp_path)
@@ -306,7 +306,7 @@ def test_a_layer_on_disk_computes_the_same(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("cls", [ASiTModel, *CLASSIFIERS, ASiTForPreTraining])
-def test_modules_that_must_not_be_split_exist_and_stay_whole(cls):
+def test_no_split_modules_exist_and_stay_on_one_device(cls):
     from accelerate import infer_auto_device_map
 
     model = build(cls, num_hidden_layers=6)
@@ -321,7 +321,7 @@ def test_modules_that_must_not_be_split_exist_and_stay_whole(cls):
     assert not any(place.startswith(f"{name}.") for place in places for name in whole)
 
 
-def test_sharding_by_those_modules_keeps_the_gradients(tmp_path):
+def test_sharding_by_no_split_modules_keeps_the_gradients(tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -344,7 +344,7 @@ def test_sharding_by_those_modules_keeps_the_gradients(tmp_path):
 # --- pretraining ---------------------------------------------------------------------------------------------------
 
 
-def test_pretraining_loads_by_device_map_in_half_precision(tmp_path):
+def test_pretraining_model_loads_with_a_device_map_in_bfloat16(tmp_path):
     model = build(ASiTForPreTraining)
     model.save_pretrained(tmp_path)
     loaded = ASiTForPreTraining.from_pretrained(tmp_path, device_map="cpu", dtype=torch.bfloat16)

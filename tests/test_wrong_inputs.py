@@ -1,4 +1,4 @@
-"""What a wrong input gets: (call, exception, words that its message must hold), one row a mistake."""
+"""Errors for wrong input: rows of (call, exception, words that its message must contain)."""
 
 import sys
 from importlib import import_module
@@ -87,7 +87,7 @@ def pipe(clips, **kwargs):
 
 
 def without(missing: str, call, *anew: str):
-    """A call as it ends where the module `missing` is not installed, with the modules `anew` not yet imported."""
+    """Calls without the module `missing`, after the modules `anew` are removed from the imported ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, missing, None)
         for module in anew:
@@ -231,7 +231,7 @@ PRETRAINING = [
     ),
 ]
 
-# of a folder with the files of `files`
+# calls with the folder of the fixture `files`
 FILES = [
     (lambda files: read(files / "gone.wav"), AudioReadError, ["gone.wav", "no such file"]),
     (lambda files: read(files), AudioReadError, ["Is a directory"]),
@@ -351,7 +351,7 @@ def files(tmp_path_factory) -> Path:
 def test_wrong_input(call, exception, words, files):
     with pytest.raises(exception) as error:
         call(*[files] * len(signature(call).parameters))
-    # what a configuration's own validation raises is wrapped by huggingface_hub, in lines of its own
+    # huggingface_hub wraps errors of the configuration's validation in lines of its own
     wrapped = isinstance(error.value, StrictDataclassError)
     message = str(error.value.__cause__ if wrapped else error.value)
     assert "\n" not in message

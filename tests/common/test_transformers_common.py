@@ -1,6 +1,6 @@
 """
-transformers' own common tests, from its source distribution, on these models and this feature extractor. The folder
-that holds them is named by TRANSFORMERS_SOURCE: `make common` downloads it.
+The common tests of transformers, from its source distribution, with the models and feature extractor of this package.
+TRANSFORMERS_SOURCE is the folder of the source distribution; `make common` downloads it.
 """
 
 import os
@@ -27,13 +27,13 @@ from asit_hf import (
 
 SOURCE = os.environ.get("TRANSFORMERS_SOURCE")
 if not SOURCE:
-    pytest.skip("TRANSFORMERS_SOURCE names no source of transformers: run `make common`", allow_module_level=True)
+    pytest.skip("TRANSFORMERS_SOURCE is not set; run `make common`", allow_module_level=True)
 FOLDER = Path(SOURCE, "tests").resolve()
 if not (FOLDER / "test_modeling_common.py").is_file():
-    pytest.skip(f"TRANSFORMERS_SOURCE: {FOLDER} holds no test_modeling_common.py", allow_module_level=True)
+    pytest.skip(f"TRANSFORMERS_SOURCE: no test_modeling_common.py in {FOLDER}", allow_module_level=True)
 
-# What the common tests import from files that the source distribution leaves out.
-LEFT_OUT = {
+# Imports of the common tests from files that are missing in the source distribution.
+MISSING = {
     "exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
     "generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
     "utils.test_configuration_utils": {
@@ -52,17 +52,17 @@ LEFT_OUT = {
 
 
 def common_tests(name: str) -> ModuleType:
-    """The module `name` of transformers' tests, as part of a package `transformers_tests`."""
-    folders = {name.rpartition(".")[0] for name in LEFT_OUT}
+    """Module `name` of the tests of transformers, in a package `transformers_tests`."""
+    folders = {name.rpartition(".")[0] for name in MISSING}
     for package in ("", *sorted(folders)):
         module = ModuleType(f"transformers_tests.{package}".rstrip("."))
         module.__path__ = [] if package else [str(FOLDER)]
         sys.modules.setdefault(module.__name__, module)
-    for left_out, contents in LEFT_OUT.items():
-        module = ModuleType(f"transformers_tests.{left_out}")
+    for missing, contents in MISSING.items():
+        module = ModuleType(f"transformers_tests.{missing}")
         vars(module).update(contents)
         sys.modules.setdefault(module.__name__, module)
-    # it would look for transformers in the folder of its tests
+    # otherwise the tests look for transformers in their own folder
     with mock.patch("transformers.utils.direct_transformers_import", return_value=transformers):
         return import_module(f"transformers_tests.{name}")
 
@@ -83,7 +83,7 @@ class ModelTester:
     num_hidden_layers = 2
     num_attention_heads = 4
     num_time_patches = 4
-    seq_length = 1 + num_time_patches * 2  # the CLS token, and the patches of 4 columns and 2 rows
+    seq_length = 1 + num_time_patches * 2  # CLS token, 4 x 2 patches
 
     def get_config(self) -> ASiTConfig:
         return ASiTConfig(
@@ -105,7 +105,7 @@ class ModelTester:
 class ModelTest(modeling.ModelTesterMixin, unittest.TestCase):
     all_model_classes = (ASiTModel, ASiTForAudioClassification, ASiTForAudioFrameClassification)
     test_resize_embeddings = False
-    test_can_init_all_missing_weights_before_2023 = True  # it reads the year from a file's head, where ours have none
+    test_can_init_all_missing_weights_before_2023 = True  # it looks for a year in the file header
 
     def setUp(self):
         self.model_tester = ModelTester()
@@ -113,7 +113,7 @@ class ModelTest(modeling.ModelTesterMixin, unittest.TestCase):
             "MODEL_MAPPING_NAMES": "ASiTModel",
             "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES": "ASiTForAudioClassification",
         }
-        for mapping, name in listed.items():  # as a model is that comes with transformers
+        for mapping, name in listed.items():  # as for a model of transformers
             self.enterContext(mock.patch.dict(getattr(modeling_auto, mapping), {"asit": name}))
 
     def _prepare_for_class(self, inputs_dict: dict, model_class: type, return_labels: bool = False) -> dict:
@@ -123,7 +123,7 @@ class ModelTest(modeling.ModelTesterMixin, unittest.TestCase):
         return inputs
 
     def test_model_get_set_embeddings(self):
-        """In place of transformers' own, which asks for a table of tokens."""
+        """Replaces the common test, which expects token embeddings."""
         for model_class in self.all_model_classes:
             model = model_class(self.model_tester.get_config())
             assert model.get_input_embeddings() is model.base_model.embeddings.patch_embeddings
@@ -140,7 +140,7 @@ class ConfigTest(unittest.TestCase):
 
 
 class FeatureExtractionTester:
-    """A tiny feature extractor and sequences of its features."""
+    """A tiny feature extractor and sequences of features."""
 
     batch_size = 3
     min_seq_length = 40

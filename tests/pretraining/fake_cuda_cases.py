@@ -24,7 +24,7 @@ BATCH, SAMPLES = 4, 15760  # 97 frames, of which 96 are whole patches
 
 
 class Step:
-    """A step of `ASiTPreTrainer`, as its loop makes it, on fake CUDA tensors."""
+    """One step of the training loop of `ASiTPreTrainer` on fake CUDA tensors."""
 
     def __init__(self, folder, preset="2024", dtype=None, attention="sdpa", checkpointing=False, **fields):
         self.chosen = get_preset(preset)
@@ -49,7 +49,7 @@ class Step:
         self.trainer._steps_per_epoch = 5
         self.trainer._agree = lambda *flags: [False] * len(flags)  # the one place that waits for the device
         self.dtype = dtype
-        extractor.extract(torch.randn(1, SAMPLES))  # what is computed once needs real tensors
+        extractor.extract(torch.randn(1, SAMPLES))  # cached constants need real tensors
         gmml = args.gmml
         masking.rounds_for(96, 32, max(gmml.mask_ratio[1], gmml.replace_ratio), gmml)
 
@@ -110,7 +110,7 @@ def test_a_step_never_waits_and_copies_nothing_to_the_device(settings, tmp_path)
         assert loss.device.type == "cuda"
         assert loss.dtype == torch.float32
         assert step.counter.kernels["mm"] > 20
-        assert step.counter.host_copies == []  # the batch is there already, and so is what the first step has brought
+        assert step.counter.host_copies == []  # the batch and constants are on the device
 
 
 def test_in_float32_nothing_is_cast_to_half_precision(tmp_path):
@@ -167,7 +167,7 @@ def test_a_classifier_trains_on_the_device(problem_type):
 
 
 def test_launches_of_a_step_of_small():
-    """9619 without those of the masks before chunks, norms and casts were made for accelerators."""
+    """Without chunks, norms and casts for accelerators, a step launches 9619 kernels besides the masks."""
     parts = count_kernels.count_step("small", 128)["parts"]
     kernels = {name: part["kernels"] for name, part in parts.items()}
     assert sum(kernels.values()) - kernels["masks"] < 9400 / 3

@@ -1,4 +1,4 @@
-"""What runs on a CUDA device, on tensors that have all of one but their values: `fake_cuda_cases.py`, in a process."""
+"""Runs `fake_cuda_cases.py`, on fake CUDA tensors without values, in a separate process."""
 
 import os
 import subprocess

@@ -19,7 +19,7 @@ def unit(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def cross_entropy(student, teacher, center):
-    """Float64, straight from the definition."""
+    """The definition in float64."""
     targets = ((teacher.double() - center.double()) / TEACHER).softmax(-1)
     return -(targets * (student.double() / STUDENT).log_softmax(-1)).sum(-1)
 
@@ -72,7 +72,7 @@ def test_patch_distillation_equals_its_definition(monkeypatch, chunk):
 
 
 @pytest.mark.parametrize("wanted", ["student_features", "student_prototypes"])
-def test_patch_distillation_where_only_one_input_is_trained(wanted):
+def test_patch_distillation_with_a_single_trained_input(wanted):
     inputs = patch_inputs()
     expected = torch.autograd.grad(plain_patch_loss(**inputs), inputs[wanted])[0]
     for name, value in inputs.items():
@@ -93,7 +93,7 @@ def test_patch_distillation_sends_no_gradient_to_the_teacher():
     assert inputs["teacher_prototypes"].grad is None
 
 
-def test_patch_distillation_cannot_be_differentiated_twice_by_mistake():
+def test_patch_distillation_refuses_a_second_derivative():
     inputs = patch_inputs()
     loss = patch_distillation_loss(**inputs, student_temperature=STUDENT, teacher_temperature=TEACHER)
     (gradient,) = torch.autograd.grad(loss.square(), inputs["student_features"], create_graph=True)
@@ -151,7 +151,7 @@ def test_center_moves_towards_the_mean():
     center = Center(4, momentum=0.9)
     mean = torch.tensor([1.0, 2.0, 3.0, -4.0])
     center.accumulate(mean, 8)
-    assert (center.center == 0).all()  # used before it is moved
+    assert (center.center == 0).all()  # updated after use
     center.update()
     torch.testing.assert_close(center.center, 0.1 * mean)
     center.accumulate(mean, 8)
@@ -159,7 +159,7 @@ def test_center_moves_towards_the_mean():
     torch.testing.assert_close(center.center, 0.19 * mean)
 
 
-def test_center_of_micro_batches_is_that_of_the_batch():
+def test_center_of_micro_batches_equals_that_of_the_batch():
     rows = normal(12, 4)
     whole, parts = Center(4), Center(4)
     whole.accumulate(rows.mean(0), 12)
@@ -170,7 +170,7 @@ def test_center_of_micro_batches_is_that_of_the_batch():
     torch.testing.assert_close(parts.center, whole.center)
 
 
-def test_center_stays_without_new_rows():
+def test_center_does_not_move_without_new_logits():
     center = Center(4)
     center.accumulate(torch.ones(4), 2)
     center.update()
@@ -183,7 +183,7 @@ def test_center_is_part_of_the_state():
     assert set(Center(4).state_dict()) == {"center"}
 
 
-def test_weights_leave_patches_out():
+def test_patches_of_weight_zero_are_excluded():
     inputs = patch_inputs()
     kept = torch.arange(50) % 3 == 0
     features = ("student_features", "teacher_features")
@@ -210,5 +210,5 @@ def test_weights_leave_patches_out():
         (75776, "cpu", 256),
     ],
 )
-def test_chunks_are_equal_on_accelerators_where_they_can_be(num_rows, device, expected):
+def test_chunks_are_equal_on_accelerators_if_possible(num_rows, device, expected):
     assert losses.chunk_rows(num_rows, torch.device(device)) == expected

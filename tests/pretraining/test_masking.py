@@ -29,7 +29,7 @@ def patches(mask: torch.Tensor) -> torch.Tensor:
 
 
 def plain_block_mask(rng: np.random.Generator, ratio: float) -> np.ndarray:
-    """The definition, one block at a time."""
+    """The definition of a mask, drawn block by block in NumPy."""
     mask = np.zeros((FRAMES, MEL), dtype=bool)
     while mask.mean() < ratio:
         row, column = rng.integers(0, FRAMES - 1), rng.integers(0, MEL - 1)
@@ -59,7 +59,7 @@ def test_mixing_depends_on_every_value_and_on_their_order():
 
 def test_mixing_is_splitmix64():
     state, outputs = 1234567, []
-    for _ in range(2):  # the generator in plain integers
+    for _ in range(2):  # in Python integers
         state = (state + 0x9E3779B97F4A7C15) % 2**64
         z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
@@ -102,18 +102,18 @@ def test_statistics_equal_the_official_code(masks_2023):
     """
     coverage = masks_2023.float().mean((1, 2))
     assert coverage.mean().item() == pytest.approx(0.617, abs=0.012)
-    assert coverage.std().item() == pytest.approx(0.2 / 12**0.5, abs=0.005)  # that of U(0.5, 0.7)
-    shares = patches(masks_2023)
-    whole, untouched = (shares == 1).float().mean().item(), (shares == 0).float().mean().item()
+    assert coverage.std().item() == pytest.approx(0.2 / 12**0.5, abs=0.005)  # std of U(0.5, 0.7)
+    covered = patches(masks_2023)
+    whole, untouched = (covered == 1).float().mean().item(), (covered == 0).float().mean().item()
     assert whole == pytest.approx(0.325, abs=0.012)
     assert untouched == pytest.approx(0.150, abs=0.01)
     assert 1 - whole - untouched == pytest.approx(0.525, abs=0.01)
-    assert shares[:, 0].mean().item() == pytest.approx(0.10, abs=0.02)
-    assert shares[:, :, 0].mean().item() == pytest.approx(0.34, abs=0.03)
-    assert shares[:, 1:, 1:].mean().item() == pytest.approx(0.66, abs=0.01)
+    assert covered[:, 0].mean().item() == pytest.approx(0.10, abs=0.02)
+    assert covered[:, :, 0].mean().item() == pytest.approx(0.34, abs=0.03)
+    assert covered[:, 1:, 1:].mean().item() == pytest.approx(0.66, abs=0.01)
 
 
-def test_masks_are_distributed_as_the_plain_definition(masks_2023):
+def test_masks_follow_the_distribution_of_the_plain_definition(masks_2023):
     """Compares the mean coverage of each patch, whose standard error is about 0.025 over 300 masks."""
     rng = np.random.default_rng(0)
     plain = torch.as_tensor(np.stack([plain_block_mask(rng, ratio) for ratio in np.linspace(0.5, 0.7, 300)]))
@@ -134,9 +134,9 @@ def test_statistics_of_2024_zeros_and_of_replacement():
 def test_statistics_of_aligned_masks():
     """In the official code, alignment 16 covers 0.615 of the patches wholly and the rest not at all."""
     masks = draw_masks(keys(200), FRAMES, MEL, torch.linspace(0.5, 0.7, 200), GMML(alignment=16))
-    shares = patches(masks)
-    assert ((shares == 0) | (shares == 1)).all()
-    assert (shares == 1).float().mean().item() == pytest.approx(0.615, abs=0.015)
+    covered = patches(masks)
+    assert ((covered == 0) | (covered == 1)).all()
+    assert (covered == 1).float().mean().item() == pytest.approx(0.615, abs=0.015)
 
 
 def test_sides_stay_within_the_longest_block():
@@ -156,7 +156,7 @@ def test_presets():
 
 
 @pytest.mark.parametrize("config", [ZEROS, REPLACE, GMML(mask_ratio=(0.5, 0.7))])
-def test_corruption_is_where_the_mask_is(config):
+def test_only_masked_pixels_are_corrupted(config):
     values = clean(6)
     copy = values.clone()
     corrupted, mask = corrupt(values, keys(6), 3, config)
@@ -247,7 +247,7 @@ def test_aligned_blocks_start_and_end_on_the_grid(alignment):
     assert (blocks.all(-1) == blocks.any(-1)).all()
 
 
-# --- the alternatives ----------------------------------------------------------------------------------------------
+# --- alternatives --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("pattern", "axis"), [("time", 2), ("frequency", 1)])
@@ -261,15 +261,15 @@ def test_bands_cover_the_whole_other_axis(pattern, axis):
 
 def test_single_patches_are_whole_uniform_and_independent(masks_2023):
     masks = draw_masks(keys(400), FRAMES, MEL, torch.full((400,), 0.5), GMML(pattern="patches"))
-    shares = patches(masks)
-    assert ((shares == 0) | (shares == 1)).all()
-    assert torch.equal(shares.sum((1, 2)), torch.full((400,), 148.0))  # half of 37 x 8
-    assert (shares.mean(0) - 0.5).abs().max() < 0.13  # five standard errors: edges are covered as often
+    covered = patches(masks)
+    assert ((covered == 0) | (covered == 1)).all()
+    assert torch.equal(covered.sum((1, 2)), torch.full((400,), 148.0))  # half of 37 x 8
+    assert (covered.mean(0) - 0.5).abs().max() < 0.13  # five standard errors: edges are covered as often
 
-    def neighbors_alike(shares):
-        return ((shares[:, 1:] > 0.5) == (shares[:, :-1] > 0.5)).float().mean().item()
+    def neighbors_alike(covered):
+        return ((covered[:, 1:] > 0.5) == (covered[:, :-1] > 0.5)).float().mean().item()
 
-    assert neighbors_alike(shares) == pytest.approx(0.5, abs=0.02)
+    assert neighbors_alike(covered) == pytest.approx(0.5, abs=0.02)
     assert neighbors_alike(patches(masks_2023)) > 0.7
 
 
@@ -339,7 +339,7 @@ def test_accelerators_corrupt_as_cpus_do(fill, monkeypatch):
     assert torch.equal(corrupted, corrupted_at_once)
 
 
-def test_no_mask_needs_more_rounds_than_are_drawn_on_an_accelerator():
+def test_accelerators_draw_enough_rounds_of_blocks():
     for extents in ((592, 128), (96, 32)):
         for ratio, gmml in ((0.5, GMML()), (0.7, GMML(alignment=16)), (0.7, GMML(pattern="time"))):
             rounds = masking.rounds_for(*extents, ratio, gmml)
@@ -347,7 +347,7 @@ def test_no_mask_needs_more_rounds_than_are_drawn_on_an_accelerator():
             assert max(needed) <= rounds * masking.BLOCKS_PER_ROUND
 
 
-def test_a_ratio_that_is_not_reached_is_an_error_on_an_accelerator_too(monkeypatch):
+def test_a_ratio_that_is_not_reached_is_an_error_on_accelerators_too(monkeypatch):
     monkeypatch.setattr(masking, "TRIALS", 2)
     ratios = torch.full((2,), 0.9)
     with pytest.raises(ValueError, match=r"0\.90"):  # blocks of one pixel

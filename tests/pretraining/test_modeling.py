@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import TINY
 from torch import nn
 from transformers import AutoModel, AutoModelForAudioClassification, AutoModelForPreTraining
 
@@ -12,18 +13,7 @@ from asit_hf import ASiTConfig, ASiTForAudioClassification, ASiTForPreTraining, 
 from asit_hf.pretraining.masking import GMML, corrupt
 from asit_hf.pretraining.modeling import corrupted_patches
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-TINY = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 192,
-    "num_frames": 96,
-    "num_mel_bins": 32,
-    "distillation_hidden_size": 64,
-    "distillation_bottleneck_size": 32,
-    "num_prototypes": 64,
-}
+TINY = {**TINY, "initializer_range": 0.02}
 PRESETS = {
     "2024": {},
     "2023": {
@@ -89,10 +79,10 @@ def test_monitored_values():
     assert 0 < outputs.feature_std < 1.5 / 48**0.5
     same = {name: value[:1].expand_as(value) for name, value in inputs(batch=8).items() if torch.is_tensor(value)}
     same["input_values"] = same["input_values"][:, :1].expand(-1, 2, -1, -1)
-    assert model(**same).feature_std < 1e-5  # all clips alike: collapsed
+    assert model(**same).feature_std < 1e-5  # equal clips, as after a collapse
 
 
-def test_frames_short_of_a_patch_are_cut():
+def test_trailing_frames_are_cut():
     model = build()
     batch = inputs(frames=105)
     outputs = model(**batch)
@@ -151,7 +141,7 @@ def test_the_teachers_mean_logits_are_not_rounded_under_autocast():
     torch.testing.assert_close(model.patch_center.center, expected, rtol=0, atol=1e-6)
 
 
-# --- losses switched off -------------------------------------------------------------------------------------------
+# --- losses of weight zero -----------------------------------------------------------------------------------------
 
 
 def count_calls(module: nn.Module) -> list:
@@ -164,7 +154,7 @@ def count_calls(module: nn.Module) -> list:
     "off", [["global_loss"], ["local_loss"], ["reconstruction_loss"], ["global_loss", "local_loss"]]
 )
 @pytest.mark.parametrize("preset", list(PRESETS))
-def test_a_loss_switched_off_costs_nothing(off, preset):
+def test_a_loss_of_weight_zero_is_not_computed(off, preset):
     batch = inputs()
     reference = build(preset=preset)(**batch)
     model = build(preset=preset, **{f"{name}_weight": 0.0 for name in off})
@@ -184,7 +174,7 @@ def test_a_loss_switched_off_costs_nothing(off, preset):
     assert trained == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def test_corrupted_patches_are_those_of_which_half_is_hidden():
+def test_corrupted_patches_have_at_least_half_of_their_pixels_corrupted():
     mask = torch.zeros(1, 1, 48, 32, dtype=torch.bool)
     mask[0, 0, :16, :8] = True  # half of patch 0
     mask[0, 0, 16:32, 16:23] = True  # less than half of patch 3
@@ -206,19 +196,19 @@ def test_local_loss_on_corrupted_patches_only():
     outputs.loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in other.parameters() if p.grad is not None)
 
-    # one clip's patches at a time: the loss is the mean over the patches that count
+    # the loss is the mean of the losses of single patches
     terms = []
     for patch in range(12):
         mask = torch.zeros_like(batch["corruption_mask"])
-        column, row = divmod(patch, 2)
-        mask[:, :, column * 16 : column * 16 + 16, row * 16 : row * 16 + 16] = True
+        time, mel = (16 * index for index in divmod(patch, 2))
+        mask[:, :, time : time + 16, mel : mel + 16] = True
         terms.append(other(**batch | {"corruption_mask": mask}).local_loss.item())
     assert len({round(term, 6) for term in terms}) == 12
     assert np.mean(terms) == pytest.approx(full.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
-def test_gradients_reach_the_student_and_nothing_else(preset):
+def test_only_the_student_gets_gradients(preset):
     model = build(preset=preset)
     model(**inputs()).loss.backward()
     for name, parameter in model.named_parameters():
@@ -241,13 +231,13 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 # --- randomness ----------------------------------------------------------------------------------------------------
 
 
-def test_drop_path_is_the_students_and_follows_the_keys():
+def test_drop_path_affects_only_the_student_and_follows_the_keys():
     model = build(drop_path_rate=0.5)
     keys, batch = torch.arange(3), inputs()
     outputs = model(**batch, drop_path_keys=keys)
     assert torch.equal(model(**batch, drop_path_keys=keys).loss, outputs.loss)
     assert not torch.equal(model(**batch, drop_path_keys=keys + 10).loss, outputs.loss)
-    assert torch.equal(model(**batch, drop_path_keys=keys + 10).cls_entropy, outputs.cls_entropy)  # the teacher's
+    assert torch.equal(model(**batch, drop_path_keys=keys + 10).cls_entropy, outputs.cls_entropy)  # of the teacher
     without = build()(**batch)
     assert torch.equal(model.eval()(**batch, drop_path_keys=keys).loss, without.loss)
 
@@ -306,7 +296,7 @@ def test_centers_of_micro_batches_equal_those_of_the_batch():
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-7)
 
 
-def test_evaluation_leaves_the_centers_alone():
+def test_evaluation_does_not_move_the_centers():
     model = build().eval()
     with torch.no_grad():
         model(**inputs())
@@ -366,7 +356,7 @@ def test_auto_class(checkpoint):
 @pytest.mark.parametrize(
     ("auto", "new"), [(AutoModel, set()), (AutoModelForAudioClassification, {"classifier.weight", "classifier.bias"})]
 )
-def test_encoder_and_classifier_take_the_students_encoder(checkpoint, auto, new):
+def test_encoder_and_classifier_load_the_students_encoder(checkpoint, auto, new):
     trained = ASiTForPreTraining.from_pretrained(checkpoint)
     loaded, info = auto.from_pretrained(checkpoint, output_loading_info=True)
     assert set(info["missing_keys"]) == new
@@ -392,10 +382,10 @@ def assert_fresh(model: ASiTForPreTraining) -> None:
         assert (center == 0).all()
 
 
-@pytest.mark.parametrize("source", [ASiTModel, ASiTForAudioClassification])
-def test_pretraining_starts_from_a_bare_encoder(source, tmp_path):
+@pytest.mark.parametrize("cls", [ASiTModel, ASiTForAudioClassification])
+def test_pretraining_starts_from_an_encoder(cls, tmp_path):
     torch.manual_seed(3)
-    encoder = source(ASiTConfig(**TINY))
+    encoder = cls(ASiTConfig(**TINY))
     encoder.save_pretrained(tmp_path)
     model = ASiTForPreTraining.from_pretrained(tmp_path)
     assert_fresh(model)
@@ -405,7 +395,7 @@ def test_pretraining_starts_from_a_bare_encoder(source, tmp_path):
     assert torch.isfinite(model.train()(**inputs()).loss)
 
 
-def test_nothing_in_the_checkpoint_leaves_nothing_uninitialized(tmp_path):
+def test_a_checkpoint_without_weights_gives_an_initialized_model(tmp_path):
     from safetensors.torch import save_file
 
     ASiTConfig(**TINY).save_pretrained(tmp_path)
@@ -413,23 +403,23 @@ def test_nothing_in_the_checkpoint_leaves_nothing_uninitialized(tmp_path):
     assert_fresh(ASiTForPreTraining.from_pretrained(tmp_path))
 
 
-def test_the_teacher_follows_heads_of_another_size(checkpoint):
+def test_the_teacher_copies_heads_of_another_size(checkpoint):
     model = ASiTForPreTraining.from_pretrained(checkpoint, num_prototypes=16, ignore_mismatched_sizes=True)
     for name, value in model.teacher["heads"].distillation.cls_prototypes.state_dict().items():
         assert torch.equal(value, model.heads.distillation.cls_prototypes.state_dict()[name]), name
 
 
-def test_weights_that_the_pretraining_model_has_no_place_for_are_named(tmp_path):
-    # patches share the prototypes in the second model: those of their own must not vanish in silence
+def test_unexpected_weights_are_reported(tmp_path):
+    # the second model has no separate prototypes for patches
     build(preset="2023", num_patch_prototypes=64).save_pretrained(tmp_path)
     _, info = ASiTForPreTraining.from_pretrained(tmp_path, num_patch_prototypes=None, output_loading_info=True)
     assert any("patch_prototypes" in name for name in info["unexpected_keys"])
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_are_equal_and_apart(duplicate):
+def test_copies_are_equal_and_independent(duplicate):
     model = build()
-    model(**inputs())  # centers have something to move to
+    model(**inputs())  # accumulates logits for the centers
     twin = duplicate(model)
     assert torch.equal(twin(**inputs()).loss, model(**inputs()).loss)
     move_student(twin)

@@ -11,10 +11,11 @@ from typing import Any, TextIO
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, pipeline
+from transformers import pipeline
 
 from .data.audio import AudioReadError, audio_info
 from .data.datasets import find_audio_files
+from .loading import load_config, load_feature_extractor, resolve_checkpoint
 from .pipeline import ASiTAudioClassificationPipeline
 
 _COLUMNS = ["file", "rank", "label", "score", "error"]
@@ -28,9 +29,7 @@ def load_classifier(model: str | os.PathLike, device: str = "auto") -> ASiTAudio
     Raises:
         `ValueError`: `model` holds no trained classifier.
     """
-    config = AutoConfig.from_pretrained(model)
-    if config.model_type != "asit":
-        raise ValueError(f"{model}: expected an ASiT model, got model_type {config.model_type!r}")
+    config = load_config(model)
     if "ASiTForAudioClassification" not in (config.architectures or []):
         raise ValueError(
             f"{model}: expected an ASiTForAudioClassification, got {config.architectures}, which has no trained "
@@ -39,7 +38,11 @@ def load_classifier(model: str | os.PathLike, device: str = "auto") -> ASiTAudio
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return pipeline(
-        "audio-classification", model=str(model), device=device, pipeline_class=ASiTAudioClassificationPipeline
+        "audio-classification",
+        model=str(resolve_checkpoint(model)),
+        feature_extractor=load_feature_extractor(model),
+        device=device,
+        pipeline_class=ASiTAudioClassificationPipeline,
     )
 
 

@@ -11,11 +11,11 @@ import gradio as gr
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from transformers import AutoConfig
 
 from asit_hf import ASiTAudioClassificationPipeline, ASiTFeatureExtractor, ASiTForPreTraining, ASiTPreTrainedModel
 from asit_hf.data.audio import AudioReader, AudioReadError
 from asit_hf.evaluation.attention import attention_rollout
+from asit_hf.loading import is_pretraining_checkpoint, load_config, load_feature_extractor, resolve_checkpoint
 from asit_hf.plotting import plot_attention, plot_log_mel, plot_reconstruction, plot_timeline
 from asit_hf.predict import load_classifier
 from asit_hf.pretraining.reconstruction import reconstruct
@@ -40,12 +40,12 @@ class Checkpoint:
 
 def load_checkpoint(name: str) -> Checkpoint:
     """The classifier or pretraining checkpoint of a folder or Hub name; anything else is a `ValueError`."""
-    if AutoConfig.from_pretrained(name).architectures != [ASiTForPreTraining.__name__]:
+    if not is_pretraining_checkpoint(load_config(name)):
         classifier = load_classifier(name)
         return Checkpoint(classifier.model, classifier.feature_extractor, classifier)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = ASiTForPreTraining.from_pretrained(name).eval().to(device)
-    return Checkpoint(model, ASiTFeatureExtractor.from_pretrained(name), None)
+    model = ASiTForPreTraining.from_pretrained(resolve_checkpoint(name)).eval().to(device)
+    return Checkpoint(model, load_feature_extractor(name), None)
 
 
 def read_sound(checkpoint: Checkpoint, path: str) -> np.ndarray:

@@ -177,14 +177,14 @@ def _config_folder(path: str | PathLike) -> str | Path:
 
 @contextmanager
 def _hub_errors(path: str | PathLike) -> Iterator[None]:
-    """Names the folder that `path` may have been meant for where it cannot be loaded from the Hub."""
+    """Adds to errors of the Hub that `path`, if it was meant as a folder, does not exist."""
     try:
         yield
     except OSError as error:
         if Path(path).exists():
             raise
         reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"no such folder: {path}, and no such model on the Hub ({reason})") from error
+        raise FileNotFoundError(f"no such folder: {path}, and loading it from the Hub failed: {reason}") from error
 
 
 @contextmanager

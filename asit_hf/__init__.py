@@ -28,9 +28,9 @@ AutoModelForAudioFrameClassification.register(ASiTConfig, ASiTForAudioFrameClass
 AutoModelForPreTraining.register(ASiTConfig, ASiTForPreTraining, exist_ok=True)
 register_pipeline()
 
-# What costs seconds to import, or needs more than inference does, is loaded when it is first asked for.
+# Imported on first access: names that need the train extra, and names that inference does without.
 _TRAINING = {"ASiTPreTrainer": "pretraining.trainer", "ASiTPreTrainingArguments": "pretraining.arguments"}
-_LAZY = {"export_encoder": "hub.export", "read_audio": "data.audio"}
+_LAZY = {"export_encoder": "hub.export", "load_encoder": "loading", "read_audio": "data.audio"}
 __all__ = [
     "ASiTAudioClassificationPipeline",
     "ASiTConfig",

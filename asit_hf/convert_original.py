@@ -1,14 +1,14 @@
 """
-Converts checkpoints of the ASiT authors.
+Converts checkpoints of the ASiT authors to this package's format.
 
     python -m asit_hf.convert_original --checkpoint checkpoint.pth --output_dir asit-base
 
-reads a training checkpoint of the 2023 or 2024 release, or a bare backbone such as `ASIT_ssl.pt`, under whatever
-prefixes its keys have, and writes an `ASiTModel` with its feature extractor and a model card. `--pretraining` writes
-student, teacher, heads and centers instead, so that training can go on. Widths, depth and heads are told by the
-tensors; every key that was not used is named.
+reads a training checkpoint of the 2023 or 2024 release, or a bare backbone such as `ASIT_ssl.pt`, with any key
+prefixes, and writes an `ASiTModel` with its feature extractor and a model card. `--pretraining` writes student,
+teacher, heads and centers instead, so that pretraining can be continued. Sizes are inferred from the tensors, and
+every unused key is reported.
 
-Nothing but tensors and plain containers is read: a file that would run code is refused.
+Only tensors and plain containers are read; a file that would run code is refused.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from .utils.files import whole_folder
 
 ARCHITECTURES = {"vit_tiny": 3, "vit_small": 6, "vit_base": 12}
 PATCHES = "patch_embed.proj.weight"
-# Our names and the authors', to be replaced one after the other. Query, key and value are one tensor of theirs.
+# Our names and the authors', replaced in this order. The authors keep query, key and value in one tensor.
 ENCODER_NAMES = (
     ("embeddings.cls_token", "cls_token"),
     ("embeddings.position_embeddings", "pos_embed"),
@@ -86,7 +86,7 @@ HEAD_WIDTHS = {
     "reconstruction_hidden_size": "reconstruction.fc1.weight",
     "reconstruction_bottleneck_size": "reconstruction.fc3.weight",
 }
-# The options of a run that a card tells of; paths and machines are nobody's business.
+# The run options that the model card lists; paths and host names are private.
 HYPERPARAMETERS = (
     "epochs",
     "batch_size",
@@ -112,16 +112,15 @@ HYPERPARAMETERS = (
 @dataclass(frozen=True)
 class Conversion:
     """
-    What was found in a file and what became of it.
+    Report of a conversion.
 
     Args:
-        config ([`ASiTConfig`]): of the written model.
-        feature_extractor ([`ASiTFeatureExtractor`]): written beside it.
-        release (`str`, *optional*): `"2023"` or `"2024"`, as the heads tell; `None` where there are none.
-        written (`str`): which of the file's weights.
-        decisions (`list[str]`): what no tensor tells, with where it was taken from.
-        unused (`list[str]`): keys of the file that are not in the written model. A dictionary of which nothing is used
-            is named as a whole.
+        config ([`ASiTConfig`]): configuration of the written model.
+        feature_extractor ([`ASiTFeatureExtractor`]): feature extractor written with it.
+        release (`str`, *optional*): `"2023"` or `"2024"`, inferred from the heads; `None` for a file without heads.
+        written (`str`): which of the file's weights were written.
+        decisions (`list[str]`): settings that the tensors do not determine, each with its origin.
+        unused (`list[str]`): keys of the file that were not written; a completely unused dictionary is one key.
     """
 
     config: ASiTConfig
@@ -132,14 +131,14 @@ class Conversion:
     unused: list[str]
 
     def __str__(self) -> str:
-        config, (columns, rows) = self.config, self.config.position_grid
+        config, (time_patches, mel_patches) = self.config, self.config.position_grid
         origin = f"a checkpoint of the {self.release} release" if self.release else "a backbone without heads"
         return "\n".join(
             [
                 f"found {origin}: width {config.hidden_size}, {config.num_hidden_layers} layers, MLP "
                 f"{config.intermediate_size}, patches {config.patch_size} x {config.patch_size}",
                 *self.decisions,
-                f"positions: {columns} x {rows} (time x mel), {config.num_frames} frames",
+                f"positions: {time_patches} x {mel_patches} (time x mel), {config.num_frames} frames",
                 f"written: {self.written}",
                 *(f"not used: {key}" for key in self.unused),
             ]
@@ -149,7 +148,7 @@ class Conversion:
 def convert(
     checkpoint: str | os.PathLike,
     output_dir: str | os.PathLike,
-    source: Literal["teacher", "student"] | None = None,
+    encoder: Literal["teacher", "student"] | None = None,
     pretraining: bool = False,
     num_attention_heads: int | None = None,
     num_mel_bins: int | None = None,
@@ -162,38 +161,38 @@ def convert(
     Converts an official checkpoint to a folder that `from_pretrained` loads.
 
     Args:
-        checkpoint: the file.
-        output_dir: written as a whole or not at all. An earlier export of an encoder there is replaced.
-        source (`str`, *optional*): which encoder of a training checkpoint, by default the teacher's.
-        pretraining (`bool`, defaults to `False`): write student, teacher, heads and centers, as
+        checkpoint: the file to convert.
+        output_dir: written completely or not at all. An earlier export of an encoder there is replaced.
+        encoder (`str`, *optional*): which encoder of a training checkpoint; default: teacher.
+        pretraining (`bool`, defaults to `False`): whether to write student, teacher, heads and centers, as an
             [`ASiTForPreTraining`].
-        num_attention_heads (`int`, *optional*): told by no tensor; by default that of the file's `args.arch` if it
-            divides the width, else width / 64.
-        num_mel_bins (`int`, *optional*): by default the file's `args.num_mel_bins`, else 128.
-        sampling_rate (`int`, *optional*): of the feature extractor, in Hz; by default the file's `args.sample_rate`,
-            else 16000. The 2023 release has no such option: it tells its filter bank 32000 Hz whatever the audio's
-            rate, so 32000 with audio of that rate repeats what it saw.
-        position_grid (`tuple[int, int]`, *optional*): columns (time) and rows (mel) that the weights were trained to
-            read their positions as, where these are not the file's own. PretrainedSED reads the 37 x 8 grid of
-            `ASIT_weak_1.pt` and `ASIT_strong_1.pt` as `(8, 37)` and resizes that to every length but 592 frames; the
-            files do not tell.
-        num_frames (`int`, *optional*): with `position_grid`, the length to resize to and to store, cut to whole
-            patches; the converted model is right at this length only.
-        overwrite (`bool`, defaults to `False`): whether to replace whatever else `output_dir` holds.
+        num_attention_heads (`int`, *optional*): number of attention heads, which the tensors do not determine;
+            default: that of the file's `args.arch` if it divides the width, else width / 64.
+        num_mel_bins (`int`, *optional*): default: the file's `args.num_mel_bins`, else 128.
+        sampling_rate (`int`, *optional*): sampling rate of the feature extractor in Hz; default: the file's
+            `args.sample_rate`, else 16000. The 2023 release has no such option and always configures its filter bank
+            for 32000 Hz, so 32000 with audio at that rate reproduces its input.
+        position_grid (`tuple[int, int]`, *optional*): time and mel patches of the grid as which the weights were
+            trained to read their positions, if it is not the file's own. PretrainedSED reads the 37 x 8 grid of
+            `ASIT_weak_1.pt` and `ASIT_strong_1.pt` as `(8, 37)` and resizes it to every length but 592 frames; the
+            files do not record that.
+        num_frames (`int`, *optional*): with `position_grid`, the length that positions are resized to and stored for,
+            cut to whole patches; the converted model is correct at this length only.
+        overwrite (`bool`, defaults to `False`): whether to replace any other content of `output_dir`.
 
     Raises:
         FileNotFoundError: no such file.
-        FileExistsError: `output_dir` holds something that is not an earlier export.
-        ValueError: a file that cannot be read safely or cannot be an ASiT, or options that do not go with it.
+        FileExistsError: `output_dir` holds something other than an earlier export.
+        ValueError: the file cannot be read safely or is not an ASiT, or options contradict each other or the file.
     """
-    _check_options(source, pretraining, position_grid, num_frames)
+    _check_options(encoder, pretraining, position_grid, num_frames)
     checkpoint, output_dir = Path(checkpoint), Path(output_dir).resolve()
     check_replaceable(output_dir, checkpoint.resolve(), overwrite)
     content = read_checkpoint(checkpoint)
     args = _run_options(content)
     tensors = _flatten(content)
     backbones = _find_backbones(tensors)
-    prefix = backbones[_choose(backbones, source)]
+    prefix = backbones[_choose(backbones, encoder)]
     root = prefix.removesuffix("backbone.")
     release = _release(tensors, root) if root != prefix else None
 
@@ -219,8 +218,8 @@ def convert(
     facts = _card_facts(checkpoint, content, args, conversion)
     if position_grid is not None:
         facts["limitations"] = (
-            f"Trained to read its positions as a grid of {position_grid[0]} x {position_grid[1]} patches. They are "
-            f"stored resized for {config.num_frames} frames, and the model is right at that length only."
+            f"Trained to read its position embeddings as a grid of {position_grid[0]} x {position_grid[1]} patches. "
+            f"They are stored resized for {config.num_frames} frames, and the model is correct at that length only."
         )
     with whole_folder(output_dir) as folder:
         model.save_pretrained(folder)
@@ -230,20 +229,22 @@ def convert(
 
 
 def _check_options(
-    source: str | None, pretraining: bool, position_grid: tuple[int, int] | None, num_frames: int | None
+    encoder: str | None, pretraining: bool, position_grid: tuple[int, int] | None, num_frames: int | None
 ) -> None:
-    if source not in (None, "teacher", "student"):
-        raise ValueError(f"source must be 'teacher' or 'student', got {source!r}")
-    if pretraining and source is not None:
-        raise ValueError(f"pretraining keeps both student and teacher, got source {source!r}")
+    if encoder not in (None, "teacher", "student"):
+        raise ValueError(f"encoder must be 'teacher' or 'student', got {encoder!r}")
+    if pretraining and encoder is not None:
+        raise ValueError(f"pretraining keeps both student and teacher; do not choose an encoder, got {encoder!r}")
     if pretraining and position_grid is not None:
-        raise ValueError("position_grid is for encoders, a training checkpoint reads its positions as they are")
+        raise ValueError("position_grid applies to an encoder, not to pretraining, which keeps the file's own grid")
     if (position_grid is None) != (num_frames is None):
-        raise ValueError("position_grid and num_frames go together: the grid that was read, and the length to store")
+        raise ValueError(
+            f"expected position_grid and num_frames together or neither, got {position_grid} and {num_frames}"
+        )
 
 
 class _NumPyNumber:
-    """Stands where a file has a NumPy number, as the authors' learning rates are: NumPy itself is not called."""
+    """Placeholder for NumPy numbers, such as the authors' learning rates, so that NumPy itself is not called."""
 
     def __init__(self, *args: Any):
         pass
@@ -262,27 +263,27 @@ _SAFE_GLOBALS = [
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
-    Reads a PyTorch file of tensors, plain containers and `argparse.Namespace`; nothing in it is run.
+    Reads a PyTorch file of tensors, plain containers and `argparse.Namespace`, without running code from it.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that holds anything else, is damaged, or is no dictionary.
+        ValueError: the file holds anything else, is damaged, or is not a dictionary.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_SAFE_GLOBALS):
-            warnings.simplefilter("ignore")  # of pickle protocols, before the error that follows
+            warnings.simplefilter("ignore")  # about pickle protocols; the error below replaces them
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it asks for {named[1]}" if named else "it is pickled in another way than PyTorch's"
+        reason = f"it contains {named[1]}" if named else "it was not written by torch.save"
         raise ValueError(
-            f"{path} is refused: only tensors, plain containers and argparse.Namespace are read, {reason}"
+            f"{path}: expected only tensors, plain containers and argparse.Namespace, but {reason}; refused as unsafe"
         ) from error
-    except Exception as error:  # a damaged pickle fails in any way
+    except Exception as error:  # damaged pickles raise many types
         reason = str(error).splitlines() or [""]
-        raise ValueError(f"{path} is no whole PyTorch file: {type(error).__name__}: {reason[0]}") from error
+        raise ValueError(f"{path} is not a complete PyTorch file: {type(error).__name__}: {reason[0]}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a dictionary of tensors, got {type(content).__name__}")
     return dict(content)
@@ -296,20 +297,20 @@ def _run_options(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flatten(content: Mapping, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of nested dictionaries, keys joined by dots."""
+    """The tensors of nested dictionaries, with keys joined by dots."""
     tensors = {}
     for key, value in content.items():
         if isinstance(value, Mapping):
             tensors.update(_flatten(value, f"{prefix}{key}."))
         elif isinstance(value, torch.Tensor):
             if value.layout != torch.strided or value.is_meta:
-                raise ValueError(f"{prefix}{key} must be a plain tensor, got {value.layout} on {value.device}")
+                raise ValueError(f"{prefix}{key} must be a dense tensor, got {value.layout} on {value.device}")
             tensors[f"{prefix}{key}"] = value
     return tensors
 
 
 def _find_backbones(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Prefixes of the backbones by `"student"`, `"teacher"`, or `"backbone"` where a prefix names neither."""
+    """Key prefixes of the backbones by role: `"student"`, `"teacher"`, or `"backbone"` if the prefix names neither."""
     backbones: dict[str, str] = {}
     for key in tensors:
         if key != PATCHES and not key.endswith("." + PATCHES):
@@ -322,15 +323,15 @@ def _find_backbones(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     if not backbones:
         keys = ": " + ", ".join([*list(tensors)[:3], "..."]) if tensors else ""
         raise ValueError(
-            f"no ASiT backbone: expected a tensor {PATCHES}, with any prefix, got {len(tensors)} tensors{keys}"
+            f"expected an ASiT backbone with a tensor {PATCHES}, under any prefix, got {len(tensors)} tensors{keys}"
         )
     return backbones
 
 
-def _choose(backbones: dict[str, str], source: str | None) -> str:
-    chosen = source or ("teacher" if "student" in backbones or "teacher" in backbones else "backbone")
+def _choose(backbones: dict[str, str], encoder: str | None) -> str:
+    chosen = encoder or ("teacher" if "student" in backbones or "teacher" in backbones else "backbone")
     if chosen not in backbones:
-        raise ValueError(f"the file has no {chosen}, but {' and '.join(sorted(backbones))}")
+        raise ValueError(f"expected a file with a {chosen}, got {' and '.join(sorted(backbones))}")
     return chosen
 
 
@@ -347,11 +348,11 @@ def _infer_config(
     num_attention_heads: int | None,
     num_mel_bins: int | None,
 ) -> tuple[ASiTConfig, list[str]]:
-    """The configuration that a backbone's shapes ask for, and where the rest of it is taken from."""
+    """The configuration inferred from a backbone's shapes, and the origin of what they do not determine."""
     patches = tensors[prefix + PATCHES]
     if patches.dim() != 4 or patches.shape[1] != 1 or patches.shape[2] != patches.shape[3]:
         raise ValueError(
-            f"{prefix}{PATCHES} must have shape (width, 1, patch, patch), one channel and square patches, got "
+            f"{prefix}{PATCHES} must have shape (width, 1, patch, patch), for one channel and square patches, got "
             f"{tuple(patches.shape)}"
         )
     hidden_size, patch_size = patches.shape[0], patches.shape[2]
@@ -359,11 +360,11 @@ def _infer_config(
     bins, bins_origin = _first(
         (num_mel_bins, "--num_mel_bins"), (_count(args, "num_mel_bins"), "args.num_mel_bins"), (128, "assumed")
     )
-    rows = bins // patch_size
-    if rows < 1 or bins % patch_size or positions < 1 or positions % rows:
+    mel_patches = bins // patch_size
+    if mel_patches < 1 or bins % patch_size or positions < 1 or positions % mel_patches:
         raise ValueError(
-            f"{positions} patch positions do not fit {bins} mel bins ({bins_origin}) in patches of {patch_size}: "
-            "--num_mel_bins gives another number"
+            f"{positions} patch positions do not fit {bins} mel bins ({bins_origin}) in patches of {patch_size}; "
+            "set --num_mel_bins"
         )
     heads, heads_origin = _num_heads(hidden_size, args, num_attention_heads)
     config = ASiTConfig(
@@ -374,7 +375,7 @@ def _infer_config(
         qkv_bias=any(key.startswith(prefix) and key.endswith(".attn.qkv.bias") for key in tensors),
         patch_size=patch_size,
         num_mel_bins=bins,
-        num_frames=positions // rows * patch_size,
+        num_frames=positions // mel_patches * patch_size,
     )
     return config, [f"attention heads: {heads} ({heads_origin})", f"mel bins: {bins} ({bins_origin})"]
 
@@ -382,7 +383,7 @@ def _infer_config(
 def _num_heads(hidden_size: int, args: dict[str, Any], asked: int | None) -> tuple[int, str]:
     if asked is not None:
         if asked < 1 or hidden_size % asked:
-            raise ValueError(f"a width of {hidden_size} cannot have {asked} attention heads")
+            raise ValueError(f"num_attention_heads must divide the width {hidden_size}, got {asked}")
         return asked, "--num_attention_heads"
     arch = args.get("arch")
     for name, heads in ARCHITECTURES.items():
@@ -390,8 +391,8 @@ def _num_heads(hidden_size: int, args: dict[str, Any], asked: int | None) -> tup
             return heads, f"args.arch {arch}"
     if hidden_size % 64:
         raise ValueError(
-            f"no tensor tells the number of attention heads, and a width of {hidden_size} is no multiple of 64: "
-            "--num_attention_heads is needed"
+            f"the number of attention heads is unknown, as the width {hidden_size} is not a multiple of 64; set "
+            "--num_attention_heads"
         )
     return hidden_size // 64, "width / 64"
 
@@ -405,7 +406,7 @@ def _depth(tensors: dict[str, torch.Tensor], prefix: str) -> int:
 
 
 def _head_fields(tensors: dict[str, torch.Tensor], root: str, release: str) -> dict[str, Any]:
-    """What a release sets, with the widths of this file's heads."""
+    """The fields of a release's preset, with the sizes of this file's heads."""
     fields = dict(get_preset(release).config)
     for field, name in HEAD_WIDTHS.items():
         key = root + _official_name(name, release)
@@ -415,11 +416,11 @@ def _head_fields(tensors: dict[str, torch.Tensor], root: str, release: str) -> d
 
 
 def _training_places(backbones: dict[str, str], release: str | None, checkpoint: Path) -> dict[str, str]:
-    """Where each part of an [`ASiTForPreTraining`] stands in the file, by the beginnings of names."""
+    """The file's key prefix for each name prefix of an [`ASiTForPreTraining`]."""
     if release is None or not {"student", "teacher"} <= backbones.keys():
         raise ValueError(
-            f"{checkpoint} has no student and teacher with heads to go on pretraining with; without pretraining the "
-            "encoder alone is converted, from which run_pretraining.py starts with fresh heads"
+            f"{checkpoint}: expected student and teacher with heads, to continue pretraining; without --pretraining, "
+            "the encoder alone is converted, and run_pretraining.py can start from it with new heads"
         )
     places = dict(CENTERS[release])
     for part, prefix in (("", backbones["student"]), ("teacher.", backbones["teacher"])):
@@ -431,7 +432,7 @@ def _training_places(backbones: dict[str, str], release: str | None, checkpoint:
 def _rename(
     expected: dict[str, torch.Tensor], places: dict[str, str], release: str | None, tensors: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], set[str]]:
-    """The weights `expected` under our names, float32, and the keys they were found at."""
+    """The `expected` weights under our names, in float32, and the file's keys that they come from."""
     state, used = {}, set()
     for name, like in expected.items():
         part = next(part for part in places if name.startswith(part))
@@ -440,7 +441,7 @@ def _rename(
         shape = (3 * like.shape[0], *like.shape[1:]) if projection else tuple(like.shape)
         if name in CENTERS["2024"] and key not in tensors:
             raise ValueError(
-                f"the file has no center {key} to go on pretraining with; without pretraining its encoder is converted"
+                f"expected a center {key}, to continue pretraining; without --pretraining, the encoder is converted"
             )
         value = _tensor(tensors, key)
         if name in CENTERS["2024"]:
@@ -450,7 +451,7 @@ def _rename(
                 f"{key} must be floating point of shape {shape}, got {value.dtype} of shape {tuple(value.shape)}"
             )
         if not value.isfinite().all():
-            raise ValueError(f"{key} holds values that are not finite")
+            raise ValueError(f"{key} must be finite, got NaN or infinity")
         if projection:
             value = value.chunk(3)["qkv".index(projection[1])]
         state[name] = value.detach().float()
@@ -467,7 +468,7 @@ def _official_name(name: str, release: str | None) -> str:
 def _with_positions_read_as(
     config: ASiTConfig, state: dict[str, torch.Tensor], grid: tuple[int, int], num_frames: int
 ) -> ASiTModel:
-    """A model with the positions that one which reads its grid as `grid` has at `num_frames`; changes both inputs."""
+    """A model for `num_frames`; changes `config` and, reading its positions as `grid`, `state` to that length."""
     if num_frames < config.patch_size:
         raise ValueError(f"num_frames must be at least one patch of {config.patch_size}, got {num_frames}")
     config.num_frames = num_frames // config.patch_size * config.patch_size
@@ -483,7 +484,7 @@ def _feature_extractor(
         (sampling_rate, "--sampling_rate"), (_count(args, "sample_rate"), "args.sample_rate"), (16000, "assumed")
     )
     if rate < 1:
-        raise ValueError(f"the sampling rate must be above 0 Hz, got {rate} ({origin})")
+        raise ValueError(f"the sampling rate must be positive, got {rate} Hz ({origin})")
     statistics = {"mean": _number(args, "data_mean"), "std": _number(args, "data_std")}
     statistics = {name: value for name, value in statistics.items() if value is not None}
     extractor = ASiTFeatureExtractor(sampling_rate=rate, num_mel_bins=num_mel_bins, **statistics)
@@ -516,22 +517,21 @@ def _card_facts(
         "weights": conversion.written,
         "SHA-256 of the file": digest,
         "release": conversion.release,
-        "epochs done": _number(content, "epoch"),
+        "epochs completed": _number(content, "epoch"),
         **options,
-        "what no tensor tells": "; ".join(conversion.decisions),
+        "settings not in the tensors": "; ".join(conversion.decisions),
     }
     return {
         "license": "unknown",
         "training_data": f"Converted from `{checkpoint.name}`, weights in the format of ASiT's authors. **Their "
-        "license is unknown**: the authors' code and weights carry none. What they were trained on the file does not "
-        "tell.",
+        "license is unknown**: the authors' code and weights carry none. The file does not name the training data.",
         "recipe": {name: value for name, value in recipe.items() if value is not None},
     }
 
 
 def _tensor(tensors: dict[str, torch.Tensor], key: str, dim: int | None = None) -> torch.Tensor:
     if key not in tensors:
-        raise ValueError(f"the file cannot be an ASiT: it has no tensor {key}")
+        raise ValueError(f"expected an ASiT checkpoint with a tensor {key}, which is missing")
     if dim is not None and tensors[key].dim() != dim:
         raise ValueError(f"{key} must have {dim} dimensions, got shape {tuple(tensors[key].shape)}")
     return tensors[key]
@@ -543,13 +543,13 @@ def _number(values: Mapping, name: str) -> int | float | None:
 
 
 def _count(args: Mapping, name: str) -> int | None:
-    """A whole number above 0, or `None` where the file's args have none."""
+    """A positive integer of the file's args, or `None` if it is absent."""
     value = args.get(name)
     if value is None:
         return None
     number = _number(args, name)
     if number is None or number < 1 or number != int(number):
-        raise ValueError(f"args.{name} must be a whole number above 0, got {value!r}: --help names the option for it")
+        raise ValueError(f"args.{name} must be a positive integer, got {value!r}; override it by an option (--help)")
     return int(number)
 
 
@@ -570,36 +570,34 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", required=True, help="the authors' file")
-    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--checkpoint", required=True, help="file of the ASiT authors")
+    parser.add_argument("--output_dir", required=True, help="folder to write")
     parser.add_argument(
-        "--source", choices=["teacher", "student"], help="encoder of a training checkpoint (default: teacher)"
+        "--encoder", choices=["teacher", "student"], help="which encoder of a training checkpoint (default: teacher)"
     )
-    parser.add_argument("--pretraining", action="store_true", help="keep student, teacher, heads and centers")
-    parser.add_argument(
-        "--num_attention_heads", type=int, help="by default from the file's args.arch, else width / 64"
-    )
-    parser.add_argument("--num_mel_bins", type=int, help="by default from the file's args, else 128")
+    parser.add_argument("--pretraining", action="store_true", help="write student, teacher, heads and centers")
+    parser.add_argument("--num_attention_heads", type=int, help="default: from the file's args.arch, else width / 64")
+    parser.add_argument("--num_mel_bins", type=int, help="mel bins (default: from the file's args, else 128)")
     parser.add_argument(
         "--sampling_rate",
         type=int,
-        help="in Hz; by default from the file's args, else 16000. The 2023 release, whose args have none, told its "
-        "filter bank 32000 for audio of any rate",
+        help="rate in Hz (default: from the file's args, else 16000); the 2023 release, whose args have none, "
+        "configured its filter bank for 32000",
     )
     parser.add_argument(
         "--position_grid",
         type=_grid,
         metavar="TxF",
-        help="patches in time x mel that the weights were trained to read their positions as: 8x37 for ASIT_weak_1.pt "
+        help="time x mel patches that the weights were trained to read their positions as: 8x37 for ASIT_weak_1.pt "
         "and ASIT_strong_1.pt, whose training code swapped the two at every length but 592 frames; needs --num_frames",
     )
     parser.add_argument(
         "--num_frames",
         type=int,
-        help="with --position_grid: the length in frames of 10 ms, 992 for 10 s, to resize to and store; the model is "
-        "right at this length only",
+        help="with --position_grid: length in frames of 10 ms (992 for 10 s) that positions are resized to; the model "
+        "is correct at this length only",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace whatever output_dir holds")
+    parser.add_argument("--overwrite", action="store_true", help="replace any content of output_dir")
     args = parser.parse_args(arguments)
     try:
         conversion = convert(**vars(args))

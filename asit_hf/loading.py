@@ -1,12 +1,15 @@
-"""One way from any ASiT checkpoint to an encoder and its feature extractor."""
+"""One way from any ASiT checkpoint to its configuration, its encoder and its feature extractor."""
 
 import json
 import logging
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -17,39 +20,121 @@ from .modeling_asit import ASiTModel
 logger = logging.getLogger(__name__)
 
 ENCODERS = ("teacher", "student")
-# The teacher's weights under the names that an encoder has, and the student's out of their way.
+# Renames the teacher's weights to those of a plain encoder, and the student's to names that are not loaded.
 TEACHER_KEYS = {r"^asit\.": "student.", r"^teacher\.asit\.": "asit."}
 
 
-def load_config(folder: Path) -> ASiTConfig:
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder}: expected a saved model, found no {CONFIG_NAME}")
-    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    if model_type != "asit":
-        raise ValueError(f"{path}: expected model_type 'asit', got {model_type!r}")
-    return ASiTConfig.from_pretrained(folder)
+def load_encoder(path: str | PathLike, encoder: str = "teacher", **kwargs: Any) -> ASiTModel:
+    """
+    Loads the encoder of any ASiT checkpoint. For a pretraining checkpoint, only the chosen encoder is built.
+
+    Args:
+        path (`str`): folder, Trainer run folder or Hub name of an encoder, a classifier or a pretraining checkpoint.
+        encoder (`str`, defaults to `"teacher"`): which encoder of a pretraining checkpoint, `"teacher"` or
+            `"student"`; other checkpoints have only one.
+        kwargs: passed to `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: no such folder, no complete checkpoint in it, or no such model on the Hub.
+        ValueError: unknown `encoder`, or the checkpoint's encoder weights are incomplete or of another shape.
+    """
+    if encoder not in ENCODERS:
+        raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {encoder!r}")
+    if encoder == "teacher" and is_pretraining_checkpoint(load_config(path)):
+        kwargs["key_mapping"] = TEACHER_KEYS
+    path = resolve_checkpoint(path)
+    with _hub_errors(path), _without_load_report():
+        model, info = ASiTModel.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{path} lacks {len(missing)} weights of the {encoder}'s encoder, first {missing[0]}")
+    for name, found, expected in info["mismatched_keys"]:
+        raise ValueError(f"{path}: expected {name} of shape {tuple(expected)}, got {tuple(found)}")
+    return model
 
 
-def load_feature_extractor(*folders: Path) -> ASiTFeatureExtractor:
-    """From the first of `folders` that holds one."""
+def load_feature_extractor(path: str | PathLike, **kwargs: Any) -> ASiTFeatureExtractor:
+    """
+    Loads the feature extractor saved beside a checkpoint's weights, or else in its run folder.
+
+    Args:
+        path (`str`): as for `load_encoder`.
+        kwargs: passed to `from_pretrained`; fields of the extractor override those that were saved.
+
+    Raises:
+        FileNotFoundError: no such folder or Hub name, or no `preprocessor_config.json` in it.
+    """
+    folders = dict.fromkeys([_config_folder(path), Path(path)])
+    if not Path(path).is_dir():
+        with _hub_errors(path):
+            return ASiTFeatureExtractor.from_pretrained(path, **kwargs)
     for folder in folders:
         if (folder / FEATURE_EXTRACTOR_NAME).is_file():
-            return ASiTFeatureExtractor.from_pretrained(folder)
-    searched = " and ".join(dict.fromkeys(str(folder) for folder in folders))
+            return ASiTFeatureExtractor.from_pretrained(folder, **kwargs)
     raise FileNotFoundError(
-        f"no {FEATURE_EXTRACTOR_NAME} in {searched}: without it the rate, mean and std of pretraining are not known; "
-        "save the ASiTFeatureExtractor that was used there"
+        f"no {FEATURE_EXTRACTOR_NAME} in {' or '.join(map(str, folders))}, so that sampling rate, mean and std of the "
+        "training are unknown: save the ASiTFeatureExtractor used for training there"
     )
 
 
-def find_checkpoint(folder: str | os.PathLike) -> Path:
+def load_config(path: str | PathLike, **kwargs: Any) -> ASiTConfig:
     """
-    `folder` itself if a whole model is saved in it, else the last whole one of a Trainer run's `checkpoint-<step>`
-    folders: one that was cut off while it was written is passed over with a warning.
+    Loads the configuration of any ASiT checkpoint, whose weights need not be there.
+
+    Args:
+        path (`str`): as for `load_encoder`.
+        kwargs: passed to `from_pretrained`; fields of the configuration override those that were saved.
 
     Raises:
-        `FileNotFoundError`: neither; the message says what each folder lacks.
+        FileNotFoundError: no such folder or Hub name, or no model in it.
+        ValueError: the checkpoint is of another model type.
+    """
+    if (model_type := read_model_type(path)) != ASiTConfig.model_type:
+        raise ValueError(f"{path}: expected model_type 'asit', got {model_type!r}")
+    return ASiTConfig.from_pretrained(_config_folder(path), **kwargs)
+
+
+def read_model_type(path: str | PathLike) -> str | None:
+    """The `model_type` of any transformers checkpoint, which transformers need not support."""
+    folder = _config_folder(path)
+    with _hub_errors(folder):
+        return ASiTConfig.get_config_dict(folder)[0].get("model_type")
+
+
+def is_pretraining_checkpoint(config: ASiTConfig) -> bool:
+    """Whether a checkpoint holds a student, a teacher and their heads, rather than one encoder."""
+    return config.architectures == ["ASiTForPreTraining"]
+
+
+def resolve_checkpoint(path: str | PathLike) -> str | Path:
+    """
+    The folder that `find_checkpoint` finds if `path` is a folder; otherwise `path` itself, which must be a possible
+    Hub name.
+
+    Raises:
+        FileNotFoundError: no complete checkpoint in the folder, or neither a folder nor a possible Hub name.
+        ValueError: `path` is a file.
+    """
+    if Path(path).is_dir():
+        return find_checkpoint(path)
+    if Path(path).is_file():
+        raise ValueError(
+            f"expected a folder or Hub name, got the file {path}; python -m asit_hf.convert_original converts a "
+            "checkpoint of the ASiT authors to a folder"
+        )
+    try:
+        validate_repo_id(str(path))
+    except HFValidationError:
+        raise FileNotFoundError(f"no such folder: {path}, and it is not a Hub name of the form user/name") from None
+    return str(path)
+
+
+def find_checkpoint(folder: str | PathLike) -> Path:
+    """
+    `folder` itself if a complete model is saved in it, else the last complete one of a Trainer run's
+    `checkpoint-<step>` folders. A checkpoint whose saving was interrupted is skipped with a warning.
+
+    Raises:
+        FileNotFoundError: there is neither; the message lists what each folder lacks.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -61,7 +146,7 @@ def find_checkpoint(folder: str | os.PathLike) -> Path:
         reason = why_incomplete(candidate)
         if reason is None:
             for skipped in reasons[1:]:
-                logger.warning("passed over %s", skipped)
+                logger.warning("skipped %s", skipped)
             return candidate
         reasons.append(f"{candidate}: {reason}")
     raise FileNotFoundError(f"expected a saved model or a Trainer's run folder, got {'; '.join(reasons)}")
@@ -85,30 +170,33 @@ def why_incomplete(folder: Path) -> str | None:
     return None
 
 
-def load_encoder(path: str | PathLike, encoder: str = "teacher", **kwargs: Any) -> ASiTModel:
-    """
-    Loads the encoder of any ASiT checkpoint; a pretraining checkpoint's is loaded without building the rest of it.
-
-    Args:
-        path (`str`): folder or Hub name of an encoder, a classifier or a pretraining checkpoint.
-        encoder (`str`, defaults to `"teacher"`): which encoder of a pretraining checkpoint, `"teacher"` or
-            `"student"`; other checkpoints have only one.
-        kwargs: passed to `from_pretrained`.
-
-    Raises:
-        ValueError: another `encoder`, or a checkpoint that lacks weights of the encoder.
-    """
-    if encoder not in ENCODERS:
-        raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {encoder!r}")
-    config = ASiTConfig.from_pretrained(path)
-    if encoder == "teacher" and is_pretraining_checkpoint(config):
-        kwargs["key_mapping"] = TEACHER_KEYS
-    model, info = ASiTModel.from_pretrained(path, output_loading_info=True, **kwargs)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{path} lacks {len(missing)} weights of the {encoder}'s encoder, first {missing[0]}")
-    return model
+def _config_folder(path: str | PathLike) -> str | Path:
+    has_config = (Path(path) / CONFIG_NAME).is_file()
+    return Path(path) if has_config else resolve_checkpoint(path)
 
 
-def is_pretraining_checkpoint(config: ASiTConfig) -> bool:
-    """Whether a checkpoint holds a student, a teacher and their heads, rather than one encoder."""
-    return config.architectures == ["ASiTForPreTraining"]
+@contextmanager
+def _hub_errors(path: str | PathLike) -> Iterator[None]:
+    """Adds to errors of the Hub that `path`, if it was meant as a folder, does not exist."""
+    try:
+        yield
+    except OSError as error:
+        if Path(path).exists():
+            raise
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"no such folder: {path}, and loading it from the Hub failed: {reason}") from error
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Hides transformers' table of unused and missing weights, which `load_encoder` expects or reports itself."""
+    report = logging.getLogger("transformers.modeling_utils")
+
+    def is_not_report(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    report.addFilter(is_not_report)
+    try:
+        yield
+    finally:
+        report.removeFilter(is_not_report)

@@ -1,4 +1,4 @@
-"""`pipeline("audio-classification")` for ASiT: any file, any rate, any length, with soundfile and soxr alone."""
+"""`pipeline("audio-classification")` for ASiT: files of any format, sampling rate and length, without ffmpeg."""
 
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,12 +16,12 @@ from transformers.pipelines.base import ChunkPipeline
 from .data.audio import AudioReader, AudioReadError
 from .fbank_asit import WINDOW_SECONDS
 
-# A longer clip is cut into windows where `window_seconds` is not given: attention costs the square of the length.
+# Default window length: the cost of attention is quadratic in the length.
 MAX_SECONDS = 30.0
-# More is a mistake: torch's loader lists as many indices before it asks for the first clip.
+# A larger one is a mistake: torch's loader lists all its indices before the first clip.
 MAX_BATCH_SIZE = 2**16
 
-# Iterable, and yet one clip, or what `torch` loads by itself.
+# Iterables that are one clip, or that torch loads itself.
 _NOT_CLIPS = (str, bytes, bytearray, memoryview, io.IOBase, Mapping, np.ndarray, torch.Tensor, Dataset)
 
 _PREPROCESS = ("window_seconds", "overlap")
@@ -36,8 +36,8 @@ _AGGREGATES = {"mean": lambda scores: scores.mean(0), "max": lambda scores: scor
 
 class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline):
     """
-    Audio classification of clips of any length. `import asit_hf` makes it what `pipeline("audio-classification")`
-    gives for ASiT models; `pipeline_class=ASiTAudioClassificationPipeline` asks for it by name.
+    Audio classification of clips of any length. After `import asit_hf`, `pipeline("audio-classification")` returns it
+    for ASiT models; `pipeline_class=ASiTAudioClassificationPipeline` selects it explicitly.
 
     ```python
     >>> from transformers import pipeline
@@ -53,58 +53,58 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
         _check_batch_size(kwargs.get("batch_size"))
         super().__init__(*args, **kwargs)
         if self.feature_extractor is None:
-            raise ValueError(f"{type(self).__name__} needs a feature_extractor, got None")
+            raise ValueError(f"{type(self).__name__} expected a feature_extractor, got None")
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """
         Classifies one clip or many.
 
         Args:
-            inputs: one clip, or a list, tuple, data set, column of one, or iterator of clips. A clip is a path
+            inputs: one clip, or a list, tuple, data set, data set column, or iterator of clips. A clip is a path
                 (`str` or `Path`), an http(s) URL, the `bytes` of a file, a numpy array or torch tensor at the model's
-                rate, an `{"array" or "raw", "sampling_rate"}` dict at any rate, a `{"path", "bytes"}` dict, a decoder
-                with `get_all_samples()` (torchcodec), or a data set's row, with one of these in its column `"audio"`.
-                Two-dimensional arrays are channels, and averaged.
-            top_k (`int`, *optional*, defaults to 5): how many labels are returned; `None`: all.
-            function_to_apply (`str`, *optional*): `"softmax"`, `"sigmoid"` or `"none"`; by default what
-                `config.problem_type` asks for: sigmoid for multi-label, none for regression, softmax else.
-            window_seconds (`float`, *optional*): length of the windows that a longer clip is cut into, all of one
-                length, the last one ending with the clip. `None`: 30 s.
-            overlap (`float`, defaults to 0.5): the share of a window that the next one repeats, in [0, 1).
-            aggregate (`str`, defaults to `"mean"`): a clip's scores are its windows' `"mean"` or `"max"` scores.
-            return_timeline (`bool`, defaults to `False`): whether to return the windows' labels too.
-            batch_size (`int`, defaults to 1): windows in one forward pass, of one clip or several.
+                sampling rate, an `{"array" or "raw", "sampling_rate"}` dict at any rate, a `{"path", "bytes"}` dict, a
+                decoder with `get_all_samples()` (torchcodec), or a data set's row with one of these in its column
+                `"audio"`. The channels of two-dimensional arrays are averaged.
+            top_k (`int`, *optional*, defaults to 5): number of labels to return; `None` returns all.
+            function_to_apply (`str`, *optional*): `"softmax"`, `"sigmoid"` or `"none"`; default by
+                `config.problem_type`: sigmoid for multi-label, none for regression, otherwise softmax.
+            window_seconds (`float`, *optional*): length of the windows that longer clips are cut into. All have the
+                same length, and the last one ends with the clip. `None`: 30 s.
+            overlap (`float`, defaults to 0.5): fraction of a window that the next one repeats, in [0, 1).
+            aggregate (`str`, defaults to `"mean"`): whether a clip's scores are the `"mean"` or `"max"` over windows.
+            return_timeline (`bool`, defaults to `False`): whether to also return the labels of every window.
+            batch_size (`int`, defaults to 1): windows in one forward pass, from one clip or several.
 
         Returns:
             For each clip a list of `{"score", "label"}`, best first; with `return_timeline` a dict of these `labels`
-            and the `timeline`, a list of `{"start", "end", "labels"}`, in seconds. An iterator or a data set gives
-            an iterator.
+            and the `timeline`, a list of `{"start", "end", "labels"}` in seconds. For an iterator or a data set, an
+            iterator over these.
 
         Raises:
-            `AudioReadError`: a clip that cannot be read (a `ValueError` with its `source` and the `reason`).
-            `TypeError`, `ValueError`: an input of another type, an argument out of range.
+            AudioReadError: a clip cannot be read (a `ValueError` with its `source` and the `reason`).
+            TypeError, ValueError: an input of another type, or an argument out of range.
         """
         _check_batch_size(kwargs.get("batch_size"))
         if not isinstance(inputs, Iterable) or isinstance(inputs, _NOT_CLIPS):
             return super().__call__(inputs, **kwargs)
         if isinstance(inputs, Sequence) and len(inputs) == 0:
             return []
-        # as a generator, whatever it is: of a list, transformers before 5.16 looks at a first clip
+        # always a generator: transformers before 5.16 would inspect the first clip of a list
         outputs = super().__call__((clip for clip in inputs), **kwargs)
         return list(outputs) if isinstance(inputs, Sequence) else outputs
 
     def check_model_type(self, supported_models: Any) -> None:
-        """Any ASiT clip classifier, wrapped (by peft, say) or not."""
+        """Accepts any ASiT clip classifier, also wrapped, for example by peft."""
         name, model_type = type(self.model).__name__, self.model.config.model_type
         if model_type != "asit" or name in ("ASiTModel", "ASiTForAudioFrameClassification", "ASiTForPreTraining"):
             raise ValueError(
-                f"{type(self).__name__} needs an ASiTForAudioClassification, got {name} (model_type {model_type!r})"
+                f"{type(self).__name__} expected an ASiTForAudioClassification, got {name} (model_type {model_type!r})"
             )
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict, dict, dict]:
-        parameters.pop("local_files_only", None)  # `pipeline()` hands it on
+        parameters.pop("local_files_only", None)  # passed on by `pipeline()`
         if unknown := sorted(set(parameters) - {*_PREPROCESS, *_POSTPROCESS}):
-            raise TypeError(f"unexpected arguments {unknown}, known are {[*_PREPROCESS, *_POSTPROCESS]}")
+            raise TypeError(f"expected arguments among {[*_PREPROCESS, *_POSTPROCESS]}, got {unknown}")
         _check_parameters(parameters)
         return (
             {name: value for name, value in parameters.items() if name in _PREPROCESS},
@@ -115,7 +115,7 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
     def preprocess(
         self, inputs: Any, window_seconds: float | None = None, overlap: float = 0.5
     ) -> Iterator[dict[str, Any]]:
-        """Windows of one clip, featurised one by one, so that a long file is never whole in memory."""
+        """Yields the features of one clip's windows one by one, so that a long file is never completely in memory."""
         rate = self.feature_extractor.sampling_rate
         window = round((MAX_SECONDS if window_seconds is None else window_seconds) * rate)
         with AudioReader(_to_source(inputs, rate)) as reader:
@@ -170,7 +170,7 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
 
 
 class _AudioClassification(AudioClassificationPipeline):
-    """What the task builds once registered: ASiT's pipeline for ASiT models, transformers' own for all others."""
+    """The task's registered class: builds ASiT's pipeline for ASiT models, transformers' own for all others."""
 
     def __new__(cls, *args: Any, model: Any, **kwargs: Any) -> AudioClassificationPipeline:
         is_asit = getattr(model.config, "model_type", None) == "asit"
@@ -179,14 +179,14 @@ class _AudioClassification(AudioClassificationPipeline):
 
 
 def register_pipeline() -> None:
-    """Makes `pipeline("audio-classification")` choose its class by the model; other models keep transformers' own."""
-    # `PIPELINE_REGISTRY.register_pipeline` would drop the task's default model and warn at every import
+    """Makes `pipeline("audio-classification")` choose by the model: ASiT's pipeline, or transformers' own."""
+    # not `PIPELINE_REGISTRY.register_pipeline`, which drops the task's default model and warns at every import
     PIPELINE_REGISTRY.supported_tasks["audio-classification"]["impl"] = _AudioClassification
 
 
 def _check_batch_size(batch_size: int | None) -> None:
     if batch_size is not None and not (isinstance(batch_size, Integral) and 1 <= batch_size <= MAX_BATCH_SIZE):
-        raise ValueError(f"batch_size must be from 1 to {MAX_BATCH_SIZE} windows, got {batch_size!r}")
+        raise ValueError(f"batch_size must be an integer from 1 to {MAX_BATCH_SIZE}, got {batch_size!r}")
 
 
 def _check_parameters(parameters: dict[str, Any]) -> None:
@@ -204,7 +204,7 @@ def _check_parameters(parameters: dict[str, Any]) -> None:
 
 
 def _to_source(clip: Any, sampling_rate: int) -> Any:
-    """What `AudioReader` reads: a row's column, an array with the model's rate, what is at a URL."""
+    """Converts a clip to a source for `AudioReader`: unpacks rows, adds the rate to arrays, downloads URLs."""
     if isinstance(clip, dict) and "audio" in clip:
         clip = clip["audio"]
     if isinstance(clip, (np.ndarray, torch.Tensor)):
@@ -218,12 +218,12 @@ def _to_source(clip: Any, sampling_rate: int) -> Any:
 
 
 def _windows(reader: AudioReader, rate: int, window: int, stride: int) -> Iterator[tuple[int, np.ndarray, bool]]:
-    """(first sample, waveform, whether it is the last) of every window; sizes in samples at `rate`."""
+    """Yields (first sample, waveform, whether it is the last) of every window; sizes in samples at `rate`."""
     total = reader.num_samples(rate)
     start = 0
     while True:
         waveform = reader.read(rate, start, window)
-        # a compressed file may end before its header says
+        # a compressed file may end before the length in its header
         is_last = start + window >= total or len(waveform) < window
         yield start, waveform, is_last
         if is_last:

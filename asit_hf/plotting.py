@@ -1,4 +1,4 @@
-"""Pictures of what the model hears, learns and predicts. Every function returns a matplotlib figure."""
+"""Plots of spectrograms, training, predictions and embeddings. Every function returns a matplotlib figure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -45,7 +45,7 @@ def _draw_spectrogram(axes: Axes, spectrogram: np.ndarray, limits: tuple[float, 
 
 
 def _draw_rows(rows: Mapping[str, np.ndarray]) -> Figure:
-    """Spectrograms of one shape below each other, all in the colors of the first."""
+    """Spectrograms of one shape, stacked, all on the color scale of the first."""
     clean = next(iter(rows.values()))
     figure = Figure(figsize=(7, 1.8 * len(rows)), layout="constrained")
     for axes, (title, spectrogram) in zip(figure.subplots(len(rows), 1, sharex=True), rows.items()):
@@ -64,23 +64,11 @@ def plot_log_mel(spectrogram: Array, title: str = "log-mel") -> Figure:
     return figure
 
 
-def plot_corruption(clean: Array, corrupted: Array, mask: Array) -> Figure:
-    """What GMML makes of a spectrogram: clean, corrupted, and in white where; all of shape `(frames, mel)`."""
-    clean, corrupted, mask = _of_one_shape(clean=clean, corrupted=corrupted, mask=mask)
-    limits = clean.min(), clean.max()
-    rows = {
-        "clean": clean,
-        "corrupted": corrupted,
-        "corrupted where white": np.where(mask > 0.5, limits[1], limits[0]),
-    }
-    return _draw_rows(rows)
-
-
 def plot_reconstruction(clean: Array, corrupted: Array, mask: Array, reconstruction: Array) -> Figure:
     """
-    What the student was given and what it made of it; all of shape `(frames, mel)`, where the reconstruction may lack
-    the last frames, those short of a patch. The last row shows the student's output where the input was corrupted and
-    the input elsewhere.
+    A clean spectrogram, its corrupted version and the student's reconstruction, all of shape `(frames, mel)`. The
+    reconstruction may lack the last frames, which do not fill a patch. The bottom row shows the reconstruction where
+    the input was corrupted, and the input elsewhere.
     """
     clean, corrupted, mask = _of_one_shape(clean=clean, corrupted=corrupted, mask=mask)
     reconstruction = _as_matrix(reconstruction, "a reconstruction", "frames, mel")
@@ -102,21 +90,21 @@ def _of_one_shape(**spectrograms: Array) -> list[np.ndarray]:
 
 def plot_attention(spectrogram: Array, attention: Array, title: str = "attention") -> Figure:
     """
-    Where the model looks: a spectrogram above, and below it in grey, as bright as each patch is attended to.
+    A spectrogram, and below it the attention to each patch.
 
     Args:
         spectrogram: shape `(frames, mel)`, hop 10 ms.
-        attention: shape `(columns, rows)`, one value a patch, rows from low to high mel bins, as
-            [`~asit_hf.evaluation.attention.attention_rollout`] gives it. The last frames short of a patch have none.
+        attention: shape `(time_patches, mel_patches)`, from low to high mel bins, as returned by
+            [`~asit_hf.evaluation.attention.attention_rollout`]. The last frames, which do not fill a patch, have none.
     """
     spectrogram = _as_matrix(spectrogram, "a spectrogram", "frames, mel")
-    attention = _as_matrix(attention, "attention", "columns, rows")
-    (frames, mel), (columns, rows) = spectrogram.shape, attention.shape
-    patch = mel // rows
-    if mel % rows or columns != max(1, frames // patch):
+    attention = _as_matrix(attention, "attention", "time_patches, mel_patches")
+    (frames, mel), (time_patches, mel_patches) = spectrogram.shape, attention.shape
+    patch = mel // mel_patches
+    if mel % mel_patches or time_patches != max(1, frames // patch):
         raise ValueError(
-            f"expected attention of whole square patches of {frames} frames and {mel} mel bins, got {columns} columns "
-            f"and {rows} rows"
+            f"expected attention for the square patches of {frames} frames and {mel} mel bins, got {time_patches} x "
+            f"{mel_patches} patches (time x mel)"
         )
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
@@ -138,17 +126,14 @@ def plot_attention(spectrogram: Array, attention: Array, title: str = "attention
     return figure
 
 
-def plot_timeline(
-    timeline: Sequence[Mapping[str, Any]], count: int = 5, title: str = "scores of every window"
-) -> Figure:
+def plot_timeline(timeline: Sequence[Mapping[str, Any]], count: int = 5, title: str = "scores by window") -> Figure:
     """
-    Scores of windows over time, a line a label, with a dot in the middle of every window.
+    Scores over time: one line per label, with a dot at the middle of every window.
 
     Args:
-        timeline: what the pipeline returns as `"timeline"`: windows of `{"start", "end", "labels"}`, in seconds, with
-            `"labels"` a list of `{"score", "label"}`. Where a window's labels stop before a label (`top_k`), its line
-            has a gap.
-        count (`int`, defaults to 5): how many labels are drawn, those of the highest scores of any window.
+        timeline: the pipeline's `"timeline"`: windows of `{"start", "end", "labels"}`, in seconds, with `"labels"` a
+            list of `{"score", "label"}`. A label's line has a gap at windows that do not list it (`top_k`).
+        count (`int`, defaults to 5): number of labels to draw, those with the highest score in any window.
     """
     if not timeline:
         raise ValueError("expected at least one window, got none")
@@ -175,11 +160,11 @@ def plot_timeline(
 
 
 def plot_curves(history: Sequence[dict[str, float]], names: Sequence[str]) -> Figure:
-    """Curves of a Trainer's `state.log_history`, one panel each of those `names` that were logged, over steps."""
+    """Curves over steps from a Trainer's `state.log_history`: one panel for each of `names` that was logged."""
     series = {name: [(row["step"], row[name]) for row in history if name in row] for name in names}
     series = {name: points for name, points in series.items() if points}
     if not series:
-        raise ValueError(f"none of {list(names)} stands in the log")
+        raise ValueError(f"expected a log of at least one of {list(names)}, got none of them")
     columns = min(3, len(series))
     rows = -(-len(series) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.5 * rows), layout="constrained")
@@ -195,10 +180,10 @@ def plot_curves(history: Sequence[dict[str, float]], names: Sequence[str]) -> Fi
 
 
 def plot_confusion(matrix: Array, labels: Sequence[str]) -> Figure:
-    """Confusion matrix of counts `(labels, labels)`, rows true and columns predicted, each row scaled to its share."""
+    """Confusion matrix from counts `(labels, labels)`: true labels in rows, which are normalized, by predictions."""
     matrix = _as_matrix(matrix, "a confusion matrix", "labels, labels")
     if matrix.shape != (len(labels), len(labels)):
-        raise ValueError(f"expected a confusion matrix of {len(labels)} labels a side, got shape {matrix.shape}")
+        raise ValueError(f"expected a confusion matrix for {len(labels)} labels, got shape {matrix.shape}")
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     side = max(4.0, 0.28 * len(labels) + 1.5)
     figure = Figure(figsize=(side, side), layout="constrained")
@@ -220,14 +205,14 @@ def plot_embeddings(
     embeddings: Array, labels: Sequence[Any], names: Sequence[str] | None = None, projection: str = "pca"
 ) -> Figure:
     """
-    A map of embeddings, colored by label.
+    A two-dimensional map of embeddings, colored by label.
 
     Args:
         embeddings: shape `(clips, dim)`.
-        labels: one of each clip, integers where there are `names`.
-        names (`Sequence[str]`, *optional*): what the legend calls labels 0, 1, 2...; by default the labels themselves.
-        projection (`str`, defaults to `"pca"`): the two axes: `"pca"`, the first principal components, or `"tsne"`,
-            scikit-learn's t-SNE, which keeps neighbors together, but neither distances nor densities.
+        labels: one per clip; integers if `names` are given.
+        names (`Sequence[str]`, *optional*): names of the labels 0, 1, 2... in the legend; default: the labels.
+        projection (`str`, defaults to `"pca"`): `"pca"`, the first two principal components, or `"tsne"`,
+            scikit-learn's t-SNE, which keeps neighbors together but neither distances nor densities.
     """
     embeddings = _as_matrix(embeddings, "embeddings", "clips, dim")
     if not np.isfinite(embeddings).all():
@@ -255,22 +240,22 @@ def _project(embeddings: np.ndarray, projection: str) -> np.ndarray:
     if projection not in PROJECTIONS:
         raise ValueError(f"projection must be one of {PROJECTIONS}, got {projection!r}")
     if clips < 3 or dim < 2:
-        raise ValueError(f"a map needs at least 3 clips of 2 dimensions, got {clips} of {dim}")
+        raise ValueError(f"expected at least 3 embeddings of 2 or more dimensions, got {clips} of {dim}")
     if projection == "tsne":
         with extra("train"):
-            from sklearn.manifold import TSNE  # takes a second to import
+            from sklearn.manifold import TSNE  # slow to import
 
-        # its default perplexity of 30 needs as many clips
+        # scikit-learn requires perplexity < clips; its default is 30
         return TSNE(perplexity=min(30, (clips - 1) / 3), random_state=0).fit_transform(embeddings)
-    centerd = embeddings - embeddings.mean(0)
-    _, _, axes_of_variance = np.linalg.svd(centerd, full_matrices=False)
-    return centerd @ axes_of_variance[:2].T
+    centered = embeddings - embeddings.mean(0)
+    _, _, axes_of_variance = np.linalg.svd(centered, full_matrices=False)
+    return centered @ axes_of_variance[:2].T
 
 
 def plot_scores(scores: dict[str, dict[str, Sequence[float]]], unit: str = "%") -> Figure:
     """
-    Scores of several runs side by side: a panel for each key of `scores`, in it a line for each name, with a dot a run
-    and a bar at their mean.
+    Scores of several runs: one panel for each key of `scores`, in it one line for each name, with a dot for each run
+    and a bar at the mean.
     """
     names = list(dict.fromkeys(name for panel in scores.values() for name in panel))
     if not names:

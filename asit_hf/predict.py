@@ -1,4 +1,4 @@
-"""Labels for a folder of audio files: `python -m asit_hf.predict MODEL FOLDER --output predictions.csv`."""
+"""Classifies a folder of audio files: `python -m asit_hf.predict MODEL FOLDER --output predictions.csv`."""
 
 import argparse
 import csv
@@ -11,10 +11,11 @@ from typing import Any, TextIO
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, pipeline
+from transformers import pipeline
 
 from .data.audio import AudioReadError, audio_info
 from .data.datasets import find_audio_files
+from .loading import load_config, load_feature_extractor, resolve_checkpoint
 from .pipeline import ASiTAudioClassificationPipeline
 
 _COLUMNS = ["file", "rank", "label", "score", "error"]
@@ -23,23 +24,27 @@ _TIMELINE_COLUMNS = ["file", "start", "end", "rank", "label", "score", "error"]
 
 def load_classifier(model: str | os.PathLike, device: str = "auto") -> ASiTAudioClassificationPipeline:
     """
-    The pipeline of an ASiT classifier on `device` (`"cpu"`, `"cuda"`, or `"auto"`: cuda where there is one).
+    The pipeline of an ASiT classifier, a folder or Hub name, on `device`: `"cpu"`, `"cuda"`, or `"auto"`, which takes
+    cuda if available.
 
     Raises:
-        `ValueError`: `model` holds no trained classifier.
+        FileNotFoundError: no such folder or Hub name.
+        ValueError: `model` is not a trained classifier.
     """
-    config = AutoConfig.from_pretrained(model)
-    if config.model_type != "asit":
-        raise ValueError(f"{model}: expected an ASiT model, got model_type {config.model_type!r}")
+    config = load_config(model)
     if "ASiTForAudioClassification" not in (config.architectures or []):
         raise ValueError(
-            f"{model}: expected an ASiTForAudioClassification, got {config.architectures}, which has no trained "
-            "classifier: finetune it first"
+            f"{model}: expected an ASiTForAudioClassification, got {config.architectures}: finetune it first, for "
+            "example with examples/run_audio_classification.py"
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return pipeline(
-        "audio-classification", model=str(model), device=device, pipeline_class=ASiTAudioClassificationPipeline
+        "audio-classification",
+        model=str(resolve_checkpoint(model)),
+        feature_extractor=load_feature_extractor(model),
+        device=device,
+        pipeline_class=ASiTAudioClassificationPipeline,
     )
 
 
@@ -51,23 +56,23 @@ def predict_folder(
     **options: Any,
 ) -> list[dict[str, Any]]:
     """
-    Classifies every audio file below `folder`, or the one file it is. Files of similar length share a batch, and only
-    the windows of one batch are in memory.
+    Classifies every audio file below `folder`, or one file. Files of similar length share a batch, and only the
+    windows of one batch are in memory.
 
     Args:
         classifier: the pipeline, see `load_classifier`.
         folder: a folder, searched recursively, or a file.
         batch_size (`int`, defaults to 8): windows in one forward pass.
         progress (`bool`, defaults to `True`): whether to show a progress bar.
-        options: what the pipeline takes: `top_k`, `window_seconds`, `overlap`, `aggregate`, `return_timeline`, ...
+        options: options of the pipeline: `top_k`, `window_seconds`, `overlap`, `aggregate`, `return_timeline`, ...
 
     Returns:
-        One dict a file, sorted by `"file"`, its path relative to `folder`: with `"labels"`, a list of
-        `{"score", "label"}`, and, with `return_timeline`, `"timeline"`; or with `"error"`, why it could not be read.
+        One dict per file, sorted by `"file"`, its path relative to `folder`. It has `"labels"`, a list of
+        `{"score", "label"}`, and with `return_timeline` a `"timeline"`; or `"error"`, why the file could not be read.
 
     Raises:
-        `FileNotFoundError`: no such folder, or no audio in it.
-        `ValueError`: an option out of range.
+        FileNotFoundError: no such folder, or no audio in it.
+        ValueError: an option out of range.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -93,7 +98,7 @@ def predict_folder(
 def _classify(
     classifier: ASiTAudioClassificationPipeline, files: list[Path], batch_size: int, options: dict[str, Any]
 ) -> dict[Path, dict[str, Any]]:
-    """Classifies files together; where one turns out to be damaged, one by one."""
+    """Classifies files in one batch, or one by one if a file turns out to be damaged."""
     try:
         outputs = classifier(files, batch_size=batch_size, **options)
     except AudioReadError as error:
@@ -109,8 +114,8 @@ def _classify(
 
 def write_predictions(predictions: list[dict[str, Any]], file: TextIO, format: str = "csv") -> None:
     """
-    Writes what `predict_folder` returned as `"json"`, or as `"csv"`: one row a label (`file, rank, label, score,
-    error`), best first; where there is a timeline, one row a window and label, with `start` and `end` in seconds.
+    Writes the result of `predict_folder` as `"json"`, or as `"csv"`: one row per label (`file, rank, label, score,
+    error`), best first; with a timeline, one row per window and label, with `start` and `end` in seconds.
     """
     if format == "json":
         json.dump(predictions, file, indent=2, ensure_ascii=False)
@@ -137,16 +142,20 @@ def _rows(prediction: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m asit_hf.predict", description=__doc__.split(":")[0])
-    parser.add_argument("model", help="a folder or Hub name of an ASiT classifier")
-    parser.add_argument("folder", type=Path, help="a folder of audio files, searched recursively, or one file")
-    parser.add_argument("--output", type=Path, help="a .csv or .json file (default: csv to standard output)")
+    parser.add_argument("model", help="folder or Hub name of an ASiT classifier")
+    parser.add_argument("folder", type=Path, help="folder of audio files, searched recursively, or one file")
+    parser.add_argument("--output", type=Path, help=".csv or .json file to write (default: csv to standard output)")
     parser.add_argument("--top_k", type=int, default=5, help="labels per file (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help="windows in one forward pass (default: %(default)s)")
-    parser.add_argument("--window_seconds", type=float, help="cut longer clips into windows (default: 30)")
-    parser.add_argument("--overlap", type=float, default=0.5, help="of windows, in [0, 1) (default: %(default)s)")
-    parser.add_argument("--aggregate", choices=["mean", "max"], default="mean", help="over windows (default: mean)")
-    parser.add_argument("--timeline", action="store_true", help="labels of every window too")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--window_seconds", type=float, help="window length for longer clips (default: 30)")
+    parser.add_argument(
+        "--overlap", type=float, default=0.5, help="overlap of windows, in [0, 1) (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--aggregate", choices=["mean", "max"], default="mean", help="how window scores are combined (default: mean)"
+    )
+    parser.add_argument("--timeline", action="store_true", help="add the labels of every window")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: cuda if available")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a file cannot be read")
     return parser
 

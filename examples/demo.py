@@ -21,11 +21,10 @@ from pathlib import Path
 import numpy as np
 from demo_sounds import write_sounds
 
-from asit_hf import ASiTFeatureExtractor
 from asit_hf.data import LabelledClips, find_audio_files, load_audio_dataset, read_audio, split_dataset
 from asit_hf.evaluation.embeddings import embed
 from asit_hf.hub.export import export_encoder
-from asit_hf.loading import load_encoder
+from asit_hf.loading import load_encoder, load_feature_extractor
 from asit_hf.plotting import plot_confusion, plot_embeddings, plot_log_mel
 
 EXAMPLES = Path(__file__).parent
@@ -140,7 +139,7 @@ def draw_pictures(output_dir: Path, encoder: Path, test: Path, predictions: Path
     pictures.mkdir(exist_ok=True)
     dataset = load_audio_dataset(test)
     names = dataset.features["label"].names
-    extractor = ASiTFeatureExtractor.from_pretrained(encoder)
+    extractor = load_feature_extractor(encoder)
     rate = extractor.sampling_rate
     clip = read_audio(dataset[0]["audio"], rate, duration=6.0)
     spectrogram = extractor(clip, sampling_rate=rate, return_tensors="pt")["input_values"][0]

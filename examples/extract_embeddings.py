@@ -33,11 +33,10 @@ import pyarrow.parquet
 import torch
 from tqdm.auto import tqdm
 
-from asit_hf import ASiTFeatureExtractor
 from asit_hf.data import AudioReadError, label_names, load_audio_dataset
 from asit_hf.data.audio import source_name
 from asit_hf.evaluation.embeddings import POOLINGS, embed_files, embedding_size
-from asit_hf.loading import load_encoder
+from asit_hf.loading import load_encoder, load_feature_extractor
 
 # rows of a parquet row group: what is in memory before it is written
 GROUP_ROWS = 1024
@@ -157,7 +156,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         root=args.root,
     )
     encoder = load_encoder(args.model_name_or_path, args.source)
-    feature_extractor = ASiTFeatureExtractor.from_pretrained(args.model_name_or_path)
+    feature_extractor = load_feature_extractor(args.model_name_or_path)
     embedded = embed_files(
         encoder,
         feature_extractor,

@@ -45,7 +45,7 @@ from asit_hf.finetuning.augmentation import Augmentation, TrainingClips
 from asit_hf.finetuning.sampling import balanced_weights
 from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer
 from asit_hf.hub.cards import CardArguments, describe_run
-from asit_hf.loading import load_encoder
+from asit_hf.loading import load_config, load_encoder, load_feature_extractor
 from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments
 
 logger = logging.get_logger(__name__)
@@ -222,14 +222,14 @@ def build_model(
     if args.freeze_encoder:  # frozen means the same features every time
         fields |= {"drop_path_rate": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     path = args.model_name_or_path
-    config = ASiTConfig.from_pretrained(path, **fields) if path else ASiTConfig.from_size(args.size, **fields)
+    config = load_config(path, **fields) if path else ASiTConfig.from_size(args.size, **fields)
     model = ASiTForAudioClassification._from_config(config, attn_implementation=args.attn_implementation)
     if not args.random_init:
         model.asit.load_state_dict(load_encoder(path, args.source).state_dict())
     if args.freeze_encoder:
         model.asit.requires_grad_(False)
     chosen = {name: value for name in ("mean", "std") if (value := getattr(inputs, name)) is not None}
-    extractor = ASiTFeatureExtractor.from_pretrained(path, **chosen) if path else ASiTFeatureExtractor(**chosen)
+    extractor = load_feature_extractor(path, **chosen) if path else ASiTFeatureExtractor(**chosen)
     return model, extractor
 
 

@@ -33,8 +33,9 @@ from asit_hf.data.events import (
 )
 from asit_hf.evaluation.metrics import multi_label_metrics
 from asit_hf.evaluation.sound_events import PSDS_SCENARIOS, decode_events, psds, segment_metrics
-from asit_hf.hub.cards import CardArguments, PushMixin, describe_run
-from asit_hf.loading import load_encoder
+from asit_hf.hub.cards import CardArguments, describe_run
+from asit_hf.hub.upload import PushMixin
+from asit_hf.loading import load_config, load_encoder, load_feature_extractor
 from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments
 from asit_hf.utils.time_budget import TimeBudgetArguments, TimeBudgetMixin
 
@@ -90,11 +91,11 @@ def build_model(
     fields = {"drop_path_rate": args.drop_path_rate, "problem_type": "multi_label_classification"}
     fields |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     path = args.model_name_or_path
-    config = ASiTConfig.from_pretrained(path, **fields) if path else ASiTConfig.from_size(args.size, **fields)
+    config = load_config(path, **fields) if path else ASiTConfig.from_size(args.size, **fields)
     model = ASiTForAudioFrameClassification(config)
     if not args.random_init:
         model.asit.load_state_dict(load_encoder(path, args.source).state_dict())
-    return model, ASiTFeatureExtractor.from_pretrained(path) if path else ASiTFeatureExtractor()
+    return model, load_feature_extractor(path) if path else ASiTFeatureExtractor()
 
 
 def known_events(events: dict[str, list[Event]], names: list[str], args: DataArguments) -> dict[str, list[Event]]:

@@ -27,7 +27,7 @@ from asit_hf.data.labels import label_names
 from asit_hf.data.splits import find_group_column
 from asit_hf.evaluation.embeddings import POOLINGS, embed
 from asit_hf.evaluation.probes import knn_probe, linear_probe, ridge_probe
-from asit_hf.loading import load_encoder
+from asit_hf.loading import load_config, load_encoder, load_feature_extractor
 
 METHODS = {"linear": linear_probe, "ridge": ridge_probe, "knn": knn_probe}
 
@@ -151,10 +151,10 @@ def embed_both(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings `(clips, dim)` of both sets; only the files that are not in `known` are read."""
     path = args.model_name_or_path
-    feature_extractor = ASiTFeatureExtractor.from_pretrained(path) if path else ASiTFeatureExtractor()
+    feature_extractor = load_feature_extractor(path) if path else ASiTFeatureExtractor()
     if args.random_init:
         torch.manual_seed(seed)
-        model = ASiTModel(ASiTConfig.from_pretrained(path) if path else ASiTConfig.from_size(args.size))
+        model = ASiTModel(load_config(path) if path else ASiTConfig.from_size(args.size))
     else:
         model = load_encoder(path, args.source)
 

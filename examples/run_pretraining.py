@@ -14,7 +14,6 @@ to go on from the last checkpoint of `--output_dir`.
 import signal
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import yaml
 from transformers import set_seed
@@ -34,8 +33,15 @@ from asit_hf.data.audio import AudioReadError
 from asit_hf.data.labelled import load_labelled
 from asit_hf.data.parcels import is_parcels
 from asit_hf.hub.cards import CardArguments, describe_run
+from asit_hf.loading import (
+    is_pretraining_checkpoint,
+    load_config,
+    load_feature_extractor,
+    read_model_type,
+    resolve_checkpoint,
+)
 from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
-from asit_hf.pretraining.initialization import encoder_from_vit, read_model_type
+from asit_hf.pretraining.initialization import encoder_from_vit
 from asit_hf.pretraining.monitoring import KnnProbeCallback
 from asit_hf.pretraining.presets import get_preset
 from asit_hf.pretraining.trainer import ASiTPreTrainer
@@ -140,12 +146,13 @@ def build_model(model: ModelArguments, data: DataArguments, args: ASiTPreTrainin
     fields = {**get_preset(args.preset).config, **overrides}
     name = model.model_name_or_path
     if name and is_asit(name):
-        config = ASiTConfig.from_pretrained(name)
-        if config.architectures == [ASiTForPreTraining.__name__]:  # its heads and loss weights go on as they are
+        name = resolve_checkpoint(name)
+        config = load_config(name)
+        if is_pretraining_checkpoint(config):  # its heads and loss weights go on as they are
             if (config.num_patch_prototypes is None) != (fields["num_patch_prototypes"] is None):
                 logger.warning("%s has not the heads of the %s objective; it keeps its own", name, args.preset)
             fields = overrides
-        config = ASiTConfig.from_pretrained(name, **fields)
+        config = load_config(name, **fields)
         return ASiTForPreTraining.from_pretrained(name, config=config, attn_implementation=model.attn_implementation)
     fields.setdefault("num_frames", position_frames(data.global_seconds))
     encoder = encoder_from_vit(name, **fields) if name else None
@@ -160,11 +167,6 @@ def build_model(model: ModelArguments, data: DataArguments, args: ASiTPreTrainin
 
 def is_asit(name_or_path: str) -> bool:
     """Whether a checkpoint is one of this package's."""
-    if Path(name_or_path).is_file():
-        raise ValueError(
-            f"model_name_or_path must be a folder or Hub name, got the file {name_or_path}; "
-            "python -m asit_hf.convert_original makes a folder of an official checkpoint"
-        )
     return read_model_type(name_or_path) == ASiTConfig.model_type
 
 
@@ -182,7 +184,7 @@ def build_feature_extractor(model: ModelArguments, data: DataArguments, num_mel_
     chosen = {name: getattr(data, name) for name in ("sampling_rate", "mean", "std")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if model.model_name_or_path and is_asit(model.model_name_or_path):
-        return ASiTFeatureExtractor.from_pretrained(model.model_name_or_path, **chosen)
+        return load_feature_extractor(model.model_name_or_path, **chosen)
     return ASiTFeatureExtractor(num_mel_bins=num_mel_bins, **chosen)
 
 

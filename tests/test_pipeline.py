@@ -195,14 +195,14 @@ def test_many_clips_in_every_container(classifier):
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
 @pytest.mark.parametrize("window_seconds", [None, 0.8])
-def test_batches_give_what_each_clip_gives_alone(classifier, batch_size, window_seconds):
+def test_batched_scores_equal_those_of_each_clip_alone(classifier, batch_size, window_seconds):
     sounds = [make_sound(seconds, seed) for seed, seconds in enumerate((2.0, 0.31, 1.1, 0.01, 3.3, 0.8, 0.9))]
     together = classifier(sounds, batch_size=batch_size, window_seconds=window_seconds)
     for labels, sound in zip(together, sounds, strict=True):
         assert_same_scores(labels, classifier(sound, window_seconds=window_seconds))
 
 
-def test_batches_mask_padding_whatever_the_extractor_says(folder):
+def test_batches_mask_padding_whatever_the_extractors_default(folder):
     extractor = ASiTFeatureExtractor(num_mel_bins=32, return_attention_mask=False, padding_value=3.0)
     classifier = asit_pipeline(folder, feature_extractor=extractor, top_k=None)
     sounds = [make_sound(2.0), make_sound(0.6, seed=1)]
@@ -318,7 +318,7 @@ def test_half_precision(folder, classifier):
         (None, AudioReadError, "NoneType"),
     ],
 )
-def test_wrong_clips_say_what_came(classifier, clip, error, message):
+def test_errors_of_wrong_clips(classifier, clip, error, message):
     with pytest.raises(error, match=message):
         classifier(clip)
     with pytest.raises(error, match=message):
@@ -338,7 +338,7 @@ def test_wrong_clips_say_what_came(classifier, clip, error, message):
         ({"window": 2.0}, TypeError, "window"),
     ],
 )
-def test_wrong_options_say_what_is_expected(folder, classifier, options, error, message):
+def test_errors_of_wrong_options(folder, classifier, options, error, message):
     with pytest.raises(error, match=message):
         classifier(make_sound(0.5), **options)
     with pytest.raises(error, match=message):
@@ -353,7 +353,7 @@ def test_other_models_are_refused(folder):
         ASiTAudioClassificationPipeline(model=ASiTForAudioClassification.from_pretrained(folder))
 
 
-def test_registered_it_is_the_default_for_asit(registered, folder, classifier, tmp_path):
+def test_the_registered_pipeline_is_the_default_for_asit(registered, folder, classifier, tmp_path):
     default = pipeline("audio-classification", model=str(folder), top_k=None)
     assert type(default) is ASiTAudioClassificationPipeline
     soundfile.write(tmp_path / "clip.wav", make_sound(1.0), RATE, subtype="FLOAT")
@@ -363,7 +363,7 @@ def test_registered_it_is_the_default_for_asit(registered, folder, classifier, t
     assert type(given) is ASiTAudioClassificationPipeline
 
 
-def test_registered_it_leaves_other_models_alone(registered, tmp_path):
+def test_the_registered_pipeline_leaves_other_models_alone(registered, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     model = ASTForAudioClassification(ASTConfig(**sizes, num_mel_bins=32, max_length=96))
     extractor = ASTFeatureExtractor(num_mel_bins=32, max_length=96)
@@ -399,7 +399,7 @@ def test_the_stock_pipeline_works_on_arrays(folder, classifier):
         (np.zeros(0, np.float32), ValueError, "empty"),
     ],
 )
-def test_the_stock_pipeline_says_what_it_lacks(folder, tmp_path, monkeypatch, clip, error, message):
+def test_the_stock_pipeline_names_what_it_lacks(folder, tmp_path, monkeypatch, clip, error, message):
     soundfile.write(tmp_path / "clip.wav", make_sound(0.5), RATE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "")

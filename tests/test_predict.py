@@ -69,7 +69,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_every_file_gets_what_it_gets_alone(classifier, sounds, batch_size):
+def test_every_file_gets_the_scores_it_gets_alone(classifier, sounds, batch_size):
     predictions = predict_folder(classifier, sounds, batch_size=batch_size, progress=False, top_k=None)
     assert [prediction["file"] for prediction in predictions] == sorted(GOOD + BAD)
     for prediction in predictions:
@@ -82,7 +82,7 @@ def test_every_file_gets_what_it_gets_alone(classifier, sounds, batch_size):
         assert scores == pytest.approx(alone, abs=1e-5)
 
 
-def test_a_file_damaged_inside_spares_its_batch(classifier, sounds):
+def test_a_file_damaged_inside_does_not_affect_its_batch(classifier, sounds):
     # the header is whole, so only decoding finds the damage
     content = bytearray((sounds / "b/c.flac").read_bytes())
     content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)

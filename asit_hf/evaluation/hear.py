@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..configuration_asit import ASiTConfig
 from ..feature_extraction_asit import ASiTFeatureExtractor
-from ..loading import load_encoder
+from ..loading import load_encoder, load_feature_extractor
 from ..modeling_asit import ASiTModel
 from .embeddings import (
     check_pooling,
@@ -95,8 +95,8 @@ def load_model(
         ValueError: a model for a rate that HEAR has no audio at, or an unknown pooling.
     """
     if model_file_path:
-        encoder = load_encoder(model_file_path)
-        return HearModel(encoder, ASiTFeatureExtractor.from_pretrained(model_file_path), pooling, window_seconds)
+        encoder, extractor = load_encoder(model_file_path), load_feature_extractor(model_file_path)
+        return HearModel(encoder, extractor, pooling, window_seconds)
     logger.warning("no model_file_path was given: the encoder has random weights")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..data.epochs import EpochCallback
 from ..evaluation.metrics import MAIN_METRIC
-from ..hub.cards import PushMixin
+from ..hub.upload import PushMixin
 from ..utils.cpu import warn_of_emulated_bf16
 from ..utils.time_budget import TimeBudgetArguments, TimeBudgetMixin
 from .optimization import average_checkpoints, param_groups_layer_decay, smooth_labels, step_decay

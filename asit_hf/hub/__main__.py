@@ -1,33 +1,43 @@
-"""Sharing ASiT models: `python -m asit_hf.hub`."""
+"""Prepares ASiT models for sharing, and uploads them to the Hub: `python -m asit_hf.hub`."""
 
 import argparse
 import sys
 from pathlib import Path
 
+from huggingface_hub.utils import httpx
+
+from ..loading import ENCODERS
 from .export import export_encoder, halve_weights
+from .upload import upload_model
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m asit_hf.hub", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write the encoder of a pretraining checkpoint as a plain ASiTModel")
-    export.add_argument("pretraining_dir", type=Path, help="a checkpoint, or a Trainer's run folder")
-    export.add_argument("output_dir", type=Path)
-    export.add_argument("--source", choices=["teacher", "student"], default="teacher")
-    export.add_argument("--overwrite", action="store_true", help="replace whatever output_dir holds")
+    export.add_argument("pretraining_dir", type=Path, help="pretraining checkpoint or Trainer run folder")
+    export.add_argument("output_dir", type=Path, help="folder to write")
+    export.add_argument("--encoder", choices=ENCODERS, default="teacher", help="which encoder (default: %(default)s)")
     export.add_argument("--half", action="store_true", help="store the weights in 16 bits")
+    export.add_argument("--overwrite", action="store_true", help="replace any content of output_dir")
     halve = commands.add_parser("halve", help="store the weights of any saved model in 16 bits")
-    halve.add_argument("output_dir", type=Path, metavar="folder")
+    halve.add_argument("folder", type=Path, help="saved model, changed in place")
+    upload = commands.add_parser("upload", help="upload a saved model, with the code that trust_remote_code needs")
+    upload.add_argument("folder", type=Path, help="saved model, not changed")
+    upload.add_argument("name", help="Hub name, user/name")
+    upload.add_argument("--private", action="store_true", help="make a new repository private")
     args = parser.parse_args(arguments)
     try:
-        if args.command == "halve":
-            halve_weights(args.output_dir)
+        if args.command == "export":
+            print(export_encoder(args.pretraining_dir, args.output_dir, args.encoder, args.overwrite, args.half))
+        elif args.command == "halve":
+            halve_weights(args.folder)
+            print(args.folder.resolve())
         else:
-            export_encoder(args.pretraining_dir, args.output_dir, args.source, args.overwrite, args.half)
-    except (OSError, ValueError) as error:
+            print(upload_model(args.folder, args.name, args.private))
+    except (OSError, ValueError, httpx.HTTPError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(args.output_dir.resolve())
     return 0
 
 

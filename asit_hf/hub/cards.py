@@ -1,4 +1,4 @@
-"""Model cards, made from what is known of a run."""
+"""Model cards, written from a saved model and the record of its training run."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,11 +15,16 @@ from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..loading import load_config, load_feature_extractor
 from .run_record import is_number, read_run, record_run
 
-if TYPE_CHECKING:  # it takes a second to import, and more than inference has
+if TYPE_CHECKING:  # slow to import, and needs the train extra
     from transformers import Trainer
 
 CARD_NAME = "README.md"
 _UNKNOWN = "Unknown: it was not recorded."
+_POOLING = {
+    "cls": "CLS token",
+    "mean": "mean of the patch tokens",
+    "cls_mean": "CLS token and mean of the patch tokens",
+}
 
 
 def write_model_card(
@@ -37,38 +42,40 @@ def write_model_card(
     emissions: float | None = None,
 ) -> Path:
     """
-    Writes `README.md`, a Hub model card, into the folder of a saved ASiT model; what is neither given nor recorded in
-    its `run.json` (see [`record_run`]) it calls unknown.
+    Writes `README.md`, a Hub model card, into the folder of a saved ASiT model. Facts that are neither given nor
+    recorded in the folder's `run.json` (see [`record_run`]) are stated as unknown.
 
     Args:
         folder: holds `config.json` and `preprocessor_config.json`.
-        name (`str`, *optional*): the model's name on the Hub, which the examples load; by default the folder's.
-        license (`str`, *optional*): of the weights, as the Hub abbreviates it (`"cc-by-4.0"`).
+        name (`str`, *optional*): Hub name, which the card's example loads; by default the folder's name.
+        license (`str`, *optional*): license of the weights as the Hub abbreviates it (`"cc-by-4.0"`).
         datasets (`Sequence[str]`): Hub names of the training data.
-        training_data (`str`, *optional*): what it was trained on: hours, sources, licenses.
-        recipe (`Mapping[str, Any]`, *optional*): hyperparameters by name.
-        results (`Sequence[Mapping[str, Any]]`): rows with `task`, `dataset`, `metric`, `value`, `command`, and where
-            a metric comes more than once its `metric_name`, such as `"accuracy, linear probe"`; numbers also go to the
-            card's metadata.
-        limitations (`str`, *optional*): what the model should not be trusted with.
+        training_data (`str`, *optional*): description of the training data: hours, sources, licenses.
+        recipe (`Mapping[str, Any]`, *optional*): hyperparameters by name, added to those recorded.
+        results (`Sequence[Mapping[str, Any]]`): rows with `task`, `dataset`, `metric`, `value`, `command`, and for a
+            metric with several rows its `metric_name`, such as `"accuracy, linear probe"`; added to those recorded.
+            Numbers also go to the card's metadata.
+        limitations (`str`, *optional*): known limitations of the model.
         base_model (`str`, *optional*): Hub name of the encoder it was finetuned from.
-        widget (`Sequence[Mapping[str, str]]`): sounds for the page of a classifier, `{"example_title", "src"}` with a
-            URL, or the name of a file in the repository.
-        emissions (`float`, *optional*): grams of CO2 that the training gave off.
+        widget (`Sequence[Mapping[str, str]]`): example sounds for a classifier's page, `{"example_title", "src"}` with
+            a URL or the name of a file in the repository.
+        emissions (`float`, *optional*): CO2 emissions of the training in grams.
 
     Returns:
-        `Path`: of the card.
+        `Path`: the card.
 
     Raises:
-        `FileNotFoundError`: no `config.json` or `preprocessor_config.json`.
-        `ValueError`: another type of model, or a row of `results` that lacks a field.
+        FileNotFoundError: no `config.json` or `preprocessor_config.json`.
+        ValueError: another type of model, or a row of `results` that lacks a field.
     """
     folder = Path(folder)
     config = load_config(folder)
     extractor = load_feature_extractor(folder)
     name = name or folder.resolve().name
     run = read_run(folder)
+    license = license or run.get("license")
     training_data = training_data or run.get("training_data")
+    limitations = limitations or run.get("limitations")
     recipe = {**(run.get("recipe") or {}), **(recipe or {})}
     results = [*(run.get("results") or ()), *(results or ())]
     classifies = any("Classification" in architecture for architecture in config.architectures or [])
@@ -86,12 +93,12 @@ def write_model_card(
         eval_results=_metadata_of(results) or None,
     )
     sections = {
-        "What it is": _description(config, extractor, classifies),
-        "Use": _usage(name, config, extractor),
+        "Model description": _description(config, extractor, classifies),
+        "Usage": _usage(name, config, extractor),
         "Training data": "\n\n".join(filter(None, [training_data or _UNKNOWN, _license(license)])),
         "Training recipe": _table(["setting", "value"], list(recipe.items())) if recipe else _UNKNOWN,
         "Measured results": _results(results),
-        "Limits": limitations or _limits(config),
+        "Limitations": limitations or _limitations(config),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n# {name.split('/')[-1]}\n\n{body}\n")
@@ -101,7 +108,7 @@ def write_model_card(
 
 
 def _metadata_of(results: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
-    """The rows whose value is a number, as the Hub wants them."""
+    """The rows whose value is a number, in the form of the Hub's metadata."""
     return [
         EvalResult(
             task_type=str(row["task"]).replace(" ", "-"),
@@ -117,10 +124,10 @@ def _metadata_of(results: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
 
 
 def _description(config: ASiTConfig, extractor: ASiTFeatureExtractor, classifies: bool) -> str:
-    kind = f"A classifier of {config.num_labels} labels on an" if classifies else "An"
+    kind = f"A classifier with {config.num_labels} labels, built on an" if classifies else "An"
     lines = [
-        f"{kind} [ASiT](https://arxiv.org/abs/2211.13189) encoder, a vision transformer on log-mel spectrograms. ASiT "
-        "encoders are pretrained without labels, by masked reconstruction and self-distillation.",
+        f"{kind} [ASiT](https://arxiv.org/abs/2211.13189) encoder, a vision transformer for log-mel spectrograms. "
+        "ASiT encoders are pretrained without labels, by masked reconstruction and self-distillation.",
         f"{config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_attention_heads} heads, "
         f"{config.patch_size} x {config.patch_size} patches; input: mono audio at {extractor.sampling_rate} Hz, "
         f"{extractor.num_mel_bins} mel bins, normalized with mean {extractor.mean} and standard deviation "
@@ -132,11 +139,16 @@ def _description(config: ASiTConfig, extractor: ASiTFeatureExtractor, classifies
 
 
 def _usage(name: str, config: ASiTConfig, extractor: ASiTFeatureExtractor) -> str:
-    code, note = _ENCODER_USAGE, "with `pip install asit-hf` and `import asit_hf`, `trust_remote_code` is not needed"
+    code, note = _ENCODER_USAGE, "`trust_remote_code` is not needed"
     if "ASiTForAudioClassification" in (config.architectures or []):
-        code, note = _CLASSIFIER_USAGE, f"{note}, and the pipeline takes files of any rate and length"
-    code = code.replace("NAME", name).replace("RATE", str(extractor.sampling_rate))
-    return f"```python\n{code}```\n\nThe code travels with the weights; {note}."
+        code, note = _CLASSIFIER_USAGE, f"{note}, and the pipeline accepts files of any sampling rate and length"
+    values = {"NAME": name, "RATE": extractor.sampling_rate, "SIZE": config.pooled_size, "WIDTH": config.hidden_size}
+    for placeholder, value in {**values, "POOLING": _POOLING[config.pooling_mode]}.items():
+        code = code.replace(placeholder, str(value))
+    return (
+        f"```python\n{code}```\n\n`trust_remote_code` loads the model code that is stored with the weights. After "
+        f"`pip install asit-hf` and `import asit_hf`, {note}."
+    )
 
 
 _CLASSIFIER_USAGE = """\
@@ -158,14 +170,15 @@ waveform = np.zeros(RATE, dtype=np.float32)  # your audio: mono, RATE Hz, in [-1
 inputs = feature_extractor(waveform, sampling_rate=RATE, return_tensors="pt")
 with torch.no_grad():
     outputs = model(**inputs)
-print(outputs.pooler_output.shape)  # the clip's embedding; outputs.last_hidden_state has one a patch
+print(outputs.pooler_output.shape)  # (1, SIZE), the clip's embedding: POOLING
+print(outputs.last_hidden_state.shape)  # (1, 1 + patches, WIDTH): CLS token, then one token per patch
 """
 
 
 def _license(license: str | None) -> str | None:
     if license is not None:
         return None
-    return "The license of the weights is unknown: it depends on that of the training data."
+    return "The license of the weights is unknown; it depends on the license of the training data."
 
 
 def _results(results: Sequence[Mapping[str, Any]]) -> str:
@@ -174,7 +187,7 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
     columns = ["task", "dataset", "metric", "value", "command"]
     for row in results:
         if set(row) - {"metric_name"} != set(columns):
-            raise ValueError(f"a result needs the fields {columns}, got {sorted(row)}")
+            raise ValueError(f"expected a result with the fields {columns}, got {sorted(row)}")
     named = [{**row, "metric": row.get("metric_name") or row["metric"]} for row in results]
     return _table(columns, [[row[column] for column in columns] for row in named])
 
@@ -184,69 +197,39 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _limits(config: ASiTConfig) -> str:
+def _limitations(config: ASiTConfig) -> str:
     return (
-        f"Position embeddings were learned on clips of {config.num_frames / 100:.2f} s; other lengths resize them. "
-        "Nothing is known of how it does on audio unlike its training data, and its biases were not studied."
+        f"Position embeddings were learned on clips of {config.num_frames / 100:.2f} s and are resized for other "
+        "lengths. The model was not evaluated on audio unlike its training data, and its biases were not studied."
     )
 
 
-# Of a Trainer's run folder: paths of this machine, a token (both in Trainer's pickled arguments), and what no user of
-# the model needs. A checkpoint that `hub_strategy` pushes keeps its state, from which training goes on.
-PRIVATE_FILES = (
-    "training_args.bin",
-    "/trainer_state.json",
-    "/bad_files.jsonl*",
-    "/predictions.csv",
-    "/events.tsv",
-    "/epoch-*/",
-    "/unfinished/",
-)
-
-
-# Of more files the hours are not counted: each is opened for it.
+# With more training files, their hours are not counted: that opens every file.
 MAX_COUNTED_FILES = 20000
 
 
 @dataclass
 class CardArguments:
-    """What only a person knows of a model, as options of a script."""
+    """Facts for a model card that no run can record, as options of a script."""
 
-    card_license: str | None = field(default=None, metadata={"help": "Of the weights, as the Hub has it: cc-by-4.0."})
+    card_license: str | None = field(
+        default=None, metadata={"help": "License of the weights in the Hub's spelling, such as cc-by-4.0."}
+    )
     card_datasets: list[str] = field(default_factory=list, metadata={"help": "Hub names of the training data."})
     card_training_data: str | None = field(
-        default=None, metadata={"help": "The training data in words: sources, licenses. By default clips and hours."}
+        default=None, metadata={"help": "Description of the training data; default: number of clips and hours."}
     )
-    card_limitations: str | None = field(default=None, metadata={"help": "What the model is not to be trusted with."})
+    card_limitations: str | None = field(default=None, metadata={"help": "Known limitations of the model."})
     card_widget: list[str] = field(
-        default_factory=list, metadata={"help": "Sounds for the model's page: URLs, or files of its repository."}
+        default_factory=list,
+        metadata={"help": "Example sounds for the model's page: URLs, or files in its repository."},
     )
-    card_emissions: float | None = field(default=None, metadata={"help": "Grams of CO2 that the training gave off."})
+    card_emissions: float | None = field(default=None, metadata={"help": "CO2 emissions of the training in grams."})
 
     def facts(self) -> dict[str, Any]:
-        """As arguments of [`write_model_card`]."""
+        """The options as arguments of [`write_model_card`]."""
         facts = {name.removeprefix("card_"): value for name, value in vars(self).items()}
         return facts | {"widget": [{"example_title": Path(src).stem, "src": src} for src in self.card_widget]}
-
-
-class PushMixin:
-    """
-    For a Trainer, which would push a card of its own, and files of this machine: the card that is there stays, or ours
-    is written; `PRIVATE_FILES` stay here, by a `.gitignore`, which the Hub heeds.
-    """
-
-    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        super().init_hf_repo(*args, **kwargs)
-        ignored = Path(self.args.output_dir, ".gitignore")
-        if self.is_world_process_zero() and not ignored.exists():
-            ignored.parent.mkdir(parents=True, exist_ok=True)
-            ignored.write_text("\n".join(PRIVATE_FILES) + "\n")
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        if self.model.config.model_type != "asit":
-            super().create_model_card(*args, **kwargs)
-        elif self.is_world_process_zero() and not Path(self.args.output_dir, CARD_NAME).is_file():
-            write_model_card(self.args.output_dir, name=self.args.hub_model_id)
 
 
 def describe_run(
@@ -259,14 +242,16 @@ def describe_run(
     **facts: Any,
 ) -> None:
     """
-    Writes `run.json` and the card of the model that a trainer has trained and saved.
+    Writes `run.json` and the model card beside the model that a trainer has trained and saved.
 
     Args:
-        trainer ([`~transformers.Trainer`]): of an ASiT model; its `processing_class` is the feature extractor.
-        sources (`Sequence`, *optional*): the training clips, see [`~asit_hf.data.audio.AudioReader`]; `None`: a
-            stream.
+        trainer ([`~transformers.Trainer`]): trained an ASiT model; its `processing_class` is the feature extractor.
         command, results: see [`record_run`].
-        base_model (`str`, *optional*): what it was finetuned from; a folder of this machine is not told.
+        card ([`CardArguments`]): facts for the card.
+        sources (`Sequence`, *optional*): the training clips, see [`~asit_hf.data.audio.AudioReader`]; `None` for a
+            stream.
+        base_model (`str`, *optional*): Hub name or folder of the encoder it was finetuned from; the name of a local
+            folder is not written.
         facts: further arguments of [`write_model_card`].
     """
     from ..utils.time_budget import STATE_KEY
@@ -275,14 +260,14 @@ def describe_run(
     recipe = {
         "optimizer steps": state.global_step,
         "epochs": round(state.epoch or 0, 2),
-        "clips a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning rate": args.learning_rate,
         "weight decay": args.weight_decay,
         "seed": args.seed,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
     }
     seconds = sum(row.get("train_runtime", 0.0) for row in state.log_history)
-    if getattr(args, "max_minutes", None) is not None:  # known over resumes too
+    if getattr(args, "max_minutes", None) is not None:  # counts the time before a resume too
         seconds = state.stateful_callbacks[STATE_KEY]["seconds"]
     clips = None if sources is None else len(sources)
     hours = None if sources is None else _total_hours(sources)
@@ -293,7 +278,7 @@ def describe_run(
 
 
 def _total_hours(sources: Sequence) -> float | None:
-    """Of all clips that can be read, from their headers; `None` where they are too many to open."""
+    """Hours of all readable clips, from their headers; `None` if there are more than `MAX_COUNTED_FILES`."""
     if isinstance(sources, PackedAudio):
         return sources.hours
     if len(sources) > MAX_COUNTED_FILES:
@@ -302,7 +287,7 @@ def _total_hours(sources: Sequence) -> float | None:
 
 
 def _seconds(source: Any) -> float:
-    """Of a clip or a data set's row of it; 0 where it cannot be read."""
+    """Duration of a clip, or of a data set's row; 0 if it cannot be read."""
     if isinstance(source, dict) and "audio" in source:
         source = source["audio"]
     try:

@@ -1,12 +1,11 @@
-"""Sharing ASiT models: export of a pretrained encoder."""
+"""Exports the encoder of a pretraining checkpoint, and stores weights in 16 bits."""
 
 import json
-import logging
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,8 +25,6 @@ from ..utils.files import whole_folder
 from .cards import CARD_NAME, write_model_card
 from .run_record import RUN_NAME
 
-logger = logging.getLogger(__name__)
-
 _EXPORTED = {
     CONFIG_NAME,
     FEATURE_EXTRACTOR_NAME,
@@ -42,7 +39,7 @@ _EXPORTED = {
 def export_encoder(
     pretraining_dir: str | os.PathLike,
     output_dir: str | os.PathLike,
-    source: Literal["teacher", "student"] = "teacher",
+    encoder: str = "teacher",
     overwrite: bool = False,
     half: bool = False,
     **facts: Any,
@@ -52,41 +49,39 @@ def export_encoder(
 
     Args:
         pretraining_dir: a checkpoint saved by `ASiTForPreTraining`, or a Trainer's run folder: the model saved in the
-            folder itself if there is one, else its last whole checkpoint. The feature extractor is the one beside the
-            weights, else the run folder's.
-        output_dir: written as a whole or not at all. An earlier export there is replaced.
-        source (`str`, defaults to `"teacher"`): which encoder, `"teacher"` or `"student"`.
-        overwrite (`bool`, defaults to `False`): whether to replace whatever else `output_dir` holds.
+            folder itself if there is one, else its last complete checkpoint. The feature extractor is the one beside
+            the weights, else the run folder's.
+        output_dir: written completely or not at all. An earlier export there is replaced.
+        encoder (`str`, defaults to `"teacher"`): which encoder, `"teacher"` or `"student"`.
+        overwrite (`bool`, defaults to `False`): whether to replace any other content of `output_dir`.
         half (`bool`, defaults to `False`): whether to store the weights in 16 bits, see [`halve_weights`].
-        facts: what is known for the card, see `write_model_card`.
+        facts: arguments of [`~asit_hf.hub.cards.write_model_card`].
 
     Returns:
         `Path`: `output_dir`.
 
     Raises:
-        `FileNotFoundError`: no whole checkpoint, or no `preprocessor_config.json`.
-        `FileExistsError`: `output_dir` holds something that is not an earlier export.
-        `ValueError`: another `source`, another type of model, or a checkpoint without that encoder.
+        FileNotFoundError: no complete checkpoint, or no `preprocessor_config.json`.
+        FileExistsError: `output_dir` holds something other than an earlier export.
+        ValueError: unknown `encoder`, another type of model, or a checkpoint without that encoder.
     """
-    if source not in ("teacher", "student"):
-        raise ValueError(f"source must be 'teacher' or 'student', got {source!r}")
-    output_dir = Path(output_dir).resolve()
+    output_dir, pretraining_dir = Path(output_dir).resolve(), Path(pretraining_dir)
     checkpoint = find_checkpoint(pretraining_dir)
     check_replaceable(output_dir, checkpoint.resolve(), overwrite)
-    extractor = load_feature_extractor(checkpoint, Path(pretraining_dir))
+    extractor = load_feature_extractor(pretraining_dir)
     config = load_config(checkpoint)
     if not is_pretraining_checkpoint(config):
         raise ValueError(f"{checkpoint}: expected an ASiTForPreTraining checkpoint, got {config.architectures}")
-    encoder = load_encoder(checkpoint, source, dtype="auto")
-    if extractor.num_mel_bins != encoder.config.num_mel_bins:
+    model = load_encoder(checkpoint, encoder, dtype="auto")
+    if extractor.num_mel_bins != config.num_mel_bins:
         raise ValueError(
-            f"{checkpoint}: the feature extractor makes {extractor.num_mel_bins} mel bins, the model takes "
-            f"{encoder.config.num_mel_bins}"
+            f"{checkpoint}: the model expects {config.num_mel_bins} mel bins, but the feature extractor computes "
+            f"{extractor.num_mel_bins}"
         )
-    run = next((path for folder in (checkpoint, Path(pretraining_dir)) if (path := folder / RUN_NAME).is_file()), None)
-    facts = {"recipe": _recipe(checkpoint, source, encoder.config), **facts}
+    run = next((path for folder in (checkpoint, pretraining_dir) if (path := folder / RUN_NAME).is_file()), None)
+    facts = {"recipe": _recipe(checkpoint, encoder, config), **facts}
     with whole_folder(output_dir) as export:
-        encoder.save_pretrained(export)
+        model.save_pretrained(export)
         extractor.save_pretrained(export)
         if half:
             halve_weights(export)
@@ -98,26 +93,26 @@ def export_encoder(
 
 def halve_weights(folder: str | os.PathLike) -> None:
     """
-    Stores the float32 weights of a saved model as float16, in half the space. `config.json` goes on saying float32, so
-    that they load, and compute, as float32 unless `dtype` asks for something else.
+    Stores the float32 weights of a saved model as float16, in half the space. `config.json` still states float32, so
+    that models are loaded and computed in float32 unless `dtype` requests another type.
 
     Args:
-        folder: a saved model in one `model.safetensors`.
+        folder: a model saved in one `model.safetensors`.
 
     Raises:
-        `FileNotFoundError`: no such model there.
-        `ValueError`: a weight that float16 cannot hold.
+        FileNotFoundError: no such model in `folder`.
+        ValueError: a weight exceeds the range of float16.
     """
     folder = Path(folder)
     if reason := why_incomplete(folder):
         raise FileNotFoundError(f"{folder}: expected a saved model, found {reason}")
     path = folder / SAFE_WEIGHTS_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: expected the weights in one {SAFE_WEIGHTS_NAME}, they are in several")
+        raise FileNotFoundError(f"{folder}: expected the weights in one {SAFE_WEIGHTS_NAME}, got several shards")
     tensors = load_file(path)
     halves = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in tensors.items()}
     if overflown := [name for name, tensor in halves.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{path}: float16 cannot hold the values of {overflown[0]}")
+        raise ValueError(f"{path}: float16 cannot represent the values of {overflown[0]}")
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")) | {"dtype": "float32"}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".half-") as scratch:
         save_file(halves, Path(scratch) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -126,11 +121,9 @@ def halve_weights(folder: str | os.PathLike) -> None:
 
 
 def check_replaceable(output_dir: Path, checkpoint: Path, overwrite: bool) -> None:
-    """Raises where writing `output_dir` would cost the `checkpoint` or, unless `overwrite`, somebody's files."""
+    """Raises an error if writing `output_dir` would delete `checkpoint` or, unless `overwrite`, other files."""
     if output_dir in (checkpoint, *checkpoint.parents):
-        raise ValueError(
-            f"output_dir {output_dir} holds the checkpoint to export, {checkpoint}: choose another folder"
-        )
+        raise ValueError(f"output_dir {output_dir} contains the checkpoint, {checkpoint}: choose another folder")
     if output_dir.exists() and not output_dir.is_dir():
         raise FileExistsError(f"output_dir {output_dir} is a file")
     if overwrite or not output_dir.exists() or not any(output_dir.iterdir()) or _is_export(output_dir):
@@ -148,9 +141,9 @@ def _is_export(folder: Path) -> bool:
     return all(path.name in _EXPORTED or path.match("model-*.safetensors") for path in folder.iterdir())
 
 
-def _recipe(checkpoint: Path, source: str, config: ASiTConfig) -> dict[str, Any]:
-    """What the checkpoint itself tells of its pretraining."""
-    recipe: dict[str, Any] = {"encoder": source}
+def _recipe(checkpoint: Path, encoder: str, config: ASiTConfig) -> dict[str, Any]:
+    """The settings of a pretraining run that its checkpoint records."""
+    recipe: dict[str, Any] = {"encoder": encoder}
     state_file = checkpoint / "trainer_state.json"
     if state_file.is_file():
         state = json.loads(state_file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What a training run records of itself."""
+"""The record of a training run, `run.json`."""
 
 import json
 import math
@@ -10,12 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:  # it takes a second to import, and more than inference has
-    pass
 
 RUN_NAME = "run.json"
 
@@ -31,18 +28,18 @@ def record_run(
     results: Iterable[tuple[str, str, float]] = (),
 ) -> None:
     """
-    Writes `run.json`, what a training run tells of itself, for its model card. Of paths only the last part is told,
-    of `--hub_token` nothing.
+    Writes `run.json`, the facts of a training run for its model card. Absolute paths are cut to their last part, and
+    `--hub_token` is dropped.
 
     Args:
-        folder: of the saved model.
+        folder: the saved model's folder.
         command (`Sequence[str]`): the script and its arguments.
         recipe (`Mapping[str, Any]`): hyperparameters by name.
-        seconds (`float`): of training.
-        clips, hours, sampling_rate: of the training data, as far as known.
+        seconds (`float`): duration of the training.
+        clips, hours, sampling_rate (*optional*): size and sampling rate in Hz of the training data.
         results (`Iterable[tuple[str, str, float]]`): data set, metric and value, measured by the command.
     """
-    told = shlex.join(["python", *(_without_folders(argument) for argument in _without_token(command))])
+    written = shlex.join(["python", *(_without_folders(argument) for argument in _without_token(command))])
     parts = [f"{clips} clips" if clips else "a stream of clips", f"{hours:.2f} hours" if hours else ""]
     parts += [f"at {sampling_rate} Hz" if sampling_rate else ""]
     facts = {
@@ -52,7 +49,7 @@ def record_run(
             "duration": f"{seconds / 60:.1f} minutes",
             "hardware": _hardware(),
             "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),
-            "command": f"`{told}`",
+            "command": f"`{written}`",
         },
         "results": [
             {
@@ -60,7 +57,7 @@ def record_run(
                 "dataset": data,
                 "metric": metric,
                 "value": value if is_number(value) else str(value),
-                "command": f"`{told}`",
+                "command": f"`{written}`",
             }
             for data, metric, value in results
         ],
@@ -69,25 +66,25 @@ def record_run(
 
 
 def read_run(folder: str | os.PathLike) -> dict[str, Any]:
-    """What [`record_run`] wrote into a folder; nothing where there is no `run.json`, or an empty one."""
+    """What [`record_run`] wrote into a folder; empty if there is no `run.json` or an empty one."""
     path = Path(folder, RUN_NAME)
     text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
     return json.loads(text or "{}") or {}
 
 
 def _without_token(command: Sequence[str]) -> list[str]:
-    """Without `--hub_token`, which may be abbreviated, and its value."""
-    told, is_value = [], False
+    """Drops `--hub_token`, which may be abbreviated, and its value."""
+    kept, is_value = [], False
     for argument in command:
         token = None if is_value else re.fullmatch(r"--hub[_-]t\w*(=.*)?", argument)
         if not is_value and token is None:
-            told.append(argument)
+            kept.append(argument)
         is_value = token is not None and token[1] is None
-    return told
+    return kept
 
 
 def _without_folders(value: Any) -> Any:
-    """Of absolute paths the last part: of an argument that is one, ends in one (`name=`, `::`), or holds JSON."""
+    """Cuts absolute paths to their last part, also after `name=` or `::` and inside JSON."""
     if isinstance(value, dict):
         return {key: _without_folders(one) for key, one in value.items()}
     if isinstance(value, list):

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import logging
 
 from ..configuration_asit import ASiTConfig
+from ..loading import read_model_type
 from ..modeling_asit import ASiTModel
 
 logger = logging.get_logger(__name__)
@@ -94,11 +95,6 @@ def resize_positions(positions: torch.Tensor, grid: tuple[int, int], target: tup
     patches = positions[:, 1:].float().unflatten(1, grid).permute(0, 3, 1, 2)
     patches = F.interpolate(patches, size=target, mode="bicubic", align_corners=False)
     return torch.cat((positions[:, :1].float(), patches.flatten(2).transpose(1, 2)), dim=1)
-
-
-def read_model_type(name_or_path: str | os.PathLike) -> str | None:
-    """The `model_type` in the configuration of a folder or Hub name, known to transformers or not."""
-    return PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
 
 
 def _load_tensors(name_or_path: str | os.PathLike, vit_config: PreTrainedConfig) -> dict[str, torch.Tensor]:

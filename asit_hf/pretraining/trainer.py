@@ -24,7 +24,7 @@ from ..data.packed import PackedCrops
 from ..data.randomness import mix_keys
 from ..data.workers import clear_worker_errors
 from ..feature_extraction_asit import ASiTFeatureExtractor
-from ..hub.cards import PushMixin
+from ..hub.upload import PushMixin
 from ..modeling_asit import ASiTLayer
 from ..utils.cpu import keep_freed_memory, warn_of_emulated_bf16
 from ..utils.device import choices_for

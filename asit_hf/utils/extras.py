@@ -1,4 +1,4 @@
-"""What an installation without extras, or a bare copy of the code, lacks, and how to get it."""
+"""Errors for optional dependencies that are not installed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,15 +7,17 @@ from contextlib import contextmanager
 @contextmanager
 def extra(name: str | None = None) -> Iterator[None]:
     """
-    For imports that need more than inference does: names the extra to install where one of them is missing. `None`:
-    for those of the package's own dependencies that training on decoded audio does without.
+    Wraps optional imports: if a package is missing, the error names the extra that installs it. `None` is for required
+    dependencies that a bare copy of the code can do without, such as audio decoders.
     """
     try:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or str(error)).split(".")[0]
         if name is None:
-            source = f"asit-hf itself: pip install asit-hf, or only {package}"
+            command = f"pip install asit-hf, or pip install {package}"
         else:
-            source = f"the extra {name!r}: pip install 'asit-hf[{name}]'"
-        raise ModuleNotFoundError(f"{package} is not installed, which comes with {source}", name=error.name) from error
+            command = f"pip install 'asit-hf[{name}]'"
+        raise ModuleNotFoundError(
+            f"{package} is not installed; install it with: {command}", name=error.name
+        ) from error

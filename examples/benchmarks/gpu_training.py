@@ -16,8 +16,9 @@ from asit_hf.configuration_asit import HUB_FILES
 from asit_hf.data.packed import INDEX, PackedAudio, PackedCrops, is_packed, write_packed
 from asit_hf.data.parcels import decode_parcels
 from asit_hf.fbank_asit import num_fbank_frames
+from asit_hf.loading import load_feature_extractor, read_model_type, resolve_checkpoint
 from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
-from asit_hf.pretraining.initialization import encoder_from_vit, read_model_type
+from asit_hf.pretraining.initialization import encoder_from_vit
 from asit_hf.pretraining.presets import get_preset
 from asit_hf.pretraining.trainer import ASiTPreTrainer
 from asit_hf.utils.arguments import parse_arguments
@@ -121,7 +122,7 @@ def initial_model(run: Run, settings: TrainingSettings, preset: str) -> ASiTForP
     if run.init is None:
         return build_model(settings.size, preset, run.quick, **({} if run.quick else {"num_frames": whole(frames)}))
     if read_model_type(run.init) == ASiTConfig.model_type:
-        return ASiTForPreTraining.from_pretrained(run.init, dtype=torch.float32, **fields)
+        return ASiTForPreTraining.from_pretrained(resolve_checkpoint(run.init), dtype=torch.float32, **fields)
     encoder = encoder_from_vit(run.init, num_frames=whole(frames), **fields)
     model = ASiTForPreTraining(encoder.config)
     model.asit.load_state_dict(encoder.state_dict())
@@ -136,7 +137,7 @@ def whole(frames: int, patch_size: int = 16) -> int:
 
 def initial_extractor(run: Run, num_mel_bins: int) -> ASiTFeatureExtractor:
     if run.init is not None and read_model_type(run.init) == ASiTConfig.model_type:
-        return ASiTFeatureExtractor.from_pretrained(run.init)
+        return load_feature_extractor(run.init)
     return ASiTFeatureExtractor(num_mel_bins=num_mel_bins)
 
 

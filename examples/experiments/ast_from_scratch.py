@@ -13,7 +13,8 @@ from typing import Any
 
 from transformers import ASTConfig, ASTForAudioClassification
 
-from asit_hf import ASiTConfig, ASiTFeatureExtractor
+from asit_hf import ASiTFeatureExtractor
+from asit_hf.loading import load_config
 from examples import run_audio_classification as finetuning
 
 
@@ -34,7 +35,7 @@ def build_ast(
 ) -> tuple[ASTForAudioClassification, OneLength]:
     if not args.model_name_or_path or not inputs.max_seconds:
         raise ValueError("give --model_name_or_path, for the size, and --max_seconds, for the length")
-    like = ASiTConfig.from_pretrained(args.model_name_or_path)
+    like = load_config(args.model_name_or_path)
     extractor = OneLength.from_pretrained(args.model_name_or_path)
     extractor.num_frames = round(inputs.max_seconds * 100) - 2  # from_pretrained drops options that no file has
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_mel_bins")

@@ -1,4 +1,4 @@
-"""A page to try an ASiT checkpoint on a sound: `python app.py --model FOLDER_OR_HUB_NAME`, or ASIT_MODEL set to it."""
+"""A page to try an ASiT checkpoint on a sound: `python app.py --model FOLDER_OR_HUB_NAME`, or set ASIT_MODEL."""
 
 import argparse
 import html
@@ -11,22 +11,22 @@ import gradio as gr
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from transformers import AutoConfig
 
 from asit_hf import ASiTAudioClassificationPipeline, ASiTFeatureExtractor, ASiTForPreTraining, ASiTPreTrainedModel
 from asit_hf.data.audio import AudioReader, AudioReadError
 from asit_hf.evaluation.attention import attention_rollout
+from asit_hf.loading import is_pretraining_checkpoint, load_config, load_feature_extractor, resolve_checkpoint
 from asit_hf.plotting import plot_attention, plot_log_mel, plot_reconstruction, plot_timeline
 from asit_hf.predict import load_classifier
 from asit_hf.pretraining.reconstruction import reconstruct
 
-MAX_SECONDS = 600  # of a sound: longer ones are a task for `python -m asit_hf.predict`
-VIEW_SECONDS = 10  # attention and reconstruction cost the square of the length
+MAX_SECONDS = 600  # for longer sounds there is `python -m asit_hf.predict`
+VIEW_SECONDS = 10  # the cost of attention and reconstruction is quadratic in the length
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A classifier, or, where that is `None`, a pretraining checkpoint."""
+    """A loaded checkpoint; `classifier` is `None` for a pretraining checkpoint."""
 
     model: ASiTPreTrainedModel
     extractor: ASiTFeatureExtractor
@@ -34,22 +34,22 @@ class Checkpoint:
 
     @property
     def window_seconds(self) -> float:
-        """What the model was trained on at a time, at least 1 s; longer sounds get a timeline."""
+        """Length of the training crops, at least 1 s; longer sounds get a timeline."""
         return max(1.0, self.model.config.num_frames / 100)
 
 
 def load_checkpoint(name: str) -> Checkpoint:
-    """The classifier or pretraining checkpoint of a folder or Hub name; anything else is a `ValueError`."""
-    if AutoConfig.from_pretrained(name).architectures != [ASiTForPreTraining.__name__]:
+    """Loads a classifier or pretraining checkpoint from a folder or Hub name; others raise `ValueError`."""
+    if not is_pretraining_checkpoint(load_config(name)):
         classifier = load_classifier(name)
         return Checkpoint(classifier.model, classifier.feature_extractor, classifier)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = ASiTForPreTraining.from_pretrained(name).eval().to(device)
-    return Checkpoint(model, ASiTFeatureExtractor.from_pretrained(name), None)
+    model = ASiTForPreTraining.from_pretrained(resolve_checkpoint(name)).eval().to(device)
+    return Checkpoint(model, load_feature_extractor(name), None)
 
 
 def read_sound(checkpoint: Checkpoint, path: str) -> np.ndarray:
-    """The waveform `(samples,)` at the model's rate; what cannot be read, or is too long, is an `AudioReadError`."""
+    """The waveform `(samples,)` at the model's rate; `AudioReadError` for an unreadable or too long sound."""
     rate = checkpoint.extractor.sampling_rate
     with AudioReader(path) as reader:
         if reader.info.duration > MAX_SECONDS:
@@ -59,7 +59,7 @@ def read_sound(checkpoint: Checkpoint, path: str) -> np.ndarray:
 
 
 def features(checkpoint: Checkpoint, waveform: np.ndarray, seconds: float | None = None) -> torch.Tensor:
-    """Log-mel `(frames, mel)` of the first `seconds`, or of all."""
+    """Log-mel `(frames, mel)` of the first `seconds`, or of the whole sound."""
     rate = checkpoint.extractor.sampling_rate
     waveform = waveform if seconds is None else waveform[: round(seconds * rate)]
     return checkpoint.extractor(waveform, sampling_rate=rate, return_tensors="pt")["input_values"][0]
@@ -68,7 +68,7 @@ def features(checkpoint: Checkpoint, waveform: np.ndarray, seconds: float | None
 def labels_view(
     checkpoint: Checkpoint, waveform: np.ndarray, window_seconds: float
 ) -> tuple[dict[str, float], Figure | None]:
-    """Every label's score, and, of a sound longer than one window, the timeline."""
+    """Scores of all labels and, for a sound longer than one window, the timeline."""
     sound = {"array": waveform, "sampling_rate": checkpoint.extractor.sampling_rate}
     result = checkpoint.classifier(
         sound, top_k=None, window_seconds=window_seconds, return_timeline=True, batch_size=8
@@ -83,7 +83,7 @@ def log_mel_view(checkpoint: Checkpoint, waveform: np.ndarray) -> Figure:
 
 def attention_view(checkpoint: Checkpoint, waveform: np.ndarray) -> Figure:
     log_mel = features(checkpoint, waveform, VIEW_SECONDS)
-    title = f"what reaches the output through attention (first {VIEW_SECONDS} s)"
+    title = f"attention rollout (first {VIEW_SECONDS} s)"
     return plot_attention(log_mel, attention_rollout(checkpoint.model, log_mel), title)
 
 
@@ -97,8 +97,8 @@ def reconstruction_view(checkpoint: Checkpoint, waveform: np.ndarray) -> Figure 
 
 def show(checkpoint: Checkpoint, path: str | None, window_seconds: float | None = None) -> list:
     """
-    What the page shows: labels, timeline, log-mel and attention; of a pretraining checkpoint log-mel, attention and
-    reconstruction. A sound that cannot be read is a `gr.Error`, one line in the page.
+    The page's outputs: labels, timeline, log-mel and attention; for a pretraining checkpoint log-mel, attention and
+    reconstruction. A sound that cannot be read raises a `gr.Error`, shown as one line on the page.
     """
     if path is None:
         return [None] * (3 if checkpoint.classifier is None else 4)
@@ -114,9 +114,9 @@ def show(checkpoint: Checkpoint, path: str | None, window_seconds: float | None 
 
 
 def build_page(checkpoint: Checkpoint, name: str) -> gr.Blocks:
-    """The interface: a sound on the left, what the checkpoint makes of it on the right."""
+    """The interface: a sound on the left, the checkpoint's outputs on the right."""
     with gr.Blocks(title="ASiT", analytics_enabled=False) as page:
-        gr.Markdown(f"# ASiT\nRecord or upload a sound: what does **{html.escape(Path(name).name)}** make of it?")
+        gr.Markdown(f"# ASiT\nRecord or upload a sound to try **{html.escape(Path(name).name)}**.")
         with gr.Row():
             with gr.Column(scale=2):
                 sound = gr.Audio(type="filepath", label="sound", buttons=["download"])
@@ -134,15 +134,19 @@ def build_page(checkpoint: Checkpoint, name: str) -> gr.Blocks:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("--model", default=os.environ.get("ASIT_MODEL"), help="a classifier or pretraining checkpoint")
+    parser.add_argument(
+        "--model",
+        default=os.environ.get("ASIT_MODEL"),
+        help="folder or Hub name of a classifier or pretraining checkpoint (default: $ASIT_MODEL)",
+    )
     args = parser.parse_args(arguments)
     if not args.model:
-        parser.error("which model? Pass --model, or set ASIT_MODEL, to a folder or Hub name")
+        parser.error("expected a model: pass --model, or set ASIT_MODEL, to a folder or Hub name")
     try:
         checkpoint = load_checkpoint(args.model)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    # the default theme asks a server elsewhere for its fonts
+    # the default theme downloads its fonts from another server
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     build_page(checkpoint, args.model).launch(theme=theme)
 

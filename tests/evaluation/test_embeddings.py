@@ -3,10 +3,9 @@ import pytest
 import soundfile
 import torch
 
-from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTForPreTraining, ASiTModel
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTModel
 from asit_hf.data.audio import AudioReadError, read_audio
 from asit_hf.evaluation.embeddings import POOLINGS, embed, embed_files, embedding_size, timestamp_embeddings
-from asit_hf.loading import load_encoder
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SMALL |= {"num_frames": 64, "num_prototypes": 16, "distillation_hidden_size": 16, "distillation_bottleneck_size": 8}
@@ -160,48 +159,6 @@ def test_timestamps_find_where_something_happens(model, feature_extractor):
     embeddings, times = timestamp_embeddings(model, feature_extractor, waveform)
     changed = np.abs(embeddings - quiet).mean(1).argmax()
     assert abs(times[changed] - 1000 * 20200 / 16000) < 100
-
-
-@pytest.fixture(scope="module")
-def pretraining(tmp_path_factory):
-    torch.manual_seed(0)
-    model = ASiTForPreTraining(ASiTConfig(**SMALL))
-    with torch.no_grad():
-        for parameter in model.teacher["asit"].parameters():
-            parameter.add_(0.01)
-    path = tmp_path_factory.mktemp("pretraining")
-    model.save_pretrained(path)
-    return model, path
-
-
-@pytest.mark.parametrize("source", ["teacher", "student"])
-def test_load_encoder_of_a_pretraining_checkpoint(pretraining, source):
-    model, path = pretraining
-    expected = model.teacher["asit"] if source == "teacher" else model.asit
-    loaded = load_encoder(path, source)
-    assert type(loaded) is ASiTModel
-    assert all(parameter.requires_grad for parameter in loaded.parameters())
-    for name, tensor in expected.state_dict().items():
-        torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("cls", [ASiTModel, ASiTForAudioClassification])
-def test_load_encoder_of_other_checkpoints(tmp_path, cls):
-    model = cls(ASiTConfig(**SMALL))
-    model.save_pretrained(tmp_path)
-    expected = getattr(model, "asit", model).state_dict()
-    for name, tensor in load_encoder(tmp_path).state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
-
-
-def test_load_encoder_refuses_what_is_not_whole(tmp_path):
-    model = ASiTModel(ASiTConfig(**SMALL))
-    state = {name: tensor for name, tensor in model.state_dict().items() if "layers.1" not in name}
-    model.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(ValueError, match="lacks 16 weights"):
-        load_encoder(tmp_path)
-    with pytest.raises(ValueError, match="encoder must be"):
-        load_encoder(tmp_path, "average")
 
 
 def write(path, samples, rate=16000, seed=0):

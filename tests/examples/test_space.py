@@ -25,7 +25,7 @@ SPACE = ROOT / "examples" / "space"
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SMALL |= {"num_mel_bins": 32, "num_frames": 96, "num_prototypes": 16, "distillation_hidden_size": 16}
 SMALL |= {"distillation_bottleneck_size": 8}
-# an untrained classifier whose bias makes it certain
+# the label that an untrained classifier with a large bias always predicts
 ANSWER = "a kettle that whistles"
 
 
@@ -59,7 +59,7 @@ def sounds(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_classifier_shows_labels_pictures_and_the_timeline_of_a_long_sound(classifier, sounds):
+def test_a_classifier_shows_labels_plots_and_the_timeline_of_a_long_sound(classifier, sounds):
     checkpoint = app.load_checkpoint(classifier)
     labels, timeline, log_mel, attention = app.show(checkpoint, str(sounds / "long.wav"), 1.0)
     assert max(labels, key=labels.get) == ANSWER
@@ -78,14 +78,14 @@ def test_a_short_sound_has_no_timeline(classifier, sounds, name):
     assert all(isinstance(picture, Figure) for picture in pictures)
 
 
-def test_a_pretraining_checkpoint_shows_what_it_restores(pretrained, sounds):
+def test_a_pretraining_checkpoint_shows_a_reconstruction(pretrained, sounds):
     checkpoint = app.load_checkpoint(pretrained)
     log_mel, attention, reconstruction = app.show(checkpoint, str(sounds / "long.wav"))
     assert [len(figure.axes) for figure in (log_mel, attention, reconstruction)] == [1, 2, 3]
     assert app.show(checkpoint, str(sounds / "click.wav"))[2] is None
 
 
-def test_nothing_in_nothing_out_for_every_view(classifier, pretrained):
+def test_every_output_is_empty_without_a_sound(classifier, pretrained):
     for name in (classifier, pretrained):
         checkpoint = app.load_checkpoint(name)
         page = app.build_page(checkpoint, name)
@@ -115,7 +115,7 @@ def test_a_model_that_the_page_cannot_show_is_refused(tmp_path, capsys, monkeypa
     assert "expected an ASiTForAudioClassification" in capsys.readouterr().err
 
 
-def test_the_folder_says_what_the_hub_needs():
+def test_the_folder_has_what_the_hub_needs():
     front_matter = yaml.safe_load((SPACE / "README.md").read_text().split("---")[1])
     assert (front_matter["sdk"], front_matter["app_file"]) == ("gradio", "app.py")
     constraints = (ROOT / "constraints.txt").read_text().splitlines()
@@ -128,7 +128,7 @@ def test_the_folder_says_what_the_hub_needs():
 
 @pytest.fixture(scope="module")
 def page_address(classifier, tmp_path_factory):
-    """The Space as the Hub would run it: the folder with the package beside it, the model named by ASIT_MODEL."""
+    """The Space as on the Hub: the folder with the package beside it, and ASIT_MODEL set."""
     folder = tmp_path_factory.mktemp("space")
     shutil.copytree(SPACE, folder, dirs_exist_ok=True)
     shutil.copytree(ROOT / "asit_hf", folder / "asit_hf", ignore=shutil.ignore_patterns("__pycache__"))
@@ -159,7 +159,7 @@ def browser():
         pytest.skip("no chromium or chromedriver: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    # a container's root has no sandbox, and little shared memory
+    # for root in a container: no sandbox, little shared memory
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,1200"):
         options.add_argument(argument)
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
@@ -185,7 +185,7 @@ def text_of(browser) -> str:
     return browser.find_element("tag name", "body").text
 
 
-def test_a_file_goes_in_and_the_label_comes_out(browser, page_address, sounds):
+def test_an_uploaded_file_gets_its_label(browser, page_address, sounds):
     upload(browser, page_address, sounds / "long.wav")
     wait_for(lambda: ANSWER in text_of(browser))
     wait_for(lambda: len(browser.find_elements("css selector", "[data-testid=matplotlib] img")) == 3)
@@ -193,7 +193,7 @@ def test_a_file_goes_in_and_the_label_comes_out(browser, page_address, sounds):
     assert [name for name in loaded if not name.startswith((page_address, "data:", "blob:"))] == []
 
 
-def test_a_damaged_file_is_a_line_in_the_page(browser, page_address, sounds):
+def test_a_damaged_file_is_a_line_on_the_page(browser, page_address, sounds):
     upload(browser, page_address, sounds / "damaged<b>.wav")
     wait_for(lambda: "Cannot read" in text_of(browser))
     assert "Traceback" not in text_of(browser)

@@ -63,7 +63,7 @@ def sounds(tmp_path) -> list[str]:
     return paths
 
 
-def test_a_run_tells_its_data_recipe_and_results(trainer, sounds, tmp_path):
+def test_a_card_reports_data_recipe_and_results_of_a_run(trainer, sounds, tmp_path):
     card = CardArguments(card_license="cc-by-4.0", card_datasets=["ashraq/esc50"], card_emissions=12.5)
     command = ["examples/run.py", "--train_data", f"{tmp_path}/private/train.csv", "--max_steps", "1"]
     describe_run(trainer, command, card, sounds, [("ESC-50", "accuracy", 0.5), ("ESC-50", "mAP", math.nan)])
@@ -78,7 +78,7 @@ def test_a_run_tells_its_data_recipe_and_results(trainer, sounds, tmp_path):
     for text in (
         "3 clips, 0.01 hours, at 16000 Hz.",  # the clip that cannot be read counts no time
         "| optimizer steps | 1 |",
-        "| clips a step | 2 |",
+        "| batch size | 2 |",
         "python examples/run.py --train_data train.csv --max_steps 1",
         "| audio-classification | ESC-50 | accuracy | 0.5 |",
         f"torch {torch.__version__}",
@@ -88,7 +88,7 @@ def test_a_run_tells_its_data_recipe_and_results(trainer, sounds, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("argument", "told"),
+    ("argument", "recorded"),
     [
         ("--max_steps=1", "--max_steps=1"),
         ("/home/me/my data/a=b.csv", "a=b.csv"),
@@ -103,19 +103,19 @@ def test_a_run_tells_its_data_recipe_and_results(trainer, sounds, tmp_path):
         ("{no json", "{no json"),
     ],
 )
-def test_commands_are_told_without_this_machines_folders(tmp_path, argument, told):
+def test_local_folders_are_cut_from_recorded_commands(tmp_path, argument, recorded):
     record_run(tmp_path, ["run.py", argument], {}, seconds=1.0)
-    assert shlex.split(read_run(tmp_path)["recipe"]["command"].strip("`")) == ["python", "run.py", told]
+    assert shlex.split(read_run(tmp_path)["recipe"]["command"].strip("`")) == ["python", "run.py", recorded]
 
 
 @pytest.mark.parametrize("token", [["--hub_token", "hf_1"], ["--hub-token=hf_1"], ["--hub_tok", "hf_1"]])
-def test_tokens_are_not_told(tmp_path, token):
+def test_tokens_are_not_recorded(tmp_path, token):
     record_run(tmp_path, ["run.py", "--hub_model_id", "me/a", *token, "--seed", "1"], {}, seconds=1.0)
     assert read_run(tmp_path)["recipe"]["command"] == "`python run.py --hub_model_id me/a --seed 1`"
 
 
-def test_hours_are_those_of_the_clips_that_can_be_read(trainer, sounds):
-    """Of paths and of a data set's rows alike."""
+def test_hours_count_readable_clips(trainer, sounds):
+    """Both for paths and for rows of a data set."""
     for sources in (sounds, [{"audio": {"path": path}} for path in sounds]):
         describe_run(trainer, ["run.py"], CardArguments(), sources * 100)
         assert "300 clips, 0.50 hours" in read_run(trainer.args.output_dir)["training_data"]
@@ -131,7 +131,7 @@ def test_an_empty_record_is_none(trainer, tmp_path, run):
 
 
 class HubChecks:
-    """Answers `validate-yaml` by what the Hub's documentation asks of a card's metadata."""
+    """Answers `validate-yaml` by the rules for a card's metadata in the Hub's documentation."""
 
     def post(self, url: str, json: dict, **kwargs) -> httpx.Response:
         assert url.endswith("/api/validate-yaml")
@@ -187,14 +187,14 @@ def test_cards_of_all_checkpoints_pass_the_hubs_checks(tmp_path, monkeypatch, cl
     assert card.data.pipeline_tag == task
     if known:
         assert card.data.co2_eq_emissions == {"emissions": 3.5, "training_type": training}
-        _, told = model_index_to_eval_results(card.data.to_dict()["model-index"])
-        assert [(one.dataset_name, one.metric_type, one.metric_value) for one in told] == [
+        _, parsed = model_index_to_eval_results(card.data.to_dict()["model-index"])
+        assert [(one.dataset_name, one.metric_type, one.metric_value) for one in parsed] == [
             ("ESC-50", "accuracy", 0.5),
             ("ESC-50", "loss", 1),
         ]
 
 
-def test_a_metric_that_comes_twice_is_told_apart(tmp_path):
+def test_two_rows_of_one_metric_have_their_own_names(tmp_path):
     build(ASiTModel).save_pretrained(tmp_path)
     ASiTFeatureExtractor(num_mel_bins=MEL).save_pretrained(tmp_path)
     row = {"task": "audio-classification", "dataset": "ESC-50", "metric": "accuracy", "command": "probe"}
@@ -208,7 +208,7 @@ def test_a_metric_that_comes_twice_is_told_apart(tmp_path):
     assert "| ESC-50 | accuracy | 0.25 | probe |" in card.text
 
 
-def test_what_is_given_goes_before_what_was_recorded(trainer, tmp_path):
+def test_arguments_override_the_record(trainer, tmp_path):
     folder = tmp_path / "run"
     record_run(folder, ["train.py"], {"learning rate": 0.1, "seed": 3}, seconds=90.0)
     assert read_run(folder)["recipe"]["duration"] == "1.5 minutes"
@@ -221,7 +221,7 @@ def test_what_is_given_goes_before_what_was_recorded(trainer, tmp_path):
     assert read_run(tmp_path) == {}
 
 
-def test_a_card_that_is_there_stays_when_a_trainer_pushes(trainer, tmp_path):
+def test_an_existing_card_stays_when_a_trainer_pushes(trainer, tmp_path):
     path = tmp_path / "run" / "README.md"
     trainer.create_model_card(model_name="dogs")
     assert "# dogs" in path.read_text()
@@ -231,7 +231,7 @@ def test_a_card_that_is_there_stays_when_a_trainer_pushes(trainer, tmp_path):
     assert path.read_text() == "mine"
 
 
-def test_sounds_for_the_page(trainer, tmp_path):
+def test_example_sounds(trainer, tmp_path):
     widget = [{"example_title": "A dog", "src": "dog.flac"}]
     write_model_card(tmp_path / "run", widget=widget)
     assert ModelCard.load(tmp_path / "run" / "README.md").data.widget == widget
@@ -242,13 +242,13 @@ def test_sounds_for_the_page(trainer, tmp_path):
     ]
 
 
-def test_a_base_model_on_the_hub_is_told_and_a_folder_is_not(trainer, tmp_path):
-    for base_model, told in (("someone/encoder", "someone/encoder"), (str(tmp_path), None), (None, None)):
+def test_only_a_base_model_on_the_hub_is_named(trainer, tmp_path):
+    for base_model, named in (("someone/encoder", "someone/encoder"), (str(tmp_path), None), (None, None)):
         describe_run(trainer, ["run.py"], CardArguments(), base_model=base_model)
-        assert ModelCard.load(tmp_path / "run" / "README.md").data.base_model == told
+        assert ModelCard.load(tmp_path / "run" / "README.md").data.base_model == named
 
 
-def test_options_are_arguments_of_the_card():
+def test_card_options_are_arguments_of_write_model_card():
     assert set(CardArguments().facts()) <= set(write_model_card.__kwdefaults__)
     assert json.dumps(CardArguments().facts())
     assert not set(vars(CardArguments())) & set(vars(TrainingArguments(output_dir="x")))

@@ -1,181 +1,21 @@
-"""Push and load through a server on this machine that speaks the Hub's calls, from processes of their own."""
+"""Pushing to and loading from the Hub, played by a loopback server, in separate processes."""
 
-import base64
-import hashlib
 import json
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from fnmatch import fnmatchcase
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
 import soundfile
 from huggingface_hub import ModelCard
-from tiny import TINY
+from loopback_hub import PACKAGE, run
+from tiny import MEL, TINY, build
 
-PACKAGE = Path(__file__).parents[2]
+from asit_hf import ASiTFeatureExtractor, ASiTForAudioClassification, ASiTModel
+from asit_hf.configuration_asit import AUTO_MAP
+from asit_hf.hub.__main__ import main
+from asit_hf.hub.cards import write_model_card
+
 HUB_FILES = {"configuration_asit.py", "fbank_asit.py", "feature_extraction_asit.py", "modeling_asit.py"}
-
-
-class Hub(ThreadingHTTPServer):
-    """Repositories as `{name: {path: content}}`; weights travel by the large-file calls."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Calls)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.repositories: dict[str, dict[str, bytes]] = {}
-        self.large: dict[str, bytes] = {}
-
-    def commit_of(self, name: str) -> str:
-        content = b"".join(path.encode() + data for path, data in sorted(self.repositories[name].items()))
-        return hashlib.sha1(content).hexdigest()
-
-
-class Calls(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Hub
-
-    def log_message(self, *args):
-        pass
-
-    def do_POST(self):
-        body, path = self.read_body(), self.plain_path()
-        if path == "/api/repos/create":
-            request = json.loads(body)
-            name = f"{request.get('organization') or 'me'}/{request['name']}"
-            exists = name in self.server.repositories
-            self.server.repositories.setdefault(name, {".gitattributes": b""})
-            return self.answer({"url": f"{self.server.url}/{name}", "name": name}, 409 if exists else 200)
-        if path == "/api/validate-yaml":
-            return self.answer({"errors": [], "warnings": []})
-        if match := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):
-            actions = {"upload": {"href": f"{self.server.url}/large/OID"}}
-            objects = [
-                {**one, "actions": json.loads(json.dumps(actions).replace("OID", one["oid"]))}
-                for one in json.loads(body)["objects"]
-            ]
-            return self.answer({"transfer": "basic", "objects": objects})
-        if match := re.fullmatch(r"/api/models/(.+)/preupload/(.+)", path):
-            request = json.loads(body)
-            kept = self.server.repositories[match[1]].get(".gitignore", b"").decode()
-            patterns = request.get("gitIgnore", kept).split()
-            files = [
-                {
-                    "path": one["path"],
-                    "uploadMode": "lfs" if one["path"].endswith(".safetensors") else "regular",
-                    "shouldIgnore": any(is_ignored(one["path"], pattern) for pattern in patterns),
-                    "oid": None,
-                }
-                for one in request["files"]
-            ]
-            return self.answer({"files": files})
-        if match := re.fullmatch(r"/api/models/(.+)/commit/(.+)", path):
-            return self.commit(match[1], [json.loads(line) for line in body.splitlines()])
-        return self.answer({"error": f"no such call {path}"}, 404)
-
-    def do_PUT(self):
-        self.server.large[self.plain_path().rpartition("/")[2]] = self.read_body()
-        self.answer({})
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        path = self.plain_path()
-        if path == "/api/whoami-v2":
-            return self.answer({"name": "me", "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
-        if match := re.fullmatch(r"/api/models/(.+)/tree/([^/]+)(/.*)?", path):
-            files = self.server.repositories.get(match[1])
-            if files is not None:
-                return self.answer(
-                    [{"type": "file", "path": one, "size": len(data), "oid": oid(data)} for one, data in files.items()]
-                )
-        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.+)?", path)
-        if match and match[1] in self.server.repositories:
-            siblings = [{"rfilename": one} for one in self.server.repositories[match[1]]]
-            commit = self.server.commit_of(match[1])
-            return self.answer({"id": match[1], "sha": commit, "siblings": siblings, "tags": [], "private": False})
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            data = self.server.repositories.get(match[1], {}).get(match[3])
-            if data is not None:
-                headers = {"ETag": f'"{oid(data)}"', "X-Repo-Commit": self.server.commit_of(match[1])}
-                return self.send(data, 200, headers)
-            code = "EntryNotFound" if match[1] in self.server.repositories else "RepoNotFound"
-            return self.send(b"", 404, {"X-Error-Code": code, "X-Error-Message": f"no {path}"})
-        return self.send(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
-
-    def commit(self, name: str, lines: list[dict]) -> None:
-        files = self.server.repositories[name]
-        for line in lines:
-            value = line["value"]
-            if line["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                files[value["path"]] = self.server.large[value["oid"]]
-            elif line["key"] == "deletedFile":
-                files.pop(value["path"], None)
-        commit = self.server.commit_of(name)
-        self.answer({"commitUrl": f"{self.server.url}/{name}/commit/{commit}", "commitOid": commit, "success": True})
-
-    def plain_path(self) -> str:
-        return unquote(urlsplit(self.path).path)
-
-    def read_body(self) -> bytes:
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-
-    def answer(self, content: dict | list, status: int = 200) -> None:
-        self.send(json.dumps(content).encode(), status, {"Content-Type": "application/json"})
-
-    def send(self, content: bytes, status: int, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-
-def is_ignored(path: str, pattern: str) -> bool:
-    """Of git's patterns: names, and, with a slash before them, paths from the top; a slash behind is for folders."""
-    folders = [str(folder) for folder in Path(path).parents][:-1]
-    paths = folders if pattern.endswith("/") else [path, *folders]
-    names = paths if pattern.startswith("/") else [Path(one).name for one in paths]
-    return any(fnmatchcase(name, pattern.strip("/")) for name in names)
-
-
-def oid(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[Hub]:
-    server = Hub()
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def run(code: str, hub: Hub, folder: Path, *arguments: str, package: bool = True) -> str:
-    """Runs code in a process of its own, with a cache of its own, as the server's user."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_token", "HF_HOME": str(folder / "hf")}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(PACKAGE)
-    if not package:
-        code = f'import sys\nsys.modules["asit_hf"] = None\n{code}'
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
 
 PUSH = """
 import json, sys
@@ -296,6 +136,49 @@ def test_what_was_loaded_can_be_pushed_on(hub, pushed, tmp_path, package):
         tmp_path,
         package=False,
     )
+
+
+UPLOAD = "import sys\nfrom asit_hf.hub.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.slow
+def test_upload_adds_the_code_and_keeps_private_files_local(hub, tmp_path):
+    folder = tmp_path / "run"
+    build(ASiTForAudioClassification).save_pretrained(folder)
+    ASiTFeatureExtractor(num_mel_bins=MEL).save_pretrained(folder)
+    write_model_card(folder)
+    for name in HUB_FILES:
+        (folder / name).unlink()
+    for name in ("config.json", "preprocessor_config.json"):
+        fields = json.loads((folder / name).read_text())
+        del fields["auto_map"]
+        (folder / name).write_text(json.dumps(fields))
+    for name in ("onnx/model.onnx", "training_args.bin", "checkpoint-1/model.safetensors", ".git/config", "epoch-1/a"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("content")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    out = run(UPLOAD, hub, tmp_path, "upload", str(folder), "me/uploaded", "--private")
+    assert "/me/uploaded/commit/" in out
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+    files = hub.repositories["me/uploaded"]
+    expected = {"config.json", "preprocessor_config.json", "model.safetensors", "README.md", "onnx/model.onnx"}
+    assert set(files) == {*expected, *HUB_FILES, ".gitattributes"}
+    assert "me/uploaded" in hub.private
+    assert json.loads(files["config.json"])["auto_map"] == AUTO_MAP
+    assert json.loads(files["preprocessor_config.json"])["auto_map"] == AUTO_MAP
+    assert b'model="me/uploaded"' in files["README.md"]
+    labels = run(PREDICT, hub, tmp_path, "me/uploaded", package=False).strip()
+    assert labels == str([f"LABEL_{index}" for index in range(5)])
+
+
+def test_upload_fails_clearly(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("asit_hf.hub.upload.get_token", lambda: None)
+    for path, error in ((tmp_path / "nowhere", "no config.json"), (tmp_path, "no Hub token")):
+        build(ASiTModel).save_pretrained(tmp_path)
+        ASiTFeatureExtractor(num_mel_bins=MEL).save_pretrained(tmp_path)
+        assert main(["upload", str(path), "me/model"]) == 1
+        assert error in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -33,6 +33,11 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def exists(file: str, page: Path) -> bool:
+    """Whether a file or folder exists, named from the repository root or from the page."""
+    return (ROOT / file).exists() or (page.parent / file).exists()
+
+
 def commands(text: str) -> list[tuple[str, str]]:
     """Pairs of a script, as `examples/NAME.py` or `-m MODULE`, and its arguments."""
     found = [(script, re.sub(r"\\\n\W*?(?=\S)", " ", rest)) for script, rest in COMMAND.findall(text)]
@@ -78,12 +83,12 @@ def test_commands_have_these_options(path):
         if wanted or subcommand_of(script, arguments):
             assert not wanted - options_of(script, subcommand_of(script, arguments)), (script, arguments)
         elif script.startswith("examples/"):
-            assert (ROOT / script).is_file()
+            assert exists(script, path)
 
 
 @pytest.mark.parametrize("path", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name)
 def test_options_in_the_text_exist(path):
-    """Those in a sentence or a table, where no script stands before them."""
+    """Options that are named in a sentence or a table, without a script."""
     scripts = [*(ROOT / "examples").glob("*.py"), *(ROOT / "examples" / "tools").glob("*.py")]
     scripts += [*(ROOT / "examples" / "experiments").glob("*.py"), *(ROOT / "examples" / "benchmarks").glob("*.py")]
     known = set(OTHER_OPTIONS)
@@ -114,7 +119,7 @@ def test_links_lead_somewhere(path):
 def test_files_and_make_targets_exist(path):
     text = path.read_text(encoding="utf-8")
     for file in re.findall(r"`((?:asit_hf|examples|tests|model_cards)/[^`\s:]*)", text):
-        assert NOT_IN_THE_REPOSITORY.search(file) or (ROOT / file).exists(), file
+        assert NOT_IN_THE_REPOSITORY.search(file) or exists(file, path), file
     for recipe in re.findall(r"--recipe (examples/\S+)", text):
         assert NOT_IN_THE_REPOSITORY.search(recipe) or (ROOT / recipe).is_file(), recipe
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

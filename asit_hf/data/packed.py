@@ -4,8 +4,8 @@ Packed audio: all clips of a pool in one raw file with an index beside it, so th
 A folder holds `audio.int16` (16-bit little-endian mono PCM of one sampling rate, clips one after another) and
 `index.json` (format version, sampling rate, and of every clip its samples, its name and, where known, the part of the
 pool that it comes from). The file is memory-mapped on a CPU and resident on an accelerator, where crops are cut
-without a loader. `examples/tools/make_shards.py --format packed` writes such a folder from any audio. Reading needs torch
-and numpy only.
+without a loader. `python -m examples.tools.make_shards --format packed` writes such a folder from any audio. Reading
+needs torch and numpy only.
 """
 
 import json
@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..utils.device import choices_for
+from ..utils.files import whole_file
 from .clips import _shared_counter
 from .collators import collate_crops
 from .crops import CropSettings
@@ -240,8 +241,7 @@ def write_packed(
         raise FileExistsError(f"{folder} holds {INDEX} already: remove it, or write to another folder")
     folder.mkdir(parents=True, exist_ok=True)
     names, parts, lengths = [], [], []
-    half = folder / f".{AUDIO}.half"
-    with half.open("wb") as file:
+    with whole_file(folder / AUDIO) as unfinished, unfinished.open("wb") as file:
         for name, part, samples in clips:
             if samples.dtype != np.int16 or samples.ndim != 1 or len(samples) == 0:
                 raise ValueError(
@@ -251,9 +251,8 @@ def write_packed(
             names.append(name)
             parts.append(part)
             lengths.append(len(samples))
-    if not names:
-        raise ValueError(f"expected at least one clip to write to {folder}, got none")
-    publish(half, folder / AUDIO)
+        if not names:
+            raise ValueError(f"expected at least one clip to write to {folder}, got none")
     write_index(folder / INDEX, FORMAT, sampling_rate, names, parts, lengths)
 
 
@@ -278,9 +277,8 @@ def write_index(
     }
     if parts is not None and None not in parts:
         index["parts"] = parts
-    half = path.with_name(f".{path.name}.half")
-    half.write_text(json.dumps(index) + "\n", encoding="utf-8")
-    publish(half, path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(index) + "\n", encoding="utf-8")
 
 
 def read_index(path: Path, format: str) -> dict[str, Any]:
@@ -314,13 +312,6 @@ def read_index(path: Path, format: str) -> dict[str, Any]:
     if len(same) > 1 or min(lengths) < 1 or sum(lengths) != index["num_samples"]:
         raise ValueError(f"{path} is damaged: its lengths, names and number of samples contradict each other")
     return index
-
-
-def publish(half: Path, path: Path) -> None:
-    """Give a file that is whole its name."""
-    with half.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(half, path)
 
 
 def _map(folder: Path, num_samples: int) -> torch.Tensor:

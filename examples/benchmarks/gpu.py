@@ -30,6 +30,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from asit_hf.utils.files import replace_folder, whole_file
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "examples" / "benchmarks" / "results"
 PHASES = ("checks", "figures", "training")
@@ -181,15 +183,10 @@ class Report:
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = list(self.rows.values())
         content = {"machine": self.facts(), "rows": rows, "targets": targets(self.rows, self.head["quick"])}
-        replace_file(self.folder / "gpu.json", json.dumps(content, indent=1) + "\n")
-        replace_file(self.folder / "gpu.md", to_markdown(rows, content["targets"], content["machine"]))
-
-
-def replace_file(path: Path, text: str) -> None:
-    """A kill leaves the old file or the new one."""
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(text)
-    os.replace(scratch, path)
+        with whole_file(self.folder / "gpu.json") as unfinished:
+            unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        with whole_file(self.folder / "gpu.md") as unfinished:
+            unfinished.write_text(to_markdown(rows, content["targets"], content["machine"]))
 
 
 class Worker:
@@ -500,7 +497,7 @@ def _remove_half_exports(folder: Path) -> None:
     """Of a process that was killed while it exported; one that has lost its place already gets it back."""
     for leftover in folder.glob(".encoder-*"):
         if not (folder / "encoder").exists() and (leftover / "replaced").exists():
-            os.replace(leftover / "replaced", folder / "encoder")
+            replace_folder(leftover / "replaced", folder / "encoder")
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -21,7 +21,6 @@ To stream on N processes of W loader workers, make a multiple of N shards, at le
 import argparse
 import io
 import json
-import os
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -41,6 +40,7 @@ from tqdm.auto import tqdm
 from asit_hf.data import AudioReadError, load_audio_dataset, read_audio
 from asit_hf.data.audio import source_name
 from asit_hf.data.packed import to_pcm, write_packed
+from asit_hf.utils.files import whole_file
 
 # File extension, libsndfile's format and subtype.
 CODECS = {"flac": (".flac", "FLAC", "PCM_16"), "opus": (".opus", "OGG", "OPUS"), "vorbis": (".ogg", "OGG", "VORBIS")}
@@ -123,11 +123,8 @@ def make_shards(
                 bar.update()
             report(output_dir / BAD_FILES, bad_files)
             names = [f"{shard * clips_per_shard + row:09d}" for row in clips]
-            half = path.with_name(f".{path.name}.half")
-            write(half, rows.select(list(clips)), list(clips.values()), names, CODECS[codec][0])
-            with half.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(half, path)
+            with whole_file(path) as unfinished:
+                write(unfinished, rows.select(list(clips)), list(clips.values()), names, CODECS[codec][0])
             counts["clips"] += len(clips)
             counts["bad"] += len(bad_files)
     return counts
@@ -199,7 +196,8 @@ def check_settings(output_dir: Path, dataset: Dataset, **settings: Any) -> None:
     mine = {"clips": len(dataset), "first": first, "last": last, **settings}
     path = output_dir / SETTINGS
     if not path.exists():
-        path.write_text(json.dumps(mine) + "\n")
+        with whole_file(path) as unfinished:
+            unfinished.write_text(json.dumps(mine) + "\n")
     elif (theirs := json.loads(path.read_text())) != mine:
         raise ValueError(f"{output_dir} holds shards of {theirs}; asked for were {mine}")
 

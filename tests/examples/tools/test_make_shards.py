@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -144,14 +145,14 @@ def test_a_half_written_shard_is_never_named_as_whole(folder, tmp_path, monkeypa
     def disk_full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(script.os, "fsync", disk_full)
+    monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(OSError, match="No space left"):
         script.main(options(folder, tmp_path, format=format))
     assert shards_of(tmp_path) == []
     monkeypatch.undo()
     assert script.main(options(folder, tmp_path, format=format))["clips"] == NUM_CLIPS - 2
     assert len(list(load_unlabelled(str(tmp_path), streaming=True))) == NUM_CLIPS - 2
-    assert not list(tmp_path.glob("*.half"))
+    assert not list(tmp_path.glob(".*unfinished*"))
 
 
 def test_a_shard_of_bad_files_alone_is_empty(tmp_path):

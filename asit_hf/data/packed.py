@@ -21,10 +21,9 @@ from torch.utils.data import Dataset
 
 from ..utils.device import choices_for
 from ..utils.files import whole_file
-from .clips import _shared_counter
 from .collators import collate_crops
 from .crops import CropSettings
-from .randomness import mix_keys, sample_key, uniform_noise
+from .randomness import Seeded, mix_keys, sample_key, uniform_noise
 
 AUDIO, INDEX = "audio.int16", "index.json"
 FORMAT, VERSION = "asit packed audio", 1
@@ -123,49 +122,31 @@ class PackedAudio:
         vars(self).update(state, audio=_map(state["folder"], int(state["lengths"].sum())))
 
 
-class PackedCrops(Dataset):
+class PackedCrops(Seeded, Dataset):
     """
-    Random crops of a packed pool: item `i` of an epoch depends on (seed, epoch, i) and the audio alone.
+    Random crops of a packed pool: item `i` of an epoch depends only on (seed, epoch, i) and the audio.
 
-    Items hold no audio, only what `gather` cuts the crops of a whole batch from: the numbers `sample_key` and
+    Items hold no audio, only what `gather` needs to cut the crops of a whole batch: the numbers `sample_key` and
     `index`, the clip's name `file`, and `bad_files`, an empty list. `collate_crops` batches them.
 
     Args:
         pool: packed audio, or a folder of it.
-        sampling_rate, global_seconds, num_global_crops, local_seconds, num_local_crops, roll_probability: see
-            `CropSettings`. The crops of a clip are drawn by other random numbers than those of `PretrainingCrops`.
+        sampling_rate, crops: see `CropSettings`. `PretrainingCrops` draws other crops of the same clips.
         seed: of the crops.
 
     Raises:
         FileNotFoundError, ValueError: see `PackedAudio.load`.
     """
 
-    def __init__(
-        self,
-        pool: PackedAudio | str | os.PathLike,
-        sampling_rate: int,
-        global_seconds: float = 6.0,
-        num_global_crops: int = 2,
-        local_seconds: float = 2.0,
-        num_local_crops: int = 4,
-        seed: int = 0,
-        roll_probability: float = 0.0,
-    ):
-        self.settings = CropSettings(
-            sampling_rate, global_seconds, num_global_crops, local_seconds, num_local_crops, roll_probability
-        )
+    def __init__(self, pool: PackedAudio | str | os.PathLike, sampling_rate: int, *, seed: int = 0, **crops: Any):
+        super().__init__(seed)
+        self.settings = CropSettings(sampling_rate, **crops)
         self.sources = pool if isinstance(pool, PackedAudio) else PackedAudio.load(pool, sampling_rate=sampling_rate)
         if self.sources.sampling_rate != sampling_rate:
             raise ValueError(f"expected audio of {sampling_rate} Hz, got {self.sources.sampling_rate} Hz")
-        self.seed = seed
-        self._epoch = _shared_counter()
 
     def __len__(self) -> int:
         return len(self.sources)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw other crops from the next item on, in running loader workers too."""
-        self._epoch.fill_(epoch)
 
     def to(self, device: str | torch.device) -> "PackedCrops":
         """Move the audio, in place; crops are gathered where it is."""
@@ -177,7 +158,7 @@ class PackedCrops(Dataset):
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(f"expected an index below {len(self)}, got {index}")
-        key = sample_key(self.seed, int(self._epoch), index)
+        key = sample_key(self.seed, self.epoch, index)
         return {"sample_key": key, "index": index, "file": self.sources.names[index], "bad_files": []}
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:

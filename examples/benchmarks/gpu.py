@@ -30,8 +30,6 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from asit_hf.utils.files import replace_folder, whole_file
-
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "examples" / "benchmarks" / "results"
 PHASES = ("checks", "figures", "training")
@@ -183,6 +181,8 @@ class Report:
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = list(self.rows.values())
         content = {"machine": self.facts(), "rows": rows, "targets": targets(self.rows, self.head["quick"])}
+        from asit_hf.utils.files import whole_file  # imports torch, for which no fresh worker should wait
+
         with whole_file(self.folder / "gpu.json") as unfinished:
             unfinished.write_text(json.dumps(content, indent=1) + "\n")
         with whole_file(self.folder / "gpu.md") as unfinished:
@@ -497,7 +497,7 @@ def _remove_half_exports(folder: Path) -> None:
     """Of a process that was killed while it exported; one that has lost its place already gets it back."""
     for leftover in folder.glob(".encoder-*"):
         if not (folder / "encoder").exists() and (leftover / "replaced").exists():
-            replace_folder(leftover / "replaced", folder / "encoder")
+            os.replace(leftover / "replaced", folder / "encoder")
         shutil.rmtree(leftover, ignore_errors=True)
 
 

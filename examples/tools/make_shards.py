@@ -1,10 +1,10 @@
 """
 Turns audio into what is read fast: few large shards that stream, resampled and encoded once, or one packed pool.
 
-    python -m examples.tools.make_shards --source AUDIO_FOLDER --output_dir shards --format parquet --codec flac \
+    python -m examples.tools.make_shards --data AUDIO_FOLDER --output_dir shards --format parquet --codec flac \
         --sampling_rate 16000 --clips_per_shard 2000 --num_workers 8
     python examples/run_pretraining.py --train_data shards --streaming True ...
-    python -m examples.tools.make_shards --source AUDIO_FOLDER --output_dir pool --format packed --num_workers 8
+    python -m examples.tools.make_shards --data AUDIO_FOLDER --output_dir pool --format packed --num_workers 8
     python examples/run_pretraining.py --train_data pool ...
 
 `--source` is a folder, a manifest, parquet files or a Hub data set. parquet shards have an `audio` column of encoded

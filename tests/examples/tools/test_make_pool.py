@@ -128,7 +128,7 @@ def test_what_is_written_is_what_training_reads(pool, tmp_path):
     for clip, row in zip(dataset, rows):
         waveform = read_audio(clip["audio"], RATE)
         assert len(waveform) == round(row["seconds"] * RATE) <= 2.0 * RATE
-    chosen = load_unlabelled({"source": str(tmp_path / "pool"), "filter": ["source=esc50"]})
+    chosen = load_unlabelled({"data": str(tmp_path / "pool"), "filter": ["source=esc50"]})
     assert len(chosen) == result["parts"]["esc50"]["clips"] == 6
     np.testing.assert_allclose(read_audio(chosen[0]["audio"], RATE), sound(0), atol=2**-14)
     assert (tmp_path / "pool" / "licenses" / "bells.txt").read_text() == "license of bells\n"

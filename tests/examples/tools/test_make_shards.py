@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 
 def options(folder, output, **more):
-    given = {"source": folder, "output_dir": output, "clips_per_shard": 4, "sampling_rate": 8000} | more
+    given = {"data": folder, "output_dir": output, "clips_per_shard": 4, "sampling_rate": 8000} | more
     return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
@@ -176,7 +176,7 @@ def test_wrong_requests(folder, tmp_path):
 
 
 def packing(source, output, **more):
-    given = {"source": source, "output_dir": output, "format": "packed", "sampling_rate": 8000} | more
+    given = {"data": source, "output_dir": output, "format": "packed", "sampling_rate": 8000} | more
     return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 

@@ -1,4 +1,8 @@
-"""Manifests in csv, tsv, json and jsonl: paths of audio files, labels, and any other columns."""
+"""
+Manifests in csv, tsv, json and jsonl: paths of audio files, labels, and any other columns.
+
+The readers of `datasets` infer other types: speaker "007" becomes 7, and labels "a;b" stay one label.
+"""
 
 import csv
 import json

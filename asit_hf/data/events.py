@@ -138,7 +138,7 @@ class StronglyLabelledClips(LabelledClips):
         events: by file, as returned by `read_strong_labels`.
         root: folder that the file names are relative to. Tables of segment ids name no extensions: if a file does not
             exist, `.wav`, `.flac`, `.ogg` and `.mp3` are tried.
-        sampling_rate, options: as in `LabelledClips`; events are cut to the crop.
+        sampling_rate, max_seconds, options: as in `LabelledClips`; events are cut to the crop.
 
     Items: those of `LabelledClips`, with `events` in seconds from the waveform's first sample and its `duration` in
     seconds.
@@ -148,12 +148,17 @@ class StronglyLabelledClips(LabelledClips):
     """
 
     def __init__(
-        self, events: Mapping[str, Sequence[Event]], root: str | os.PathLike, sampling_rate: int, **options: Any
+        self,
+        events: Mapping[str, Sequence[Event]],
+        root: str | os.PathLike,
+        sampling_rate: int,
+        max_seconds: float | None = None,
+        **options: Any,
     ):
         files = [_find_file(Path(root), name) for name in events]
         if not any(file.exists() for file in files):
             raise FileNotFoundError(f"none of the {len(files)} files is in {root}, for instance {files[0]}")
-        super().__init__(files, sampling_rate, **options)
+        super().__init__(files, sampling_rate, max_seconds, **options)
         self.names = list(events)
         self.events = [list(of_file) for of_file in events.values()]
 

@@ -1,5 +1,6 @@
 """Labelled audio from any data set or corpus: filtered, with class ids, without unreadable files."""
 
+import argparse
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -37,6 +38,11 @@ class DatasetArguments:
         metadata={"help": "Folder that the paths of a manifest are relative to. Default: the manifest's folder."},
     )
     strict: bool = field(default=False, metadata={"help": "Stop at the first unreadable file instead of skipping it."})
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "DatasetArguments":
+        """The options among the arguments of an `HfArgumentParser(DatasetArguments)` with arguments of its own."""
+        return cls(**{one.name: getattr(args, one.name) for one in fields(DatasetArguments)})
 
     def load(self, data: str | PathLike, filters: Sequence[str] = (), **kwargs: Any) -> "Dataset":
         """Calls [`load_labelled`] with these options."""

@@ -11,11 +11,12 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import soundfile
 from tqdm import tqdm
+
+from asit_hf.utils.files import whole_folder
 
 PARAMETERS_FILE = "demo_sounds.json"
 # First three formants in Hz of five cardinal vowels, for an average adult voice.
@@ -322,18 +323,13 @@ def write_sounds(
         return folder
     _refuse_other_files(folder)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        fresh = Path(scratch, "fresh")
+    with whole_folder(folder) as fresh:
         for name in CLASSES:
             (fresh / name).mkdir(parents=True)
         for path, (name, index) in tqdm(clips.items(), desc="demo sounds", unit="clip"):
             clip = make_clip(name, seed, index, sampling_rate, seconds)
             soundfile.write(fresh / path, clip, sampling_rate, subtype="PCM_16")
         (fresh / PARAMETERS_FILE).write_text(text)
-        if folder.exists():
-            folder.rename(Path(scratch, "stale"))
-        fresh.rename(folder)
     return folder
 
 

@@ -18,12 +18,12 @@ files that cannot be read are named once, counted and left out.
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from asit_hf.data import AudioReadError, label_names, load_audio_dataset
 from asit_hf.data.audio import source_name
 from asit_hf.evaluation.embeddings import POOLINGS, embed_files, embedding_size
 from asit_hf.loading import load_encoder, load_feature_extractor
+from asit_hf.utils.files import whole_file
 
 # rows of a parquet row group: what is in memory before it is written
 GROUP_ROWS = 1024
@@ -172,25 +173,24 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     settings |= {name: getattr(args, name) for name in ("source", "window_seconds", "max_seconds")}
     labels = class_names_of(dataset) if "label" in dataset.column_names else None
     outputs: dict[str, ParquetOutput | NpzOutput] = {}
-    try:
+    with ExitStack() as stack:
+        paths = {
+            name: stack.enter_context(whole_file(getattr(args, name)))
+            for name in ("scenes", "timestamps")
+            if getattr(args, name)
+        }
         if args.scenes:
             dim = embedding_size(encoder, args.pooling, args.num_layers)
             kinds = {} if labels is None else {"label": pyarrow.string()}
-            outputs["scenes"] = open_output(
-                args.scenes, dim, kinds, {**settings, "pooling": args.pooling, "num_layers": args.num_layers}
-            )
+            settings_of_scenes = {**settings, "pooling": args.pooling, "num_layers": args.num_layers}
+            outputs["scenes"] = open_output(args.scenes, paths["scenes"], dim, kinds, settings_of_scenes)
         if args.timestamps:
             dim = encoder.config.hidden_size
-            outputs["timestamps"] = open_output(args.timestamps, dim, {"milliseconds": pyarrow.float32()}, settings)
+            kinds = {"milliseconds": pyarrow.float32()}
+            outputs["timestamps"] = open_output(args.timestamps, paths["timestamps"], dim, kinds, settings)
         counts = write_all(embedded, dataset, labels, outputs, args.strict)
         for output in outputs.values():
             output.close()
-        for name in outputs:
-            os.replace(partial(getattr(args, name)), getattr(args, name))
-    finally:
-        for name in ("scenes", "timestamps"):
-            if getattr(args, name):
-                partial(getattr(args, name)).unlink(missing_ok=True)
     print(f"{counts['clips']} clips embedded, {counts['unreadable']} unreadable", file=sys.stderr)
     return counts
 
@@ -229,14 +229,11 @@ def class_names_of(dataset: Any) -> list[str]:
     return [";".join(names[one] for one in of_row if one is not None) for of_row in ids]
 
 
-def open_output(path: Path, dim: int, columns: dict, settings: dict[str, Any]) -> ParquetOutput | NpzOutput:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return (ParquetOutput if path.suffix == ".parquet" else NpzOutput)(partial(path), dim, columns, settings)
-
-
-def partial(path: Path) -> Path:
-    """Where an output is written before it is whole."""
-    return path.with_name(f"{path.name}.partial")
+def open_output(
+    path: Path, unfinished: Path, dim: int, columns: dict, settings: dict[str, Any]
+) -> ParquetOutput | NpzOutput:
+    """The writer for `path`, which writes to `unfinished`."""
+    return (ParquetOutput if path.suffix == ".parquet" else NpzOutput)(unfinished, dim, columns, settings)
 
 
 if __name__ == "__main__":

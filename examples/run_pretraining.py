@@ -58,7 +58,7 @@ class DataArguments:
         metadata={
             "help": "Folders, manifests, parquet files or Hub data sets; or one folder of packed audio. A source with "
             "options of its own is JSON: "
-            '{"source": "meta.csv", "root": "audio", "audio_column": "filename", "filter": ["fold=1,2,3"]}'
+            '{"data": "meta.csv", "root": "audio", "audio_column": "filename", "filter": ["fold=1,2,3"]}'
         }
     )
     streaming: bool = field(

@@ -1,12 +1,11 @@
-"""Reading audio, data sets of it, and the crops and batches made from them."""
+"""Audio files, data sets of audio, and the crops and batches made from them."""
 
 from .audio import AudioInfo, AudioReader, AudioReadError, audio_info, read_audio, resample, to_mono_float
 from .clips import LabelledClips
 from .collators import ClassificationCollator, collate_crops
 from .corpora.registry import CORPORA, load_corpus
 from .crops import CropSettings, PretrainingCrops
-from .datasets import AUDIO_EXTENSIONS, find_audio_files, load_audio_dataset
-from .labelled import filter_rows, load_unlabelled
+from .datasets import AUDIO_EXTENSIONS, filter_rows, find_audio_files, load_audio_dataset, load_unlabelled
 from .labels import encode_labels, label_names
 from .packed import PackedAudio, PackedCrops, is_packed
 from .randomness import sample_key

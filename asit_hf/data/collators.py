@@ -1,4 +1,4 @@
-"""From items to batches."""
+"""Collators: items of the data sets to batches."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -16,15 +16,15 @@ def collate_crops(items: Sequence[dict[str, Any]], int16: bool = False) -> dict[
     """Batch the items of `PretrainingCrops`, `StreamingCrops` or `PackedCrops`.
 
     Args:
-        int16: give waveforms as 16-bit numbers, each crop with a scale of its own: the power of 2 that is just above
-            its peak. So nothing is clipped, a quiet crop keeps 16 bits, and 16-bit audio is kept as it is.
+        int16: return waveforms as 16-bit numbers with one scale per crop, the smallest power of 2 above its peak. No
+            sample is clipped, a quiet crop keeps 16 bits, and 16-bit audio is unchanged.
 
     Returns:
-        `global_waveforms` (batch, crops, samples) float32, `global_lengths` (batch, crops) int64, with `int16`
-        `global_scales` (batch, crops) float32 too, what an int16 sample of 2^15 stands for; the same with `local_`
-        where there are local crops, `sample_keys` (batch,) int64, `indices` (batch,) int64, `files`, a
-        list of names, and `bad_files`, a list of (path, reason). Items of `PackedCrops` have no crops. Of items
-        without audio, which a resumed stream begins with, `skipped`, their number.
+        `global_waveforms` (batch, crops, samples) float32, `global_lengths` (batch, crops) int64, and with `int16`
+        `global_scales` (batch, crops) float32, the value of an int16 sample of 2^15; the same with `local_` if there
+        are local crops; `sample_keys` (batch,) int64, `indices` (batch,) int64, `files`, a list of names, and
+        `bad_files`, a list of (path, reason). Items of `PackedCrops` have no crops. A resumed stream begins with items
+        without audio: their batch is `{"skipped": items}`.
     """
     if "skipped" in items[0]:
         return {"skipped": len(items)}
@@ -34,7 +34,7 @@ def collate_crops(items: Sequence[dict[str, Any]], int16: bool = False) -> dict[
         if f"{kind}_waveforms" in tensors:
             pairs = [_to_int16(waveforms) for waveforms in tensors[f"{kind}_waveforms"]]
             tensors[f"{kind}_waveforms"], tensors[f"{kind}_scales"] = zip(*pairs)
-    # torch's own, which in a loader worker stacks straight into shared memory
+    # torch's collate stacks directly into shared memory in a loader worker
     batch: dict[str, Any] = {name: default_collate(values) for name, values in tensors.items()}
     batch["sample_keys"] = torch.tensor([item["sample_key"] for item in items], dtype=torch.int64)
     batch["indices"] = torch.tensor([item["index"] for item in items], dtype=torch.int64)
@@ -45,13 +45,29 @@ def collate_crops(items: Sequence[dict[str, Any]], int16: bool = False) -> dict[
 
 def _to_int16(waveforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`(crops, samples)` as int16, and the scale of each crop, `(crops,)`."""
-    # the largest int16 is one step short of full scale
+    # the largest int16 is one step below full scale
     peaks = torch.maximum(-waveforms.amin(-1), waveforms.amax(-1) * (2**15 / (2**15 - 0.5)))
     mantissas, exponents = torch.frexp(peaks)
     exponents = exponents - (mantissas == 0.5).to(exponents.dtype)  # a power of 2 is its own scale
     scales = torch.ldexp(torch.ones_like(peaks), exponents)
     samples = (waveforms * (2**15 / scales)[:, None]).round_().clamp_(-(2**15), 2**15 - 1)
     return samples.to(torch.int16), scales
+
+
+def readable_items(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The items of `LabelledClips` that have a waveform; the others are reported.
+
+    Raises:
+        ValueError: no items, or none that could be read.
+    """
+    for path, reason in (bad for item in items for bad in item.get("bad_files", ())):
+        logger.warning("skipped %s: %s", path, reason)
+    if len(items) == 0:
+        raise ValueError("expected a batch of at least one clip, got none")
+    readable = [item for item in items if "waveform" in item]
+    if not readable:
+        raise ValueError(f"none of the {len(items)} clips of this batch can be read: {items[0]['bad_files']}, ...")
+    return readable
 
 
 @dataclass
@@ -61,20 +77,19 @@ class ClassificationCollator:
     Args:
         feature_extractor: called as `feature_extractor(waveforms, sampling_rate=..., padding=True,
             return_tensors="pt")`.
-        problem_type: "single_label_classification", "multi_label_classification" or "regression": the kind of
-            `labels`.
-        num_labels: the classes; needed for the classification types.
-        augment: of items with a `sample_key` (those of `asit_hf.finetuning.augmentation.TrainingClips`, not those that
-            are evaluated on): what their spectrograms become, `augment(values (frames, mel), numpy generator)`.
+        num_labels: number of classes; required for classification.
+        problem_type: "single_label_classification", "multi_label_classification" or "regression".
+        augment: called as `augment(values (frames, mel), numpy generator)` on the spectrograms of items with a
+            `sample_key`, which training items have (`asit_hf.finetuning.augmentation.TrainingClips`).
 
     Returns, when called:
-        `input_values` (batch, frames, mel) and `attention_mask` (batch, frames) of the extractor, and, where items
-        have a label, `labels`: class ids (batch,) int64, or 0 / 1 per class (batch, num_labels) float32, or the
-        numbers themselves, float32. Items with a `mixture` give the sum of its labels by their shares, float32:
-        (batch, num_labels) for either classification type.
+        `input_values` (batch, frames, mel) and `attention_mask` (batch, frames) of the extractor, and `labels` if
+        items have labels: class ids (batch,) int64, 0 or 1 per class (batch, num_labels) float32, or for regression
+        the numbers, float32. Items with a `mixture` give the weighted sum of its labels, float32: (batch, num_labels)
+        for either classification type.
 
     Raises, when called:
-        ValueError: a label that is missing or not in [0, num_labels), or no clip of the batch could be read.
+        ValueError: a label that is missing or not in [0, num_labels), or a batch without a readable clip.
     """
 
     feature_extractor: Callable[..., Any]
@@ -87,16 +102,10 @@ class ClassificationCollator:
         if self.problem_type not in known:
             raise ValueError(f"expected problem_type to be one of {', '.join(known)}, got {self.problem_type!r}")
         if self.num_labels is None and self.problem_type != "regression":
-            raise ValueError(f"num_labels is needed for {self.problem_type}")
+            raise ValueError(f"expected num_labels for {self.problem_type}, got None")
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        for path, reason in (bad for item in items for bad in item.get("bad_files", ())):
-            logger.warning("left out %s: %s", path, reason)
-        if len(items) == 0:
-            raise ValueError("expected a batch of at least one clip, got none")
-        readable = [item for item in items if "waveform" in item]
-        if not readable:
-            raise ValueError(f"none of the {len(items)} clips of this batch can be read: {items[0]['bad_files']}, ...")
+        readable = readable_items(items)
         features = self.feature_extractor(
             [item["waveform"] for item in readable],
             sampling_rate=self.feature_extractor.sampling_rate,
@@ -113,7 +122,7 @@ class ClassificationCollator:
         return batch
 
     def _augment(self, batch: dict[str, torch.Tensor], items: list[dict[str, Any]]) -> None:
-        """In place, each clip's own frames."""
+        """Augment each clip's frames in place, without its padding."""
         for row, item in enumerate(items):
             if "sample_key" in item:
                 frames = int(batch["attention_mask"][row].sum()) if "attention_mask" in batch else None

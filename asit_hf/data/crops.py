@@ -1,6 +1,5 @@
-"""What a loader worker does: read, crop, resample. Log-mel and masking follow on the device, in batch."""
+"""Random crops for pretraining, read and resampled in loader workers. Log-mel and masking follow on the device."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,25 +9,23 @@ import torch
 from torch.utils.data import Dataset
 
 from .audio import AudioReader, AudioReadError, source_name
-from .clips import _audio_only, _draw, _shared_counter, _source
-from .randomness import sample_key
-
-logger = logging.getLogger(__name__)
+from .clips import audio_of, draw_crops, select_audio
+from .randomness import Seeded, sample_key
 
 MAX_FAILURES = 100
-# Windows of one file that lie nearer than this are read as one: a seek costs about as much as decoding the gap.
+# Windows of one file with a smaller gap are read as one: a seek costs about as much as decoding the gap.
 _MERGE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class CropSettings:
-    """How many crops of how many seconds are drawn from a clip, and how.
+    """Number and length of the random crops of a clip.
 
     Args:
         sampling_rate: of the crops, in Hz.
-        global_seconds, num_global_crops: of the crops that teacher and student see.
-        local_seconds, num_local_crops: of the crops that only the student sees; none with 0.
-        roll_probability: of shifting the clip in a circle by a random amount first.
+        global_seconds, num_global_crops: length and number of the crops that teacher and student see.
+        local_seconds, num_local_crops: length and number of the crops that only the student sees; 0 for none.
+        roll_probability: probability of shifting the clip circularly by a random amount before cropping.
     """
 
     sampling_rate: int
@@ -45,7 +42,7 @@ class CropSettings:
             )
         if self.global_samples < 1 or (self.num_local_crops and self.local_samples < 1):
             raise ValueError(
-                f"expected crops of some length, got {self.global_seconds} and {self.local_seconds} seconds"
+                f"expected crops of at least one sample, got {self.global_seconds} and {self.local_seconds} seconds"
             )
         if not 0 <= self.roll_probability <= 1:
             raise ValueError(f"expected a roll_probability in [0, 1], got {self.roll_probability}")
@@ -59,16 +56,16 @@ class CropSettings:
         return round(self.local_seconds * self.sampling_rate)
 
     def read(self, source: Any, key: int) -> dict[str, torch.Tensor]:
-        """Draw the crops of one clip from the random numbers of `key`: uniform over the clip, each by itself.
+        """Draw the crops of one clip with the random numbers of `key`, each independently and uniformly.
 
         Returns:
-            `global_waveforms` (num_global_crops, samples) float32, `global_lengths` (num_global_crops,) int64: the
-            samples that are audio, the rest of a short clip's crop being zeros; the same with `local_` where there
-            are local crops.
+            `global_waveforms` (num_global_crops, samples) float32; `global_lengths` (num_global_crops,) int64, the
+            samples before the zero padding of clips shorter than a crop; and the same with `local_` if there are
+            local crops.
         """
         lengths = [self.global_samples] * self.num_global_crops + [self.local_samples] * self.num_local_crops
         with AudioReader(source) as reader:
-            crops = _draw(reader, self.sampling_rate, lambda total: self._read(reader, total, lengths, key))
+            crops = draw_crops(reader, self.sampling_rate, lambda total: self._read(reader, total, lengths, key))
         item = _stack("global", crops[: self.num_global_crops], self.global_samples)
         if self.num_local_crops:
             item |= _stack("local", crops[self.num_global_crops :], self.local_samples)
@@ -80,7 +77,7 @@ class CropSettings:
         shift = int(generator.integers(0, total)) if generator.random() < self.roll_probability else 0
         starts = [(start - shift) % total for start in starts]
         stops = [start + min(length, total) for start, length in zip(starts, lengths)]
-        # A crop that runs over the end of a shifted clip goes on at its beginning.
+        # A crop that passes the end of a shifted clip continues at its beginning.
         parts = [[(start, min(stop, total)), (0, stop - total)] for start, stop in zip(starts, stops)]
         parts = [[(first, last) for first, last in pair if first < last] for pair in parts]
         windows = _merge([part for pair in parts for part in pair], gap=round(_MERGE_SECONDS * self.sampling_rate))
@@ -88,74 +85,55 @@ class CropSettings:
         return [[_cut(audio, *part) for part in pair] for pair in parts]
 
 
-class PretrainingCrops(Dataset):
-    """Random crops of unlabelled audio: item `i` of an epoch depends on (seed, epoch, i) and the audio alone.
+class PretrainingCrops(Seeded, Dataset):
+    """Random crops of unlabelled audio: item `i` of an epoch depends only on (seed, epoch, i) and the audio.
 
     Args:
         dataset: rows with an `audio` column, or a sequence of sources (see `asit_hf.data.audio.AudioReader`).
-        sampling_rate, global_seconds, num_global_crops, local_seconds, num_local_crops, roll_probability: see
-            `CropSettings`.
+        sampling_rate, crops: see `CropSettings`.
         seed: of the crops.
-        strict: raise for a clip that cannot be read; otherwise report it in `bad_files` and take another clip, drawn
-            anew.
+        strict: raise for an unreadable clip; otherwise report it in `bad_files` and draw another clip instead.
 
     Items: the tensors of `CropSettings.read`, the numbers `sample_key` and `index` (the row that was read), `file`,
     and `bad_files`, a list of (path, reason).
 
     Raises, from `[]`:
-        AudioReadError: with `strict`, for a clip that cannot be read.
-        RuntimeError: 100 clips in a row could not be read.
+        AudioReadError: an unreadable clip, with `strict`.
+        RuntimeError: 100 clips in a row are unreadable.
     """
 
-    def __init__(
-        self,
-        dataset: Sequence,
-        sampling_rate: int,
-        global_seconds: float = 6.0,
-        num_global_crops: int = 2,
-        local_seconds: float = 2.0,
-        num_local_crops: int = 4,
-        seed: int = 0,
-        roll_probability: float = 0.0,
-        strict: bool = False,
-    ):
-        self.settings = CropSettings(
-            sampling_rate, global_seconds, num_global_crops, local_seconds, num_local_crops, roll_probability
-        )
-        self.sources = _audio_only(dataset)
+    def __init__(self, dataset: Sequence, sampling_rate: int, *, seed: int = 0, strict: bool = False, **crops: Any):
+        super().__init__(seed)
+        self.settings = CropSettings(sampling_rate, **crops)
+        self.sources = select_audio(dataset)
         if len(self.sources) == 0:
             raise ValueError("expected some audio to crop, got an empty data set")
-        self.seed = seed
         self.strict = strict
-        self._epoch = _shared_counter()
 
     def __len__(self) -> int:
         return len(self.sources)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw other crops from the next item on, in running loader workers too."""
-        self._epoch.fill_(epoch)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
-        epoch = int(self._epoch)
+        epoch = self.epoch
         if index < 0:
             index += len(self)
         key = sample_key(self.seed, epoch, index)
         bad_files: list[tuple[str, str]] = []
         row = index
         while True:
+            source = audio_of(self.sources[row])
             try:
-                crops = self.settings.read(_source(self.sources[row]), key)
-                name = source_name(_source(self.sources[row]))
-                return {**crops, "sample_key": key, "index": row, "file": name, "bad_files": bad_files}
+                crops = self.settings.read(source, key)
+                return {**crops, "sample_key": key, "index": row, "file": source_name(source), "bad_files": bad_files}
             except AudioReadError as error:
                 if self.strict:
                     raise
-                _report(bad_files, error)
+                add_bad_file(bad_files, error)
                 row = sample_key(self.seed, epoch, index, len(bad_files)) % len(self)
 
 
-def _report(bad_files: list[tuple[str, str]], error: AudioReadError) -> None:
+def add_bad_file(bad_files: list[tuple[str, str]], error: AudioReadError) -> None:
+    """Add to the unreadable clips in a row; too many of them are an error."""
     bad_files.append((error.source, error.reason))
     if len(bad_files) >= MAX_FAILURES:
         raise RuntimeError(f"{len(bad_files)} clips in a row cannot be read, the last one: {error}") from error
@@ -177,7 +155,7 @@ def _cut(audio: dict[tuple[int, int], np.ndarray], first: int, last: int) -> np.
 
 
 def _stack(name: str, crops: list[list[np.ndarray]], length: int) -> dict[str, torch.Tensor]:
-    """Crops, each in the parts it was read in, as rows that end in zeros."""
+    """Crops, each a list of consecutive parts, as zero-padded rows."""
     waveforms, lengths = np.empty((len(crops), length), np.float32), [sum(map(len, parts)) for parts in crops]
     for row, parts, filled in zip(waveforms, crops, lengths):
         np.concatenate(parts, out=row[:filled])

@@ -1,17 +1,18 @@
-"""Audio data sets as Hugging Face `datasets` objects: folders, manifests, shards, saved and Hub sets, streaming."""
+"""Loading audio as Hugging Face `datasets`: folders, manifests, shards, saved and Hub data sets, streams."""
 
+import json
 import logging
 import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.extras import extra
 from .labels import encode_labels
-from .manifests import _AUDIO_COLUMNS, _LABEL_COLUMNS, _MANIFEST_EXTENSIONS, find_column, load_manifest
+from .manifests import AUDIO_COLUMNS, LABEL_COLUMNS, MANIFEST_EXTENSIONS, find_column, load_manifest
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -24,7 +25,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def load_audio_dataset(
-    source: "str | os.PathLike | Dataset | IterableDataset",
+    data: "str | os.PathLike | Dataset | IterableDataset",
     split: str | None = None,
     audio_column: str | None = None,
     label_column: str | None = None,
@@ -33,36 +34,36 @@ def load_audio_dataset(
     root: str | os.PathLike | None = None,
     labels_from_folders: bool = False,
 ) -> "Dataset | IterableDataset":
-    """Load audio from wherever it lies, with columns `audio` (`datasets.Audio(decode=False)`), `label` where there are
-    labels, and every other column as it was.
+    """Load audio with the columns `audio` (`datasets.Audio(decode=False)`), `label` if there are labels, and all other
+    columns unchanged.
 
     Args:
-        source: an audio file; a folder of audio files (searched recursively, sorted; names that begin with a dot are
-            left out); a csv, tsv, json or jsonl manifest, or a folder with `metadata.csv` or `metadata.jsonl`; a
-            parquet file or folder; a tar file or a folder of them (webdataset's layout, of which the audio alone is
-            read, as a stream); a folder written by `save_to_disk`; the name of a data set on the Hub; or a `datasets`
-            object.
-        split: of a Hub, parquet or saved data set: the split; of a manifest: rows whose `split` column says so; of a
-            folder of audio: the subfolder.
-        audio_column, label_column: the columns to take; by default the first of the usual names. A manifest's audio
-            column holds paths. A column already called `audio` or `label` is kept as `original_audio`,
+        data: an audio file; a folder of audio files (searched recursively, sorted, without hidden files); a csv, tsv,
+            json or jsonl manifest, or a folder with `metadata.csv` or `metadata.jsonl`; a parquet file or folder; a
+            tar file or a folder of tar files (webdataset's layout; only the audio is read, as a stream); a folder
+            written by `save_to_disk`; the name of a data set on the Hub; or a `datasets` object.
+        split: the split of a Hub, parquet or saved data set; for a manifest, the value of its `split` column; for a
+            folder of audio, the subfolder.
+        audio_column, label_column: names of the columns; by default the first of the usual names. A manifest's audio
+            column holds paths. An unused column called `audio` or `label` is renamed to `original_audio` or
             `original_label`.
         streaming: return an `IterableDataset`. Strings read from a stream stay strings: see `encode_labels`.
-        config_name: of a Hub or parquet data set.
-        root: the folder that a manifest's paths are relative to (default: the manifest's own).
-        labels_from_folders: label each file of a folder with the name of the first-level folder it is in.
+        config_name: configuration of a Hub or parquet data set.
+        root: folder that a manifest's paths are relative to; by default the manifest's folder.
+        labels_from_folders: label each file of a folder with the name of the first-level subfolder it is in.
 
-    Labels become `ClassLabel`, or `List(ClassLabel)` where a row has several: a list in json, "a;b" in csv. The class
+    Labels become `ClassLabel`, or `List(ClassLabel)` if a row has several: a list in json, "a;b" in csv. The class
     names are sorted. Floating-point labels stay floats, for regression.
 
     Raises:
         FileNotFoundError: no such file, folder or data set, or a folder without audio.
-        ValueError: a missing column or split, a damaged manifest, or an option that this kind of source does not have.
+        ValueError: a missing column or split, a damaged manifest, or an option that does not apply to this kind of
+            data.
     """
     with extra("train"):
         from datasets import Audio, Dataset, IterableDataset
 
-    if isinstance(source, (Dataset, IterableDataset)):
+    if isinstance(data, (Dataset, IterableDataset)):
         _refuse(
             "a loaded data set",
             split=split,
@@ -70,15 +71,13 @@ def load_audio_dataset(
             root=root,
             labels_from_folders=labels_from_folders,
         )
-        dataset, name = source, "the data set"
+        dataset, name = data, "the data set"
     else:
-        dataset = _open_source(
-            source, split, audio_column, label_column, streaming, config_name, root, labels_from_folders
-        )
-        name = os.fspath(source)
+        dataset = _open(data, split, audio_column, label_column, streaming, config_name, root, labels_from_folders)
+        name = os.fspath(data)
     columns = dataset.column_names or list(next(iter(dataset)))
-    audio_column = find_column(columns, audio_column, _AUDIO_COLUMNS, "audio", name)
-    label_column = find_column(columns, label_column, _LABEL_COLUMNS, "label", name)
+    audio_column = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", name)
+    label_column = find_column(columns, label_column, LABEL_COLUMNS, "label", name)
     dataset = _rename(dataset, columns, audio_column, "audio")
     dataset = _rename(dataset, columns, label_column, "label")
     if not _is_tar_stream(dataset):
@@ -91,8 +90,47 @@ def load_audio_dataset(
     return dataset
 
 
+def load_unlabelled(specs: "list[str | dict] | str | dict", **defaults: Any) -> "Dataset | IterableDataset":
+    """
+    Load and join the audio of several data sets, without their labels.
+
+    Args:
+        specs: one or a list of: a path or name; or a dictionary (or its JSON) with the key `data`, any keyword of
+            [`load_audio_dataset`] and `filter`, the conditions of [`filter_rows`].
+        defaults: keywords for all data sets that do not set them.
+
+    Returns:
+        A `datasets.Dataset` with the column `audio`; with `streaming=True` an `IterableDataset`, one data set after
+        another until `shuffle` mixes their shards.
+    """
+    from datasets import concatenate_datasets
+
+    specs = specs if isinstance(specs, (list, tuple)) else [specs]
+    if not specs:
+        raise ValueError("expected at least one data set of audio, got none")
+    loaded = [_load_spec(spec, defaults).select_columns("audio") for spec in specs]
+    plain = [dataset.features["audio"] for dataset in loaded if isinstance(dataset.features["audio"], dict)]
+    if plain:  # all streams must have the type of column that tar files have
+        loaded = [dataset.cast_column("audio", plain[0]) for dataset in loaded]
+    return concatenate_datasets(loaded)
+
+
+def filter_rows(dataset: Any, filters: Sequence[str]) -> Any:
+    """The rows that match all filters, each `COLUMN=VALUE[,VALUE...]`; labels are compared by class name."""
+    for condition in filters:
+        column, separator, values = condition.partition("=")
+        if not separator or not values:
+            raise ValueError(f"expected a filter COLUMN=VALUE[,VALUE...], got {condition!r}")
+        if column not in dataset.column_names:
+            raise ValueError(f"expected a filter by one of the columns {dataset.column_names}, got {condition!r}")
+        names = getattr(dataset.features[column], "names", None)
+        wanted = set(values.split(","))
+        dataset = dataset.filter(_matches, input_columns=column, fn_kwargs={"wanted": wanted, "names": names})
+    return dataset
+
+
 def find_audio_files(folder: str | os.PathLike) -> list[Path]:
-    """All files below `folder` with one of `AUDIO_EXTENSIONS`, sorted; names that begin with a dot are left out.
+    """All files below `folder` with one of `AUDIO_EXTENSIONS`, sorted, without hidden files.
 
     Raises:
         FileNotFoundError: no such folder, or no audio in it.
@@ -107,15 +145,15 @@ def find_audio_files(folder: str | os.PathLike) -> list[Path]:
     )
     if not audio:
         found = ", ".join(f"{count} {extension}" for extension, count in sorted(others.items())) or "no files at all"
-        raise FileNotFoundError(f"no audio in {folder}: looked for {' '.join(AUDIO_EXTENSIONS)}, found {found}")
+        raise FileNotFoundError(f"no audio in {folder}: expected {' '.join(AUDIO_EXTENSIONS)}, got {found}")
     unreadable = {extension: others[extension] for extension in _UNREADABLE_EXTENSIONS if others[extension]}
     if unreadable:
-        logger.warning("%s holds audio that cannot be read, left out (files by extension): %s", folder, unreadable)
+        logger.warning("skipped audio of unsupported formats in %s (files by extension): %s", folder, unreadable)
     return audio
 
 
-def _open_source(
-    source: str | os.PathLike,
+def _open(
+    data: str | os.PathLike,
     split: str | None,
     audio_column: str | None,
     label_column: str | None,
@@ -126,7 +164,7 @@ def _open_source(
 ) -> "Dataset | IterableDataset":
     from datasets import Dataset
 
-    path = Path(source).expanduser()
+    path = Path(data).expanduser()
     if path.is_dir():
         manifest = next(
             (path / f"metadata{ext}" for ext in (".csv", ".jsonl") if (path / f"metadata{ext}").exists()), None
@@ -145,7 +183,7 @@ def _open_source(
             _refuse("a folder of audio", config_name=config_name, root=root)
             return _load_folder(path, split, labels_from_folders)
     extension = path.suffix.lower()
-    if path.is_file() and extension in _MANIFEST_EXTENSIONS:
+    if path.is_file() and extension in MANIFEST_EXTENSIONS:
         _refuse("a manifest", config_name=config_name, labels_from_folders=labels_from_folders)
         return load_manifest(path, split, audio_column, label_column, Path(root) if root else path.parent)
     if path.is_file() and extension in AUDIO_EXTENSIONS:
@@ -157,12 +195,12 @@ def _open_source(
         _refuse("a tar file", split=split, config_name=config_name, root=root, labels_from_folders=labels_from_folders)
         return _load_tars([path], streaming)
     if path.is_file() and extension != ".parquet":
-        expected = " ".join((*AUDIO_EXTENSIONS, *_MANIFEST_EXTENSIONS, ".parquet", ".tar"))
-        raise ValueError(f"cannot tell what {path} is: expected a file with one of the extensions {expected}")
+        expected = " ".join((*AUDIO_EXTENSIONS, *MANIFEST_EXTENSIONS, ".parquet", ".tar"))
+        raise ValueError(f"expected a file with one of the extensions {expected}; got {path}")
     _refuse("a parquet or Hub data set", root=root, labels_from_folders=labels_from_folders)
-    if not path.exists() and not _HUB_NAME.fullmatch(os.fspath(source)):
+    if not path.exists() and not _HUB_NAME.fullmatch(os.fspath(data)):
         raise FileNotFoundError(f"no such file or folder: {path}")
-    return _load_hub(os.fspath(source), path, config_name, split, streaming)
+    return _load_hub(os.fspath(data), path, config_name, split, streaming)
 
 
 def _load_hub(name: str, path: Path, config_name: str | None, split: str | None, streaming: bool) -> Any:
@@ -197,8 +235,7 @@ def _choose_split(splits: dict[str, Any], split: str | None, name: str) -> Any:
     if split is None and len(splits) == 1:
         return next(iter(splits.values()))
     if split not in splits:
-        got = "none was named" if split is None else f"got {split!r}"
-        raise ValueError(f"expected one of the splits of {name}, {', '.join(splits)}; {got}")
+        raise ValueError(f"expected one of the splits of {name}, {', '.join(splits)}; got {split!r}")
     return splits[split]
 
 
@@ -208,7 +245,7 @@ def _load_folder(folder: Path, split: str | None, labels_from_folders: bool) -> 
     if split is not None:
         if not (folder / split).is_dir():
             found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-            raise ValueError(f"no split {split!r} in {folder}: expected a subfolder of that name, found {found}")
+            raise ValueError(f"no split {split!r} in {folder}: expected one of its subfolders {found}")
         folder = folder / split
     files = find_audio_files(folder)
     columns: dict[str, list] = {"audio": [str(file) for file in files]}
@@ -216,15 +253,15 @@ def _load_folder(folder: Path, split: str | None, labels_from_folders: bool) -> 
         outside = [file for file in files if file.parent == folder]
         if outside:
             raise ValueError(
-                f"labels_from_folders expects every file in a class folder of {folder}, "
-                f"{len(outside)} lie directly in it, first {outside[0].name}"
+                f"expected every file in a class folder of {folder}, got {len(outside)} directly in it, first "
+                f"{outside[0].name}"
             )
         columns["label"] = [file.relative_to(folder).parts[0] for file in files]
     return Dataset.from_dict(columns)
 
 
 def _walk(folder: Path) -> list[Path]:
-    """All files below `folder`, sorted, through links to folders too (each folder once), without dot files."""
+    """All files below `folder`, sorted, without hidden ones. Links to folders are followed, each folder once."""
     files, seen = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
@@ -236,7 +273,7 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _find_shards(folder: Path, extension: str) -> list[Path]:
-    """The files with `extension` below `folder`; none where there is audio too, which is what is meant then."""
+    """The files with `extension` below `folder`; none if there are audio files too, which take precedence."""
     files = _walk(folder)
     if any(file.suffix.lower() in AUDIO_EXTENSIONS for file in files):
         return []
@@ -247,8 +284,8 @@ def _load_tars(files: list[Path], streaming: bool) -> "IterableDataset":
     from datasets import Features, IterableDataset, Value
 
     if not streaming:
-        raise ValueError(f"tar files are read one after another: load {files[0]} with streaming=True")
-    # Not an Audio feature: that of a stream of rows needs torchcodec, even undecoded.
+        raise ValueError(f"tar files can only be streamed: load {files[0]} with streaming=True")
+    # not an Audio feature, which needs torchcodec in a stream of rows, even undecoded
     features = Features({"audio": {"bytes": Value("binary"), "path": Value("string")}})
     return IterableDataset.from_generator(_read_tars, features, gen_kwargs={"paths": [str(file) for file in files]})
 
@@ -263,6 +300,24 @@ def _read_tars(paths: list[str]) -> Iterator[dict[str, Any]]:
                         yield {"audio": {"bytes": archive.extractfile(member).read(), "path": name}}
         except tarfile.TarError as error:
             raise ValueError(f"cannot read {path}: damaged or truncated tar file ({error})") from error
+
+
+def _load_spec(spec: "str | dict", defaults: dict[str, Any]) -> "Dataset | IterableDataset":
+    if isinstance(spec, str):
+        spec = json.loads(spec) if spec.lstrip().startswith("{") else {"data": spec}
+    options = {**defaults, **spec}
+    if "data" not in options:
+        raise ValueError(f"expected the key 'data' in the description of a data set, got {sorted(spec)}")
+    filters = options.pop("filter", None) or []
+    dataset = load_audio_dataset(**options)
+    kept = filter_rows(dataset, [filters] if isinstance(filters, str) else filters)
+    if filters and hasattr(kept, "__len__") and len(kept) == 0:
+        raise ValueError(f"no row of {spec} matches its filter {filters}")
+    return kept
+
+
+def _matches(value: Any, wanted: set[str], names: list[str] | None) -> bool:
+    return str(names[value] if names is not None else value) in wanted
 
 
 def _is_tar_stream(dataset: Any) -> bool:

@@ -1,7 +1,6 @@
-"""Strong labels: events with a beginning and an end, their files, and targets for every patch column."""
+"""Strong labels: tables of events with onset and offset, clips with their events, and targets per time patch."""
 
 import csv
-import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,16 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from ..fbank_asit import window_and_hop
-from .audio import AudioReader, AudioReadError, audio_info
-from .clips import _draw, _shared_counter
-from .randomness import sample_key
+from .clips import LabelledClips
+from .collators import readable_items
+from .labelled import readable_rows
 
-logger = logging.getLogger(__name__)
-
-# DCASE's names first, then those of AudioSet's strong labels.
+# column names of DCASE first, then of AudioSet's strong labels
 _COLUMNS = {
     "file": ("filename", "segment_id", "file"),
     "onset": ("onset", "start_time_seconds"),
@@ -39,16 +35,16 @@ class Event(NamedTuple):
 
 def read_strong_labels(path: str | os.PathLike) -> dict[str, list[Event]]:
     """
-    Events by file, in the order of the table; each file's by onset.
+    Events by file, in the order of the table, sorted by onset within each file.
 
     Args:
         path: a tsv or csv table with a header: `filename onset offset event_label` (DCASE), or `segment_id
-            start_time_seconds end_time_seconds label` (AudioSet's strong labels); more columns do no harm. A row with
-            nothing but a file says that nothing happens in it.
+            start_time_seconds end_time_seconds label` (AudioSet's strong labels); other columns are ignored. A row
+            with only a file name stands for a clip without events.
 
     Raises:
-        ValueError: a missing column, times that are no numbers, or an offset that is not after the onset, with the
-            line.
+        ValueError: a missing column, times that are not numbers, or an offset that is not after the onset; the
+            message has the line number.
     """
     events: dict[str, list[Event]] = {}
     with open(path, newline="", encoding="utf-8-sig") as file:
@@ -60,7 +56,7 @@ def read_strong_labels(path: str | os.PathLike) -> dict[str, list[Event]]:
             values = {kind: (row[name] or "").strip() for kind, name in names.items()}
             place = f"line {reader.line_num} of {path}"
             if not values["file"]:
-                raise ValueError(f"{place} names no file")
+                raise ValueError(f"expected a file name in {place}, got an empty field")
             of_file = events.setdefault(values["file"], [])
             if values["onset"] or values["offset"] or values["label"]:
                 of_file.append(_event(values, place))
@@ -70,7 +66,7 @@ def read_strong_labels(path: str | os.PathLike) -> dict[str, list[Event]]:
 
 
 def write_strong_labels(path: str | os.PathLike, events: Mapping[str, Iterable[Event]]) -> None:
-    """Writes what `read_strong_labels` reads: a tsv in DCASE's columns, times to the millisecond."""
+    """Writes events as a tsv with DCASE's columns and times in milliseconds, for `read_strong_labels` to read."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow([names[0] for names in _COLUMNS.values()])
@@ -80,7 +76,7 @@ def write_strong_labels(path: str | os.PathLike, events: Mapping[str, Iterable[E
 
 
 def event_names(events: Mapping[str, Iterable[Event]]) -> list[str]:
-    """The class names that occur, sorted."""
+    """Sorted class names of all events."""
     return sorted({event.label for of_file in events.values() for event in of_file})
 
 
@@ -88,19 +84,19 @@ def time_patch_edges(
     num_time_patches: int, duration: float | None = None, sampling_rate: int = 16000, patch_size: int = 16
 ) -> np.ndarray:
     """
-    Where in time the patch columns of a clip lie. A column is `patch_size` frames of 10 ms, 160 ms in all; its frames'
-    windows are centerd in it, so that the second column begins at 167.5 ms. The first begins at 0, and the last ends
-    with the clip, for the few frames after it have no column of their own.
+    Boundaries in time of a clip's patches. A time patch has `patch_size` frames of 10 ms, 160 ms in all, and its
+    frames' windows are centered in it, so that the second one begins at 167.5 ms. The first begins at 0, and the last
+    ends with the clip, because the few frames after it belong to no patch.
 
     Args:
-        num_time_patches (`int`): columns of the clip, at least 1.
-        duration (`float`, *optional*): of the clip in seconds; by default the columns' own end.
+        num_time_patches (`int`): at least 1.
+        duration (`float`, *optional*): of the clip in seconds; by default the end of the last patch.
 
     Returns:
-        `np.ndarray` of shape `(num_time_patches + 1,)`, seconds: column `i` lasts from `edges[i]` to `edges[i + 1]`.
+        `np.ndarray` of shape `(num_time_patches + 1,)`: time patch `i` lasts from `edges[i]` to `edges[i + 1]` s.
     """
     if num_time_patches < 1:
-        raise ValueError(f"expected at least one column, got {num_time_patches}")
+        raise ValueError(f"expected at least one time patch, got {num_time_patches}")
     window, hop = window_and_hop(sampling_rate)
     edges = (np.arange(num_time_patches + 1) * patch_size * hop + (window - hop) / 2) / sampling_rate
     edges[0] = 0.0
@@ -111,13 +107,13 @@ def time_patch_edges(
 
 def frame_targets(events: Iterable[Event], names: Sequence[str], edges: np.ndarray) -> np.ndarray:
     """
-    0-1 targets `(columns, classes)`, float32. A class is on in the columns that one of its events covers by half the
-    usual width or more, and at least in the one that the event covers most: no event is lost.
+    0-1 targets `(time_patches, classes)`, float32. A class is active in each time patch of which its event covers at
+    least half the usual width, and always in the one that the event covers most, so that no event is lost.
 
     Args:
         events: of one clip.
         names (`Sequence[str]`): the classes.
-        edges (`np.ndarray` of shape `(columns + 1,)`): see `time_patch_edges`.
+        edges (`np.ndarray` of shape `(time_patches + 1,)`): see `time_patch_edges`.
 
     Raises:
         ValueError: a label that is not among `names`.
@@ -127,33 +123,28 @@ def frame_targets(events: Iterable[Event], names: Sequence[str], edges: np.ndarr
     half = np.median(np.diff(edges)) / 2
     for event in events:
         if event.label not in ids:
-            raise ValueError(f"unknown label {event.label!r}; the known labels are {', '.join(names)}")
+            raise ValueError(f"expected a label among {', '.join(names)}; got {event.label!r}")
         covered = np.minimum(edges[1:], event.offset) - np.maximum(edges[:-1], event.onset)
         targets[covered >= half, ids[event.label]] = 1
         targets[covered.argmax(), ids[event.label]] = 1
     return targets
 
 
-class StronglyLabelledClips(Dataset):
+class StronglyLabelledClips(LabelledClips):
     """
     Clips with their events, for frame classification.
 
     Args:
-        events: by file, as `read_strong_labels` gives them.
-        root: the folder that the files are relative to. A file that is not there is looked for with `.wav`, `.flac`,
-            `.ogg` or `.mp3` added, as tables of segment ids need it.
-        sampling_rate: of the waveforms, in Hz.
-        max_seconds: read at most so much of a clip: a random crop with `train`, else its beginning; events are cut to
-            it.
-        train: draw crops at random, as a function of (seed, epoch, index).
-        seed: of the crops.
-        strict: raise for a clip that cannot be read; otherwise its item has no waveform but `bad_files`, [(path,
-            reason)], and `FrameCollator` leaves it out with a warning.
+        events: by file, as returned by `read_strong_labels`.
+        root: folder that the file names are relative to. Tables of segment ids name no extensions: if a file does not
+            exist, `.wav`, `.flac`, `.ogg` and `.mp3` are tried.
+        sampling_rate, max_seconds, options: as in `LabelledClips`; events are cut to the crop.
 
-    Items: `waveform` (samples,) float32, `events` in seconds from its first sample, `duration` in seconds, `index`.
+    Items: those of `LabelledClips`, with `events` in seconds from the waveform's first sample and its `duration` in
+    seconds.
 
     Raises:
-        FileNotFoundError: none of the files is there.
+        FileNotFoundError: none of the files exists.
     """
 
     def __init__(
@@ -162,80 +153,36 @@ class StronglyLabelledClips(Dataset):
         root: str | os.PathLike,
         sampling_rate: int,
         max_seconds: float | None = None,
-        train: bool = False,
-        seed: int = 0,
-        strict: bool = True,
+        **options: Any,
     ):
-        if max_seconds is not None and max_seconds <= 0:
-            raise ValueError(f"expected max_seconds above 0, got {max_seconds}")
+        files = [_find_file(Path(root), name) for name in events]
+        if not any(file.exists() for file in files):
+            raise FileNotFoundError(f"none of the {len(files)} files is in {root}, for instance {files[0]}")
+        super().__init__(files, sampling_rate, max_seconds, **options)
         self.names = list(events)
         self.events = [list(of_file) for of_file in events.values()]
-        self.files = [_find_file(Path(root), name) for name in self.names]
-        if not any(file.exists() for file in self.files):
-            raise FileNotFoundError(f"none of the {len(self.files)} files is in {root}, for instance {self.files[0]}")
-        self.sampling_rate = sampling_rate
-        self.max_seconds = max_seconds
-        self.train = train
-        self.seed = seed
-        self.strict = strict
-        self._epoch = _shared_counter()
 
-    def __len__(self) -> int:
-        return len(self.files)
+    @property
+    def files(self) -> list[Path]:
+        return self.sources
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw other crops from the next item on, in running loader workers too."""
-        self._epoch.fill_(epoch)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            start, waveform = self._read(index)
-        except AudioReadError as error:
-            if self.strict:
-                raise
-            return {"index": index, "bad_files": [(error.source, error.reason)]}
-        duration = len(waveform) / self.sampling_rate
-        events = cut_events(self.events[index], start / self.sampling_rate, duration)
-        return {"waveform": waveform, "events": events, "duration": duration, "index": index}
+    def item(self, index: int, key: int) -> dict[str, Any]:
+        item = super().item(index, key)
+        if "waveform" in item:
+            item["duration"] = len(item["waveform"]) / self.sampling_rate
+            item["events"] = cut_events(self.events[index], item["start"], item["duration"])
+        return item
 
     def drop_unreadable(self) -> None:
-        """Leaves out the clips that cannot be opened, each of which is reported."""
-        kept, reasons = {}, []
-        for name, events, file in zip(self.names, self.events, self.files):
-            try:
-                audio_info(file)
-                kept[name] = (events, file)
-            except AudioReadError as error:
-                reasons.append(str(error))
-        for reason in reasons:
-            logger.warning("left out: %s", reason)
-        if not kept:
-            raise ValueError(f"none of the {len(self)} files can be read, first: {reasons[0]}")
-        if reasons:
-            logger.warning("left out %d of %d files that cannot be read", len(reasons), len(self))
-        self.names = list(kept)
-        self.events, self.files = (list(column) for column in zip(*kept.values()))
-
-    def _read(self, index: int) -> tuple[int, np.ndarray]:
-        """First sample and waveform of the clip or its crop."""
-        rate = self.sampling_rate
-        with AudioReader(self.files[index]) as reader:
-            if self.max_seconds is None:
-                return 0, reader.read(rate)
-            length = max(1, round(self.max_seconds * rate))
-            if not self.train:
-                return 0, reader.read(rate, 0, length)
-
-            def crop(total: int) -> tuple[int, np.ndarray]:
-                generator = np.random.default_rng(sample_key(self.seed, int(self._epoch), index))
-                start = int(generator.integers(0, max(0, total - length) + 1))
-                return start, reader.read(rate, start, length)
-
-            return _draw(reader, rate, crop)
+        """Removes the clips that cannot be opened and reports each of them."""
+        kept = readable_rows(self.sources)
+        self.names, self.events, self.sources = (
+            [values[index] for index in kept] for values in (self.names, self.events, self.sources)
+        )
 
 
 def cut_events(events: Iterable[Event], start: float, duration: float) -> list[Event]:
-    """The parts of events within a crop, in seconds from its beginning."""
+    """The parts of events within a crop, in seconds from the crop's beginning."""
     moved = (Event(max(onset - start, 0.0), min(offset - start, duration), label) for onset, offset, label in events)
     return [event for event in moved if event.onset < event.offset]
 
@@ -252,11 +199,11 @@ class FrameCollator:
         patch_size: of the model.
 
     Returns, when called:
-        `input_values` (batch, frames, mel), `attention_mask` (batch, frames) and `labels` (batch, columns, classes)
-        float32: 0 or 1, and -100 in the columns that are padding.
+        `input_values` (batch, frames, mel), `attention_mask` (batch, frames) and `labels` (batch, time_patches,
+        classes) float32: 0 or 1, and -100 in padding.
 
     Raises, when called:
-        ValueError: a label that is not among `names`, or no clip of the batch could be read.
+        ValueError: a label that is not among `names`, or a batch without a readable clip.
     """
 
     feature_extractor: Callable[..., Any]
@@ -264,26 +211,22 @@ class FrameCollator:
     patch_size: int = 16
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        for path, reason in (bad for item in items for bad in item.get("bad_files", ())):
-            logger.warning("left out %s: %s", path, reason)
-        readable = [item for item in items if "waveform" in item]
-        if not readable:
-            raise ValueError(f"none of the {len(items)} clips of this batch can be read: {items[0]['bad_files']}, ...")
+        readable = readable_items(items)
         rate = self.feature_extractor.sampling_rate
         waveforms = [item["waveform"] for item in readable]
         batch = dict(self.feature_extractor(waveforms, sampling_rate=rate, padding=True, return_tensors="pt"))
         counts = (batch["attention_mask"].sum(-1) // self.patch_size).clamp_min(1).tolist()
         batch["labels"] = torch.full((len(readable), max(counts), len(self.names)), IGNORED)
-        for row, item, columns in zip(batch["labels"], readable, counts):
-            edges = time_patch_edges(columns, item["duration"], rate, self.patch_size)
-            row[:columns] = torch.from_numpy(frame_targets(item["events"], self.names, edges))
+        for targets, item, count in zip(batch["labels"], readable, counts):
+            edges = time_patch_edges(count, item["duration"], rate, self.patch_size)
+            targets[:count] = torch.from_numpy(frame_targets(item["events"], self.names, edges))
         return batch
 
 
 def _column(columns: Sequence[str], kind: str, path: str | os.PathLike) -> str:
     found = next((name for name in _COLUMNS[kind] if name in columns), None)
     if found is None:
-        raise ValueError(f"no column {' or '.join(_COLUMNS[kind])} in {path}: its columns are {', '.join(columns)}")
+        raise ValueError(f"expected a column {' or '.join(_COLUMNS[kind])} in {path}, got {', '.join(columns)}")
     return found
 
 
@@ -296,7 +239,7 @@ def _event(values: dict[str, str], place: str) -> Event:
     if not 0 <= onset < offset < float("inf"):
         raise ValueError(f"expected 0 <= onset < offset, got {onset} and {offset} in {place}")
     if not values["label"]:
-        raise ValueError(f"{place} has an event without a label")
+        raise ValueError(f"expected a label for the event in {place}, got an empty field")
     return Event(onset, offset, values["label"])
 
 

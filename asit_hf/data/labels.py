@@ -1,4 +1,4 @@
-"""Labels as class ids: `ClassLabel`, or lists of them."""
+"""Class names and class ids of the `label` column."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -6,34 +6,33 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .audio import source_name
-from .manifests import _INTEGER
+from .manifests import INTEGER
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 
 def label_names(dataset: "Dataset | IterableDataset") -> list[str]:
-    """The class names of the `label` column, by class id."""
+    """Class names of the `label` column, by class id."""
     names = _class_names((dataset.features or {}).get("label"))
     if names is None:
         columns = dataset.column_names
-        raise ValueError(f"expected a label column with class names (see encode_labels), got the columns {columns}")
+        raise ValueError(f"expected a label column with class names, got the columns {columns}: see encode_labels")
     return names
 
 
 def encode_labels(
     dataset: "Dataset | IterableDataset", names: Sequence[str] | None = None
 ) -> "Dataset | IterableDataset":
-    """Turn the `label` column into class ids: `ClassLabel`, or `List(ClassLabel)` where it holds lists.
+    """Turn the `label` column into class ids: `ClassLabel`, or `List(ClassLabel)` if it holds lists.
 
     Args:
-        dataset: with `label` strings, integers (which stand for the class of that name, "7"), class ids, or lists of
-            them.
-        names: the class names by id, as a model has them; by default those of the data set, sorted. A stream needs
-            them.
+        dataset: with strings, integers (the class named "7"), class ids, or lists of them as `label`.
+        names: class names by id, for instance a model's; by default the sorted labels of the data set. Required for a
+            stream.
 
     Raises:
-        ValueError: a label that is not among `names`, with its place; no label column; a stream without `names`.
+        ValueError: a label that is not among `names`, with its row; no label column; a stream without `names`.
     """
     from datasets import Dataset
 
@@ -75,13 +74,13 @@ def _label_feature(names: Sequence[str], multiple: bool) -> Any:
 
 
 def _sorted_names(names: Iterable[str | None]) -> list[str]:
-    known = [name for name in names if name is not None]
-    numeric = all(_INTEGER.fullmatch(name) for name in known)
-    return sorted(known, key=int) if numeric else sorted(known)
+    present = [name for name in names if name is not None]
+    numeric = all(INTEGER.fullmatch(name) for name in present)
+    return sorted(present, key=int) if numeric else sorted(present)
 
 
 def _as_strings(label: Any, names: list[str] | None) -> Any:
-    """A label, or a list of them, as class names; None stays None."""
+    """A label or a list of labels as class names; None stays None."""
     if isinstance(label, (list, tuple, np.ndarray)):
         return [_as_strings(one, names) for one in label]
     if label is None or isinstance(label, str):
@@ -95,7 +94,7 @@ def _class_ids(labels: Iterable, names: Sequence[str], place: Callable[[int], st
     for row, label in enumerate(labels):
         for name in label if isinstance(label, list) else [label]:
             if name is not None and name not in ids:
-                raise ValueError(f"unknown label {name!r} in {place(row)}; the known labels are {_shortened(names)}")
+                raise ValueError(f"expected a label among {_shortened(names)}; got {name!r} in {place(row)}")
         encoded.append([ids[name] for name in label] if isinstance(label, list) else ids.get(label))
     return encoded
 
@@ -105,13 +104,13 @@ def _encode_stream(dataset: "IterableDataset", names: Sequence[str] | None, own_
     from datasets import Features
 
     if names is None:
-        raise ValueError("the labels of a stream are not known beforehand: pass names")
+        raise ValueError("expected names, which cannot be collected from the labels of a stream; got None")
     if dataset.features is None:
-        raise ValueError("expected a stream with known features, to tell labels from lists of labels")
+        raise ValueError("expected a stream with features, which tell labels from lists of labels; got None")
     multiple = hasattr(dataset.features["label"], "feature")
     features = Features({**dataset.features, "label": _label_feature(names, multiple)})
 
-    # Tables, not rows: encoding rows with an Audio column needs torchcodec.
+    # tables, as encoding rows with an Audio column needs torchcodec
     def encode(table: "pyarrow.Table") -> "pyarrow.Table":
         labels = [_as_strings(label, own_names) for label in table["label"].to_pylist()]
         ids = _class_ids(labels, names, lambda row: f"the file {source_name(table['audio'][row].as_py())}")
@@ -123,4 +122,4 @@ def _encode_stream(dataset: "IterableDataset", names: Sequence[str] | None, own_
 
 def _shortened(names: Sequence[str], limit: int = 60) -> str:
     shown = ", ".join(names[:limit])
-    return f"{shown}, ... ({len(names)} in all)" if len(names) > limit else shown
+    return f"{shown}, ... ({len(names)} in total)" if len(names) > limit else shown

@@ -4,8 +4,8 @@ Packed audio: all clips of a pool in one raw file with an index beside it, so th
 A folder holds `audio.int16` (16-bit little-endian mono PCM of one sampling rate, clips one after another) and
 `index.json` (format version, sampling rate, and of every clip its samples, its name and, where known, the part of the
 pool that it comes from). The file is memory-mapped on a CPU and resident on an accelerator, where crops are cut
-without a loader. `examples/tools/make_shards.py --format packed` writes such a folder from any audio. Reading needs torch
-and numpy only.
+without a loader. `python -m examples.tools.make_shards --format packed` writes such a folder from any audio. Reading
+needs torch and numpy only.
 """
 
 import json
@@ -20,10 +20,10 @@ import torch
 from torch.utils.data import Dataset
 
 from ..utils.device import choices_for
-from .clips import _shared_counter
+from ..utils.files import whole_file
 from .collators import collate_crops
 from .crops import CropSettings
-from .randomness import mix_keys, sample_key, uniform_noise
+from .randomness import Seeded, mix_keys, sample_key, uniform_noise
 
 AUDIO, INDEX = "audio.int16", "index.json"
 FORMAT, VERSION = "asit packed audio", 1
@@ -122,49 +122,31 @@ class PackedAudio:
         vars(self).update(state, audio=_map(state["folder"], int(state["lengths"].sum())))
 
 
-class PackedCrops(Dataset):
+class PackedCrops(Seeded, Dataset):
     """
-    Random crops of a packed pool: item `i` of an epoch depends on (seed, epoch, i) and the audio alone.
+    Random crops of a packed pool: item `i` of an epoch depends only on (seed, epoch, i) and the audio.
 
-    Items hold no audio, only what `gather` cuts the crops of a whole batch from: the numbers `sample_key` and
+    Items hold no audio, only what `gather` needs to cut the crops of a whole batch: the numbers `sample_key` and
     `index`, the clip's name `file`, and `bad_files`, an empty list. `collate_crops` batches them.
 
     Args:
         pool: packed audio, or a folder of it.
-        sampling_rate, global_seconds, num_global_crops, local_seconds, num_local_crops, roll_probability: see
-            `CropSettings`. The crops of a clip are drawn by other random numbers than those of `PretrainingCrops`.
+        sampling_rate, crops: see `CropSettings`. `PretrainingCrops` draws other crops of the same clips.
         seed: of the crops.
 
     Raises:
         FileNotFoundError, ValueError: see `PackedAudio.load`.
     """
 
-    def __init__(
-        self,
-        pool: PackedAudio | str | os.PathLike,
-        sampling_rate: int,
-        global_seconds: float = 6.0,
-        num_global_crops: int = 2,
-        local_seconds: float = 2.0,
-        num_local_crops: int = 4,
-        seed: int = 0,
-        roll_probability: float = 0.0,
-    ):
-        self.settings = CropSettings(
-            sampling_rate, global_seconds, num_global_crops, local_seconds, num_local_crops, roll_probability
-        )
+    def __init__(self, pool: PackedAudio | str | os.PathLike, sampling_rate: int, *, seed: int = 0, **crops: Any):
+        super().__init__(seed)
+        self.settings = CropSettings(sampling_rate, **crops)
         self.sources = pool if isinstance(pool, PackedAudio) else PackedAudio.load(pool, sampling_rate=sampling_rate)
         if self.sources.sampling_rate != sampling_rate:
             raise ValueError(f"expected audio of {sampling_rate} Hz, got {self.sources.sampling_rate} Hz")
-        self.seed = seed
-        self._epoch = _shared_counter()
 
     def __len__(self) -> int:
         return len(self.sources)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw other crops from the next item on, in running loader workers too."""
-        self._epoch.fill_(epoch)
 
     def to(self, device: str | torch.device) -> "PackedCrops":
         """Move the audio, in place; crops are gathered where it is."""
@@ -176,7 +158,7 @@ class PackedCrops(Dataset):
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(f"expected an index below {len(self)}, got {index}")
-        key = sample_key(self.seed, int(self._epoch), index)
+        key = sample_key(self.seed, self.epoch, index)
         return {"sample_key": key, "index": index, "file": self.sources.names[index], "bad_files": []}
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -240,8 +222,7 @@ def write_packed(
         raise FileExistsError(f"{folder} holds {INDEX} already: remove it, or write to another folder")
     folder.mkdir(parents=True, exist_ok=True)
     names, parts, lengths = [], [], []
-    half = folder / f".{AUDIO}.half"
-    with half.open("wb") as file:
+    with whole_file(folder / AUDIO) as unfinished, unfinished.open("wb") as file:
         for name, part, samples in clips:
             if samples.dtype != np.int16 or samples.ndim != 1 or len(samples) == 0:
                 raise ValueError(
@@ -251,9 +232,8 @@ def write_packed(
             names.append(name)
             parts.append(part)
             lengths.append(len(samples))
-    if not names:
-        raise ValueError(f"expected at least one clip to write to {folder}, got none")
-    publish(half, folder / AUDIO)
+        if not names:
+            raise ValueError(f"expected at least one clip to write to {folder}, got none")
     write_index(folder / INDEX, FORMAT, sampling_rate, names, parts, lengths)
 
 
@@ -278,9 +258,8 @@ def write_index(
     }
     if parts is not None and None not in parts:
         index["parts"] = parts
-    half = path.with_name(f".{path.name}.half")
-    half.write_text(json.dumps(index) + "\n", encoding="utf-8")
-    publish(half, path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(index) + "\n", encoding="utf-8")
 
 
 def read_index(path: Path, format: str) -> dict[str, Any]:
@@ -314,13 +293,6 @@ def read_index(path: Path, format: str) -> dict[str, Any]:
     if len(same) > 1 or min(lengths) < 1 or sum(lengths) != index["num_samples"]:
         raise ValueError(f"{path} is damaged: its lengths, names and number of samples contradict each other")
     return index
-
-
-def publish(half: Path, path: Path) -> None:
-    """Give a file that is whole its name."""
-    with half.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(half, path)
 
 
 def _map(folder: Path, num_samples: int) -> torch.Tensor:

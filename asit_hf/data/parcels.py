@@ -9,6 +9,7 @@ come back at their exact lengths, and sound nearly the same. Needs soundfile 0.1
 """
 
 import argparse
+import io
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .packed import INDEX, PackedAudio, publish, read_index, to_pcm, write_index, write_packed
+from ..utils.files import whole_file
+from .packed import INDEX, PackedAudio, read_index, to_pcm, write_index, write_packed
 
 FORMAT = "asit opus parcels"
 RATES = (8000, 12000, 16000, 24000, 48000)
@@ -72,17 +74,15 @@ def encode_parcels(
     def encode(clips: range) -> list[tuple[str, int]]:
         name = f"{clips.start:09d}.opus"
         first, last = int(pool.offsets[clips[0]]), int(pool.offsets[clips[-1]] + pool.lengths[clips[-1]])
-        half = folder / f".{name}.half"
-        _encode(half, pool.audio[first:last].numpy(), pool.sampling_rate, kilobits)
-        size = half.stat().st_size
-        if size <= max_bytes:
-            publish(half, folder / name)
+        content = _encode(pool.audio[first:last].numpy(), pool.sampling_rate, kilobits)
+        if len(content) <= max_bytes:
+            with whole_file(folder / name) as unfinished:
+                unfinished.write_bytes(content)
             return [(name, len(clips))]
-        half.unlink()
         if len(clips) == 1:
             raise ValueError(
-                f"{pool.names[clips[0]]} alone takes {size / 2**20:.2f} MiB, expected at most {max_megabytes}: "
-                "raise max_megabytes, or lower kilobits"
+                f"expected files of at most {max_megabytes:.3g} MiB, got {len(content) / 2**20:.3g} MiB for the clip "
+                f"{pool.names[clips[0]]}: raise max_megabytes or lower kilobits"
             )
         middle = len(clips) // 2
         return encode(clips[:middle]) + encode(clips[middle:])
@@ -143,13 +143,15 @@ def _split(pool: PackedAudio, max_samples: int) -> list[range]:
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(pool)])]
 
 
-def _encode(path: Path, samples: np.ndarray, sampling_rate: int, kilobits: float) -> None:
+def _encode(samples: np.ndarray, sampling_rate: int, kilobits: float) -> bytes:
     import soundfile
 
     level = 1 - (kilobits - 6) / 250  # libsndfile's scale from 256 kb/s to 6 kb/s
-    with soundfile.SoundFile(path, "w", sampling_rate, 1, "OPUS", format="OGG", compression_level=level) as file:
+    content = io.BytesIO()
+    with soundfile.SoundFile(content, "w", sampling_rate, 1, "OPUS", format="OGG", compression_level=level) as file:
         for start in range(0, len(samples), BLOCK):
             file.write(samples[start : start + BLOCK])
+    return content.getvalue()
 
 
 def _decode(path: Path, lengths: list[int], sampling_rate: int) -> list[np.ndarray]:

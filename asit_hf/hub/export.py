@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..loading import (
     why_incomplete,
 )
 from ..modeling_asit import ASiTModel
-from ..utils.files import whole_folder
+from ..utils.files import whole_file, whole_folder
 from .cards import CARD_NAME, write_model_card
 from .run_record import RUN_NAME
 
@@ -114,10 +113,10 @@ def halve_weights(folder: str | os.PathLike) -> None:
     if overflown := [name for name, tensor in halves.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{path}: float16 cannot represent the values of {overflown[0]}")
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")) | {"dtype": "float32"}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".half-") as scratch:
-        save_file(halves, Path(scratch) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-        os.replace(Path(scratch) / SAFE_WEIGHTS_NAME, path)
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with whole_file(path) as unfinished:
+        save_file(halves, unfinished, metadata={"format": "pt"})
+    with whole_file(folder / CONFIG_NAME) as unfinished:
+        unfinished.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check_replaceable(output_dir: Path, checkpoint: Path, overwrite: bool) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from ..utils.files import replace_folder
+
 logger = logging.get_logger(__name__)
 
 # Where a checkpoint is written before it gets its name; no search for checkpoints matches it.
@@ -18,9 +20,7 @@ UNFINISHED = "unfinished"
 
 def publish(staged: Path, final: Path) -> None:
     """Gives a folder that is whole its name; one of that name from before is replaced."""
-    if final.exists():
-        os.replace(final, staged.parent / "replaced")
-    os.replace(staged, final)
+    replace_folder(staged, final)
     shutil.rmtree(staged.parent)
 
 

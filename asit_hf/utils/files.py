@@ -1,5 +1,6 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written completely or not at all."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,12 +8,31 @@ from pathlib import Path
 
 
 @contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to. The file replaces `path` on exit; after an error it is removed and `path` stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        yield unfinished
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
 def whole_folder(output_dir: Path) -> Iterator[Path]:
-    """A folder to write, which takes the place of `output_dir` at the end, or leaves nothing behind after an error."""
+    """A folder to create. It replaces `output_dir` on exit; after an error it is removed and `output_dir` stays."""
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as scratch:
         folder = Path(scratch) / output_dir.name
         yield folder
-        if output_dir.exists():
-            output_dir.rename(Path(scratch) / "replaced")
-        folder.rename(output_dir)
+        replace_folder(folder, output_dir)
+
+
+def replace_folder(folder: Path, target: Path) -> None:
+    """Renames `folder` to `target`; an earlier `target` is moved to `replaced` beside `folder`."""
+    if target.exists():
+        os.replace(target, folder.with_name("replaced"))
+    os.replace(folder, target)

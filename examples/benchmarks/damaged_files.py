@@ -140,7 +140,9 @@ def make_trainer(folder: Path, output_dir: Path, num_workers: int, batch_size: i
         model=ASiTForPreTraining(config),
         args=args,
         processing_class=ASiTFeatureExtractor(num_mel_bins=16),
-        train_dataset=PretrainingCrops(dataset, RATE, CROP_SECONDS, 2, 0.25, 1, strict=strict),
+        train_dataset=PretrainingCrops(
+            dataset, RATE, global_seconds=CROP_SECONDS, local_seconds=0.25, num_local_crops=1, strict=strict
+        ),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -181,15 +181,12 @@ class Report:
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = list(self.rows.values())
         content = {"machine": self.facts(), "rows": rows, "targets": targets(self.rows, self.head["quick"])}
-        replace_file(self.folder / "gpu.json", json.dumps(content, indent=1) + "\n")
-        replace_file(self.folder / "gpu.md", to_markdown(rows, content["targets"], content["machine"]))
+        from asit_hf.utils.files import whole_file  # imports torch, for which no fresh worker should wait
 
-
-def replace_file(path: Path, text: str) -> None:
-    """A kill leaves the old file or the new one."""
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(text)
-    os.replace(scratch, path)
+        with whole_file(self.folder / "gpu.json") as unfinished:
+            unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        with whole_file(self.folder / "gpu.md") as unfinished:
+            unfinished.write_text(to_markdown(rows, content["targets"], content["machine"]))
 
 
 class Worker:

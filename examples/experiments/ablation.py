@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from asit_hf.plotting import plot_scores
 from asit_hf.utils.arguments import option_arguments, parse_arguments, recipe_arguments
+from asit_hf.utils.files import whole_file
 from examples import run_linear_probe, run_pretraining
 
 logger = logging.get_logger(__name__)
@@ -226,10 +227,8 @@ def write_tables(folder: Path, results: list[dict[str, Any]]) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.partial")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:

@@ -1,11 +1,11 @@
 """
-How often each class of a data set is labelled, and the weight that `--balanced_sampling` gives it, as csv.
+Writes the number of clips of each class, and its weight in `--balanced_sampling`, as csv.
 
-    python -m examples.tools.class_weights ESC-50 --corpus esc50 --filter fold=1,2,3,4
-    python -m examples.tools.class_weights AUDIOSET --corpus audioset-20k --split train --output weights.csv
+    python -m examples.tools.class_weights --data ESC-50 --corpus esc50 --filter fold=1,2,3,4
+    python -m examples.tools.class_weights --data AUDIOSET --corpus audioset-20k --split train --output weights.csv
 
-Columns: `index`, `label`, `clips` and `weight`, 1000 / (clips + 0.01). A clip is drawn by the sum over its labels.
-Labels alone are read, no audio.
+Columns: `index`, `label`, `clips` and `weight`, 1000 / (clips + 0.01). A clip is sampled by the sum of its labels'
+weights. Only labels are read, no audio.
 """
 
 import argparse
@@ -15,40 +15,42 @@ from collections import Counter
 from pathlib import Path
 from typing import TextIO
 
-from asit_hf.data import CORPORA, label_names
-from asit_hf.data.labelled import load_labelled, problem_type_of
+from transformers import HfArgumentParser
+
+from asit_hf.data import label_names
+from asit_hf.data.labelled import DatasetArguments, problem_type_of
 from asit_hf.finetuning.sampling import class_weights
+from asit_hf.utils.files import whole_file
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="folder of class folders, csv or json manifest, parquet, or Hub data set")
-    parser.add_argument("--corpus", choices=tuple(CORPORA), help="the source is the root of such a data set")
-    parser.add_argument("--split")
-    parser.add_argument(
-        "--filter", nargs="+", default=[], metavar="COLUMN=V1,V2", help="keep the rows with these values"
+def build_parser() -> HfArgumentParser:
+    parser = HfArgumentParser(
+        DatasetArguments,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--audio_column")
-    parser.add_argument("--label_column")
-    parser.add_argument("--root", help="folder that a manifest's paths are relative to")
-    parser.add_argument("--output", type=Path, help="csv file to write; by default it is printed")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="folder of class folders, csv or json manifest, parquet, or Hub data set",
+    )
+    parser.add_argument("--split", help="split of the data; default: the only one, or all rows of a manifest")
+    parser.add_argument(
+        "--filter", nargs="+", default=[], metavar="COLUMN=V1,V2", help="keep rows with one of these values"
+    )
+    parser.add_argument("--output", type=Path, help="csv file to write; default: standard output")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, int | str | float]]:
-    args = parse_args(argv)
-    dataset = load_labelled(
-        args.source,
-        args.filter,
-        corpus=args.corpus,
-        check_files=False,
-        split=args.split,
-        audio_column=args.audio_column,
-        label_column=args.label_column,
-        root=args.root,
-    )
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.strict:
+        parser.error("--strict has no effect: only labels are read, no audio")
+    dataset = DatasetArguments.of(args).load(args.data, args.filter, split=args.split, check_files=False)
     if problem_type_of(dataset) == "regression":
-        raise ValueError("weights are of classes, the labels are floating-point numbers")
+        raise ValueError(f"expected classes as labels of {args.data}, got floating-point numbers")
     labels, names = dataset["label"][:], label_names(dataset)
     counts = Counter(one for label in labels for one in (label if isinstance(label, list) else [label]))
     rows = [
@@ -56,8 +58,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, int | str | float]]:
         for index, (name, weight) in enumerate(zip(names, class_weights(labels, len(names))))
     ]
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.output, "w", newline="", encoding="utf-8") as file:
+        with whole_file(args.output) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
             write(rows, file)
     else:
         write(rows, sys.stdout)
@@ -71,4 +72,7 @@ def write(rows: list[dict[str, int | str | float]], file: TextIO) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -3,7 +3,7 @@ Assembles an unlabelled pool of real audio to pretrain on: labelled sets and Deb
 
     python -m examples.tools.make_pool --real_audio AUDIO_FOLDER --output_dir pool --work_dir pool_work
     python examples/run_pretraining.py --train_data pool ...
-    python examples/run_pretraining.py --train_data '{"source": "pool", "filter": ["source=esc50,fsdd"]}' ...
+    python examples/run_pretraining.py --train_data '{"data": "pool", "filter": ["source=esc50,fsdd"]}' ...
 
 AUDIO_FOLDER holds `esc50-16k`, `asc-16k` and `fsdd-8k`; packages come from `apt-get download` and are unpacked with
 `dpkg-deb -x`, nothing is installed. Each file is decoded to 16 kHz, silence is taken out, and what is left is cut into
@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas
@@ -40,6 +41,7 @@ from asit_hf.data import AudioReadError, load_audio_dataset, read_audio
 from asit_hf.data.datasets import find_audio_files
 from asit_hf.data.packed import INDEX
 from asit_hf.fbank_asit import log_mel_spectrogram
+from asit_hf.utils.files import whole_file, whole_folder
 from examples.tools.make_shards import ROWS_IN_MEMORY, encode, make_packed
 
 SAMPLING_RATE = 16000
@@ -223,20 +225,15 @@ def fetch(package: str, work_dir: Path) -> tuple[Path, str]:
         FileNotFoundError: there is no such package here, or it cannot be had.
     """
     if not (found := sorted(work_dir.glob(f"{package}_*.deb"))):
-        half = work_dir / f".{package}"
-        shutil.rmtree(half, ignore_errors=True)
-        half.mkdir(parents=True)
-        run(["apt-get", "download", package], package, cwd=half)
-        found = [Path(shutil.move(deb, work_dir)) for deb in half.glob("*.deb")]
-        shutil.rmtree(half)
+        with TemporaryDirectory(dir=work_dir, prefix=f".{package}-") as scratch:
+            run(["apt-get", "download", package], package, cwd=Path(scratch))
+            found = [Path(shutil.move(deb, work_dir)) for deb in Path(scratch).glob("*.deb")]
         if not found:
             raise FileNotFoundError(f"{package}: apt-get download left no file")
     folder = work_dir / found[-1].stem
     if not folder.exists():
-        half = work_dir / f".{folder.name}"
-        shutil.rmtree(half, ignore_errors=True)
-        run(["dpkg-deb", "-x", str(found[-1].resolve()), str(half.resolve())], package)
-        half.rename(folder)
+        with whole_folder(folder) as unfinished:
+            run(["dpkg-deb", "-x", str(found[-1].resolve()), str(unfinished.resolve())], package)
     return folder, run(["dpkg-deb", "-f", str(found[-1]), "Version"], package).strip()
 
 
@@ -303,7 +300,7 @@ def labelled_parts(real_audio: Path, esc50_folds: Sequence[int]) -> list[Part]:
 
 def add_part(part: Part, recordings: Recordings, output_dir: Path, seconds: float, seconds_per_file: float) -> dict:
     """Writes the shards of `part`, and returns its row of the table; nothing counts until that is in `pool.json`."""
-    for path in [*output_dir.glob(f"{part.name}-[0-9]*.parquet"), *output_dir.glob(f".{part.name}-*.half")]:
+    for path in [*output_dir.glob(f"{part.name}-[0-9]*.parquet"), *output_dir.glob(f".{part.name}-*.unfinished")]:
         path.unlink()
     counts: Counter[str] = Counter()
     left_out: list[dict[str, str]] = []
@@ -390,25 +387,16 @@ def digest(waveform: np.ndarray) -> str:
 
 
 def write_shard(path: Path, rows: list[dict]) -> None:
-    half = path.with_name(f".{path.name}.half")
     table = pyarrow.Table.from_pylist(rows, FEATURES.arrow_schema)
-    pyarrow.parquet.write_table(table, half, row_group_size=ROWS_IN_MEMORY)
-    finish(half, path)
-
-
-def finish(half: Path, path: Path) -> None:
-    with half.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(half, path)
+    with whole_file(path) as unfinished:
+        pyarrow.parquet.write_table(table, unfinished, row_group_size=ROWS_IN_MEMORY)
 
 
 def save_state(output_dir: Path, name: str, new: list[tuple], left_out: list[dict]) -> None:
     """What a later call must know of a finished part."""
     folder = output_dir / ".state"
-    folder.mkdir(exist_ok=True)
     names, digests, lengths, prints = zip(*new) if new else ((), (), (), ())
-    half = folder / f".{name}.half"
-    with half.open("wb") as file:
+    with whole_file(folder / f"{name}.npz") as unfinished, unfinished.open("wb") as file:
         np.savez(
             file,
             names=np.array(names, str),
@@ -416,7 +404,6 @@ def save_state(output_dir: Path, name: str, new: list[tuple], left_out: list[dic
             lengths=np.array(lengths, int),
             prints=np.array(prints, np.float16),
         )
-    finish(half, folder / f"{name}.npz")
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in left_out))
 
 
@@ -428,9 +415,8 @@ def load_state(output_dir: Path, name: str, recordings: Recordings) -> None:
 
 
 def save_pool(output_dir: Path, pool: dict) -> None:
-    half = output_dir / ".pool.json.half"
-    half.write_text(json.dumps(pool, indent=1) + "\n")
-    finish(half, output_dir / "pool.json")
+    with whole_file(output_dir / "pool.json") as unfinished:
+        unfinished.write_text(json.dumps(pool, indent=1) + "\n")
 
 
 def table(pool: dict) -> str:

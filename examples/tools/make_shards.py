@@ -1,27 +1,25 @@
 """
-Turns audio into what is read fast: few large shards that stream, resampled and encoded once, or one packed pool.
+Rewrites audio for fast reading: as a few large shards, resampled and encoded once, or as one packed pool.
 
-    python -m examples.tools.make_shards --source AUDIO_FOLDER --output_dir shards --format parquet --codec flac \
+    python -m examples.tools.make_shards --data AUDIO_FOLDER --output_dir shards --format parquet --codec flac \
         --sampling_rate 16000 --clips_per_shard 2000 --num_workers 8
     python examples/run_pretraining.py --train_data shards --streaming True ...
-    python -m examples.tools.make_shards --source AUDIO_FOLDER --output_dir pool --format packed --num_workers 8
+    python -m examples.tools.make_shards --data AUDIO_FOLDER --output_dir pool --format packed --num_workers 8
     python examples/run_pretraining.py --train_data pool ...
 
-`--source` is a folder, a manifest, parquet files or a Hub data set. parquet shards have an `audio` column of encoded
-bytes beside the other columns of the source; tar shards have webdataset's layout, a sound and a json file for each
-clip. Both hold the clip's `original_path`. Stopped? The same command goes on with the shards that are missing. What
-cannot be read is left out and listed in `bad_files.jsonl`.
+parquet shards have an `audio` column of encoded bytes beside the other columns of the data; tar shards have
+webdataset's layout, an audio and a json file per clip. Both keep the clip's `original_path`. After an interruption the
+same command writes the missing shards. Unreadable files are skipped and listed in `bad_files.jsonl`.
 
-A packed pool is one file of 16-bit samples with an index (`asit_hf.data.packed`): 115 MB an hour at 16 kHz, nothing to
-decode, and held in an accelerator's memory if it fits. It is written in one go: stopped, it starts anew.
+A packed pool is one file of 16-bit samples with an index (`asit_hf.data.packed`): 115 MB per hour at 16 kHz, read
+without decoding, and held in an accelerator's memory if it fits. An interrupted pool is written anew.
 
-To stream on N processes of W loader workers, make a multiple of N shards, at least N x W.
+To stream on N processes with W loader workers each, write a multiple of N shards, at least N x W.
 """
 
 import argparse
 import io
 import json
-import os
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -37,18 +35,21 @@ import pyarrow.parquet
 import soundfile
 from datasets import Audio, Dataset, Features, Value
 from tqdm.auto import tqdm
+from transformers import HfArgumentParser
 
-from asit_hf.data import AudioReadError, load_audio_dataset, read_audio
+from asit_hf.data import AudioReadError, read_audio
 from asit_hf.data.audio import source_name
+from asit_hf.data.labelled import DatasetArguments
 from asit_hf.data.packed import to_pcm, write_packed
+from asit_hf.utils.files import whole_file
 
 # File extension, libsndfile's format and subtype.
 CODECS = {"flac": (".flac", "FLAC", "PCM_16"), "opus": (".opus", "OGG", "OPUS"), "vorbis": (".ogg", "OGG", "VORBIS")}
 OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
 BAD_FILES = "bad_files.jsonl"
 SETTINGS = ".make_shards.json"
-ROWS_IN_MEMORY = 100  # of a parquet shard, when it is read
-ROWS_AT_ONCE = 1000  # of a packed pool, when it is written
+ROWS_IN_MEMORY = 100  # when a parquet shard is read
+ROWS_AT_ONCE = 1000  # when a packed pool is written
 CODEC, CLIPS_PER_SHARD = "flac", 2000
 
 
@@ -64,6 +65,7 @@ def encode(source: Any, sampling_rate: int, codec: str) -> bytes:
 
 
 def encode_or_reason(source: Any, sampling_rate: int, codec: str) -> bytes | str:
+    """The encoded clip, or why it cannot be read."""
     try:
         return encode(source, sampling_rate, codec)
     except AudioReadError as error:
@@ -79,26 +81,31 @@ def make_shards(
     clips_per_shard: int = 2000,
     num_workers: int = 0,
     progress: bool = True,
+    strict: bool = False,
 ) -> dict[str, int]:
     """
-    Writes `clips-00000-of-N.parquet` (or `.tar`), ...; shards that are there already are kept.
+    Writes `clips-00000-of-N.parquet` (or `.tar`), ...; existing shards are kept.
 
     Args:
         dataset: with an `audio` column, see `load_audio_dataset`.
         codec: "flac" (16 bit), "opus" or "vorbis".
-        clips_per_shard: rows of `dataset` for each shard, in order; unreadable ones are missing from it.
-        num_workers: processes that decode and encode; 0: this one.
+        clips_per_shard: consecutive rows of `dataset` per shard, of which unreadable ones are skipped.
+        num_workers: processes that decode and encode; 0 for this one.
+        strict: raise for an unreadable file.
 
     Returns:
-        The number of `shards`, and of the `clips` and `bad` files of those written by this call.
+        The number of `shards`, and of `clips` and `bad` files in the shards that this call wrote.
 
     Raises:
+        AudioReadError: an unreadable file, with `strict`.
         ValueError: a rate that the codec does not have, or an `output_dir` with shards of other settings or data.
     """
     if codec == "opus" and sampling_rate not in OPUS_RATES:
-        raise ValueError(f"opus has the sampling rates {OPUS_RATES}, got {sampling_rate}")
+        raise ValueError(f"expected one of the sampling rates {OPUS_RATES} of opus, got {sampling_rate}")
     if clips_per_shard < 1 or len(dataset) == 0:
-        raise ValueError(f"expected clips for shards of at least 1, got {len(dataset)} for {clips_per_shard}")
+        raise ValueError(
+            f"expected at least 1 clip and 1 per shard, got {len(dataset)} and {clips_per_shard} per shard"
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
     settings = {"format": format, "codec": codec, "sampling_rate": sampling_rate, "clips_per_shard": clips_per_shard}
     check_settings(output_dir, dataset, **settings)
@@ -120,14 +127,13 @@ def make_shards(
                     clips[row] = content
                 else:
                     bad_files.append((source_name(rows[row]["audio"]), content))
+                    if strict:
+                        raise AudioReadError(*bad_files[-1])
                 bar.update()
             report(output_dir / BAD_FILES, bad_files)
             names = [f"{shard * clips_per_shard + row:09d}" for row in clips]
-            half = path.with_name(f".{path.name}.half")
-            write(half, rows.select(list(clips)), list(clips.values()), names, CODECS[codec][0])
-            with half.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(half, path)
+            with whole_file(path) as unfinished:
+                write(unfinished, rows.select(list(clips)), list(clips.values()), names, CODECS[codec][0])
             counts["clips"] += len(clips)
             counts["bad"] += len(bad_files)
     return counts
@@ -140,21 +146,24 @@ def make_packed(
     num_workers: int = 0,
     part_column: str | None = None,
     progress: bool = True,
+    strict: bool = False,
 ) -> dict[str, int]:
     """
     Writes a packed pool, see `asit_hf.data.packed`.
 
     Args:
         dataset: with an `audio` column, see `load_audio_dataset`.
-        part_column: the column that says which part of the pool a clip comes from.
-        num_workers: processes that decode; 0: this one.
+        part_column: column with the name of the part of the pool that a clip comes from.
+        num_workers: processes that decode; 0 for this one.
+        strict: raise for an unreadable file.
 
     Returns:
-        The numbers of `clips` written, of `bad` files, and of clips with samples beyond [-1, 1], which are `clipped`.
+        The numbers of `clips` written, of `bad` files, and of `clipped` clips, with samples beyond [-1, 1].
 
     Raises:
-        FileExistsError: `output_dir` holds a packed pool already.
-        ValueError: no clip that can be read, or no such column.
+        AudioReadError: an unreadable file, with `strict`.
+        FileExistsError: `output_dir` already holds a packed pool.
+        ValueError: no readable clip, or no such column.
     """
     if part_column is not None and part_column not in dataset.column_names:
         raise ValueError(f"expected part_column to be one of {dataset.column_names}, got {part_column!r}")
@@ -172,6 +181,8 @@ def make_packed(
                     name = source_name(row["audio"])
                     if isinstance(found, str):
                         bad_files.append((name, found))
+                        if strict:
+                            raise AudioReadError(name, found)
                         continue
                     samples, is_clipped = found
                     counts["clips"] += 1
@@ -185,7 +196,7 @@ def make_packed(
 
 
 def decode_or_reason(source: Any, sampling_rate: int) -> tuple[np.ndarray, bool] | str:
-    """The whole clip as int16, and whether any of it was clipped; or why it cannot be read."""
+    """The clip as int16 and whether any sample was clipped; or why it cannot be read."""
     try:
         waveform = read_audio(source, sampling_rate)
     except AudioReadError as error:
@@ -194,19 +205,20 @@ def decode_or_reason(source: Any, sampling_rate: int) -> tuple[np.ndarray, bool]
 
 
 def check_settings(output_dir: Path, dataset: Dataset, **settings: Any) -> None:
-    """Shards of one folder belong together: the settings of the first call are kept beside them."""
+    """Raises if the folder has shards of other settings or data; the first call writes its own beside them."""
     first, last = (source_name(dataset[row]["audio"]) for row in (0, len(dataset) - 1))
     mine = {"clips": len(dataset), "first": first, "last": last, **settings}
     path = output_dir / SETTINGS
     if not path.exists():
-        path.write_text(json.dumps(mine) + "\n")
+        with whole_file(path) as unfinished:
+            unfinished.write_text(json.dumps(mine) + "\n")
     elif (theirs := json.loads(path.read_text())) != mine:
-        raise ValueError(f"{output_dir} holds shards of {theirs}; asked for were {mine}")
+        raise ValueError(f"expected the settings {theirs} of the shards in {output_dir}, got {mine}")
 
 
 @contextmanager
 def mapper(num_workers: int) -> Iterator[Callable]:
-    """`map`, in this process or in several."""
+    """`map` in this process or in several."""
     if num_workers == 0:
         yield map
         return
@@ -228,7 +240,7 @@ def write_parquet(path: Path, rows: Dataset, contents: list[bytes], names: list[
 
 
 def write_tar(path: Path, rows: Dataset, contents: list[bytes], names: list[str], extension: str) -> None:
-    """Two files for each clip, of one name without dots, which webdataset takes for extensions."""
+    """Two files per clip with the same stem, without dots, at which webdataset splits names."""
     with tarfile.open(path, "w") as archive:
         for row, content, name in zip(rows, contents, names):
             columns = json.dumps({"original_path": source_name(row["audio"])}).encode()
@@ -239,42 +251,72 @@ def write_tar(path: Path, rows: Dataset, contents: list[bytes], names: list[str]
 
 
 def report(path: Path, bad_files: list[tuple[str, str]]) -> None:
-    """Adds those that are not in the report yet: a shard that was not finished is read again."""
+    """Adds the files that the report lacks; those of an interrupted shard may be in it."""
     known = {json.loads(line)["file"] for line in path.read_text().splitlines()} if path.exists() else set()
     with path.open("a") as file:
         for name, reason in bad_files:
             if name not in known:
                 known.add(name)
-                tqdm.write(f"left out {name}: {reason}", file=sys.stderr)
+                tqdm.write(f"skipped {name}: {reason}", file=sys.stderr)
                 file.write(json.dumps({"file": name, "reason": reason}) + "\n")
 
 
-def main(arguments: list[str] | None = None) -> dict[str, int]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, help="folder, manifest, parquet file or Hub data set")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--format", choices=("parquet", "tar", "packed"), default="parquet")
-    parser.add_argument(
-        "--codec", choices=tuple(CODECS), help=f"of shards: flac is 16 bit, the others lose some (default: {CODEC})"
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = HfArgumentParser(
+        DatasetArguments,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--sampling_rate", type=int, default=16000, help="of the shards, in Hz (default: %(default)s)")
-    parser.add_argument("--clips_per_shard", type=int, help=f"(default: {CLIPS_PER_SHARD})")
-    parser.add_argument("--part_column", help="of a packed pool: column with the part that a clip comes from")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode and encode; 0: this one")
-    parser.add_argument("--split", help="of a Hub data set, or rows of a manifest with this in their column `split`")
-    parser.add_argument("--audio_column")
-    parser.add_argument("--root", help="folder that a manifest's paths are relative to")
-    args = parser.parse_args(arguments)
+    parser.add_argument("--data", required=True, help="folder, manifest, parquet file or Hub data set")
+    parser.add_argument("--split", help="split of the data; default: the only one, or all rows of a manifest")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--format",
+        choices=("parquet", "tar", "packed"),
+        default="parquet",
+        help="shards in parquet or tar files, or one packed pool (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--codec",
+        choices=tuple(CODECS),
+        help=f"codec of shards: flac keeps 16 bits, others are lossy (default: {CODEC})",
+    )
+    parser.add_argument(
+        "--sampling_rate",
+        type=int,
+        default=16000,
+        help=f"rate in Hz that audio is resampled to; for opus one of {OPUS_RATES} (default: %(default)s)",
+    )
+    parser.add_argument("--clips_per_shard", type=int, help=f"clips in each shard (default: {CLIPS_PER_SHARD})")
+    parser.add_argument(
+        "--part_column",
+        help="column with the part of a packed pool that a clip comes from, for instance `source` in the pools of "
+        "make_pool; default: no parts",
+    )
+    parser.add_argument(
+        "--num_workers", type=int, default=0, help="processes that decode and encode (default: 0, the main process)"
+    )
+    args = parser.parse_args(argv)
     if args.format == "packed" and (args.codec, args.clips_per_shard) != (None, None):
-        parser.error("--codec and --clips_per_shard are for parquet and tar shards, got --format packed")
+        parser.error("--codec and --clips_per_shard have no effect with --format packed")
     if args.format != "packed" and args.part_column:
-        parser.error(f"--part_column is for --format packed, got {args.format}, which keeps all columns or none")
-    dataset = load_audio_dataset(args.source, split=args.split, audio_column=args.audio_column, root=args.root)
+        parser.error(f"--part_column has no effect with --format {args.format}, only with packed")
+    if args.format != "parquet" and args.label_column:
+        parser.error(f"--label_column has no effect with --format {args.format}, which has no labels")
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    args = parse_args(argv)
+    dataset = DatasetArguments.of(args).load_audio(args.data, split=args.split)
     if args.format == "packed":
-        counts = make_packed(dataset, args.output_dir, args.sampling_rate, args.num_workers, args.part_column)
+        counts = make_packed(
+            dataset, args.output_dir, args.sampling_rate, args.num_workers, args.part_column, strict=args.strict
+        )
         print(
-            f"{counts['clips']} clips in {args.output_dir}, {counts['clipped']} of them clipped at full scale, "
-            f"{counts['bad']} left out"
+            f"{counts['clips']} clips in {args.output_dir}, {counts['clipped']} of them clipped at full scale; "
+            f"{counts['bad']} unreadable files"
         )
         return counts
     counts = make_shards(
@@ -285,13 +327,17 @@ def main(arguments: list[str] | None = None) -> dict[str, int]:
         args.sampling_rate,
         CLIPS_PER_SHARD if args.clips_per_shard is None else args.clips_per_shard,
         args.num_workers,
+        strict=args.strict,
     )
     print(
-        f"{counts['shards']} shards in {args.output_dir}; this time {counts['clips']} clips written, "
-        f"{counts['bad']} left out"
+        f"{counts['shards']} shards in {args.output_dir}; this call wrote {counts['clips']} clips and skipped "
+        f"{counts['bad']} unreadable files"
     )
     return counts
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

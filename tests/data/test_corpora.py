@@ -77,9 +77,8 @@ def test_clips_missing_from_audioset_are_counted_once(audioset, caplog):
     write_audio(audioset / "wavs" / f"{BALANCED[0]}.wav")
     with caplog.at_level(logging.WARNING, "asit_hf"):
         assert len(load_corpus("audioset-20k", audioset, "train")) == 1
-    assert [record.getMessage() for record in caplog.records] == [
-        "AudioSet balanced_train: 3 of 4 listed clips are not on disk"
-    ]
+    (record,) = caplog.records
+    assert "3 of 4 listed clips" in record.getMessage()
     with pytest.raises(FileNotFoundError, match=r"none of the 1 clips of AudioSet's eval .*--4gqARaEJE_0\.flac"):
         load_corpus("audioset-20k", audioset, "test")
 
@@ -112,7 +111,7 @@ def test_a_missing_list_of_audioset_is_named(audioset):
     with pytest.raises(FileNotFoundError, match=r"unbalanced_train_segments\.csv is missing.*research\.google\.com"):
         load_corpus("audioset-2m", audioset, "train")
     (audioset / "class_labels_indices.csv").write_text('index,mid,display_name\n0,/m/09x0r,"Speech"\n')
-    with pytest.raises(ValueError, match=r"'/t/dd00088' is not in .*class_labels_indices\.csv"):
+    with pytest.raises(ValueError, match=r"class_labels_indices\.csv, got '/t/dd00088'"):
         load_corpus("audioset-20k", audioset, "train")
 
 
@@ -125,7 +124,7 @@ def test_lists_of_audioset_that_went_through_other_tools(audioset):
 
 
 def test_damaged_lists_of_audioset_and_no_audio(audioset):
-    with pytest.raises(FileNotFoundError, match=r"no audio in .*published at https://research\.google\.com"):
+    with pytest.raises(FileNotFoundError, match=r"no audio in .*https://research\.google\.com"):
         load_corpus("audioset-20k", audioset, "train")
     write_audio(audioset / f"{BALANCED[0]}.wav")
     for line, got in ((f'{BALANCED[0]}, soon, later, "/m/09x0r"', "'soon'"), ("# nothing else", "none")):
@@ -155,13 +154,13 @@ def test_esc50(esc50):
     assert label_names(dataset) == ["dog", "chirping_birds"]  # in the official order
     assert dataset["fold"][:] == [fold for fold in range(1, 6) for _ in range(2)]
     assert paths_of(dataset, esc50)[1] == "audio/1-100031-A-14.wav"
-    with pytest.raises(ValueError, match="has folds, not splits"):
+    with pytest.raises(ValueError, match="column fold"):
         load_corpus("esc50", esc50, "train")
 
 
 def test_missing_pieces_of_esc50_are_named(esc50):
     (esc50 / "audio" / "3-100033-A-0.wav").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks 1 of 10 clips.*3-100033-A-0\.wav.*karolpiczak"):
+    with pytest.raises(FileNotFoundError, match=r"1 of 10 clips.*3-100033-A-0\.wav.*karolpiczak"):
         load_corpus("esc50", esc50)
     for clip in (esc50 / "audio").iterdir():
         clip.unlink()
@@ -246,9 +245,9 @@ def test_the_test_archive_of_speech_commands(tmp_path):
         write_audio(tmp_path / folder / "00000001_nohash_0.wav")
     dataset = load_corpus("speech-commands-v1-12", tmp_path, "test")
     assert sorted(dataset["label"][:]) == list(range(12))
-    with pytest.raises(ValueError, match="it has the split test of 12 or 11 classes, got train"):
+    with pytest.raises(ValueError, match="split test with 12 or 11 classes, got train"):
         load_corpus("speech-commands-v1-12", tmp_path, "train")
-    with pytest.raises(ValueError, match="got test of 30"):
+    with pytest.raises(ValueError, match="got test with 30"):
         load_corpus("speech-commands-v1", tmp_path, "test")
     (tmp_path / "_silence_" / "00000001_nohash_0.wav").unlink()
     with pytest.raises(FileNotFoundError, match=r"no audio in .*_silence_.*speech_commands_test_set_v0\.01"):
@@ -260,7 +259,7 @@ def test_missing_pieces_of_speech_commands_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder backward.*speech_commands_v0\.02\.tar\.gz"):
         load_corpus("speech-commands-v2", tmp_path, "train")
     (tmp_path / "tree" / "00000005_nohash_0.wav").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks 1 clips of its test list, first tree/00000005_nohash_0\.wav"):
+    with pytest.raises(FileNotFoundError, match=r"1 clips of the test list .*first tree/00000005_nohash_0\.wav"):
         load_corpus("speech-commands-v1", tmp_path, "test")
     for noise in (tmp_path / "_background_noise_").glob("*.wav"):
         noise.unlink()
@@ -273,7 +272,7 @@ def test_missing_pieces_of_speech_commands_are_named(tmp_path):
 
 def test_the_second_version_is_not_taken_for_the_first(tmp_path):
     speech_commands(tmp_path, 2)
-    with pytest.raises(ValueError, match=r"is Speech Commands V2, for it has a folder backward.*v0\.01\.tar\.gz"):
+    with pytest.raises(ValueError, match=r"v0\.01\.tar\.gz.*got V2, which has the folder backward"):
         load_corpus("speech-commands-v1", tmp_path, "train")
 
 
@@ -293,11 +292,11 @@ def test_voxceleb1(tmp_path, folders):
     assert audio_info(splits[0][3]["audio"]).num_samples == 1600
 
     (tmp_path / folders[1] / "id10270/J9lHsKG98U8/00001.wav").unlink()
-    with pytest.raises(FileNotFoundError, match="lacks 1 of 2 clips of the test list, first id10270/J9lHsKG98U8"):
+    with pytest.raises(FileNotFoundError, match="1 of 2 clips of the test list .*first id10270/J9lHsKG98U8"):
         load_corpus("voxceleb1", tmp_path, "test")
     for list_, message in (("1 id10001/a/00001.wav\nid10270\n", "got 'id10270'"), ("1 a/b/c.wav\n", "marked 2")):
         (tmp_path / "iden_split.txt").write_text(list_)
-        with pytest.raises(ValueError, match=rf"iden_split\.txt.*{message}"):
+        with pytest.raises(ValueError, match=message):
             load_corpus("voxceleb1", tmp_path, "validation")
     (tmp_path / "iden_split.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"iden_split\.txt is missing.*robots\.ox\.ac\.uk"):

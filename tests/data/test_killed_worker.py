@@ -15,7 +15,7 @@ from asit_hf.data import PretrainingCrops, collate_crops
 from asit_hf.data.workers import clear_worker_errors
 
 clip = {"array": np.zeros(8000, np.float32), "sampling_rate": 8000}
-crops = PretrainingCrops([clip] * 10**6, 8000, 0.5, 2, 0.2, 2)
+crops = PretrainingCrops([clip] * 10**6, 8000, global_seconds=0.5, local_seconds=0.2)
 for worker in (0, 1):
     batches = iter(DataLoader(crops, 8, num_workers=2, collate_fn=collate_crops))
     next(batches)

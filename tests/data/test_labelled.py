@@ -1,68 +1,45 @@
-import json
-
-import numpy as np
 import pytest
-import soundfile
+from sounds import write_csv
 
-from asit_hf.data import filter_rows, load_audio_dataset, load_unlabelled
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sources")
-    (folder / "audio").mkdir()
-    (folder / "plain").mkdir()
-    for index in range(6):
-        soundfile.write(folder / "audio" / f"{index}.wav", np.full(800, 0.1 * index), 16000)
-    soundfile.write(folder / "plain" / "x.flac", np.zeros(800), 16000)
-    rows = [f"{index}.wav,{index % 3},{'ab'[index % 2]}" for index in range(6)]
-    (folder / "meta.csv").write_text("filename,fold,category\n" + "\n".join(rows) + "\n")
-    return folder
+from asit_hf.data import AudioReadError, label_names
+from asit_hf.data.labelled import DatasetArguments, load_labelled, problem_type_of, readable_rows
 
 
-def names(dataset):
-    return [row["path"].rsplit("/", 1)[-1] for row in dataset["audio"]]
+def test_folders_and_manifests_are_filtered_and_encoded(folder):
+    dataset = load_labelled(folder)
+    assert (label_names(dataset), dataset["label"][:]) == (["bird", "dog", "rain"], [0, 0, 1, 1, 2])
+    rows = [
+        {"file": "bird/a.wav", "kind": "a"},
+        {"file": "dog/a.flac", "kind": "b"},
+        {"file": "rain/r.wav", "kind": "c"},
+    ]
+    table = write_csv(folder / "table.csv", rows)
+    kept = load_labelled(table, ["kind=a,c"], label_column="kind")
+    assert (label_names(kept), kept["label"][:]) == (["a", "c"], [0, 1])
+    assert problem_type_of(kept) == "single_label_classification"
+    assert load_labelled(table, ["kind=a,c"], ["c", "b", "a"], label_column="kind")["label"][:] == [2, 0]
+    with pytest.raises(ValueError, match="no row of .*kind=d"):
+        load_labelled(table, ["kind=d"], label_column="kind")
+    with pytest.raises(ValueError, match="expected a label column in .*got file, kind|audio, kind"):
+        load_labelled(table)
 
 
-def test_sources_with_options_of_their_own_are_joined(folder):
-    spec = {"source": str(folder / "meta.csv"), "root": str(folder / "audio"), "filter": ["fold=0,2", "label=a"]}
-    dataset = load_unlabelled([spec, str(folder / "plain")])
-    assert dataset.column_names == ["audio"]
-    assert names(dataset) == ["0.wav", "2.wav", "x.flac"]
-    assert names(load_unlabelled([json.dumps(spec), str(folder / "plain")])) == names(dataset)
+def test_unreadable_files_are_reported_counted_and_skipped(folder, caplog):
+    (folder / "dog" / "a.flac").write_bytes(b"no audio")
+    assert len(load_labelled(folder)) == 4
+    assert "a.flac: Format not recognised" in caplog.text
+    assert "1 of 5 files" in caplog.text
+    assert len(load_labelled(folder, check_files=False)) == 5
+    with pytest.raises(AudioReadError, match=r"a\.flac"):
+        load_labelled(folder, strict=True)
+    with pytest.raises(ValueError, match=r"none of the 1 files .*gone\.wav"):
+        readable_rows([str(folder / "gone.wav")])
 
 
-def test_filters_work_by_label_name(folder):
-    dataset = load_audio_dataset(folder / "meta.csv", root=folder / "audio", label_column="category")
-    assert names(filter_rows(dataset, ["label=b"])) == ["1.wav", "3.wav", "5.wav"]
-    assert names(filter_rows(dataset, [])) == names(dataset)
-
-
-@pytest.mark.parametrize(
-    ("specs", "words"),
-    [
-        ([], ["at least one source"]),
-        ([{"root": "x"}], ["'source'", "root"]),
-        (['{"filter": []}'], ["'source'", "filter"]),
-    ],
-)
-def test_wrong_sources_are_refused(specs, words):
-    with pytest.raises(ValueError) as error:
-        load_unlabelled(specs)
-    assert all(word in str(error.value) for word in words)
-
-
-@pytest.mark.parametrize(
-    ("condition", "words"),
-    [("fold", ["COLUMN=VALUE", "fold"]), ("speaker=1", ["speaker", "fold"]), ("fold=", ["COLUMN=VALUE"])],
-)
-def test_wrong_filters_are_refused(folder, condition, words):
-    dataset = load_audio_dataset(folder / "meta.csv", root=folder / "audio")
-    with pytest.raises(ValueError) as error:
-        filter_rows(dataset, [condition])
-    assert all(word in str(error.value) for word in words)
-
-
-def test_a_filter_that_keeps_nothing_is_refused(folder):
-    with pytest.raises(ValueError, match="fold=9"):
-        load_unlabelled({"source": str(folder / "meta.csv"), "root": str(folder / "audio"), "filter": ["fold=9"]})
+def test_options_of_scripts(folder):
+    options = DatasetArguments()
+    assert options.load(folder, ["label=dog"])["label"][:] == [0, 0]
+    assert "label" not in options.load_audio(folder).column_names
+    assert len(list(options.load_audio(folder, streaming=True))) == 5
+    with pytest.raises(ValueError, match="audio_column cannot be used with the corpus esc50"):
+        DatasetArguments(corpus="esc50", audio_column="clip").load_audio(folder)

@@ -62,7 +62,7 @@ def test_files_stay_below_the_limit_and_hold_every_clip(tmp_path):
     back = decode_parcels(tmp_path / "parcels", tmp_path / "back", num_threads=1)
     assert back.names == pool.names
     assert back.parts is None
-    with pytest.raises(ValueError, match="0 alone takes"):
+    with pytest.raises(ValueError, match="MiB for the clip 0"):
         encode_parcels(pool, tmp_path / "other", max_megabytes=500 / 2**20)
     with pytest.raises(FileNotFoundError):
         decode_parcels(tmp_path / "other", tmp_path / "nothing")

@@ -1,4 +1,4 @@
-"""AudioSet as it lies on disk: segment lists with files, or parquet shards."""
+"""AudioSet (Gemmeke et al. 2017): segment lists with audio files, or parquet shards."""
 
 import csv
 import logging
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .files import _audio_files, _dataset, _folder, _published, _table
+from .files import audio_files, build_dataset, check_folder, published_file, read_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,7 +24,7 @@ _SEGMENTS = {
     "eval": "eval_segments.csv",
 }
 _CLASSES = "class_labels_indices.csv"
-# The first that a shard's path matches: unbalanced/train-00.parquet is unbalanced.
+# the first match decides: unbalanced/train-00.parquet is unbalanced
 _SHARDS = {
     "eval": re.compile(r"(^|/)(eval|test)"),
     "unbalanced_train": re.compile(r"(^|/)unbal"),
@@ -33,27 +33,27 @@ _SHARDS = {
 
 
 def load_audioset(root: str | os.PathLike, parts: Sequence[str]) -> "Dataset":
-    """AudioSet, clips as files or in parquet shards.
+    """AudioSet, from audio files or parquet shards.
 
     Args:
-        root: a folder with `class_labels_indices.csv` and, anywhere below it, either the official segment lists with
-            audio files called `YTID`, `YYTID`, `YTID_START` or `YTID_START_END` (seconds or milliseconds), or parquet
-            shards with the columns `audio` and `labels` (mids) or `human_labels` (names), whose paths begin with
-            `bal` or `train`, `unbal`, and `eval` or `test`.
-        parts: of "balanced_train", "unbalanced_train" and "eval", those to join.
+        root: a folder with `class_labels_indices.csv` and either the official segment lists and, anywhere below it,
+            audio files named `YTID`, `YYTID`, `YTID_START` or `YTID_START_END` (seconds or milliseconds); or, anywhere
+            below it, parquet shards with the columns `audio` and `labels` (mids) or `human_labels` (names), whose
+            paths begin with `bal` or `train`, `unbal`, and `eval` or `test`.
+        parts: the parts to join, of "balanced_train", "unbalanced_train" and "eval".
 
     Returns:
-        `audio`, `label` (a list of the 527 classes, in the order of `class_labels_indices.csv`) and `video_id`. Clips
-        that are listed but not on disk are left out and counted in one warning.
+        `audio`, `label` (a list of the 527 classes, in the order of `class_labels_indices.csv`) and `video_id`. Listed
+        clips that are not on disk are skipped and counted in one warning.
 
     Raises:
-        FileNotFoundError: a list is missing, or there is no clip of these parts at all.
+        FileNotFoundError: a missing list, or no clip of these parts at all.
     """
     unknown = [part for part in parts if part not in _SEGMENTS]
     if unknown or not parts:
         raise ValueError(f"expected parts of AudioSet, {', '.join(_SEGMENTS)}; got {parts!r}")
-    root = _folder(root)
-    classes = _table(_published(root, _CLASSES, AUDIOSET_URL), ("index", "mid", "display_name"))
+    root = check_folder(root)
+    classes = read_table(published_file(root, _CLASSES, AUDIOSET_URL), ("index", "mid", "display_name"))
     classes.sort(key=lambda row: int(row["index"]))
     names = [row["display_name"] for row in classes]
     ids = {name: index for index, row in enumerate(classes) for name in (row["mid"], row["display_name"])}
@@ -61,19 +61,20 @@ def load_audioset(root: str | os.PathLike, parts: Sequence[str]) -> "Dataset":
     if shards:
         return _audioset_shards(root, shards, parts, ids, names)
 
-    rows = [row for part in parts for row in _segments(_published(root, _SEGMENTS[part], AUDIOSET_URL))]
-    files = {file.stem: file for file in reversed(_audio_files(root, AUDIOSET_URL))}
+    rows = [row for part in parts for row in _segments(published_file(root, _SEGMENTS[part], AUDIOSET_URL))]
+    files = {file.stem: file for file in reversed(audio_files(root, AUDIOSET_URL))}
     found = [(row, file) for row in rows if (file := _segment_file(row, files)) is not None]
     missing = len(rows) - len(found)
     if not found:
         raise FileNotFoundError(
-            f"none of the {len(rows)} clips of AudioSet's {' and '.join(parts)} is below {root}: expected files named "
-            f"like {rows[0][0]}.wav or {rows[0][0]}_{float(rows[0][1]):.0f}.flac; the lists are published at "
-            f"{AUDIOSET_URL}"
+            f"none of the {len(rows)} clips of AudioSet's {' and '.join(parts)} is in {root}: expected files like "
+            f"{rows[0][0]}.wav or {rows[0][0]}_{float(rows[0][1]):.0f}.flac; the lists are published at {AUDIOSET_URL}"
         )
     if missing:
-        logger.warning("AudioSet %s: %d of %d listed clips are not on disk", "+".join(parts), missing, len(rows))
-    return _dataset(
+        logger.warning(
+            "AudioSet %s: skipped %d of %d listed clips, which are not on disk", "+".join(parts), missing, len(rows)
+        )
+    return build_dataset(
         audio=[str(file) for _, file in found],
         labels=[_ids([mid.strip() for mid in row[3].split(",")], ids, root / _CLASSES) for row, _ in found],
         names=names,
@@ -81,14 +82,14 @@ def load_audioset(root: str | os.PathLike, parts: Sequence[str]) -> "Dataset":
     )
 
 
-_AUDIOSET_PARTS = {
+AUDIOSET_PARTS = {
     "audioset-20k": {"train": ("balanced_train",), "test": ("eval",)},
     "audioset-2m": {"train": ("balanced_train", "unbalanced_train"), "test": ("eval",)},
 }
 
 
 def _segments(path: Path) -> list[list[str]]:
-    """(video id, start, end, comma-separated mids) of every line that is not a comment."""
+    """(video id, start, end, comma-separated mids) of each line that is not a comment."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         lines = (line for line in file if line.strip() and not line.startswith("#"))
         rows = list(csv.reader(lines, skipinitialspace=True))
@@ -122,7 +123,7 @@ def _audioset_shards(
     chosen = [str(shard) for shard in shards if _part_of(shard.relative_to(root).as_posix()) in parts]
     if not chosen:
         raise FileNotFoundError(
-            f"none of the {len(shards)} parquet files below {root} is of AudioSet's {' and '.join(parts)}: expected "
+            f"none of the {len(shards)} parquet files in {root} belongs to AudioSet's {' and '.join(parts)}: expected "
             "paths that begin with bal or train, unbal, and eval or test"
         )
     dataset = load_dataset("parquet", data_files=chosen, split="train")
@@ -144,5 +145,5 @@ def _part_of(shard: str) -> str | None:
 def _ids(labels: Sequence[str], ids: dict[str, int], table: Path) -> list[int]:
     unknown = [label for label in labels if label not in ids]
     if unknown:
-        raise ValueError(f"label {unknown[0]!r} is not in {table}")
+        raise ValueError(f"expected a label of {table}, got {unknown[0]!r}")
     return [ids[label] for label in labels]

@@ -1,4 +1,4 @@
-"""Reading the published pieces of a corpus."""
+"""Reading the published files of a corpus."""
 
 import csv
 import os
@@ -12,30 +12,41 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-_SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test")
 
 
-def _folder(root: str | os.PathLike) -> Path:
+def check_folder(root: str | os.PathLike) -> Path:
+    """The root folder of a corpus.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
     root = Path(root).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"no such folder: {root}")
     return root
 
 
-def _check_split(split: str, name: str) -> None:
-    if split not in _SPLITS:
-        raise ValueError(f"expected a split of {name}, {', '.join(_SPLITS)}; got {split!r}")
+def check_split(split: str, name: str) -> None:
+    """Raises ValueError if the corpus `name` has no such split."""
+    if split not in SPLITS:
+        raise ValueError(f"expected a split of {name}, {', '.join(SPLITS)}; got {split!r}")
 
 
-def _audio_files(folder: Path, url: str) -> list[Path]:
+def audio_files(folder: Path, url: str) -> list[Path]:
+    """`find_audio_files`, with an error that names the `url` the corpus is published at."""
     try:
         return find_audio_files(folder)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; the data set is published at {url}") from None
+        raise FileNotFoundError(f"{error}; download it from {url}") from None
 
 
-def _table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a csv with a header; there are some, and they have these columns."""
+def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a csv file with a header.
+
+    Raises:
+        ValueError: no rows, or a missing column.
+    """
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         rows, found = list(reader), reader.fieldnames or []
@@ -45,17 +56,23 @@ def _table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
-def _published(root: Path, name: str, url: str) -> Path:
+def published_file(root: Path, name: str, url: str) -> Path:
+    """The path of a file of the corpus.
+
+    Raises:
+        FileNotFoundError: no such file; the message has its `url`.
+    """
     if not (root / name).is_file():
-        raise FileNotFoundError(f"{root / name} is missing: it is published at {url}")
+        raise FileNotFoundError(f"{root / name} is missing: download it from {url}")
     return root / name
 
 
-def _incomplete(what: str, absent: list[str], url: str) -> FileNotFoundError:
-    return FileNotFoundError(f"{what}, first {absent[0]}: they are published at {url}")
+def incomplete(what: str, absent: list[str], url: str) -> FileNotFoundError:
+    return FileNotFoundError(f"{what}, first {absent[0]}: download them from {url}")
 
 
-def _dataset(audio: list, labels: list, names: Sequence[str], **columns: list) -> "Dataset":
+def build_dataset(audio: list, labels: list, names: Sequence[str], **columns: list) -> "Dataset":
+    """A data set of paths or `{"path", "bytes"}`, class ids (or lists of them) and other columns."""
     from datasets import Audio, ClassLabel, Dataset, List
 
     label = ClassLabel(names=list(names))

@@ -1,4 +1,4 @@
-"""Speech Commands as it lies on disk."""
+"""Speech Commands (Warden 2018)."""
 
 import io
 import os
@@ -10,7 +10,7 @@ import numpy as np
 
 from ...utils.extras import extra
 from ..audio import audio_info, read_audio
-from .files import _audio_files, _check_split, _dataset, _folder, _incomplete, _published
+from .files import audio_files, build_dataset, check_folder, check_split, incomplete, published_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,14 +22,14 @@ _OTHER_WORDS_V1 = (
     *("bed", "bird", "cat", "dog", "eight", "five", "four", "happy", "house", "marvin"),
     *("nine", "one", "seven", "sheila", "six", "three", "tree", "two", "wow", "zero"),
 )
-# sorted, as class ids count them
+# by class id
 SPEECH_COMMANDS_WORDS = {
     1: tuple(sorted((*KEYWORDS, *_OTHER_WORDS_V1))),
     2: tuple(sorted((*KEYWORDS, *_OTHER_WORDS_V1, "backward", "follow", "forward", "learn", "visual"))),
 }
 UNKNOWN, SILENCE = "unknown", "silence"
 _NOISE_FOLDER = "_background_noise_"
-# Each split's silence is cut from its own stretch of every recording of noise.
+# the share of every noise recording from which a split's silence is cut
 _NOISE_SHARES = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}
 _SILENCE_RATE = 16000
 
@@ -40,54 +40,56 @@ def load_speech_commands(
     """Speech Commands: a folder for each word, `validation_list.txt` and `testing_list.txt`.
 
     Args:
-        root: the unpacked archive; for 12 or 11 classes and `split="test"` also the separate test archive, which has
-            the folders `_unknown_` and `_silence_` and no lists.
-        split: "train" (what neither list names), "validation" or "test".
+        root: the unpacked archive; for the test split of 12 or 11 classes alternatively the separate test archive,
+            which has the folders `_unknown_` and `_silence_` and no lists.
+        split: "train" (the clips of neither list), "validation" or "test".
         version: 1 or 2.
         num_classes: all words (30 or 35; the default), 12 (ten keywords, `unknown`, `silence`) or 11 (no `silence`).
-            There are as many clips of `unknown`, drawn from the other words, and of `silence`, 1 s windows of
-            `_background_noise_`, as of a keyword on average; the draws are fixed, and every split has its own part of
-            each recording of noise.
+            `unknown`, drawn from the other words, and `silence`, 1 s windows of `_background_noise_`, have as many
+            clips as a keyword on average; the draws are fixed, and the splits use different parts of each noise
+            recording.
 
     Returns:
         `audio`, `label` and `speaker`.
 
     Raises:
-        FileNotFoundError: a list, a word's folder or the noise is missing.
+        FileNotFoundError: a missing list, word folder or noise folder.
         ValueError: no such split, version or number of classes, or a folder of the other version.
     """
     if version not in SPEECH_COMMANDS_WORDS:
         raise ValueError(f"expected version 1 or 2 of Speech Commands, got {version!r}")
-    _check_split(split, "Speech Commands")
-    root = _folder(root)
+    check_split(split, "Speech Commands")
+    root = check_folder(root)
     url = SPEECH_COMMANDS_URL.format(version=version)
     words = SPEECH_COMMANDS_WORDS[version]
     num_classes = len(words) if num_classes is None else num_classes
     names = {len(words): words, 11: (*KEYWORDS, UNKNOWN), 12: (*KEYWORDS, UNKNOWN, SILENCE)}.get(num_classes)
     if names is None:
         raise ValueError(
-            f"Speech Commands V{version} has {len(words)}, 12 or 11 classes, got num_classes={num_classes}"
+            f"expected {len(words)}, 12 or 11 classes of Speech Commands V{version}, got num_classes={num_classes}"
         )
     if (root / f"_{UNKNOWN}_").is_dir():
         return _speech_commands_test_archive(root, split, names, SPEECH_COMMANDS_TEST_URL.format(version=version))
 
     for folder in (*words, *([_NOISE_FOLDER] if SILENCE in names else [])):
         if not (root / folder).is_dir():
-            raise FileNotFoundError(f"no folder {folder} in {root}: Speech Commands V{version} is published as {url}")
+            raise FileNotFoundError(f"no folder {folder} in {root}: download Speech Commands V{version} from {url}")
     later = next((word for word in SPEECH_COMMANDS_WORDS[2] if word not in words and (root / word).is_dir()), None)
     if later:  # V2 has all words of V1, but other clips and lists
-        raise ValueError(f"{root} is Speech Commands V2, for it has a folder {later}: expected V1, published as {url}")
+        raise ValueError(f"expected Speech Commands V1 ({url}) in {root}, got V2, which has the folder {later}")
     listed = {
-        name: set(_published(root, file, url).read_text().split())
+        name: set(published_file(root, file, url).read_text().split())
         for name, file in (("validation", "validation_list.txt"), ("test", "testing_list.txt"))
     }
     clips = [f"{word}/{file.name}" for word in words for file in sorted((root / word).glob("*.wav"))]
     absent = sorted(listed.get(split, set()).difference(clips))
     if absent:
-        raise _incomplete(f"{root} lacks {len(absent)} clips of its {split} list", absent, url)
+        raise incomplete(f"{len(absent)} clips of the {split} list are missing in {root}", absent, url)
     clips = [clip for clip in clips if clip in listed[split]] if split in listed else _not_in(clips, listed.values())
     if not clips:
-        raise FileNotFoundError(f"{root} has no clips for {split}: Speech Commands V{version} is published as {url}")
+        raise FileNotFoundError(
+            f"no clips of the {split} split in {root}: download Speech Commands V{version} from {url}"
+        )
     words_of = [clip.split("/")[0] for clip in clips]
     if num_classes == len(words):
         chosen = list(zip(clips, words_of))
@@ -98,9 +100,9 @@ def load_speech_commands(
         count = round(len(keywords) / len(KEYWORDS))
         drawn = np.random.default_rng(0).permutation(len(others))[:count]
         chosen = keywords + [(others[index], UNKNOWN) for index in sorted(drawn)]
-        noise = _audio_files(root / _NOISE_FOLDER, url) if SILENCE in names else []
+        noise = audio_files(root / _NOISE_FOLDER, url) if SILENCE in names else []
         silence = list(_silence_clips(noise, split, count)) if noise else []
-    return _dataset(
+    return build_dataset(
         audio=[str(root / clip) for clip, _ in chosen] + silence,
         labels=[names.index(word) for _, word in chosen] + [names.index(SILENCE) for _ in silence],
         names=names,
@@ -116,12 +118,12 @@ def _not_in(clips: list[str], lists: Any) -> list[str]:
 def _speech_commands_test_archive(root: Path, split: str, names: Sequence[str], url: str) -> "Dataset":
     if split != "test" or UNKNOWN not in names:
         raise ValueError(
-            f"{root} is the test archive of the 12-class task: it has the split test of 12 or 11 classes, got {split} "
-            f"of {len(names)}"
+            f"expected split test with 12 or 11 classes, got {split} with {len(names)}: {root} is the test archive of "
+            "the 12-class task"
         )
     folders = {name: root / (f"_{name}_" if name in (UNKNOWN, SILENCE) else name) for name in names}
-    files = [(file, name) for name, folder in folders.items() for file in _audio_files(folder, url)]
-    return _dataset(
+    files = [(file, name) for name, folder in folders.items() for file in audio_files(folder, url)]
+    return build_dataset(
         audio=[str(file) for file, _ in files],
         labels=[names.index(name) for _, name in files],
         names=names,
@@ -130,7 +132,7 @@ def _speech_commands_test_archive(root: Path, split: str, names: Sequence[str], 
 
 
 def _silence_clips(files: list[Path], split: str, count: int) -> Iterator[dict[str, Any]]:
-    """`count` windows of 1 s as wav bytes, from this split's stretch of every recording in turn."""
+    """`count` windows of 1 s as wav bytes, from this split's share of every recording in turn."""
     with extra():
         import soundfile
     durations = [audio_info(file).duration for file in files]

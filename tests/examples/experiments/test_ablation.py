@@ -33,7 +33,7 @@ def recipe(tmp_path) -> Path:
         lines.append(f"{index}.flac,{name},{'test' if index >= 16 else 'train'}")
     (tmp_path / "meta.csv").write_text("\n".join(lines) + "\n")
     base = {
-        "train_data": [json.dumps({"source": str(tmp_path / "meta.csv"), "split": "train"})],
+        "train_data": [json.dumps({"data": str(tmp_path / "meta.csv"), "split": "train"})],
         "size": "tiny",
         "config_overrides": SMALL,
         "global_seconds": 0.25,

@@ -6,8 +6,6 @@ import pytest
 from asit_hf.finetuning.sampling import class_weights
 from examples.tools import class_weights as script
 
-SCRIPT = Path(__file__).parents[3] / "examples" / "class_weights.py"
-
 
 @pytest.fixture
 def table(tmp_path) -> Path:
@@ -21,7 +19,7 @@ def table(tmp_path) -> Path:
 
 
 def test_weights_of_a_manifest(table, tmp_path, capsys):
-    options = [str(table), "--label_column", "tags"]
+    options = ["--data", str(table), "--label_column", "tags"]
     rows = script.main(options)
     assert [(row["index"], row["label"], row["clips"]) for row in rows] == [(0, "dog", 3), (1, "rain", 2)]
     assert [row["weight"] for row in rows] == class_weights([[0, 1], [0], [0], [1]], 2).tolist()
@@ -32,15 +30,17 @@ def test_weights_of_a_manifest(table, tmp_path, capsys):
     assert [row["clips"] for row in script.main([*options, "--filter", "fold=1"])] == [3, 1]
 
 
-def test_all_classes_of_a_layout_count(tmp_path):
+def test_all_classes_of_a_corpus_count(tmp_path):
     (tmp_path / "wav" / "id1" / "v").mkdir(parents=True)
     (tmp_path / "wav" / "id1" / "v" / "1.wav").write_bytes(b"not read")
     (tmp_path / "iden_split.txt").write_text("1 id1/v/1.wav\n3 id2/v/1.wav\n")
-    rows = script.main([str(tmp_path), "--corpus", "voxceleb1", "--split", "train"])
+    rows = script.main(["--data", str(tmp_path), "--corpus", "voxceleb1", "--split", "train"])
     assert [(row["label"], row["clips"]) for row in rows] == [("id1", 1), ("id2", 0)]
     assert rows[1]["weight"] == pytest.approx(1000 / 0.01)
 
 
-def test_numbers_have_no_classes(table):
-    with pytest.raises(ValueError, match="weights are of classes"):
-        script.main([str(table), "--label_column", "pitch"])
+def test_wrong_requests(table):
+    with pytest.raises(ValueError, match="expected classes as labels"):
+        script.main(["--data", str(table), "--label_column", "pitch"])
+    with pytest.raises(SystemExit):
+        script.main(["--data", str(table), "--label_column", "tags", "--strict"])

@@ -128,7 +128,7 @@ def test_what_is_written_is_what_training_reads(pool, tmp_path):
     for clip, row in zip(dataset, rows):
         waveform = read_audio(clip["audio"], RATE)
         assert len(waveform) == round(row["seconds"] * RATE) <= 2.0 * RATE
-    chosen = load_unlabelled({"source": str(tmp_path / "pool"), "filter": ["source=esc50"]})
+    chosen = load_unlabelled({"data": str(tmp_path / "pool"), "filter": ["source=esc50"]})
     assert len(chosen) == result["parts"]["esc50"]["clips"] == 6
     np.testing.assert_allclose(read_audio(chosen[0]["audio"], RATE), sound(0), atol=2**-14)
     assert (tmp_path / "pool" / "licenses" / "bells.txt").read_text() == "license of bells\n"
@@ -230,7 +230,7 @@ def test_a_stopped_run_goes_on_to_the_same_pool(pool, tmp_path, monkeypatch):
     assert "bells" in half["parts"]
     assert "bells-more" not in half["parts"]
     assert (tmp_path / "stopped" / "bells-more-00000.parquet").exists()
-    (tmp_path / "stopped" / ".bells-more-00001.parquet.half").write_bytes(b"half")
+    (tmp_path / "stopped" / ".bells-more-00001.parquet.unfinished").write_bytes(b"half")
     (tmp_path / "stopped" / "bells-more-00007.parquet").write_bytes(b"of a part that is written anew")
     calls.clear()
     pool(tmp_path / "stopped")
@@ -287,15 +287,14 @@ def test_packages_are_fetched_and_unpacked_once(unpacked, tmp_path, monkeypatch)
     )
     (commands / "apt-get").chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
-    (work / ".bells").mkdir(parents=True)
-    (work / ".bells" / "bells_2.5-1_all.deb").write_bytes(b"half")  # of a download that was stopped
-    (work / ".bells_2.5-1_all").mkdir()
+    (work / ".bells-stopped").mkdir(parents=True)
+    (work / ".bells-stopped" / "bells_2.5-1_all.deb").write_bytes(b"half")  # of a download that was stopped
     for _ in range(2):
         folder, version = script.fetch("bells", work)
         assert version == "2.5-1"
         assert (folder / "usr/share/bells/new.wav").read_bytes() == (tree / "usr/share/bells/new.wav").read_bytes()
     assert (tmp_path / "calls").read_text() == "bells\n"
-    assert {path.name for path in work.iterdir()} == {"bells_2.5-1_all", "bells_2.5-1_all.deb"}
+    assert {path.name for path in work.iterdir()} == {".bells-stopped", "bells_2.5-1_all", "bells_2.5-1_all.deb"}
     with pytest.raises(FileNotFoundError, match="gongs: apt-get says E: Unable to locate package gongs"):
         script.fetch("gongs", work)
 

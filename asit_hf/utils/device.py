@@ -21,13 +21,13 @@ class DeviceChoices:
             are better (16384 rows of 8192 logits are 0.5 GiB in float32).
         equal_chunks (`bool`): chunks of the local loss are as large as each other where they can be, so that a
             compiled body has one shape; a CPU gains nothing by it.
-        masks_block_by_block (`bool`): GMML covers the pixels of one block after the other, and stops when a mask has
-            its share, instead of all masks of a batch at once. A CPU does 20 times less work so; an accelerator would
-            have to tell the host how far each mask is.
-        crops_by_slices (`bool`): crops of packed audio are copied one by one, which is what a CPU does best; an
-            accelerator would launch a kernel, and wait, for each.
-        int16_batches (`bool`): waveform crops travel from the loader as int16: half the bytes through shared memory
-            and over the bus. A CPU would only convert to and fro.
+        masks_block_by_block (`bool`): GMML adds one block after the other and stops when a mask has reached its ratio,
+            instead of computing all masks of a batch at once. This is 20 times less work on a CPU; on an accelerator
+            the host would wait for the ratio after every block.
+        crops_by_slices (`bool`): copy crops of packed audio one by one, the fastest way on a CPU; on an accelerator
+            each copy would launch a kernel, so all crops are gathered by one index.
+        int16_batches (`bool`): the loader sends waveform crops as int16, half the bytes through shared memory and over
+            the bus. On a CPU the conversion would only cost time.
     """
 
     loss_rows: int
@@ -46,5 +46,5 @@ ACCELERATOR = DeviceChoices(
 
 
 def choices_for(device: torch.device) -> DeviceChoices:
-    """What is best on a device."""
+    """The choices for a device."""
     return CPU if device.type == "cpu" else ACCELERATOR

@@ -37,7 +37,7 @@ from asit_hf.data.audio import AudioReadError
 from asit_hf.data.labelled import load_labelled
 from asit_hf.data.parcels import is_parcels
 from asit_hf.hub.cards import CardArguments, describe_run
-from asit_hf.pretraining.arguments import ASiTPreTrainingArguments, option
+from asit_hf.pretraining.arguments import ASiTPreTrainingArguments, by_preset, option
 from asit_hf.pretraining.initialization import encoder_from_vit, read_model_type
 from asit_hf.pretraining.monitoring import KnnProbeCallback
 from asit_hf.pretraining.presets import get_preset
@@ -69,7 +69,7 @@ class DataArguments:
     local_seconds: float | None = option(None, "Length of the local crops, in seconds (default: 2).")
     num_local_crops: int | None = option(
         None,
-        "Local crops per clip (default: set by --preset: 2024: 4, 2023: 0; always 0 with --global_loss_weight 0).",
+        f"Local crops per clip {by_preset(lambda p: p.num_local_crops)}; none with --global_loss_weight 0.",
     )
     mean: float | None = option(
         None, "Mean of the log-mel values, for normalization (default: the checkpoint's, or that of AudioSet)."
@@ -98,13 +98,15 @@ class ModelArguments:
         None, "Model size when training from random initialization (default: base).", choices=list(SIZES)
     )
     global_loss_weight: float | None = option(
-        None, "Weight of the global loss, on the CLS token (default: set by --preset: 2024: 0.5, 2023: 1)."
+        None,
+        f"Weight of the global loss, on the CLS token {by_preset(lambda p: p.config['global_loss_weight'])}.",
     )
     local_loss_weight: float | None = option(
-        None, "Weight of the local loss, on patches (default: set by --preset: 2024: 0.5, 2023: 1)."
+        None, f"Weight of the local loss, on patches {by_preset(lambda p: p.config['local_loss_weight'])}."
     )
     reconstruction_loss_weight: float | None = option(
-        None, "Weight of the L1 loss of masked pixels (default: set by --preset: 2024: 1, 2023: 2)."
+        None,
+        f"Weight of the L1 loss of masked pixels {by_preset(lambda p: p.config['reconstruction_loss_weight'])}.",
     )
     local_loss_patches: str | None = option(
         None, "Patches that the local loss is averaged over (default: all).", choices=list(LOCAL_LOSS_PATCHES)

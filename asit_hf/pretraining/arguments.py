@@ -1,5 +1,6 @@
 """Arguments of pretraining."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -7,7 +8,7 @@ from transformers import TrainingArguments
 
 from ..utils.time_budget import TimeBudgetArguments
 from .masking import FILLS, GMML, PATTERNS
-from .presets import PRESETS, get_preset
+from .presets import PRESETS, Preset, get_preset
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -17,8 +18,10 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
-def _by_preset(value_2024: float, value_2023: float) -> str:
-    return f"(default: set by --preset: 2024: {value_2024}, 2023: {value_2023})"
+def by_preset(value: Callable[[Preset], float]) -> str:
+    """For the help of an option whose default depends on the preset."""
+    values = ", ".join(f"{name}: {value(preset):g}" for name, preset in PRESETS.items())
+    return f"(default: set by --preset: {values})"
 
 
 # Options of TrainingArguments that have no effect in pretraining, by the reason.
@@ -77,20 +80,24 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
     warmup_teacher_temperature: float = option(0.04, "Teacher temperature at the start of its warm-up.")
     teacher_temperature: float = option(0.07, "Teacher temperature after its warm-up.")
     warmup_teacher_temperature_epochs: int | None = option(
-        None, f"Length of the teacher temperature's warm-up, in epochs {_by_preset(5, 30)}."
+        None,
+        f"Epochs of the teacher temperature's warm-up {by_preset(lambda p: p.warmup_teacher_temperature_epochs)}.",
     )
     freeze_last_layer_epochs: int | None = option(
-        None, f"Epochs at the start during which the prototypes are frozen {_by_preset(1, 0)}."
+        None,
+        f"First epochs, in which the prototypes are frozen {by_preset(lambda p: p.freeze_last_layer_epochs)}.",
     )
     max_tensor_grad_norm: float = option(
         3.0, "Largest gradient norm of a parameter tensor, each clipped separately; 0: no clipping."
     )
     max_grad_norm: float = option(0.0, "Largest gradient norm of all parameters together; 0: no clipping.")
     mask_ratio_min: float | None = option(
-        None, f"Smallest masking ratio of a view, as a share of the pixels {_by_preset(0.5, 0.5)}."
+        None,
+        f"Smallest masking ratio of a view, as a share of the pixels {by_preset(lambda p: p.gmml.mask_ratio[0])}.",
     )
     mask_ratio_max: float | None = option(
-        None, f"Largest masking ratio of a view {_by_preset(0.5, 0.7)}; at least mask_ratio_min."
+        None,
+        f"Largest masking ratio of a view {by_preset(lambda p: p.gmml.mask_ratio[1])}; at least mask_ratio_min.",
     )
     replace_ratio: float | None = option(
         None, "Share of the pixels that another clip's replace, in views with replacement (default: 0.3)."

@@ -51,6 +51,7 @@ def options(folder, output, **kwargs):
         "report_to": "none",
         "use_cpu": True,
         "save_strategy": "no",
+        "plot_steps": 0,
         "disable_tqdm": True,
     }
     chosen = {name: value for name, value in {**defaults, **kwargs}.items() if value is not None}

@@ -186,27 +186,32 @@ def test_the_teacher_temperature_of_the_step_reaches_the_model(clips, tmp_path, 
     assert len(set(seen)) == 3
 
 
+@pytest.fixture(scope="module")
+def whole_runs(clips, tmp_path_factory):
+    """Runs of nine steps without and with loader workers, with checkpoints after four and eight."""
+    folder = tmp_path_factory.mktemp("whole")
+    runs = {workers: make_trainer(clips, folder / str(workers), **settings_of_run(workers)) for workers in (0, 2)}
+    for trainer in runs.values():
+        trainer.train()
+    return runs
+
+
+def settings_of_run(workers):
+    return {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 4, "dataloader_num_workers": workers}
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_equals_uninterrupted_bit_for_bit(clips, tmp_path, workers):
-    settings = {
-        "num_train_epochs": 3,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "dataloader_num_workers": workers,
-    }
-    whole = make_trainer(clips, tmp_path / "whole", **settings)
-    whole.train()
-    resumed = make_trainer(clips, tmp_path / "resumed", make_model(seed=5), **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+def test_resumed_equals_uninterrupted_bit_for_bit(clips, tmp_path, whole_runs, workers):
+    whole = whole_runs[workers]
+    resumed = make_trainer(clips, tmp_path, make_model(seed=5), **settings_of_run(workers))
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-4")
     assert_equal(whole.model, resumed.model)
     assert losses(whole)[4:] == losses(resumed)[4:]
 
 
-def test_workers_do_not_change_what_is_learned(clips, tmp_path):
-    runs = [make_trainer(clips, tmp_path, dataloader_num_workers=workers) for workers in (0, 2)]
-    for trainer in runs:
-        trainer.train()
-    assert losses(runs[0]) == losses(runs[1])
+def test_workers_do_not_change_what_is_learned(whole_runs):
+    assert losses(whole_runs[0]) == losses(whole_runs[2])
+    assert_equal(whole_runs[0].model, whole_runs[2].model)
 
 
 def test_masks_change_every_epoch(clips, tmp_path):

@@ -4,11 +4,12 @@ Pretrains ASiT on unlabelled audio.
     python examples/run_pretraining.py --train_data FOLDER --output_dir runs/tiny --size tiny \
         --per_device_train_batch_size 32 --num_train_epochs 100
 
-`--train_data` takes folders of audio, csv / json manifests, parquet shards or names of Hub data sets, several of them
-at once, or one packed pool (`make_shards.py --format packed`), which an accelerator holds in its memory.
-`--model_name_or_path` starts from the weights of an ASiT or of a ViT of images instead of random ones.
-`--recipe FILE` reads options from a file; options on the command line override it. Add `--resume_from_checkpoint True`
-to go on from the last checkpoint of `--output_dir`.
+`--train_data` takes folders of audio, csv or json manifests, parquet shards and names of Hub data sets, or one folder
+of packed audio (`make_shards.py --format packed`), which an accelerator keeps in its memory.
+`--recipe FILE` reads options from a file; options on the command line override it.
+
+`--model_name_or_path CHECKPOINT` starts a new run from trained weights. `--resume_from_checkpoint True` continues the
+run in `--output_dir` from its last checkpoint.
 """
 
 import signal
@@ -16,10 +17,12 @@ import sys
 from dataclasses import dataclass, field
 
 import yaml
-from transformers import set_seed
+from transformers import TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
+from asit_hf.configuration_asit import LOCAL_LOSS_PATCHES, SIZES
 from asit_hf.data import (
     LabelledClips,
     PackedCrops,
@@ -40,7 +43,7 @@ from asit_hf.loading import (
     read_model_type,
     resolve_checkpoint,
 )
-from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
+from asit_hf.pretraining.arguments import ASiTPreTrainingArguments, by_preset, option
 from asit_hf.pretraining.initialization import encoder_from_vit
 from asit_hf.pretraining.monitoring import KnnProbeCallback
 from asit_hf.pretraining.presets import get_preset
@@ -56,56 +59,86 @@ LOSS_OPTIONS = ("global_loss_weight", "local_loss_weight", "reconstruction_loss_
 class DataArguments:
     train_data: list[str] = field(
         metadata={
-            "help": "Folders, manifests, parquet files or Hub data sets; or one folder of packed audio. A source with "
-            "options of its own is JSON: "
+            "help": "Training audio: folders, manifests, parquet files or Hub data sets, or one folder of packed "
+            "audio. JSON gives one of them its own options: "
             '{"data": "meta.csv", "root": "audio", "audio_column": "filename", "filter": ["fold=1,2,3"]}'
         }
     )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Read the data as a stream (needs --steps_per_epoch, and --max_steps or --max_minutes)."},
+    streaming: bool = option(
+        False, "Read the data as a stream; needs --steps_per_epoch, and --max_steps or --max_minutes."
     )
-    shuffle_buffer: int = field(default=1000, metadata={"help": "Of a stream: clips that the next is drawn from."})
-    sampling_rate: int | None = field(
-        default=None, metadata={"help": "Rate in Hz that audio is resampled to (default: the checkpoint's, or 16000)."}
+    shuffle_buffer: int | None = option(None, "With --streaming: clips in the shuffle buffer (default: 1000).")
+    sampling_rate: int | None = option(
+        None, "Sampling rate in Hz that audio is resampled to (default: the checkpoint's, or 16000)."
     )
-    global_seconds: float = field(default=6.0, metadata={"help": "Length of the two global crops."})
-    local_seconds: float = field(default=2.0, metadata={"help": "Length of the local crops."})
-    num_local_crops: int | None = field(default=None, metadata={"help": "Local crops a clip (2024: 4, 2023: none)."})
-    mean: float | None = field(
-        default=None, metadata={"help": "Mean of the log-mel values (default: the checkpoint's, or AudioSet's)."}
+    global_seconds: float = option(6.0, "Length of the two global crops of a clip, in seconds.")
+    local_seconds: float | None = option(None, "Length of the local crops, in seconds (default: 2).")
+    num_local_crops: int | None = option(
+        None,
+        f"Local crops per clip {by_preset(lambda p: p.num_local_crops)}; none with --global_loss_weight 0.",
     )
-    std: float | None = field(default=None, metadata={"help": "Their standard deviation, likewise."})
-    strict: bool = field(default=False, metadata={"help": "Stop at a file that cannot be read."})
-    knn_train: str | None = field(
-        default=None, metadata={"help": "csv of labelled clips (columns file and label) that vote in a kNN probe."}
+    mean: float | None = option(
+        None, "Mean of the log-mel values, for normalization (default: the checkpoint's, or that of AudioSet)."
     )
-    knn_test: str | None = field(default=None, metadata={"help": "csv of the clips that it is scored on."})
-    knn_steps: int = field(default=1000, metadata={"help": "Optimizer steps between two kNN probes."})
+    std: float | None = option(
+        None, "Standard deviation of the log-mel values (default: the checkpoint's, or that of AudioSet)."
+    )
+    strict: bool = option(False, "Stop at a file that cannot be read, instead of reporting and skipping it.")
+    knn_train: str | None = option(
+        None, "Labelled clips for a kNN probe during training: csv with columns file and label. Needs --knn_test."
+    )
+    knn_test: str | None = option(None, "Labelled clips that the kNN probe classifies: csv as for --knn_train.")
+    knn_steps: int | None = option(None, "Optimizer steps between two kNN probes (default: 1000).")
 
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Checkpoint to go on from: an ASiT encoder (heads are fresh, the teacher is a copy), an ASiT "
-            "pretraining checkpoint (all of it goes on), or a ViT of images (as an encoder). An ASiT keeps its "
-            "positions, whatever --global_seconds is."
-        },
+    model_name_or_path: str | None = option(
+        None,
+        "Checkpoint to start a new run from (default: random initialization): an ASiT encoder (new heads; the teacher "
+        "is a copy), an ASiT pretraining checkpoint (heads, teacher and centers are kept) or an image ViT (as an "
+        "encoder). An ASiT keeps its position embeddings, whatever --global_seconds is. To continue an interrupted "
+        "run, use --resume_from_checkpoint True instead.",
     )
-    size: str = field(default="base", metadata={"help": "Of a model from random weights: tiny, small or base."})
-    global_loss_weight: float | None = field(default=None, metadata={"help": "Of the CLS loss (2024: 0.5, 2023: 1)."})
-    local_loss_weight: float | None = field(default=None, metadata={"help": "Of the patch loss (0.5, 1)."})
-    reconstruction_loss_weight: float | None = field(default=None, metadata={"help": "Of the L1 loss (1, 2)."})
-    local_loss_patches: str | None = field(
-        default=None, metadata={"help": "Patches that the patch loss is taken over: all or corrupted."}
+    size: str | None = option(
+        None, "Model size when training from random initialization (default: base).", choices=list(SIZES)
     )
-    config_overrides: str | None = field(
-        default=None, metadata={"help": "Other fields of ASiTConfig: num_prototypes=4096,num_hidden_layers=6"}
+    global_loss_weight: float | None = option(
+        None,
+        f"Weight of the global loss, on the CLS token {by_preset(lambda p: p.config['global_loss_weight'])}.",
     )
-    drop_path_rate: float = field(default=0.1, metadata={"help": "Stochastic depth of the student."})
-    attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    local_loss_weight: float | None = option(
+        None, f"Weight of the local loss, on patches {by_preset(lambda p: p.config['local_loss_weight'])}."
+    )
+    reconstruction_loss_weight: float | None = option(
+        None,
+        f"Weight of the L1 loss of masked pixels {by_preset(lambda p: p.config['reconstruction_loss_weight'])}.",
+    )
+    local_loss_patches: str | None = option(
+        None, "Patches that the local loss is averaged over (default: all).", choices=list(LOCAL_LOSS_PATCHES)
+    )
+    config_overrides: str | None = option(
+        None, "Other fields of ASiTConfig, for example num_prototypes=4096,num_hidden_layers=6."
+    )
+    drop_path_rate: float = option(0.1, "Stochastic depth rate of the student.")
+    attn_implementation: str = option(
+        "sdpa", "Attention implementation of transformers: eager, sdpa, flash_attention_2, ..."
+    )
+
+
+def refuse_options_without_effect(model: ModelArguments, data: DataArguments, args: ASiTPreTrainingArguments) -> None:
+    num_local_crops = get_preset(args.preset).num_local_crops if data.num_local_crops is None else data.num_local_crops
+    for name, given, effective, condition in (
+        ("shuffle_buffer", data.shuffle_buffer, data.streaming, "without --streaming"),
+        ("steps_per_epoch", args.steps_per_epoch, data.streaming, "without --streaming"),
+        ("knn_test", data.knn_test, data.knn_train, "without --knn_train"),
+        ("knn_steps", data.knn_steps, data.knn_train, "without --knn_train"),
+        ("local_seconds", data.local_seconds, num_local_crops, "without local crops (--num_local_crops)"),
+        ("num_local_crops", data.num_local_crops, model.global_loss_weight != 0, "with --global_loss_weight 0"),
+        ("size", model.size, not model.model_name_or_path, "with --model_name_or_path, whose checkpoint decides"),
+    ):
+        if given and not effective:
+            raise ValueError(f"--{name} has no effect {condition}: remove it, also from recipes")
 
 
 def build_dataset(
@@ -114,7 +147,7 @@ def build_dataset(
     settings = {
         "sampling_rate": sampling_rate,
         "global_seconds": data.global_seconds,
-        "local_seconds": data.local_seconds,
+        "local_seconds": 2.0 if data.local_seconds is None else data.local_seconds,
         "num_local_crops": num_local_crops,
         "roll_probability": get_preset(args.preset).roll_probability,
         "seed": args.seed,
@@ -122,11 +155,11 @@ def build_dataset(
     if packed := [source for source in data.train_data if is_packed(source)]:
         if len(data.train_data) > 1:
             raise ValueError(
-                f"expected the packed audio of {packed[0]} to be the only train_data, got {data.train_data}: pack all "
-                "of it together (examples/tools/make_shards.py --format packed)"
+                f"expected packed audio to be the only train_data, got {data.train_data}: pack all of the audio into "
+                "one folder (examples/tools/make_shards.py --format packed)"
             )
         if data.streaming:
-            raise ValueError(f"expected audio to stream, got packed audio in {packed[0]}: leave out --streaming")
+            raise ValueError(f"--streaming does not work with packed audio, got {packed[0]}: remove it")
         return PackedCrops(packed[0], **settings)
     if parcels := [source for source in data.train_data if is_parcels(source)]:
         raise ValueError(
@@ -135,7 +168,9 @@ def build_dataset(
         )
     dataset = load_unlabelled(data.train_data, streaming=data.streaming)
     if data.streaming:
-        dataset = dataset.shuffle(seed=args.seed, buffer_size=data.shuffle_buffer)
+        dataset = dataset.shuffle(
+            seed=args.seed, buffer_size=1000 if data.shuffle_buffer is None else data.shuffle_buffer
+        )
     crops = StreamingCrops if data.streaming else PretrainingCrops
     return crops(dataset, **settings, strict=data.strict)
 
@@ -156,7 +191,7 @@ def build_model(model: ModelArguments, data: DataArguments, args: ASiTPreTrainin
         return ASiTForPreTraining.from_pretrained(name, config=config, attn_implementation=model.attn_implementation)
     fields.setdefault("num_frames", position_frames(data.global_seconds))
     encoder = encoder_from_vit(name, **fields) if name else None
-    config = encoder.config if encoder else ASiTConfig.from_size(model.size, **fields)
+    config = encoder.config if encoder else ASiTConfig.from_size(model.size or "base", **fields)
     config._attn_implementation = model.attn_implementation
     pretraining = ASiTForPreTraining(config)
     if encoder:
@@ -171,16 +206,16 @@ def is_asit(name_or_path: str) -> bool:
 
 
 def parse_overrides(text: str | None) -> dict:
-    """`name=value,name=value` as fields of the configuration."""
+    """Fields of the configuration from `name=value,name=value`."""
     pairs = [pair.partition("=") for pair in text.split(",")] if text else []
     for name, _, value in pairs:
         if name not in ASiTConfig.__dataclass_fields__ or not value:
-            raise ValueError(f"config_overrides must read FIELD=VALUE,..., with fields of ASiTConfig; got {name!r}")
+            raise ValueError(f"expected --config_overrides FIELD=VALUE,... with fields of ASiTConfig, got {name!r}")
     return {name: yaml.safe_load(value) for name, _, value in pairs}
 
 
 def build_feature_extractor(model: ModelArguments, data: DataArguments, num_mel_bins: int) -> ASiTFeatureExtractor:
-    """An ASiT checkpoint's, or a fresh one; with what the command line says."""
+    """The extractor of an ASiT checkpoint, or a new one, with the options of the command line."""
     chosen = {name: getattr(data, name) for name in ("sampling_rate", "mean", "std")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if model.model_name_or_path and is_asit(model.model_name_or_path):
@@ -190,16 +225,23 @@ def build_feature_extractor(model: ModelArguments, data: DataArguments, num_mel_
 
 def build_knn_probe(data: DataArguments, trainer: ASiTPreTrainer) -> KnnProbeCallback:
     if not data.knn_test:
-        raise ValueError("knn_train needs knn_test, the clips that the probe is scored on")
+        raise ValueError("--knn_train needs --knn_test, the clips to classify")
     train = load_labelled(data.knn_train)
     test = load_labelled(data.knn_test, names=label_names(train))
     rate = trainer.processing_class.sampling_rate
-    return KnnProbeCallback(trainer, LabelledClips(train, rate), LabelledClips(test, rate), data.knn_steps)
+    every_steps = 1000 if data.knn_steps is None else data.knn_steps
+    return KnnProbeCallback(trainer, LabelledClips(train, rate), LabelledClips(test, rate), every_steps)
 
 
 def position_frames(seconds: float) -> int:
-    """Frames of a crop, cut to whole patches: 6 s are 598 frames, cut to 592."""
+    """Frames of a crop, in whole patches: of the 598 frames of 6 s, 592."""
     return (round(seconds * 100) - 2) // 16 * 16
+
+
+def saved_step(folder: str) -> int | None:
+    """The step of the state saved in a run's folder or checkpoint, if there is one."""
+    path = Path(folder) / TRAINER_STATE_NAME
+    return TrainerState.load_from_json(str(path)).global_step if path.is_file() else None
 
 
 def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
@@ -209,10 +251,11 @@ def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
     logging.set_verbosity_info() if args.should_log else logging.set_verbosity_warning()
     set_seed(args.seed)
 
+    refuse_options_without_effect(model_args, data_args, args)
     model = build_model(model_args, data_args, args)
     feature_extractor = build_feature_extractor(model_args, data_args, model.config.num_mel_bins)
     num_local_crops = data_args.num_local_crops
-    if num_local_crops is None:  # they enter the global loss only
+    if num_local_crops is None:  # they are part of the global loss only
         num_local_crops = get_preset(args.preset).num_local_crops if model.config.global_loss_weight else 0
     dataset = build_dataset(data_args, args, feature_extractor.sampling_rate, num_local_crops)
     trainer = ASiTPreTrainer(model=model, args=args, train_dataset=dataset, processing_class=feature_extractor)
@@ -221,13 +264,16 @@ def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
         trainer.add_callback(build_knn_probe(data_args, trainer))
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.terminated:
-        logger.warning(f"terminated at step {trainer.state.global_step}: --resume_from_checkpoint True goes on")
+        logger.warning(f"terminated at step {trainer.state.global_step}: continue with --resume_from_checkpoint True")
         sys.exit(128 + signal.SIGTERM)
-    trainer.save_model()
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        sources = None if data_args.streaming else dataset.sources
-        describe_run(trainer, ["examples/run_pretraining.py", *arguments], card_args, sources)
+    if checkpoint and saved_step(checkpoint) == saved_step(args.output_dir) == trainer.state.global_step:
+        logger.warning(f"nothing to do: the run is complete at step {trainer.state.global_step}")
+    else:
+        trainer.save_model()
+        if trainer.is_world_process_zero():
+            sources = None if data_args.streaming else dataset.sources
+            describe_run(trainer, ["examples/run_pretraining.py", *arguments], card_args, sources)
+        trainer.save_state()  # last: `saved_step` reads it to see that the other files are complete
     if args.push_to_hub:
         trainer.push_to_hub()
     return trainer

@@ -1,125 +1,156 @@
 """Arguments of pretraining."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from transformers import TrainingArguments
 
 from ..utils.time_budget import TimeBudgetArguments
 from .masking import FILLS, GMML, PATTERNS
-from .presets import get_preset
+from .presets import PRESETS, Preset, get_preset
 
-_SET_BY_ASIT = {"warmup_steps": 0, "lr_scheduler_type": "linear", "label_smoothing_factor": 0.0}
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field of a dataclass of options; `metadata` goes to `ArgumentParser.add_argument`, for example `choices`."""
+    if default is None and "(default:" in help:
+        help += "%(default).0s"  # argparse would add "(default: None)" to a help without %(default)
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def by_preset(value: Callable[[Preset], float]) -> str:
+    """For the help of an option whose default depends on the preset."""
+    values = ", ".join(f"{name}: {value(preset):g}" for name, preset in PRESETS.items())
+    return f"(default: set by --preset: {values})"
+
+
+# Options of TrainingArguments that have no effect in pretraining, by the reason.
+_NO_EFFECT = {
+    "ASiT has its own schedules and losses": (
+        *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "label_smoothing_factor"),
+    ),
+    "pretraining has no evaluation; KnnProbeCallback (knn_train in run_pretraining.py) measures kNN accuracy": (
+        *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps"),
+        *("eval_use_gather_object", "eval_do_concat_batches", "per_device_eval_batch_size", "batch_eval_metrics"),
+        *("prediction_loss_only", "bf16_full_eval", "fp16_full_eval", "do_eval", "do_predict"),
+        *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    ),
+    "batches are crops without labels, columns or tokens": (
+        *("label_names", "length_column_name", "neftune_noise_alpha", "use_cache"),
+        *("use_liger_kernel", "liger_kernel_config"),
+    ),
+}
+# Options of which only some values work.
+_ALLOWED = {
+    "remove_unused_columns": (False,),
+    "train_sampling_strategy": ("random", "sequential"),
+    "save_strategy": ("no", "steps", "epoch"),
+}
 
 
 @dataclass
 class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
     """
-    TrainingArguments with ASiT's schedules. `None` means: as the chosen objective has it.
+    TrainingArguments with ASiT's schedules. `None` means: set by `preset`.
 
-    The learning rate is `base_learning_rate * global batch / 256` unless `learning_rate` is given.
+    The learning rate is `base_learning_rate * global batch size / 256` unless `learning_rate` is given. Options of
+    TrainingArguments that have no effect are refused.
     """
 
-    preset: str = field(default="2024", metadata={"help": "The authors' release to follow: 2024 or 2023."})
-    base_learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate for a global batch of 256."})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate; overrides base_learning_rate."}
+    preset: str = option(
+        "2024", "Release of the authors' code whose settings are the defaults.", choices=sorted(PRESETS)
     )
-    encoder_learning_rate_scale: float = field(
-        default=1.0,
-        metadata={
-            "help": "Factor of the learning rate of the student's encoder, above 0. Below 1, such as 0.02, where it "
-            "is trained already and the heads are not."
-        },
+    base_learning_rate: float = option(
+        5e-4, "Peak learning rate per 256 clips of the global batch: the learning rate grows with the batch."
     )
-    min_learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate at the end of the cosine."})
-    warmup_epochs: float = field(default=10.0, metadata={"help": "Epochs of linear warm-up of the learning rate."})
-    weight_decay: float = field(default=0.04, metadata={"help": "Weight decay at the start; cosine to the end."})
-    weight_decay_end: float = field(default=0.4, metadata={"help": "Weight decay at the end."})
-    teacher_momentum: float = field(default=0.996, metadata={"help": "Teacher's EMA momentum at the start."})
-    teacher_momentum_end: float = field(default=1.0, metadata={"help": "Teacher's EMA momentum at the end."})
-    warmup_teacher_temperature: float = field(default=0.04, metadata={"help": "Teacher temperature at the start."})
-    teacher_temperature: float = field(default=0.07, metadata={"help": "Teacher temperature after its warm-up."})
-    warmup_teacher_temperature_epochs: int | None = field(
-        default=None, metadata={"help": "Epochs over which the teacher temperature rises (2024: 5, 2023: 30)."}
+    learning_rate: float | None = option(None, "Peak learning rate; overrides base_learning_rate.")
+    encoder_learning_rate_scale: float = option(
+        1.0,
+        "Factor on the learning rate of the student's encoder, above 0. Use a value below 1, such as 0.02, for a "
+        "trained encoder with new heads.",
     )
-    freeze_last_layer_epochs: int | None = field(
-        default=None, metadata={"help": "Epochs during which the prototypes get no gradient (2024: 1, 2023: 0)."}
+    min_learning_rate: float = option(1e-6, "Learning rate at the end of the cosine decay.")
+    warmup_epochs: float = option(10.0, "Length of the learning rate's linear warm-up, in epochs.")
+    weight_decay: float = option(0.04, "Weight decay at the first step; follows a cosine to weight_decay_end.")
+    weight_decay_end: float = option(0.4, "Weight decay at the last step.")
+    teacher_momentum: float = option(
+        0.996, "Momentum of the teacher's EMA at the first step; follows a cosine to teacher_momentum_end."
     )
-    max_tensor_grad_norm: float = field(
-        default=3.0, metadata={"help": "Clips the gradient norm of every parameter tensor by itself; 0: off."}
+    teacher_momentum_end: float = option(1.0, "Momentum of the teacher's EMA at the last step.")
+    warmup_teacher_temperature: float = option(0.04, "Teacher temperature at the start of its warm-up.")
+    teacher_temperature: float = option(0.07, "Teacher temperature after its warm-up.")
+    warmup_teacher_temperature_epochs: int | None = option(
+        None,
+        f"Epochs of the teacher temperature's warm-up {by_preset(lambda p: p.warmup_teacher_temperature_epochs)}.",
     )
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the global gradient norm; 0: off."})
-    mask_ratio_min: float | None = field(default=None, metadata={"help": "Least share of pixels set to zero."})
-    mask_ratio_max: float | None = field(default=None, metadata={"help": "Largest share of pixels set to zero."})
-    replace_ratio: float | None = field(
-        default=None, metadata={"help": "Share of pixels replaced by those of another clip."}
+    freeze_last_layer_epochs: int | None = option(
+        None,
+        f"First epochs, in which the prototypes are frozen {by_preset(lambda p: p.freeze_last_layer_epochs)}.",
     )
-    replace_probability: float | None = field(
-        default=None, metadata={"help": "How often pixels are replaced instead of set to zero."}
+    max_tensor_grad_norm: float = option(
+        3.0, "Largest gradient norm of a parameter tensor, each clipped separately; 0: no clipping."
     )
-    max_block_ratio: float | None = field(default=None, metadata={"help": "Longest side of a block, as a share."})
-    mask_alignment: int | None = field(default=None, metadata={"help": "Pixels that blocks are aligned to."})
-    mask_pattern: str = field(
-        default="blocks", metadata={"help": f"What is corrupted together, one of {', '.join(PATTERNS)}."}
+    max_grad_norm: float = option(0.0, "Largest gradient norm of all parameters together; 0: no clipping.")
+    mask_ratio_min: float | None = option(
+        None,
+        f"Smallest masking ratio of a view, as a share of the pixels {by_preset(lambda p: p.gmml.mask_ratio[0])}.",
     )
-    mask_fill: str = field(
-        default="zeros", metadata={"help": f"What stands where nothing replaces, one of {', '.join(FILLS)}."}
+    mask_ratio_max: float | None = option(
+        None,
+        f"Largest masking ratio of a view {by_preset(lambda p: p.gmml.mask_ratio[1])}; at least mask_ratio_min.",
     )
-    steps_per_epoch: int | None = field(
-        default=None, metadata={"help": "For data without a length: the optimizer steps that count as an epoch."}
+    replace_ratio: float | None = option(
+        None, "Share of the pixels that another clip's replace, in views with replacement (default: 0.3)."
     )
-    plot_steps: int = field(
-        default=500, metadata={"help": "Draws a reconstruction and the curves every so many steps; 0: never."}
+    replace_probability: float | None = option(
+        None, "Probability that a view has pixels replaced instead of masked (default: 0.5)."
     )
-    dataloader_drop_last: bool = field(
-        default=True, metadata={"help": "Leaves out the epoch's last batch if it is not full (others each epoch)."}
+    max_block_ratio: float | None = option(
+        None, "Longest side of a block, as a share of the frames or mel bins (default: 0.3)."
     )
-    max_skipped_steps: int = field(
-        default=20,
-        metadata={"help": "Stop after so many steps in a row whose loss or gradient is not finite; they are skipped."},
+    mask_alignment: int | None = option(None, "Blocks start and end at multiples of this many pixels (default: 1).")
+    mask_pattern: str = option(
+        "blocks",
+        "Shape of the corrupted regions: blocks, bands of time or of frequency, or single patches.",
+        choices=list(PATTERNS),
     )
-    mean_over_all: bool = field(
-        default=True,
-        metadata={
-            "help": "Over several processes: reconstruction loss as the mean over the pixels of all of them; "
-            "False: each takes the mean over its own, as the authors do."
-        },
+    mask_fill: str = option("zeros", "Fill value for masked pixels that are not replaced.", choices=list(FILLS))
+    steps_per_epoch: int | None = option(
+        None, "Optimizer steps that count as an epoch in the schedules; required for data without a length."
     )
-    keep_freed_memory: bool = field(
-        default=True,
-        metadata={"help": "On a processor: the process keeps what a step frees, for the next one (glibc only)."},
+    plot_steps: int = option(500, "Optimizer steps between plots of a reconstruction and the curves; 0: no plots.")
+    dataloader_drop_last: bool = option(True, "Drop the last batch of an epoch if it is incomplete.")
+    max_skipped_steps: int = option(
+        20, "Stop after this many steps in a row were skipped because a loss or gradient was not finite."
     )
-    compile_layers: bool = field(
-        default=False,
-        metadata={
-            "help": "Compile the layers of student and teacher and the body of the local loss, which takes minutes "
-            "at the start. Batches must all have one shape, as crops have."
-        },
+    mean_over_all: bool = option(
+        True,
+        "With several processes: average the reconstruction loss over the masked pixels of all processes. False: "
+        "average within each process first, as the authors' code does.",
     )
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={
-            "help": "Trainer's filter of non-finite losses, which are skipped here anyway; it synchronizes every step."
-        },
+    keep_freed_memory: bool = option(
+        True, "On a CPU: keep the memory that a step frees for the next one, which is faster (glibc only)."
     )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Search for unused parameters in every pass under DDP; there are none."}
+    compile_layers: bool = option(
+        False,
+        "Compile the layers of student and teacher and the body of the local loss: faster steps after minutes of "
+        "compilation. All batches must have the same shape, as crops do.",
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: the data room names its own."})
+    logging_nan_inf_filter: bool = option(
+        False,
+        "Filter non-finite losses from logs. Not needed (such steps are skipped), and every step would wait for it.",
+    )
+    ddp_find_unused_parameters: bool | None = option(
+        False, "Search for unused parameters in every pass under DDP. Not needed: all parameters are used."
+    )
+    remove_unused_columns: bool = option(False, "Must be False: the trainer needs what Trainer would remove.")
 
     def __post_init__(self):
         preset = get_preset(self.preset)
-        for name, default in _SET_BY_ASIT.items():
-            if getattr(self, name) != default:
-                raise ValueError(f"{name} has no effect here: ASiT's own schedules and losses are used")
+        self._refuse_options_without_effect()
         if self.accelerator_config is None and self.dataloader_pin_memory and not self.use_cpu:
-            self.accelerator_config = {"non_blocking": True}  # from pinned memory, while the device computes
+            self.accelerator_config = {"non_blocking": True}  # copy from pinned memory while the device computes
         super().__post_init__()
-        if self.torch_compile:
-            raise ValueError(
-                "torch_compile is not supported: it compiles the whole model and unrolls the loop of its local loss. "
-                "Set compile_layers instead"
-            )
         if self.warmup_teacher_temperature_epochs is None:
             self.warmup_teacher_temperature_epochs = preset.warmup_teacher_temperature_epochs
         if self.freeze_last_layer_epochs is None:
@@ -128,7 +159,21 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
             self.learning_rate = self.base_learning_rate * self.global_batch_size / 256
         if not self.encoder_learning_rate_scale > 0:
             raise ValueError(f"expected encoder_learning_rate_scale above 0, got {self.encoder_learning_rate_scale}")
-        self.gmml  # noqa: B018  raises for values that no mask can be drawn from
+        self.gmml  # noqa: B018  raises if no mask can be drawn with these values
+
+    def _refuse_options_without_effect(self) -> None:
+        defaults = {one.name: one.default for one in fields(TrainingArguments)}
+        for reason, names in _NO_EFFECT.items():
+            if changed := [name for name in names if getattr(self, name) != defaults[name]]:
+                raise ValueError(f"no effect in pretraining: {', '.join(changed)}; {reason}")
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            raise ValueError(
+                "torch_compile is not supported: it compiles the whole model and unrolls the loop of its local loss. "
+                "Set compile_layers instead"
+            )
+        for name, allowed in _ALLOWED.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"expected {name} {' or '.join(map(str, allowed))} in pretraining, got {value}")
 
     @property
     def global_batch_size(self) -> int:
@@ -137,7 +182,7 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
 
     @property
     def gmml(self) -> GMML:
-        """The corruption: the objective's, with what was set here."""
+        """The corruption: the preset's, with the options that were set."""
         default = get_preset(self.preset).gmml
         low, high = default.mask_ratio
         low = low if self.mask_ratio_min is None else self.mask_ratio_min

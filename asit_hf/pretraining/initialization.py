@@ -15,7 +15,7 @@ from ..modeling_asit import ASiTModel
 logger = logging.get_logger(__name__)
 
 VIT_MODEL_TYPES = ("vit", "deit", "vit_mae", "vit_msn")
-# What the weights decide, by the names that both configurations have.
+# Fields that the weights determine; both configurations have them under the same names.
 _SHARED_FIELDS = (
     "hidden_size",
     "num_hidden_layers",
@@ -33,28 +33,26 @@ def encoder_from_vit(
     """
     An encoder that starts from a ViT checkpoint of transformers, as the authors' 2024 release does from ImageNet.
 
-    An image's height becomes time and its width mel, without turning patches or positions: positions are resized
-    bicubically to the patch grid, patch weights summed over the colors. Classifier, pooler and DeiT's distillation
-    token have no place in ASiT.
+    The image's height becomes the time axis and its width the mel axis. Position embeddings are resized bicubically to
+    `(time_patches, mel_patches)`, patch weights are summed over the colors; classifier, pooler and DeiT's distillation
+    token are dropped.
 
     Args:
-        name_or_path: a folder or Hub name, of model type `vit`, `deit`, `vit_mae` or `vit_msn`, with or without a
-            head.
-        num_frames (`int`, defaults to 592): frames to resize the positions for.
+        name_or_path: folder or Hub name of a checkpoint of type `vit`, `deit`, `vit_mae` or `vit_msn`, with or without
+            a head.
+        num_frames (`int`, defaults to 592): frames of the input that the positions are resized for.
         num_mel_bins (`int`, defaults to 128): mel bins of the input.
         fields: other fields of [`ASiTConfig`]. Width, depth, heads, MLP, activation, layer norm epsilon, bias and
-            patch size are the checkpoint's.
+            patch size come from the checkpoint.
 
     Raises:
-        OSError: no such checkpoint.
-        ValueError: another type of model, patches that are not square, weights that lack a tensor, or a field that
-            contradicts the checkpoint.
+        OSError: the checkpoint does not exist.
+        ValueError: another type of model, patches that are not square, a missing tensor, or a field that contradicts
+            the checkpoint.
     """
     model_type = read_model_type(name_or_path)
     if model_type not in VIT_MODEL_TYPES:
-        raise ValueError(
-            f"{name_or_path}: expected a ViT checkpoint, model_type {', '.join(VIT_MODEL_TYPES)}, got {model_type!r}"
-        )
+        raise ValueError(f"{name_or_path}: expected model_type {', '.join(VIT_MODEL_TYPES)}, got {model_type!r}")
     vit_config = AutoConfig.from_pretrained(name_or_path)
     patch, image = _pair(vit_config.patch_size), _pair(vit_config.image_size)
     if patch[0] != patch[1]:
@@ -62,7 +60,7 @@ def encoder_from_vit(
     decided = {**{name: getattr(vit_config, name) for name in _SHARED_FIELDS}, "patch_size": patch[0]}
     for name, value in decided.items():
         if fields.get(name, value) != value:
-            raise ValueError(f"{name} is {value} in {name_or_path}, which cannot become {fields[name]}")
+            raise ValueError(f"{name}: expected {value}, the value of {name_or_path}, got {fields[name]}")
     config = ASiTConfig(**{**fields, **decided, "num_frames": num_frames, "num_mel_bins": num_mel_bins})
     tensors = _load_tensors(name_or_path, vit_config)
     tensors["embeddings.position_embeddings"] = resize_positions(
@@ -77,18 +75,18 @@ def encoder_from_vit(
 
 def resize_positions(positions: torch.Tensor, grid: tuple[int, int], target: tuple[int, int]) -> torch.Tensor:
     """
-    Resizes position embeddings bicubically in two dimensions; that of the CLS token, the first, stays.
+    Resizes the position embeddings of patches bicubically; that of the CLS token, the first, is kept.
 
     Args:
-        positions (`torch.Tensor` of shape `(1, 1 + rows * columns, hidden_size)`).
-        grid (`tuple[int, int]`): rows and columns that the patch positions are read as, row after row.
-        target (`tuple[int, int]`): rows and columns wanted.
+        positions (`torch.Tensor` of shape `(1, 1 + time_patches * mel_patches, hidden_size)`): time-major.
+        grid (`tuple[int, int]`): their `(time_patches, mel_patches)`.
+        target (`tuple[int, int]`): the new `(time_patches, mel_patches)`.
 
     Returns:
-        `torch.Tensor` of shape `(1, 1 + target rows * target columns, hidden_size)`.
+        `torch.Tensor` of shape `(1, 1 + time_patches * mel_patches, hidden_size)` of the target.
 
     Raises:
-        ValueError: another number of positions than `grid` has.
+        ValueError: the number of positions does not match `grid`.
     """
     if positions.shape[1] - 1 != grid[0] * grid[1]:
         raise ValueError(f"expected {grid[0]} x {grid[1]} patch positions, got {positions.shape[1] - 1}")
@@ -107,7 +105,7 @@ def _load_tensors(name_or_path: str | os.PathLike, vit_config: PreTrainedConfig)
         raise ValueError(f"{name_or_path}: {len(missing)} tensors are missing: {missing[0]}, ...")
     tensors = {key: value for key, value in vit.state_dict().items() if not key.startswith(unneeded)}
     if hasattr(vit.embeddings, "distillation_token"):
-        logger.warning("%s: the distillation token and its position are left out", name_or_path)
+        logger.warning("%s: the distillation token and its position embedding are dropped", name_or_path)
         positions = tensors["embeddings.position_embeddings"]
         tensors["embeddings.position_embeddings"] = torch.cat((positions[:, :1], positions[:, 2:]), dim=1)
     return tensors

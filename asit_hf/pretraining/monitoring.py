@@ -1,51 +1,64 @@
-"""Watching whether a pretraining run learns: collapse of the distillation, and a kNN probe on labelled audio."""
+"""Monitors a pretraining run: collapse of the distillation, kNN probe, plots, unreadable files."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
 from ..evaluation.embeddings import embed
 from ..evaluation.probes import knn_probe
 from ..modeling_asit import ASiTModel
+from .fsdp import unsharded
 
 logger = logging.get_logger(__name__)
 
-# Logs in a row that have to look collapsed before it is said.
+# Consecutive logs that must look collapsed before the warning.
 PATIENCE = 3
-NEIGHBOURS = 20
+NEIGHBORS = 20
+CURVES = (
+    "loss",
+    "global_loss",
+    "local_loss",
+    "reconstruction_loss",
+    "cls_entropy",
+    "patch_entropy",
+    "feature_std",
+    "learning_rate",
+    "grad_norm",
+)
 
 
 def collapsed_losses(logs: dict[str, float], config: Any) -> dict[str, str]:
     """
-    Which of the two distillation losses have nothing left to teach, by what a run logged: name to reason.
-
-    The teacher's distributions are useless when they are uniform or the same for every input.
+    The distillation losses that have collapsed according to the logged values, mapped to the reason: the teacher's
+    distributions carry no information if they are uniform or the same for every input.
     """
     found: dict[str, str] = {}
     sizes = {"cls": config.num_prototypes, "patch": config.num_patch_prototypes or config.num_prototypes}
     for loss, kind in (("global_loss", "cls"), ("local_loss", "patch")):
         if f"{kind}_entropy" not in logs:
             continue
-        entropy, spread = logs[f"{kind}_entropy"], logs[f"{kind}_logit_std"]
+        entropy, deviation = logs[f"{kind}_entropy"], logs[f"{kind}_logit_std"]
         highest = math.log(sizes[kind])
-        if spread < 0.02 * logs["teacher_temperature"]:
-            found[loss] = f"the teacher says the same of every input (its logits vary by {spread:.2g})"
+        if deviation < 0.02 * logs["teacher_temperature"]:
+            found[loss] = f"the teacher's distribution is the same for every input (logit std {deviation:.2g})"
         elif entropy > 0.999 * highest:
             found[loss] = f"the teacher's distributions are uniform (entropy {entropy:.3f} of {highest:.3f} nats)"
-    spread_out = 1 / config.hidden_size**0.5
-    if "global_loss" not in found and logs.get("feature_std", spread_out) < 0.01 * spread_out:
-        found["global_loss"] = f"the teacher's features of all clips are alike (deviation {logs['feature_std']:.2g})"
+    expected = 1 / config.hidden_size**0.5  # std of each dimension of unit vectors in all directions
+    if "global_loss" not in found and logs.get("feature_std", expected) < 0.01 * expected:
+        found["global_loss"] = f"the teacher's features are the same for all clips (std {logs['feature_std']:.2g})"
     return found
 
 
 class CollapseCallback(TrainerCallback):
-    """Warns once when a distillation loss has collapsed for some logs in a row, and again after it recovered."""
+    """Warns when a distillation loss looks collapsed in `PATIENCE` consecutive logs; once, until it recovers."""
 
     def __init__(self):
         self._logs_in_a_row: dict[str, int] = {}
@@ -65,12 +78,12 @@ class CollapseCallback(TrainerCallback):
 
 class KnnProbeCallback(TrainerCallback):
     """
-    Measures the accuracy of a kNN vote with the teacher's embeddings of labelled clips every so many steps; the next
-    log has it as `knn_accuracy`.
+    Measures the kNN accuracy of the teacher's embeddings on labelled clips; the next log reports it as
+    `knn_accuracy`.
 
     Args:
         trainer ([`ASiTPreTrainer`]): the run.
-        train, test ([`~asit_hf.data.LabelledClips`]): the clips that vote, and those that are asked about.
+        train, test ([`~asit_hf.data.LabelledClips`]): the neighbors, and the clips to classify.
         every_steps (`int`): optimizer steps between two probes.
     """
 
@@ -81,29 +94,76 @@ class KnnProbeCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every_steps == 0:
-            encoder = _gather(self.trainer.accelerator.unwrap_model(self.trainer.model).teacher["asit"])
+            encoder = unsharded(self.trainer.accelerator.unwrap_model(self.trainer.model).teacher["asit"])
             if state.is_world_process_zero:
                 self.trainer.next_log["knn_accuracy"] = self.accuracy(encoder)
 
     @torch.no_grad()
     def accuracy(self, encoder: ASiTModel) -> float:
-        """Share of the test clips whose class the nearest training clips give."""
-        with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled anew for every length
+        """Share of the test clips whose nearest training clips vote for their class."""
+        with torch.compiler.set_stance("force_eager"):  # compiled layers would be recompiled for every length
             features = [
                 embed(encoder, self.trainer.processing_class, clips, progress=False)
                 for clips in (self.train, self.test)
             ]
         labels = [np.asarray(clips.labels) for clips in (self.train, self.test)]
-        k = min(NEIGHBOURS, len(labels[0]))
+        k = min(NEIGHBORS, len(labels[0]))
         return knn_probe(features[0], labels[0], features[1], labels[1], k=k)["accuracy"]
 
 
-def _gather(encoder: ASiTModel) -> ASiTModel:
-    """The encoder, or a copy with all its weights if FSDP sharded them: every process has to call this."""
-    state = encoder.state_dict()
-    if not any(isinstance(value, DTensor) for value in state.values()):
-        return encoder
-    with torch.device("meta"):  # draws no weights, so the random state stays as it is
-        gathered = ASiTModel(encoder.config)
-    gathered.load_state_dict({name: value.full_tensor() for name, value in state.items()}, assign=True)
-    return gathered.eval()
+class PlotCallback(TrainerCallback):
+    """
+    Every `plot_steps` steps and at the end: plots the reconstruction of the batch's first clip and the curves so far,
+    as PNG in `output_dir/pictures` and, if the run reports to TensorBoard, there as well.
+    """
+
+    def __init__(self, trainer: Any):
+        from .. import plotting  # needs matplotlib, which training without plots does not
+
+        self.trainer, self.plotting = trainer, plotting
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # at the last step, not in on_train_end: TensorBoard's writer is closed by then
+        at_step = state.global_step % args.plot_steps == 0 or state.global_step == state.max_steps
+        if not at_step or not state.is_world_process_zero:
+            return
+        if self.trainer.last_example is not None:
+            figure = self.plotting.plot_reconstruction(**self.trainer.last_example)
+            self._save(figure, args, state, f"reconstruction-{state.global_step}")
+        if any("loss" in row for row in state.log_history):
+            self._save(self.plotting.plot_curves(state.log_history, CURVES), args, state, "curves")
+
+    def _save(self, figure: Any, args, state, name: str) -> None:
+        folder = Path(args.output_dir) / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"{name}.png", dpi=110)
+        for callback in self.trainer.callback_handler.callbacks:
+            writer = getattr(callback, "tb_writer", None)
+            if isinstance(callback, TensorBoardCallback) and writer is not None:
+                writer.add_figure(name.split("-")[0], figure, state.global_step)
+
+
+class BadFilesReport:
+    """Files that could not be read, each reported once: as a warning and as a line of JSON in `path`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.names: set[str] = set()
+
+    def start(self, resumed: bool) -> None:
+        """Continues the report of a resumed run; a new run starts a new one."""
+        if not resumed:
+            self.path.unlink(missing_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        self.names = {json.loads(line)["file"] for line in lines}
+
+    def add(self, bad_files: list[tuple[str, str]]) -> None:
+        """Takes pairs of file name and reason."""
+        for name, reason in bad_files:
+            if name in self.names:
+                continue
+            self.names.add(name)
+            logger.warning(f"skipped {name}: {reason}")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps({"file": name, "reason": reason}) + "\n")

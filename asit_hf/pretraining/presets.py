@@ -1,8 +1,9 @@
-"""What the authors' two public releases set differently. Everything else they share and is a default elsewhere."""
+"""Settings in which the authors' two public releases differ; what they share is a default elsewhere."""
 
 from dataclasses import dataclass
 from typing import Any
 
+from ..configuration_asit import ASiTConfig
 from .masking import GMML
 
 
@@ -14,10 +15,10 @@ class Preset:
     Args:
         config (`dict`): fields of [`ASiTConfig`].
         gmml ([`GMML`]): the corruption.
-        num_local_crops (`int`): short clean crops per clip, seen by the student only.
-        roll_probability (`float`): how often a waveform is shifted in a circle before it is cropped.
-        warmup_teacher_temperature_epochs (`int`): epochs over which the teacher's temperature rises.
-        freeze_last_layer_epochs (`int`): epochs during which the prototypes get no gradient.
+        num_local_crops (`int`): short clean crops per clip, for the student only.
+        roll_probability (`float`): probability of a circular shift of the waveform before cropping.
+        warmup_teacher_temperature_epochs (`int`): epochs over which the teacher temperature rises.
+        freeze_last_layer_epochs (`int`): first epochs, in which the prototypes are not updated.
     """
 
     config: dict[str, Any]
@@ -63,7 +64,16 @@ PRESETS = {
 
 
 def get_preset(name: str) -> Preset:
-    """The objective of a release, `"2024"` or `"2023"`."""
+    """The preset `"2024"` or `"2023"`."""
     if name not in PRESETS:
-        raise ValueError(f"objective must be one of {sorted(PRESETS)}, got {name!r}")
+        raise ValueError(f"expected preset to be one of {', '.join(sorted(PRESETS))}, got {name!r}")
     return PRESETS[name]
+
+
+def differences_from_preset(config: ASiTConfig, name: str) -> dict[str, tuple[Any, Any]]:
+    """Fields in which a configuration differs from a preset: name to (the configuration's value, the preset's)."""
+    return {
+        field: (getattr(config, field), value)
+        for field, value in get_preset(name).config.items()
+        if getattr(config, field) != value
+    }

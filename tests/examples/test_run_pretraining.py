@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -41,7 +42,6 @@ def options(folder, output, **kwargs):
     defaults = {
         "train_data": folder,
         "output_dir": output,
-        "size": "tiny",
         "config_overrides": SMALL,
         "global_seconds": 0.5,
         "local_seconds": 0.25,
@@ -51,25 +51,38 @@ def options(folder, output, **kwargs):
         "report_to": "none",
         "use_cpu": True,
         "save_strategy": "no",
+        "plot_steps": 0,
         "disable_tqdm": True,
     }
-    return [text for name, value in {**defaults, **kwargs}.items() for text in (f"--{name}", str(value))]
+    chosen = {name: value for name, value in {**defaults, **kwargs}.items() if value is not None}
+    return [text for name, value in chosen.items() for text in (f"--{name}", str(value))]
 
 
-def test_the_run_gives_a_checkpoint_that_exports(folder, tmp_path):
-    trainer = script.main(options(folder, tmp_path / "run", plot_steps=2, logging_steps=1))
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """A complete run of four steps, with checkpoints after two and four, and its command line."""
+    output = tmp_path_factory.mktemp("run")
+    return script.main(command_of_run(folder, output)), output
+
+
+def command_of_run(folder, output):
+    return options(folder, output, plot_steps=2, logging_steps=1, save_strategy="epoch", resume_from_checkpoint=True)
+
+
+def test_a_run_gives_a_checkpoint_that_exports(run, tmp_path):
+    trainer, output = run
     assert trainer.state.global_step == 4
     assert trainer.model.config.num_frames == 48
-    assert (tmp_path / "run" / "pictures" / "curves.png").is_file()
-    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert (output / "pictures" / "curves.png").is_file()
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     assert history[-1]["train_loss"] > 0
-    encoder = ASiTModel.from_pretrained(export_encoder(tmp_path / "run", tmp_path / "encoder"))
+    encoder = ASiTModel.from_pretrained(export_encoder(output, tmp_path / "encoder"))
     teacher = trainer.model.teacher["asit"]
     assert (encoder.embeddings.cls_token == teacher.embeddings.cls_token).all()
 
 
-def test_the_2023_objective_has_its_own_heads_and_no_local_crops(folder, tmp_path):
-    trainer = script.main(options(folder, tmp_path, preset="2023", num_train_epochs=1))
+def test_the_2023_preset_has_its_own_heads_and_no_local_crops(folder, tmp_path):
+    trainer = script.main(options(folder, tmp_path, preset="2023", local_seconds=None, num_train_epochs=1))
     config = trainer.model.config
     assert (config.num_patch_prototypes, config.reconstruction_hidden_size) == (1024, 768)
     assert (config.global_loss_weight, config.reconstruction_loss_weight) == (1.0, 2.0)
@@ -93,17 +106,17 @@ def assert_same(module, state):
         assert torch.equal(value, state[name]), name
 
 
-def test_it_goes_on_from_an_encoder_with_fresh_heads(folder, tmp_path):
-    trained = script.main(options(folder, tmp_path / "run", num_train_epochs=1)).model
-    encoder = export_encoder(tmp_path / "run", tmp_path / "encoder")
+def test_it_starts_from_an_encoder_with_new_heads(run, folder, tmp_path):
+    trained = run[0].model
+    encoder = export_encoder(run[1], tmp_path / "encoder")
     longer = {"model_name_or_path": encoder, "global_seconds": 0.7}
     model = build(options(folder, tmp_path / "next", **longer))
     assert isinstance(model, ASiTForPreTraining)
     assert_same(model.asit, ASiTModel.from_pretrained(encoder).state_dict())
     assert_teacher_is_student(model)
-    assert model.config.num_frames == 48  # the encoder's, which resizes its positions by itself
+    assert model.config.num_frames == 48  # the encoder's, which resizes its positions itself
     for name, value in model.heads.named_parameters():
-        if not name.endswith(("bias", "weight_g")):  # which all begin alike
+        if not name.endswith(("bias", "weight_g")):  # these have constant initial values
             for old in (trained.heads, trained.teacher["heads"]):
                 assert not torch.allclose(value, old.get_parameter(name)), name
         elif "projection" not in name:
@@ -113,15 +126,12 @@ def test_it_goes_on_from_an_encoder_with_fresh_heads(folder, tmp_path):
     assert trainer.state.global_step == 2
 
 
-def test_all_of_a_pretraining_checkpoint_goes_on(folder, tmp_path, caplog):
+def test_it_starts_from_a_pretraining_checkpoint_with_its_heads(folder, tmp_path, caplog):
     heads = f"{SMALL},num_patch_prototypes=12,reconstruction_hidden_size=20,reconstruction_bottleneck_size=10"
-    first = options(folder, tmp_path / "run", num_train_epochs=1, preset="2023", config_overrides=heads)
+    preset = {"preset": "2023", "local_seconds": None}
+    first = options(folder, tmp_path / "run", num_train_epochs=1, **preset, config_overrides=heads)
     trained = script.main(first).model
-    chosen = {
-        "model_name_or_path": tmp_path / "run",
-        "preset": "2023",
-        "config_overrides": "student_temperature=0.2",
-    }
+    chosen = {"model_name_or_path": tmp_path / "run", **preset, "config_overrides": "student_temperature=0.2"}
     model = build(options(folder, tmp_path / "next", **chosen))
     assert_same(model, {name: value.cpu() for name, value in trained.state_dict().items()})
     assert (model.config.num_patch_prototypes, model.config.global_loss_weight) == (12, 1.0)
@@ -147,8 +157,8 @@ def test_it_starts_from_a_vit(folder, tmp_path):
     assert trainer.processing_class.num_mel_bins == 32
 
 
-def test_it_goes_on_from_a_converted_backbone(folder, tmp_path):
-    """A file of the authors' without heads, as the public self-supervised one."""
+def test_it_starts_from_a_converted_backbone(folder, tmp_path):
+    """A checkpoint of the authors without heads, such as the public self-supervised one."""
     arrays = np.load(FIXTURES / "official_2024.npz")
     teacher = {name.removeprefix("teacher/"): torch.from_numpy(arrays[name]) for name in arrays.files}
     torch.save({name: value for name, value in teacher.items() if name.startswith("backbone.")}, tmp_path / "ssl.pt")
@@ -166,17 +176,55 @@ def test_it_goes_on_from_a_converted_backbone(folder, tmp_path):
     assert not torch.equal(trainer.model.asit.embeddings.position_embeddings, teacher["backbone.pos_embed"])
 
 
-def test_resuming_finds_the_last_checkpoint(folder, tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 3}
-    whole = script.main(options(folder, tmp_path, **saving))
-    (tmp_path / "checkpoint-6").rename(tmp_path / "kept-6")
-    resumed = script.main(options(folder, tmp_path, **saving, resume_from_checkpoint=True))
-    assert resumed.state.global_step == 6
-    for (name, expected), value in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
-        assert (expected == value).all(), name
+def test_resuming_finds_the_last_checkpoint(run, folder, tmp_path):
+    trainer, output = run
+    shutil.copytree(output, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoint-4"))
+    resumed = script.main(command_of_run(folder, tmp_path / "copy"))
+    assert resumed.state.global_step == 4
+    assert_same(resumed.model, trainer.model.state_dict())
 
 
-def test_streaming_follows_the_schedules(folder, tmp_path):
+def test_resuming_a_complete_run_leaves_its_files_untouched(run, folder):
+    def contents():
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.rglob("*") if path.is_file()}
+
+    _, output = run
+    before = contents()
+    assert {output / name for name in ("model.safetensors", "run.json", "README.md", "trainer_state.json")} <= set(
+        before
+    )
+    assert script.main(command_of_run(folder, output)).state.global_step == 4
+    assert contents() == before
+
+
+def test_resuming_completes_the_files_of_a_run_killed_at_its_end(run, folder, tmp_path):
+    missing = "trainer_state.json", "run.json", "README.md"
+    shutil.copytree(run[1], tmp_path / "copy")
+    for name in missing:
+        (tmp_path / "copy" / name).unlink()
+    script.main(command_of_run(folder, tmp_path / "copy"))
+    assert all((tmp_path / "copy" / name).is_file() for name in missing)
+
+
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [
+        ({"shuffle_buffer": 10}, "shuffle_buffer"),
+        ({"steps_per_epoch": 10}, "steps_per_epoch"),
+        ({"knn_steps": 10}, "knn_steps"),
+        ({"knn_test": "test.csv"}, "knn_test"),
+        ({"preset": "2023"}, "local_seconds"),
+        ({"num_local_crops": 0}, "local_seconds"),
+        ({"num_local_crops": 2, "global_loss_weight": 0}, "num_local_crops"),
+        ({"size": "tiny", "model_name_or_path": "checkpoint"}, "size"),
+    ],
+)
+def test_options_without_effect_are_refused(folder, tmp_path, given, option):
+    with pytest.raises(ValueError, match=f"--{option} has no effect"):
+        script.main(options(folder, tmp_path, **given))
+
+
+def test_schedules_of_a_stream_count_steps_per_epoch(folder, tmp_path):
     lines = [json.dumps({"audio": str(path)}) for path in sorted(folder.glob("*.flac"))]
     (tmp_path / "clips.jsonl").write_text("\n".join(lines))
     streaming = {"streaming": True, "max_steps": 6, "steps_per_epoch": 2, "warmup_teacher_temperature_epochs": 3}
@@ -188,12 +236,12 @@ def test_streaming_follows_the_schedules(folder, tmp_path):
     assert schedules.teacher_temperature.tolist() == pytest.approx([0.04, 0.04, 0.055, 0.055, 0.07, 0.07])
     model = trainer.model
     prototypes = [heads.distillation.cls_prototypes.weight_v for heads in (model.heads, model.teacher["heads"])]
-    assert not (prototypes[0] == prototypes[1]).all()  # they rested for the first epoch only
+    assert not (prototypes[0] == prototypes[1]).all()  # frozen in the first epoch only
     with pytest.raises(ValueError, match="steps_per_epoch"):
         script.main(options(tmp_path / "clips.jsonl", tmp_path / "other", streaming=True, max_steps=3))
 
 
-def test_a_checkpoint_keeps_its_rate_and_statistics(folder, tmp_path):
+def test_the_extractor_of_a_checkpoint_is_kept(folder, tmp_path):
     script.main(options(folder, tmp_path / "run", num_train_epochs=1, sampling_rate=8000, mean=-6.0, std=5.0))
     chosen = {"model_name_or_path": tmp_path / "run", "num_train_epochs": 1, "std": 4.0}
     trainer = script.main(options(folder, tmp_path / "next", **chosen))
@@ -214,7 +262,7 @@ def test_config_overrides_take_any_field():
 
 
 def test_a_folder_without_audio_is_refused(tmp_path):
-    (tmp_path / "notes.txt").write_text("nothing to hear")
+    (tmp_path / "notes.txt").write_text("no audio")
     with pytest.raises(FileNotFoundError, match=r"\.txt"):
         script.main(options(tmp_path, tmp_path / "run"))
 
@@ -230,13 +278,13 @@ ABLATIONS = {
 }
 
 
-def test_every_ablation_recipe_is_known():
+def test_every_ablation_recipe_is_tested():
     recipes = {path.stem.removeprefix("ablation-") for path in (EXAMPLES / "recipes").glob("ablation-*.yaml")}
     assert recipes == set(ABLATIONS)
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_ablation_recipes_change_what_they_say_and_nothing_else(folder, tmp_path, name):
+def test_ablation_recipes_change_one_thing(folder, tmp_path, name):
     recipe = str(EXAMPLES / "recipes" / f"ablation-{name}.yaml")
     trainer = script.main([*options(folder, tmp_path, max_steps=1, logging_steps=1), "--recipe", recipe])
     config, gmml = ABLATIONS[name]
@@ -258,8 +306,8 @@ def test_a_knn_probe_of_labelled_clips_is_logged(folder, tmp_path):
     trainer = script.main(options(folder, tmp_path / "run", logging_steps=2, **arguments))
     rows = [row for row in trainer.state.log_history if "knn_accuracy" in row]
     assert [row["step"] for row in rows] == [2, 4]
-    assert all(row["knn_accuracy"] == 1 for row in rows)  # each clip finds itself
-    with pytest.raises(ValueError, match="needs knn_test"):
+    assert all(row["knn_accuracy"] == 1 for row in rows)  # each clip is its own neighbor
+    with pytest.raises(ValueError, match="needs --knn_test"):
         script.main(options(folder, tmp_path / "run", knn_train=tmp_path / "train.csv"))
 
 
@@ -286,7 +334,7 @@ def pool(tmp_path_factory):
     return folder
 
 
-def test_it_trains_on_a_packed_pool(pool, tmp_path):
+def test_it_trains_on_packed_audio(pool, tmp_path):
     trainer = script.main(options(pool, tmp_path / "run", logging_steps=1))
     assert trainer.state.global_step == 4
     assert isinstance(trainer.train_dataset, PackedCrops)
@@ -295,24 +343,24 @@ def test_it_trains_on_a_packed_pool(pool, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "error"),
     [
         ({"sampling_rate": 8000}, "16000 Hz.*cannot be resampled.*8000 Hz"),
         ({"streaming": True, "max_steps": 2, "steps_per_epoch": 2}, "streaming"),
     ],
 )
-def test_a_packed_pool_is_neither_resampled_nor_streamed(pool, tmp_path, more, said):
-    with pytest.raises(ValueError, match=said):
+def test_packed_audio_cannot_be_resampled_or_streamed(pool, tmp_path, more, error):
+    with pytest.raises(ValueError, match=error):
         script.main(options(pool, tmp_path, **more))
 
 
-def test_parcels_are_no_audio_until_they_are_decoded(pool, tmp_path):
+def test_parcels_must_be_decoded_first(pool, tmp_path):
     encode_parcels(PackedAudio.load(pool), tmp_path / "parcels", num_threads=1)
     with pytest.raises(ValueError, match="decode"):
         script.main(options(tmp_path / "parcels", tmp_path / "run"))
 
 
-def test_a_packed_pool_is_not_mixed_with_other_data(pool, folder, tmp_path):
+def test_packed_audio_must_be_the_only_data(pool, folder, tmp_path):
     command = options(pool, tmp_path)
     command.insert(command.index(str(pool)) + 1, str(folder))
     with pytest.raises(ValueError, match="only train_data"):
@@ -320,13 +368,13 @@ def test_a_packed_pool_is_not_mixed_with_other_data(pool, folder, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_run_by_minutes_records_its_steps(folder, tmp_path, monkeypatch, streaming):
-    monkeypatch.setattr("asit_hf.utils.time_budget.now", itertools.count().__next__)  # every look lasts 1 s
+def test_a_run_with_max_minutes_records_its_steps(folder, tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr("asit_hf.utils.time_budget.now", itertools.count().__next__)  # each reading is 1 s later
     chosen = {"streaming": True, "steps_per_epoch": 2} if streaming else {}
     trainer = script.main(options(folder, tmp_path, max_minutes=0.5, **chosen))
     steps = trainer.state.global_step
     assert 8 <= steps <= 30
     recipe = json.loads((tmp_path / "run.json").read_text())["recipe"]
     assert (recipe["optimizer steps"], recipe["epochs"]) == (steps, steps / 2)
-    assert recipe["duration"] in ("0.5 minutes", "0.6 minutes")  # by the same clock
+    assert recipe["duration"] in ("0.5 minutes", "0.6 minutes")  # by that clock
     assert trainer.schedules.at(steps)["learning_rate"] < 0.4 * trainer.args.learning_rate

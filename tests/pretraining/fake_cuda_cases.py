@@ -3,8 +3,6 @@ Run by `test_fake_cuda.py` with the libraries of `examples/benchmarks/fake_cuda.
 of the device, mixes devices or has a size that depends on values raises here.
 """
 
-from types import SimpleNamespace
-
 import count_kernels
 import pytest
 import torch
@@ -18,6 +16,7 @@ from asit_hf.pretraining import gradients, masking
 from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
 from asit_hf.pretraining.masking import GMML, corrupt
 from asit_hf.pretraining.presets import get_preset
+from asit_hf.pretraining.schedules import epoch_schedules
 from asit_hf.pretraining.trainer import ASiTPreTrainer
 
 BATCH, SAMPLES = 4, 15760  # 97 frames, of which 96 are whole patches
@@ -39,13 +38,12 @@ class Step:
             plot_steps=0,
             max_grad_norm=0.0,
         )
-        args.steps_per_epoch = 5
         model = ASiTForPreTraining(config)
         if checkpointing:
             model.gradient_checkpointing_enable()
         extractor = ASiTFeatureExtractor(num_mel_bins=32)
         self.trainer = ASiTPreTrainer(model, args, extractor, train_dataset=[0] * 64, data_collator=collate_crops)
-        self.trainer.schedules = self.trainer._build_schedules(10, 5)
+        self.trainer.schedules = epoch_schedules(args, 10, 5)
         self.trainer._steps_per_epoch = 5
         self.trainer._agree = lambda *flags: [False] * len(flags)  # the one place that waits for the device
         self.dtype = dtype
@@ -72,11 +70,9 @@ class Step:
                 loss = trainer.compute_loss(model, inputs)
             loss.backward()
             trainer._get_grad_norm(model)
-            callbacks = [callback for callback in trainer.callback_handler.callbacks if hasattr(callback, "skips")]
-            arguments = (trainer.args, trainer.state, SimpleNamespace())
-            callbacks[0].on_pre_optimizer_step(*arguments)
+            trainer.before_optimizer_step()
             trainer.optimizer.step()
-            callbacks[0].on_optimizer_step(*arguments)
+            trainer.after_optimizer_step()
             model.zero_grad()
         return loss
 

@@ -1,7 +1,7 @@
 """
-Runs under torchrun for test_fsdp.py: `fsdp_processes.py MODE,MODE,... OUTPUT_DIR`. Writes what each run left as
-`OUTPUT_DIR/MODE-RANK.pt`. Modes that start with "fsdp" shard the model by FSDP2, as Trainer and Accelerate do on GPUs;
-the others, which have to come first, copy it to every process.
+Runs under torchrun for test_fsdp.py: `fsdp_processes.py MODE,MODE,... OUTPUT_DIR`; results in
+`OUTPUT_DIR/MODE-RANK.pt`. Modes that start with "fsdp" shard the model with FSDP2, as Trainer and Accelerate do on
+GPUs; the others, which must come first, use DDP.
 """
 
 import json
@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from tiny_pretraining import make_model, make_trainer, save_result, stack
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, training_args
-from two_processes import stack
 
-from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.pretraining import modeling
-from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
 from asit_hf.pretraining.monitoring import KnnProbeCallback
 from asit_hf.pretraining.trainer import ASiTPreTrainer
 
@@ -40,14 +38,14 @@ REFUSED = {
 
 
 def use_fsdp_on_cpu() -> None:
-    """Accelerate chooses FSDP for accelerators only. After that choice all of it runs on a CPU, unchanged."""
+    """Makes Accelerate choose FSDP without an accelerator; everything after that choice runs unchanged on a CPU."""
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 class Waveforms(Dataset):
-    """Noise, as crops of clips."""
+    """Crops of noise."""
 
     def __init__(self, count: int = GLOBAL_BATCH * STEPS_PER_EPOCH):
         generator = torch.Generator().manual_seed(0)
@@ -93,7 +91,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Watch(TrainerCallback):
-    """Keeps some weights as they were before the run and after each step, and the weight decays of each step."""
+    """Records some weights before the run and after each step, and the weight decays of each step."""
 
     def __init__(self, trainer: ASiTPreTrainer):
         self.trainer = trainer
@@ -101,13 +99,13 @@ class Watch(TrainerCallback):
         self.weight_decays = []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.look()
+        self.record()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.look()
+        self.record()
         self.weight_decays.append([group["weight_decay"] for group in self.trainer.optimizer.param_groups])
 
-    def look(self) -> None:
+    def record(self) -> None:
         student, teacher = self.trainer.model.heads.distillation, self.trainer.model.teacher["heads"].distillation
         self.weights["prototypes"].append(full(student.cls_prototypes.weight_v))
         self.weights["student"].append(full(student.fc1.weight))
@@ -115,7 +113,7 @@ class Watch(TrainerCallback):
 
 
 class Trainer(ASiTPreTrainer):
-    """Keeps the dtypes of what the losses are computed from and come out as."""
+    """Records the dtypes of the reconstruction target and of the loss."""
 
     dtypes: set[str] = set()
 
@@ -141,50 +139,27 @@ def build(mode: str, output: str, **arguments: Any) -> Trainer:
     if sharded:
         use_fsdp_on_cpu()
     passes = 2 if kind == "accumulated" else 1
-    torch.manual_seed(0)
-    model = ASiTForPreTraining(
-        ASiTConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            num_mel_bins=32,
-            num_frames=48,
-            distillation_hidden_size=32,
-            distillation_bottleneck_size=16,
-            num_prototypes=24,
-            drop_path_rate=0.1,
-        )
-    )
+    model = make_model()
     if kind == "compiled":
         for layer in (*model.asit.layers, *model.teacher["asit"].layers):
             layer.compile(fullgraph=True, dynamic=False, backend="eager")
-    args = ASiTPreTrainingArguments(
-        output_dir=str(Path(output) / mode.replace("resumed", "whole")),
+    return make_trainer(
+        Waveforms(),
+        Path(output) / mode.replace("resumed", "whole"),
+        model,
+        cls=Trainer,
+        data_collator=spoil if kind == "spoiled" else stack,
         per_device_train_batch_size=GLOBAL_BATCH // WORLD // passes,
         gradient_accumulation_steps=passes,
-        num_train_epochs=2,
         warmup_epochs=0,
-        learning_rate=1e-3,
         use_cpu=not sharded,
-        report_to="none",
         save_strategy="steps" if kind in ("whole", "resumed") else "no",
         save_steps=4,
-        logging_steps=1,
-        plot_steps=0,
-        disable_tqdm=True,
         train_sampling_strategy="sequential",
         ddp_backend=None if sharded else "gloo",
         bf16=kind == "bf16",
         fsdp=sharded,
         **({"fsdp_config": str(RECIPE) if sharded and kind != "default" else None} | arguments),
-    )
-    return Trainer(
-        model,
-        args,
-        processing_class=ASiTFeatureExtractor(num_mel_bins=32),
-        train_dataset=Waveforms(),
-        data_collator=spoil if kind == "spoiled" else stack,
     )
 
 
@@ -198,7 +173,7 @@ def describe(plugin: FullyShardedDataParallelPlugin) -> dict[str, Any]:
     }
 
 
-def train(mode: str, output: str) -> dict[str, Any]:
+def train(mode: str, output: str) -> None:
     Trainer.dtypes, spoil.count = set(), 0
     trainer = build(mode, output)
     watch = Watch(trainer)
@@ -209,33 +184,33 @@ def train(mode: str, output: str) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=str(checkpoint) if mode.endswith("resumed") else None)
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     names = {type(module).__name__ for module in trainer.model.modules()}
-    return {
-        "state": {name: full(value) for name, value in trainer.model.state_dict().items()},
-        "local_size": sum(getattr(value, "_local_tensor", value).numel() for value in trainer.model.parameters()),
-        "weights": watch.weights,
-        "weight_decays": watch.weight_decays,
-        "groups": [(group["decays"], len(group["params"])) for group in trainer.optimizer.param_groups],
-        "dtypes": sorted(Trainer.dtypes),
-        "sharded": sorted(name.removeprefix("FSDP") for name in names if name.startswith("FSDP")),
-        "plugin": plugin and describe(plugin),
-        "steps": trainer.state.global_step,
-        "skipped": trainer.num_skipped_steps,
-        "logs": json.dumps([row for row in trainer.state.log_history if "loss" in row]),
-    }
+    save_result(
+        trainer,
+        output,
+        mode,
+        RANK,
+        state={name: full(value) for name, value in trainer.model.state_dict().items()},
+        local_size=sum(getattr(value, "_local_tensor", value).numel() for value in trainer.model.parameters()),
+        weights=watch.weights,
+        weight_decays=watch.weight_decays,
+        groups=[(group["decays"], len(group["params"])) for group in trainer.optimizer.param_groups],
+        dtypes=sorted(Trainer.dtypes),
+        sharded=sorted(name.removeprefix("FSDP") for name in names if name.startswith("FSDP")),
+        plugin=plugin and describe(plugin),
+    )
 
 
-def refuse(mode: str, output: str) -> dict[str, str]:
-    """What is said of each configuration that does not work."""
-    said = {}
+def refuse(mode: str, output: str) -> None:
+    """Saves the errors of configurations that do not work."""
+    errors = {}
     for name, arguments in REFUSED.items():
         try:
             build(mode, output, **arguments)
         except ValueError as error:
-            said[name] = str(error)
-    return said
+            errors[name] = str(error)
+    torch.save(errors, Path(output) / f"{mode}-{RANK}.pt")
 
 
 if __name__ == "__main__":
     for mode in sys.argv[1].split(","):
-        result = (refuse if mode.endswith("refused") else train)(mode, sys.argv[2])
-        torch.save(result, Path(sys.argv[2]) / f"{mode}-{RANK}.pt")
+        (refuse if mode.endswith("refused") else train)(mode, sys.argv[2])

@@ -1,63 +1,41 @@
-"""Two processes under torchrun (gloo), as users start them."""
+"""Pretraining on two processes under torchrun (gloo), as users start it."""
 
-import json
-import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
-import torch
+from tiny_pretraining import assert_close, launch, load_result, write_clips
 
 from asit_hf.data.randomness import sample_key
 
 SCRIPT = Path(__file__).parent / "two_processes.py"
-GIVEN = ("given", "corrupted", "per_process")
-
-
-def launch(modes, output, clips, processes):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [*(launcher if processes > 1 else [sys.executable]), str(SCRIPT), ",".join(modes), str(output), *clips]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def results(output, mode, processes):
-    loaded = [torch.load(output / f"{mode}-{rank}.pt", weights_only=True) for rank in range(processes)]
-    return [{**one, "logs": json.loads(one["logs"])} for one in loaded]
+MODES = "given", "corrupted", "per_process", "whole", "resumed", "spoiled", "terminated", "packed", "minutes"
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     output = tmp_path_factory.mktemp("alone")
-    launch(GIVEN[:2], output, [], 1)
+    main = runpy.run_path(str(SCRIPT))["main"]
+    for mode in ("given", "corrupted"):
+        main(mode, output, [])
     return output
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    output, folder = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("clips")
-    rng = np.random.default_rng(0)
-    for index in range(12):
-        soundfile.write(folder / f"{index:02d}.wav", rng.uniform(-0.3, 0.3, 16000), 16000)
-    clips = sorted(str(path) for path in folder.iterdir())
-    launch([*GIVEN, "whole", "resumed", "spoiled", "terminated", "packed", "minutes"], output, clips, 2)
+    output = tmp_path_factory.mktemp("two")
+    launch(SCRIPT, MODES, output, *write_clips(tmp_path_factory.mktemp("clips")))
     return output
 
 
-def assert_close(first, second, atol):
-    for name, value in first.items():
-        # the keys' bias has no gradient but rounding errors, and AdamW makes large steps of those
-        allowed = 1e-4 if atol and name.endswith("k_proj.bias") else atol
-        torch.testing.assert_close(value, second[name], rtol=0, atol=allowed)
+def results(output, mode):
+    return [load_result(output, mode, rank) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("mode", ["given", "corrupted"])
 def test_two_processes_equal_one_with_twice_the_batch(alone, two, mode):
-    (whole,), (first, second) = results(alone, mode, 1), results(two, mode, 2)
+    whole, (first, second) = load_result(alone, mode), results(two, mode)
     assert whole["steps"] == first["steps"] == 4
     assert_close(first["state"], second["state"], 0)
     assert_close(whole["state"], first["state"], 5e-6)  # the weights move by up to 4e-3
@@ -66,24 +44,24 @@ def test_two_processes_equal_one_with_twice_the_batch(alone, two, mode):
         np.testing.assert_allclose(*values, atol=2e-6)
 
 
-def test_the_authors_mean_of_each_process_is_another(two):
+def test_the_mean_within_each_process_differs(two):
     ours, theirs = (
-        np.array([row["reconstruction_loss"] for row in results(two, mode, 2)[0]["logs"]])
+        np.array([row["reconstruction_loss"] for row in results(two, mode)[0]["logs"]])
         for mode in ("given", "per_process")
     )
     assert (abs(ours - theirs) > 1e-4).any()
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(two):
-    whole, resumed = results(two, "whole", 2), results(two, "resumed", 2)
+    whole, resumed = results(two, "whole"), results(two, "resumed")
     assert whole[0]["steps"] == 6
     for before, after in zip(whole, resumed):
         assert_close(before["state"], after["state"], 0)
     assert whole[0]["logs"][3:] == resumed[0]["logs"][3:]
 
 
-def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_both(two):
-    first, second = results(two, "spoiled", 2)
+def test_a_non_finite_step_in_one_process_is_skipped_by_both(two):
+    first, second = results(two, "spoiled")
     assert first["skipped"] == second["skipped"] == 1
     assert_close(first["state"], second["state"], 0)
     assert all(value.isfinite().all() for value in first["state"].values())
@@ -91,7 +69,7 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_both(two):
 
 
 def test_sigterm_to_one_process_stops_both_with_a_checkpoint(two):
-    first, second = results(two, "terminated", 2)
+    first, second = results(two, "terminated")
     assert first["terminated"]
     assert second["terminated"]
     assert first["steps"] == second["steps"] == 2
@@ -100,7 +78,7 @@ def test_sigterm_to_one_process_stops_both_with_a_checkpoint(two):
 
 
 def test_processes_share_a_packed_pool(two):
-    first, second = results(two, "packed", 2)
+    first, second = results(two, "packed")
     assert first["steps"] == second["steps"] == 6
     assert_close(first["state"], second["state"], 0)
     for epoch in range(2):
@@ -109,8 +87,8 @@ def test_processes_share_a_packed_pool(two):
         assert crops == [(index, sample_key(0, epoch, index)) for index in range(12)]
 
 
-def test_two_processes_plan_the_same_steps_by_the_clock_of_the_first(two):
-    first, second = results(two, "minutes", 2)
+def test_both_processes_plan_their_steps_by_the_clock_of_the_first(two):
+    first, second = results(two, "minutes")
     assert first["steps"] == second["steps"] == 15
     assert_close(first["state"], second["state"], 0)
     assert first["logs"][-1]["learning_rate"] < 1e-4

@@ -1,4 +1,4 @@
-"""Pretraining where only torch, transformers, accelerate and what they depend on are installed."""
+"""Pretraining with torch, transformers, accelerate and their dependencies only."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ print(knn_probe(noise[:, :8], np.arange(8) % 2, noise[:, :8], np.arange(8) % 2, 
 """
 
 
-def test_two_steps_of_pretraining_without_what_only_data_sets_and_metrics_need(tmp_path):
+def test_two_steps_of_pretraining_without_optional_packages(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", TWO_STEPS, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120
     )

@@ -1,18 +1,15 @@
-"""Training on packed audio, and what travels to an accelerator."""
+"""Training on packed audio, and what is copied to an accelerator."""
 
 import numpy as np
 import pytest
 import torch
+from tiny_pretraining import CROPS, assert_equal, losses, make_arguments, make_model, make_trainer
 
-from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.data import PackedCrops, PretrainingCrops
 from asit_hf.data.collators import collate_crops
 from asit_hf.data.packed import write_packed
 from asit_hf.pretraining import trainer as module
 from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
-from asit_hf.pretraining.trainer import ASiTPreTrainer
-
-CROPS = {"global_seconds": 0.5, "local_seconds": 0.25, "num_local_crops": 2, "seed": 1}
 
 
 @pytest.fixture(scope="module")
@@ -25,42 +22,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def make_trainer(dataset, output_dir, seed=0, **kwargs):
-    torch.manual_seed(seed)
-    config = ASiTConfig(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        num_mel_bins=32,
-        num_frames=48,
-        distillation_hidden_size=32,
-        distillation_bottleneck_size=16,
-        num_prototypes=24,
-        drop_path_rate=0.1,
-    )
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 2,
-        "warmup_epochs": 1,
-        "learning_rate": 1e-3,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "plot_steps": 0,
-        "disable_tqdm": True,
-    }
-    args = ASiTPreTrainingArguments(output_dir=str(output_dir), **{**defaults, **kwargs})
-    extractor = ASiTFeatureExtractor(num_mel_bins=32)
-    return ASiTPreTrainer(ASiTForPreTraining(config), args, processing_class=extractor, train_dataset=dataset)
-
-
-def losses(trainer):
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
-
-
-def test_views_are_those_of_the_gathered_crops(folder, tmp_path):
+def test_views_gathered_by_the_trainer_equal_those_of_collated_crops(folder, tmp_path):
     crops = PackedCrops(folder, 16000, **CROPS)
     trainer = make_trainer(crops, tmp_path)
     items = [crops[index] for index in range(3)]
@@ -77,14 +39,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder, tmp_path)
     whole = make_trainer(PackedCrops(folder, 16000, **CROPS), tmp_path / "whole", **settings)
     whole.train()
     assert len(set(losses(whole))) == 6
-    resumed = make_trainer(PackedCrops(folder, 16000, **CROPS), tmp_path / "resumed", seed=5, **settings)
+    resumed = make_trainer(PackedCrops(folder, 16000, **CROPS), tmp_path / "resumed", make_model(5), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
-    for (name, expected), value in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
-        assert torch.equal(expected, value), name
+    assert_equal(whole.model, resumed.model)
     assert losses(whole)[4:] == losses(resumed)[4:]
 
 
-def test_workers_and_who_cuts_the_crops_do_not_change_what_is_learned(folder, tmp_path):
+def test_losses_do_not_depend_on_workers_or_on_where_crops_are_cut(folder, tmp_path):
     runs = [
         make_trainer(PackedCrops(folder, 16000, **CROPS), tmp_path, dataloader_num_workers=workers)
         for workers in (0, 2)
@@ -95,9 +56,9 @@ def test_workers_and_who_cuts_the_crops_do_not_change_what_is_learned(folder, tm
     assert losses(runs[0]) == losses(runs[1])
 
 
-def test_a_batch_that_nothing_can_be_gathered_for_is_refused(folder, tmp_path):
+def test_a_batch_without_crops_or_their_keys_is_refused(folder, tmp_path):
     trainer = make_trainer(PackedCrops(folder, 16000, **CROPS), tmp_path)
-    with pytest.raises(ValueError, match="indices and sample_keys.*brings.*sample_keys"):
+    with pytest.raises(ValueError, match="indices and sample_keys.*got.*sample_keys"):
         trainer.prepare_views({"sample_keys": torch.zeros(2, dtype=torch.int64)})
     other = make_trainer([{}] * 4, tmp_path)
     with pytest.raises(ValueError, match="PackedCrops"):
@@ -106,12 +67,12 @@ def test_a_batch_that_nothing_can_be_gathered_for_is_refused(folder, tmp_path):
 
 @pytest.fixture
 def accelerator(monkeypatch):
-    """A device that holds no data stands in for one that this machine has not."""
+    """Replaces an accelerator by the meta device, which stores no values."""
     monkeypatch.setattr(ASiTPreTrainingArguments, "device", torch.device("meta"))
 
 
 @pytest.mark.parametrize(("free", "resident"), [(None, True), (10**9, True), (10**5, False)])
-def test_packed_audio_is_resident_where_there_is_room(
+def test_packed_audio_is_moved_to_a_device_with_enough_memory(
     folder, tmp_path, accelerator, monkeypatch, caplog, free, resident
 ):
     crops = PackedCrops(folder, 16000, **CROPS)
@@ -120,7 +81,7 @@ def test_packed_audio_is_resident_where_there_is_room(
     with caplog.at_level("WARNING"):
         trainer.get_train_dataloader()
         trainer.get_train_dataloader()
-    assert caplog.text.count("hours of packed audio") == 1  # said once
+    assert caplog.text.count("hours of packed audio") == 1  # once
     assert crops.sources.audio.device.type == ("meta" if resident else "cpu")
     batch = trainer.data_collator([crops[0], crops[1]])
     assert ("global_waveforms" in batch) is not resident
@@ -128,7 +89,7 @@ def test_packed_audio_is_resident_where_there_is_room(
         assert crops.gather(batch["indices"], batch["sample_keys"])["global_waveforms"].device.type == "meta"
 
 
-def test_crops_travel_as_16_bits_to_an_accelerator_only(tmp_path, accelerator, monkeypatch):
+def test_crops_are_sent_as_int16_to_an_accelerator_only(tmp_path, accelerator, monkeypatch):
     clip = {"array": np.linspace(-0.9, 0.9, 16000), "sampling_rate": 16000}
     crops = PretrainingCrops([clip] * 4, 16000, **CROPS)
     dtypes = {}
@@ -139,7 +100,7 @@ def test_crops_travel_as_16_bits_to_an_accelerator_only(tmp_path, accelerator, m
     assert dtypes == {"meta": {torch.int16}, "cpu": {torch.float32}}
 
 
-def test_crops_that_travelled_as_16_bits_give_the_same_views(tmp_path):
+def test_crops_sent_as_int16_give_nearly_the_same_views(tmp_path):
     generator = np.random.default_rng(0)
     levels = (1e-4, 0.5, 1.0, 3.0)  # far below full scale to beyond it
     clips = [{"array": generator.uniform(-level, level, 16000), "sampling_rate": 16000} for level in levels]
@@ -161,8 +122,8 @@ def test_crops_that_travelled_as_16_bits_give_the_same_views(tmp_path):
         ({"use_cpu": False, "accelerator_config": {"non_blocking": True, "even_batches": False}}, True),
     ],
 )
-def test_copies_to_an_accelerator_do_not_block_unless_the_user_says_otherwise(tmp_path, given, expected):
-    args = ASiTPreTrainingArguments(output_dir=str(tmp_path), report_to="none", **given)
+def test_copies_to_an_accelerator_do_not_block_by_default(tmp_path, given, expected):
+    args = make_arguments(tmp_path, **given)
     assert args.accelerator_config.non_blocking is expected
     asked = given.get("accelerator_config", {})
     assert args.accelerator_config.even_batches is asked.get("even_batches", True)

@@ -187,8 +187,8 @@ class GivenViews(Dataset):
         return self.clips[index]
 
 
-class FromTheFirstStep(TrainerCallback):
-    """Starts in the middle of the run and ends after the steps that there are data for."""
+class FromStep51(TrainerCallback):
+    """Starts the trainer in the middle of the run and stops it after one epoch."""
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         state.global_step = FIRST_STEP
@@ -200,7 +200,7 @@ class FromTheFirstStep(TrainerCallback):
 
 
 class Gradients(TrainerCallback):
-    """Every step's gradients, before or after clipping: as the place among the callbacks has it."""
+    """Records every step's gradients: before clipping as the first callback, after it as the last."""
 
     def __init__(self):
         self.steps: list[dict[str, torch.Tensor]] = []
@@ -219,7 +219,7 @@ class Centers(TrainerCallback):
 
 @pytest.fixture(scope="module", params=["2023", "2024"])
 def run(request, tmp_path_factory):
-    """Three steps of ASiTPreTrainer from the authors' checkpoint, on their views: what it logged and left."""
+    """Three steps of ASiTPreTrainer from the authors' weights, on their views."""
     first = np.load(FIXTURES / f"official_{request.param}.npz")
     steps = np.load(FIXTURES / f"official_steps_{request.param}.npz")
     batches = [views(group(first, "input")), *(views(group(steps, str(index))) for index in (1, 2))]
@@ -247,8 +247,8 @@ def run(request, tmp_path_factory):
         data_collator=lambda clips: {name: torch.stack([clip[name] for clip in clips]) for name in clips[0]},
     )
     before, after, centers = Gradients(), Gradients(), Centers()
-    trainer.callback_handler.callbacks.insert(0, before)  # the trainer's own callback clips
-    for callback in (after, centers, FromTheFirstStep()):
+    trainer.callback_handler.callbacks.insert(0, before)  # before the callback through which the trainer clips
+    for callback in (after, centers, FromStep51()):
         trainer.add_callback(callback)
     trainer.train()
     return trainer, steps, before.steps, after.steps, centers.steps
@@ -289,14 +289,14 @@ def test_three_steps_of_the_trainer_give_the_authors_gradient_norms(run):
             clipped = our_tensor(after[index], name).norm().item()
             assert clipped == pytest.approx(min(norm, CLIP), rel=1e-4, abs=1e-7), name
             num_clipped += norm > CLIP
-    assert num_clipped > 30  # the limit bites
+    assert num_clipped > 30  # the limit has an effect
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_three_steps_of_the_trainer_give_the_authors_weights(run, who):
     """
-    Within 1e-5, and 1e-6 for 99 %. Not held to it are the few elements with a gradient below AdamW's epsilon, 1e-8:
-    its rounding errors, theirs and ours, become steps of a hundredth of the learning rate.
+    Within 1e-5, and 1e-6 for 99 %, except for the few elements with a gradient below AdamW's epsilon, 1e-8: there
+    rounding errors become steps of a hundredth of the learning rate.
     """
     trainer, expected, _, after, _ = run
     state, prefix = trainer.model.state_dict(), "teacher." if who == "teacher" else ""

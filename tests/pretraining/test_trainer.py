@@ -1,78 +1,27 @@
 import json
 import os
+from functools import partial
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from datasets import Dataset
 from fake_clock import FakeClock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_pretraining import assert_equal, losses, make_arguments, make_model, make_trainer, rows, write_clips
 from transformers import TrainerCallback
 
-from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
+from asit_hf import ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.data import LabelledClips, PretrainingCrops
-from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
 from asit_hf.pretraining.gradients import clip_tensor_norms
 from asit_hf.pretraining.masking import GMML
-from asit_hf.pretraining.monitoring import KnnProbeCallback
+from asit_hf.pretraining.monitoring import KnnProbeCallback, PlotCallback
 from asit_hf.pretraining.trainer import ASiTPreTrainer
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Twelve short files of noise and tones."""
-    folder = tmp_path_factory.mktemp("clips")
-    rng = np.random.default_rng(0)
-    for index in range(12):
-        seconds = rng.uniform(0.4, 1.5)
-        time = np.arange(int(16000 * seconds)) / 16000
-        wave = 0.3 * np.sin(2 * np.pi * rng.uniform(100, 4000) * time) + 0.05 * rng.standard_normal(len(time))
-        soundfile.write(folder / f"{index:02d}.wav", wave.astype(np.float32), 16000)
-    return sorted(str(path) for path in folder.iterdir())
-
-
-def make_model(seed=0, **kwargs):
-    torch.manual_seed(seed)
-    defaults = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "num_mel_bins": 32,
-        "num_frames": 48,
-        "distillation_hidden_size": 32,
-        "distillation_bottleneck_size": 16,
-        "num_prototypes": 24,
-        "drop_path_rate": 0.1,
-    }
-    return ASiTForPreTraining(ASiTConfig(**{**defaults, **kwargs}))
-
-
-def make_trainer(clips, output_dir, model=None, crops=None, **kwargs):
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 2,
-        "warmup_epochs": 1,
-        "learning_rate": 1e-3,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "plot_steps": 0,
-        "disable_tqdm": True,
-        "seed": 1,
-    }
-    args = ASiTPreTrainingArguments(output_dir=str(output_dir), **{**defaults, **kwargs})
-    sizes = {"global_seconds": 0.5, "local_seconds": 0.25, "num_local_crops": 2}
-    dataset = PretrainingCrops(clips, 16000, **{**sizes, "seed": 1, **(crops or {})})
-    return ASiTPreTrainer(
-        model or make_model(), args, processing_class=ASiTFeatureExtractor(num_mel_bins=32), train_dataset=dataset
-    )
-
-
-def losses(trainer):
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return write_clips(tmp_path_factory.mktemp("clips"))
 
 
 @pytest.mark.parametrize("preset", ["2024", "2023"])
@@ -82,10 +31,10 @@ def test_a_run_logs_every_loss_and_moves_student_and_teacher(clips, tmp_path, pr
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = make_trainer(clips, tmp_path, model, preset=preset)
     trainer.train()
-    rows = [row for row in trainer.state.log_history if "loss" in row]
-    assert len(rows) == 6
+    logged = rows(trainer)
+    assert len(logged) == 6
     weights = model.config
-    for row in rows:
+    for row in logged:
         total = (
             weights.global_loss_weight * row["global_loss"]
             + weights.local_loss_weight * row["local_loss"]
@@ -127,7 +76,7 @@ def test_the_schedules_reach_the_optimizer(clips, tmp_path):
     assert schedules.learning_rate.max() == pytest.approx(1e-3)
 
 
-def test_a_trained_encoder_has_a_learning_rate_of_its_own(clips, tmp_path):
+def test_the_encoder_can_have_its_own_learning_rate(clips, tmp_path):
     trainer = make_trainer(clips, tmp_path, encoder_learning_rate_scale=0.02)
     rates = []
 
@@ -158,10 +107,10 @@ def test_a_trained_encoder_has_a_learning_rate_of_its_own(clips, tmp_path):
 def test_weight_decay_spares_biases_and_norms_only(clips, tmp_path):
     model = make_model()
     optimizer = make_trainer(clips, tmp_path, model).create_optimizer()
-    decayed, spared = (set(map(id, group["params"])) for group in optimizer.param_groups)
+    decayed, excluded = (set(map(id, group["params"])) for group in optimizer.param_groups)
     for name, parameter in model.named_parameters():
         if name.startswith("teacher."):
-            assert id(parameter) not in decayed | spared
+            assert id(parameter) not in decayed | excluded
         else:
             assert (id(parameter) in decayed) == (parameter.dim() > 1), name
     assert id(model.asit.embeddings.cls_token) in decayed
@@ -237,31 +186,35 @@ def test_the_teacher_temperature_of_the_step_reaches_the_model(clips, tmp_path, 
     assert len(set(seen)) == 3
 
 
+@pytest.fixture(scope="module")
+def whole_runs(clips, tmp_path_factory):
+    """Runs of nine steps without and with loader workers, with checkpoints after four and eight."""
+    folder = tmp_path_factory.mktemp("whole")
+    runs = {workers: make_trainer(clips, folder / str(workers), **settings_of_run(workers)) for workers in (0, 2)}
+    for trainer in runs.values():
+        trainer.train()
+    return runs
+
+
+def settings_of_run(workers):
+    return {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 4, "dataloader_num_workers": workers}
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_equals_uninterrupted_bit_for_bit(clips, tmp_path, workers):
-    settings = {
-        "num_train_epochs": 3,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "dataloader_num_workers": workers,
-    }
-    whole = make_trainer(clips, tmp_path / "whole", **settings)
-    whole.train()
-    resumed = make_trainer(clips, tmp_path / "resumed", make_model(seed=5), **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
-    for (name, expected), value in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
-        assert torch.equal(expected, value), name
+def test_resumed_equals_uninterrupted_bit_for_bit(clips, tmp_path, whole_runs, workers):
+    whole = whole_runs[workers]
+    resumed = make_trainer(clips, tmp_path, make_model(seed=5), **settings_of_run(workers))
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-4")
+    assert_equal(whole.model, resumed.model)
     assert losses(whole)[4:] == losses(resumed)[4:]
 
 
-def test_workers_do_not_change_what_is_learned(clips, tmp_path):
-    runs = [make_trainer(clips, tmp_path, dataloader_num_workers=workers) for workers in (0, 2)]
-    for trainer in runs:
-        trainer.train()
-    assert losses(runs[0]) == losses(runs[1])
+def test_workers_do_not_change_what_is_learned(whole_runs):
+    assert losses(whole_runs[0]) == losses(whole_runs[2])
+    assert_equal(whole_runs[0].model, whole_runs[2].model)
 
 
-def test_masks_are_drawn_anew_every_epoch(clips, tmp_path):
+def test_masks_change_every_epoch(clips, tmp_path):
     trainer = make_trainer(clips, tmp_path)
     trainer.schedules = None
     dataset = trainer.train_dataset
@@ -287,12 +240,12 @@ def test_views_have_whole_patches_and_given_views_are_used(clips, tmp_path):
 
 def test_a_bad_file_is_skipped_and_reported_once(clips, tmp_path):
     bad = tmp_path / "bad.wav"
-    bad.write_bytes(b"this is no audio")
+    bad.write_bytes(b"not audio")
     trainer = make_trainer([*clips, str(bad)], tmp_path / "run", num_train_epochs=3)
     trainer.train()
-    rows = [json.loads(line) for line in (tmp_path / "run" / "bad_files.jsonl").read_text().splitlines()]
-    assert [row["file"] for row in rows] == [str(bad)]
-    assert rows[0]["reason"]
+    (reported,) = (json.loads(line) for line in (tmp_path / "run" / "bad_files.jsonl").read_text().splitlines())
+    assert reported["file"] == str(bad)
+    assert reported["reason"]
     assert trainer.state.global_step == 9
     with pytest.raises(ValueError, match="bad.wav"):
         make_trainer([*clips, str(bad)], tmp_path / "strict", crops={"strict": True}, num_train_epochs=3).train()
@@ -325,10 +278,8 @@ def test_pictures_and_tensorboard(clips, tmp_path):
     assert len(events.Scalars("train/local_loss")) == 6
 
 
-def test_arguments_of_the_objectives(tmp_path):
-    def arguments(**kwargs):
-        return ASiTPreTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **kwargs)
-
+def test_defaults_of_the_presets(tmp_path):
+    arguments = partial(make_arguments, tmp_path)
     assert arguments().gmml == GMML(mask_ratio=(0.5, 0.5))
     assert arguments().warmup_teacher_temperature_epochs == 5
     assert arguments(preset="2023").gmml == GMML(mask_ratio=(0.5, 0.7))
@@ -346,11 +297,17 @@ def test_arguments_of_the_objectives(tmp_path):
         ({"mask_alignment": 0}, ["alignment", "0"]),
         ({"warmup_steps": 10}, ["warmup_steps", "no effect"]),
         ({"lr_scheduler_type": "cosine"}, ["lr_scheduler_type", "no effect"]),
+        ({"metric_for_best_model": "loss", "eval_steps": 5}, ["metric_for_best_model", "eval_steps", "no effect"]),
+        ({"neftune_noise_alpha": 1.0}, ["neftune_noise_alpha", "no effect"]),
+        ({"remove_unused_columns": True}, ["remove_unused_columns", "True"]),
+        ({"train_sampling_strategy": "group_by_length"}, ["random", "group_by_length"]),
+        ({"save_strategy": "best"}, ["steps", "best"]),
+        ({"torch_compile": True}, ["torch_compile", "compile_layers"]),
     ],
 )
 def test_wrong_arguments_are_refused(tmp_path, kwargs, words):
     with pytest.raises(ValueError) as error:
-        ASiTPreTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **kwargs)
+        make_arguments(tmp_path, **kwargs)
     assert all(word in str(error.value) for word in words)
 
 
@@ -361,31 +318,24 @@ def test_fewer_clips_than_a_batch_are_refused(clips, tmp_path):
 
 
 def test_evaluation_data_are_refused(clips, tmp_path):
-    trainer = make_trainer(clips, tmp_path)
+    arguments, extractor = make_arguments(tmp_path), ASiTFeatureExtractor(num_mel_bins=32)
     with pytest.raises(ValueError, match="no evaluation data"):
-        ASiTPreTrainer(
-            make_model(),
-            trainer.args,
-            processing_class=ASiTFeatureExtractor(num_mel_bins=32),
-            train_dataset=trainer.train_dataset,
-            eval_dataset=trainer.train_dataset,
-        )
+        ASiTPreTrainer(make_model(), arguments, extractor, train_dataset=clips, eval_dataset=clips)
 
 
-def test_a_fresh_run_starts_a_fresh_report(clips, tmp_path):
+def test_a_new_run_starts_a_new_report_of_bad_files(clips, tmp_path):
     (tmp_path / "bad_files.jsonl").write_text(json.dumps({"file": "old.wav", "reason": "gone"}) + "\n")
     make_trainer(clips, tmp_path, num_train_epochs=1).train()
     assert not (tmp_path / "bad_files.jsonl").exists()
 
 
-def test_another_model_is_refused(tmp_path):
-    args = ASiTPreTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+def test_a_model_of_another_class_is_refused(tmp_path):
     with pytest.raises(TypeError, match="ASiTForPreTraining.*Linear"):
-        ASiTPreTrainer(torch.nn.Linear(2, 2), args, processing_class=ASiTFeatureExtractor())
+        ASiTPreTrainer(torch.nn.Linear(2, 2), make_arguments(tmp_path), processing_class=ASiTFeatureExtractor())
 
 
 @pytest.mark.parametrize(("pattern", "filling"), [("time", "zeros"), ("frequency", "noise"), ("patches", "zeros")])
-def test_the_corruption_of_a_run_is_the_chosen_one(clips, tmp_path, pattern, filling):
+def test_mask_pattern_and_fill_reach_the_model(clips, tmp_path, pattern, filling):
     seen = []
 
     class Recorder(TrainerCallback):
@@ -395,9 +345,7 @@ def test_the_corruption_of_a_run_is_the_chosen_one(clips, tmp_path, pattern, fil
     trainer = make_trainer(
         clips, tmp_path, mask_pattern=pattern, mask_fill=filling, replace_probability=0.0, plot_steps=1
     )
-    trainer.callback_handler.callbacks = [
-        callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ != "PlotCallback"
-    ]
+    trainer.remove_callback(PlotCallback)
     trainer.add_callback(Recorder())
     trainer.train()
     for example in seen:
@@ -420,7 +368,7 @@ def test_a_batch_without_keys_and_masks_is_refused(clips, tmp_path):
 
 
 def in_float16(trainer, init_scale):
-    """Makes a trainer on a processor train with float16 and a gradient scaler, which Trainer does on GPUs only."""
+    """Makes a trainer on a CPU use float16 and a gradient scaler, which Trainer does on GPUs only."""
     accelerator = trainer.accelerator
     accelerator.state._mixed_precision = "fp16"
     accelerator.native_amp = True
@@ -443,11 +391,11 @@ def test_float16_unscales_gradients_once(clips, tmp_path, max_grad_norm):
     assert norms[1] == pytest.approx(norms[0], rel=0.05)
 
 
-def test_float16_goes_on_with_a_lower_scale_after_an_overflow(clips, tmp_path):
+def test_float16_lowers_the_scale_after_an_overflow(clips, tmp_path):
     trainer = in_float16(make_trainer(clips, tmp_path, num_train_epochs=4), 2.0**40)
     before = trainer.model.asit.layers[0].mlp.fc1.weight.clone()
     trainer.train()
-    assert trainer.num_skipped_steps == trainer.state.global_step == 12  # too high to come down in twelve halvings
+    assert trainer.num_skipped_steps == trainer.state.global_step == 12  # twelve halvings are not enough
     assert torch.equal(trainer.model.asit.layers[0].mlp.fc1.weight, before)
     trainer = in_float16(make_trainer(clips, tmp_path, num_train_epochs=4), 2.0**9)
     trainer.train()
@@ -487,7 +435,7 @@ def test_compiled_layers_share_their_graphs_and_learn_the_same(clips, tmp_path, 
         assert torch.equal(value, reloaded.state_dict()[name]), name
 
 
-def test_a_knn_probe_of_clips_of_all_lengths_compiles_nothing(clips, tmp_path):
+def test_a_knn_probe_does_not_compile_layers_for_every_length(clips, tmp_path):
     graphs = []
     trainer = make_trainer(clips, tmp_path)
     labelled = LabelledClips(Dataset.from_dict({"audio": clips, "label": [0, 1] * 6}), 16000)
@@ -508,13 +456,8 @@ def test_fsdp_without_processes_or_without_a_gpu_is_refused(clips, tmp_path, mon
         trainer.create_accelerator_and_postprocess()
 
 
-def test_the_whole_model_is_not_compiled(tmp_path):
-    with pytest.raises(ValueError, match="compile_layers"):
-        ASiTPreTrainingArguments(output_dir=str(tmp_path), torch_compile=True, use_cpu=True)
-
-
-def test_nothing_is_looked_up_at_the_cost_of_waiting(tmp_path):
-    args = ASiTPreTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+def test_defaults_of_trainer_that_would_wait_for_the_device_are_off(tmp_path):
+    args = make_arguments(tmp_path)
     assert not args.logging_nan_inf_filter
     assert args.ddp_find_unused_parameters is False
 
@@ -527,10 +470,10 @@ def make_timed_trainer(clips, output_dir, monkeypatch, clock, **kwargs):
 
 
 class Values(TrainerCallback):
-    """The schedules as the steps have them."""
+    """Records the schedules' values at every step."""
 
     def __init__(self, trainer):
-        self.trainer, self.rows, self.rests = trainer, [], []
+        self.trainer, self.rows, self.frozen = trainer, [], []
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         values = self.trainer.schedules.at(state.global_step)
@@ -538,13 +481,13 @@ class Values(TrainerCallback):
         assert group["lr"] == pytest.approx(values["learning_rate"], abs=1e-12)
         assert group["weight_decay"] == pytest.approx(values["weight_decay"], abs=1e-3)
         self.rows.append(values)
-        self.rests.append(self.trainer.model.heads.distillation.cls_prototypes.weight_v.grad is None)
+        self.frozen.append(self.trainer.model.heads.distillation.cls_prototypes.weight_v.grad is None)
 
     def of(self, name):
         return np.array([row[name] for row in self.rows])
 
 
-def test_with_minutes_all_schedules_end_when_they_do(clips, tmp_path, monkeypatch):
+def test_all_schedules_end_with_max_minutes(clips, tmp_path, monkeypatch):
     options = {"max_minutes": 0.5, "warmup_epochs": 2, "warmup_teacher_temperature_epochs": 3}
     trainer = make_timed_trainer(clips, tmp_path, monkeypatch, FakeClock(1.0), **options)
     values = Values(trainer)
@@ -558,11 +501,11 @@ def test_with_minutes_all_schedules_end_when_they_do(clips, tmp_path, monkeypatc
     assert values.of("teacher_momentum")[[0, -1]] == pytest.approx([0.996, 1.0], abs=1e-4)
     temperatures = values.of("teacher_temperature")
     assert temperatures[[0, 2, 3, 6, -1]] == pytest.approx([0.04, 0.04, 0.055, 0.07, 0.07])
-    assert values.rests == [True] * 3 + [False] * 27
+    assert values.frozen == [True] * 3 + [False] * 27
     assert abs(np.diff(rates[6:])).max() < 1e-4
 
 
-def test_epochs_that_the_minutes_cannot_hold_are_cut_alike(clips, tmp_path, monkeypatch):
+def test_schedules_in_epochs_are_shortened_together_if_the_minutes_are_few(clips, tmp_path, monkeypatch):
     options = {"max_minutes": 1, "warmup_epochs": 100, "warmup_teacher_temperature_epochs": 50}
     trainer = make_timed_trainer(clips, tmp_path, monkeypatch, FakeClock(1.0), freeze_last_layer_epochs=10, **options)
     values = Values(trainer)
@@ -577,22 +520,20 @@ def test_epochs_that_the_minutes_cannot_hold_are_cut_alike(clips, tmp_path, monk
     temperatures = values.of("teacher_temperature")
     assert temperatures[-1] == 0.07
     assert (np.diff(temperatures) >= 0).all()
-    assert 5 <= sum(values.rests) <= 8  # a tenth of the warm-up, from the first plan on
+    assert 5 <= sum(values.frozen) <= 8  # a tenth of the warm-up, from the first plan on
 
 
-def test_a_stream_with_minutes(clips, tmp_path, monkeypatch):
+def test_a_stream_with_max_minutes(clips, tmp_path, monkeypatch):
     class Endless(torch.utils.data.IterableDataset):
         def __iter__(self):
-            crops = PretrainingCrops(clips, 16000, global_seconds=0.5, local_seconds=0.25, num_local_crops=2)
+            crops = PretrainingCrops(clips, 16000, global_seconds=0.5, local_seconds=0.25)
             while True:
                 yield from (crops[index] for index in range(12))
 
     def make(**kwargs):
         clock = FakeClock(1.0)
         monkeypatch.setattr("asit_hf.utils.time_budget.now", clock)
-        args = make_trainer(clips, tmp_path, max_minutes=0.25, **kwargs).args
-        extractor = ASiTFeatureExtractor(num_mel_bins=32)
-        trainer = ASiTPreTrainer(make_model(), args, extractor, train_dataset=Endless())
+        trainer = make_trainer(Endless(), tmp_path, max_minutes=0.25, **kwargs)
         trainer.add_callback(clock)
         return trainer
 
@@ -604,7 +545,7 @@ def test_a_stream_with_minutes(clips, tmp_path, monkeypatch):
         make().train()
 
 
-def test_a_run_by_minutes_that_is_terminated_goes_on_with_the_rest(clips, tmp_path, monkeypatch, caplog):
+def test_a_terminated_run_with_max_minutes_resumes_with_the_remaining_time(clips, tmp_path, monkeypatch, caplog):
     class Terminate(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 11:
@@ -629,6 +570,6 @@ def test_a_run_by_minutes_that_is_terminated_goes_on_with_the_rest(clips, tmp_pa
     assert third.state.global_step == 24
 
 
-def test_minutes_and_steps_are_refused(clips, tmp_path):
+def test_max_minutes_with_max_steps_is_refused(clips, tmp_path):
     with pytest.raises(ValueError, match="max_minutes 2 and max_steps 10"):
         make_trainer(clips, tmp_path, max_minutes=2, max_steps=10)

@@ -1,25 +1,22 @@
 """
-Runs under torchrun for test_distributed.py: `two_processes.py MODE,MODE,... OUTPUT_DIR CLIPS...`. Writes what each run
-left as `OUTPUT_DIR/MODE-RANK.pt`.
+Runs under torchrun for test_distributed.py: `two_processes.py MODE,MODE,... OUTPUT_DIR CLIPS...`, results in
+`OUTPUT_DIR/MODE-RANK.pt`.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from tiny_pretraining import make_model, make_trainer, save_result, stack
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
-from asit_hf.data import PackedCrops, PretrainingCrops
+from asit_hf.data import PackedCrops
 from asit_hf.data.collators import collate_crops
 from asit_hf.data.packed import write_packed
-from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
 from asit_hf.pretraining.masking import GMML, corrupt
-from asit_hf.pretraining.trainer import ASiTPreTrainer
 from asit_hf.utils import time_budget
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -27,7 +24,7 @@ GLOBAL_BATCH = 4
 
 
 class GivenViews(Dataset):
-    """Clips that bring their views and masks, of very different coverage."""
+    """Batches with views and masks, of very different masking ratios."""
 
     def __init__(self, count: int = 16):
         generator = torch.Generator().manual_seed(0)
@@ -49,20 +46,8 @@ class GivenViews(Dataset):
         return {name: value[index] for name, value in self.items.items()} | {"sample_keys": torch.tensor(index)}
 
 
-def stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
-
-
 class TerminateOne(TrainerCallback):
-    """SIGTERM reaches the second process alone."""
+    """Sends SIGTERM to the second process only."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 1 and RANK == 1:
@@ -70,7 +55,7 @@ class TerminateOne(TrainerCallback):
 
 
 class RecordedCrops(PackedCrops):
-    """Packed noise that remembers which crops were gathered from it."""
+    """Packed noise that records which crops were gathered from it."""
 
     def __init__(self, folder: Path, count: int = 12):
         noise = np.random.default_rng(0).integers(-9000, 9000, (count, 12000)).astype(np.int16)
@@ -84,7 +69,7 @@ class RecordedCrops(PackedCrops):
 
 
 class Clock(TrainerCallback):
-    """For `max_minutes`: steps take 1 s by the clock of the first process, and more by that of the second."""
+    """For `max_minutes`: a step takes 1 s by the clock of the first process and 2 s by that of the second."""
 
     seconds = 0.0
 
@@ -105,51 +90,23 @@ spoil.count = 0
 
 def main(mode: str, output: str, clips: list[str]) -> None:
     folder = Path(output) / ("whole" if mode == "resumed" else mode)
-    torch.manual_seed(0)
-    config = ASiTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        num_mel_bins=32,
-        num_frames=48,
-        distillation_hidden_size=32,
-        distillation_bottleneck_size=16,
-        num_prototypes=24,
-        drop_path_rate=0.1,
-        local_loss_patches="corrupted" if mode == "corrupted" else "all",
-    )
     given = mode in ("given", "corrupted", "per_process")
-    args = ASiTPreTrainingArguments(
-        output_dir=str(folder),
+    dataset = GivenViews() if given else RecordedCrops(folder / f"pool-{RANK}") if mode == "packed" else clips
+    trainer = make_trainer(
+        dataset,
+        folder,
+        make_model(local_loss_patches="corrupted" if mode == "corrupted" else "all"),
+        data_collator=stack if given else spoil if mode == "spoiled" else collate_crops,
         per_device_train_batch_size=GLOBAL_BATCH // WORLD,
         num_train_epochs=1 if given else 2,
         max_minutes=0.25 if mode == "minutes" else None,
         warmup_epochs=0,
-        learning_rate=1e-3,
-        use_cpu=True,
-        report_to="none",
         save_strategy="steps" if mode in ("whole", "resumed", "terminated") else "no",
         save_steps=3 if mode != "terminated" else 100,
-        logging_steps=1,
-        plot_steps=0,
-        disable_tqdm=True,
         train_sampling_strategy="sequential" if given else "random",
         mean_over_all=mode != "per_process",
         dataloader_num_workers=1 if mode in ("whole", "resumed") else 0,
         ddp_backend="gloo" if WORLD > 1 else None,
-    )
-    crops = {"global_seconds": 0.5, "local_seconds": 0.25, "num_local_crops": 1}
-    if mode == "packed":
-        dataset = RecordedCrops(folder / f"pool-{RANK}")
-    else:
-        dataset = GivenViews() if given else PretrainingCrops(clips, 16000, **crops)
-    trainer = ASiTPreTrainer(
-        ASiTForPreTraining(config),
-        args,
-        processing_class=ASiTFeatureExtractor(num_mel_bins=32),
-        train_dataset=dataset,
-        data_collator=stack if given else spoil if mode == "spoiled" else collate_crops,
     )
     if mode == "terminated":
         trainer.add_callback(TerminateOne())
@@ -157,19 +114,16 @@ def main(mode: str, output: str, clips: list[str]) -> None:
         clock = Clock()
         time_budget.now = lambda: clock.seconds
         trainer.add_callback(clock)
-    resume = None
-    if mode == "resumed":
-        resume = str(folder / "checkpoint-3")
-    trainer.train(resume_from_checkpoint=resume)
-    result = {
-        "state": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
-        "steps": trainer.state.global_step,
-        "skipped": trainer.num_skipped_steps,
-        "terminated": trainer.terminated,
-        "gathered": getattr(dataset, "gathered", []),
-        "logs": json.dumps([row for row in trainer.state.log_history if "loss" in row]),
-    }
-    torch.save(result, Path(output) / f"{mode}-{RANK}.pt")
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if mode == "resumed" else None)
+    save_result(
+        trainer,
+        output,
+        mode,
+        RANK,
+        state=trainer.accelerator.unwrap_model(trainer.model).state_dict(),
+        terminated=trainer.terminated,
+        gathered=getattr(dataset, "gathered", []),
+    )
 
 
 if __name__ == "__main__":

@@ -32,13 +32,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import set_seed
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.data import CORPORA, ClassificationCollator, LabelledClips, filter_rows, label_names, split_dataset
-from asit_hf.data.audio import AudioReadError, source_name
+from asit_hf.data.audio import source_name
 from asit_hf.data.labelled import load_labelled, problem_type_of
 from asit_hf.evaluation.metrics import TOP_K, compute_metrics_for, confusion_counts, per_class_report
 from asit_hf.finetuning.augmentation import Augmentation, TrainingClips
@@ -46,7 +45,7 @@ from asit_hf.finetuning.sampling import balanced_weights
 from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer
 from asit_hf.hub.cards import CardArguments, describe_run
 from asit_hf.loading import load_encoder
-from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments
+from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments, run_script, start_run
 
 logger = logging.get_logger(__name__)
 
@@ -298,7 +297,7 @@ def finetune(
     The metrics on the evaluation data, and the trainer. `arguments` are those of the command line, which the card
     tells; `build` makes the model and its feature extractor.
     """
-    set_seed(args.seed)
+    start_run(args)
     train, validation, evaluation = load_data(data_args, args.seed, args.load_best_model_at_end)
     problem_type = check_problem_type(data_args.problem_type, train)
     names = None if problem_type == "regression" else label_names(train)
@@ -408,14 +407,10 @@ def main(arguments: list[str] | None = None, build: Callable = build_model) -> d
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parsed = parse_arguments(GROUPS, arguments)
     data_args, args = parsed[1], parsed[-1]
-    logging.set_verbosity_info() if args.should_log else logging.set_verbosity_warning()
     if data_args.folds is not None:
         return cross_validate(arguments, data_args.fold_names(), args, build)
     return finetune(*parsed, arguments, build=build)[0]
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except AudioReadError as error:
-        sys.exit(f"error: {error}; repair this file or take it out of the data")
+    run_script(main)

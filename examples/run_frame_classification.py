@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
+from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification
 from asit_hf.data import audio_info
-from asit_hf.data.audio import AudioReadError
 from asit_hf.data.epochs import EpochCallback
 from asit_hf.data.events import (
     IGNORED,
@@ -35,7 +34,7 @@ from asit_hf.evaluation.metrics import multi_label_metrics
 from asit_hf.evaluation.sound_events import PSDS_SCENARIOS, decode_events, psds, segment_metrics
 from asit_hf.hub.cards import CardArguments, PushMixin, describe_run
 from asit_hf.loading import load_encoder
-from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments
+from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments, run_script, start_run
 from asit_hf.utils.time_budget import TimeBudgetArguments, TimeBudgetMixin
 
 logger = logging.get_logger(__name__)
@@ -154,8 +153,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     groups = (ModelArguments, DataArguments, CardArguments, FrameTrainingArguments)
     model_args, data_args, card_args, args = parse_arguments(groups, arguments)
-    logging.set_verbosity_info() if args.should_log else logging.set_verbosity_warning()
-    set_seed(args.seed)
+    start_run(args)
 
     train_events, eval_events = (read_strong_labels(path) for path in (data_args.train_labels, data_args.eval_labels))
     names = event_names(train_events)
@@ -204,7 +202,4 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except AudioReadError as error:
-        sys.exit(f"error: {error}; repair this file or take it out of the data")
+    run_script(main)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from transformers import set_seed
 from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
@@ -30,7 +29,6 @@ from asit_hf.data import (
     label_names,
     load_unlabelled,
 )
-from asit_hf.data.audio import AudioReadError
 from asit_hf.data.labelled import load_labelled
 from asit_hf.data.parcels import is_parcels
 from asit_hf.hub.cards import CardArguments, describe_run
@@ -39,7 +37,7 @@ from asit_hf.pretraining.initialization import encoder_from_vit, read_model_type
 from asit_hf.pretraining.monitoring import KnnProbeCallback
 from asit_hf.pretraining.presets import get_preset
 from asit_hf.pretraining.trainer import ASiTPreTrainer
-from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments
+from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments, run_script, start_run
 
 logger = logging.get_logger(__name__)
 
@@ -204,8 +202,7 @@ def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     groups = (ModelArguments, DataArguments, CardArguments, ASiTPreTrainingArguments)
     model_args, data_args, card_args, args = parse_arguments(groups, arguments)
-    logging.set_verbosity_info() if args.should_log else logging.set_verbosity_warning()
-    set_seed(args.seed)
+    start_run(args)
 
     model = build_model(model_args, data_args, args)
     feature_extractor = build_feature_extractor(model_args, data_args, model.config.num_mel_bins)
@@ -232,7 +229,4 @@ def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except AudioReadError as error:
-        sys.exit(f"error: {error}; repair this file, take it out of the data, or leave out --strict")
+    run_script(main)

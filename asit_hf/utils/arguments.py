@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from tqdm import tqdm
 from transformers import HfArgumentParser, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
 
 from .time_budget import STATE_KEY
 
@@ -29,7 +31,7 @@ class OptionError(ValueError):
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> None:  # without the usage, which lists every option of Trainer
-        raise OptionError(f"{message} (--help lists all options)")
+        raise OptionError(message)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -60,24 +62,20 @@ def parse_arguments(dataclass_types: tuple[type, ...], arguments: list[str] | No
     implied = ["--use_cpu", "true"] if trains and not torch.accelerator.is_available() else []
     try:
         chosen, arguments = recipe_parser.parse_known_args(arguments)
-        recipe = [argument for path in chosen.recipe for argument in recipe_arguments(path)]
-        *parsed, unknown = parser.parse_args_into_dataclasses(
-            implied + recipe + arguments, return_remaining_strings=True
-        )
+        arguments = [one for path in chosen.recipe for one in recipe_arguments(path)] + arguments
+        _check_names(arguments, parser)
+        return parser.parse_args_into_dataclasses(implied + arguments)
     except ValueError as error:
         raise OptionError(str(error)) from error
-    if unknown:
-        names = ["--recipe", *(f"--{one.name}" for group in dataclass_types for one in fields(group))]
-        raise OptionError(_unknown_option(unknown, names))
-    return tuple(parsed)
 
 
-def _unknown_option(unknown: list[str], names: list[str]) -> str:
-    option = next((one.partition("=")[0] for one in unknown if one.startswith("--")), None)
-    if option is None:
-        return f"expected an option that starts with --, got {unknown[0]!r}"
-    close = get_close_matches(option, names, n=1)
-    return f"unknown option {option}" + (f", did you mean {close[0]}?" if close else " (--help lists all options)")
+def _check_names(arguments: list[str], parser: _Parser) -> None:
+    """Raises a `ValueError` for an unknown option, before the parser misses the one that was meant."""
+    known = ["--recipe", *parser._option_string_actions]
+    for option in (one.partition("=")[0] for one in arguments):
+        if option.startswith("--") and option not in known:
+            close = get_close_matches(option, [name for name in known if "-" not in name[2:]], n=1)
+            raise ValueError(f"unknown option {option}" + (f", did you mean {close[0]}?" if close else ""))
 
 
 def refuse_without_effect(options: Any, names: Sequence[str], condition: str) -> None:
@@ -96,6 +94,9 @@ def start_run(args: TrainingArguments) -> None:
     warnings only; `--log_level info` adds the rest.
     """
     logging.basicConfig(format="%(message)s", handlers=[_ConsoleHandler()])
+    if not are_progress_bars_disabled():
+        transformers_logging.disable_progress_bar()  # of saving and loading weights, but of downloads too
+        enable_progress_bars()
     for name in ("asit_hf", "examples", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)
     set_seed(args.seed)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from ..data.clips import LabelledClips
 from ..data.randomness import sample_key
+from ..utils.arguments import refuse_without_effect
 
 # Audio-MAE's: a gain of 0.5 to 1.5, mostly near 1
 _GAIN_BETA, _GAIN_OFFSET = 10.0, 0.5
@@ -48,6 +49,8 @@ class Augmentation:
         for name in ("mixup_rate", "patch_mask_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not self.mixup_rate:
+            refuse_without_effect(self, ["mixup_alpha"], "without mixup_rate")
         if min(self.frequency_mask, self.time_mask) < 0 or self.mixup_alpha <= 0:
             raise ValueError(
                 "frequency_mask and time_mask must be at least 0 and mixup_alpha above 0, got "

@@ -15,6 +15,7 @@ import torch
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTModel
 from asit_hf.data.corpora.speech_commands import KEYWORDS, SPEECH_COMMANDS_WORDS
 from asit_hf.fbank_asit import num_fbank_frames
+from asit_hf.finetuning.reports import best_common_epoch
 from asit_hf.utils.arguments import parse_arguments
 from examples import run_audio_classification as script
 
@@ -301,10 +302,10 @@ def test_the_best_common_epoch_of_folds_with_other_numbers_of_evaluations():
         [{"loss": 1.0}, *({"epoch": epoch, "eval_accuracy": score} for epoch, score in enumerate(scores, 1))]
         for scores in ([0.1, 0.5, 0.2], [0.3, 0.4])
     ]
-    found = script.best_common_epoch(histories, "accuracy", greater_is_better=True)
+    found = best_common_epoch(histories, "accuracy", greater_is_better=True)
     assert found == {"best_common_epoch": 2, "best_common_eval_accuracy": pytest.approx(0.45)}
-    assert script.best_common_epoch(histories, "eval_accuracy", False)["best_common_epoch"] == 1
-    assert script.best_common_epoch([histories[0], []], "accuracy", True) == {}
+    assert best_common_epoch(histories, "eval_accuracy", False)["best_common_epoch"] == 1
+    assert best_common_epoch([histories[0], []], "accuracy", True) == {}
 
 
 def test_modern_recipe_of_keywords_unknown_and_silence(encoder, tmp_path):
@@ -366,12 +367,12 @@ def test_training_files_that_are_not_checked_are_left_out_as_they_come(encoder, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"folds": "3"}, "folds must name at least two"),
-        ({"folds": "1,2,1"}, "each once, as 1,2,3; got '1,2,1'"),
+        ({"folds": "3"}, "at least two.*got '3'"),
+        ({"folds": "1,2,1"}, "got '1,2,1'"),
         ({"eval_filter": "fold=1"}, "folds are evaluated on each other"),
         ({"corpus": "gtzan"}, "corpus must be one of"),
-        ({"label_column": "category"}, "label_column cannot be used with the layout esc50"),
-        ({"validation_split": "val"}, "leave out"),
+        ({"label_column": "category"}, "label_column.*esc50"),
+        ({"validation_split": "val"}, "--validation_split"),
         ({"push_to_hub": True}, "push the one you choose"),
     ],
 )

@@ -48,9 +48,9 @@ def encoder(tmp_path_factory) -> Path:
     return folder
 
 
-def arguments(sounds: Path, encoder: Path, output: Path, **options) -> list[str]:
+def arguments(sounds: Path, checkpoint: Path, output: Path, **options) -> list[str]:
     options = {
-        "model_name_or_path": encoder,
+        "model_name_or_path": checkpoint,
         "train_data": sounds / "meta.csv",
         "train_filter": "fold=1,2,3,4",
         "eval_filter": "fold=5",
@@ -127,7 +127,7 @@ def test_regression(sounds, encoder, tmp_path):
 
 
 def test_frozen_encoder(sounds, encoder, tmp_path):
-    script.main(arguments(sounds, encoder, tmp_path, max_steps=3, freeze_encoder=True, drop_path_rate=0.5))
+    script.main(arguments(sounds, encoder, tmp_path, max_steps=3, freeze_encoder=True))
     trained = ASiTForAudioClassification.from_pretrained(tmp_path)
     teacher = ASiTForPreTraining.from_pretrained(encoder).teacher["asit"].state_dict()
     for name, weight in trained.asit.state_dict().items():
@@ -177,7 +177,7 @@ def test_validation_part_chooses_and_eval_data_is_scored(sounds, encoder, tmp_pa
     script.main(arguments(sounds, encoder, tmp_path, **options))
     assert len(read_predictions(tmp_path)) == 6
     args = script.DataArguments(
-        str(sounds / "meta.csv"),
+        train_data=str(sounds / "meta.csv"),
         train_filter=["fold=1,2,3,4"],
         eval_filter=["fold=5"],
         label_column="category",
@@ -198,16 +198,42 @@ def test_validation_part_chooses_and_eval_data_is_scored(sounds, encoder, tmp_pa
         ({"train_filter": "category=low"}, "unknown label"),
         ({"label_column": "tags", "problem_type": "single_label_classification"}, "problem_type must be"),
         ({"label_column": "speaker"}, "no label column 'speaker'"),
-        ({"source": "average"}, "encoder must be"),
-        ({"eval_filter": None}, "give --eval_data"),
-        ({"model_name_or_path": None}, "or --random_init"),
+        ({"encoder": "average"}, "encoder must be"),
+        ({"eval_filter": None}, "--eval_data"),
+        ({"model_name_or_path": None}, "--random_init"),
         ({"label_column": "pitch", "balanced_sampling": True}, "need classes"),
-        ({"validation_split": "a", "validation_fraction": 0.1}, "not both"),
+        ({"validation_split": "a", "validation_fraction": 0.1}, "exclude each other"),
+        ({"size": "tiny"}, "size"),
+        ({"random_init": True, "encoder": "student"}, "random_init.*encoder"),
+        ({"freeze_encoder": True, "drop_path_rate": 0.1}, "freeze_encoder.*drop_path_rate"),
+        ({"freeze_encoder": True, "layer_decay": 0.75}, "freeze_encoder.*layer_decay"),
+        ({"fold_column": "speaker"}, "without folds.*fold_column"),
+        ({"group_column": "fold"}, "without validation_fraction.*group_column"),
+        ({"mixup_alpha": 0.5}, "without mixup_rate.*mixup_alpha"),
     ],
 )
 def test_wrong_input(sounds, encoder, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         script.main(arguments(sounds, encoder, tmp_path, **options))
+
+
+def test_student_is_refused_where_there_is_one_encoder(sounds, encoder, tmp_path):
+    ASiTForPreTraining.from_pretrained(encoder).asit.save_pretrained(tmp_path / "encoder")
+    ASiTFeatureExtractor().save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="not a pretraining checkpoint.*encoder"):
+        script.main(arguments(sounds, tmp_path / "encoder", tmp_path / "run", encoder="student"))
+
+
+def test_a_finished_run_is_not_repeated(sounds, encoder, tmp_path, caplog):
+    options = {"num_train_epochs": 2, "resume_from_checkpoint": True}
+    metrics = script.main(arguments(sounds, encoder, tmp_path, **options))
+    content = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    caplog.clear()
+    assert script.main(arguments(sounds, encoder, tmp_path, **options)) == pytest.approx(metrics)
+    assert "nothing to do" in caplog.text
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == content
+    script.main(arguments(sounds, encoder, tmp_path, **options | {"num_train_epochs": 3}))
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["epoch"] == 3
 
 
 def test_labels_of_folders_are_those_used(sounds):

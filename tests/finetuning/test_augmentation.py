@@ -234,7 +234,8 @@ def test_padding_and_evaluation_are_left_alone(files):
         ({"mixup_rate": 1.5}, "mixup_rate must be in"),
         ({"patch_mask_rate": -0.1}, "patch_mask_rate must be in"),
         ({"time_mask": -1}, "time_mask must be at least 0"),
-        ({"mixup_alpha": 0}, "mixup_alpha above 0"),
+        ({"mixup_rate": 0.5, "mixup_alpha": 0}, "mixup_alpha.*and 0"),
+        ({"mixup_alpha": 2.0}, "without mixup_rate.*mixup_alpha"),
     ],
 )
 def test_wrong_options(options, message):

@@ -24,11 +24,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
+from transformers.hf_argparser import HfArg
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.data import CORPORA, ClassificationCollator, LabelledClips, filter_rows, label_names, split_dataset
@@ -56,24 +57,14 @@ CARD_METRICS = ("accuracy", f"top{TOP_K}_accuracy", "mAP", "mAUC", "mse")
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Encoder, classifier (without its head) or pretraining checkpoint."}
-    )
-    encoder: str = field(
-        default="teacher", metadata={"help": "Encoder of a pretraining checkpoint: teacher or student."}
-    )
-    random_init: bool = field(
-        default=False, metadata={"help": "Train from scratch, in the architecture of the checkpoint or of --size."}
-    )
-    size: str | None = field(
-        default=None, metadata={"help": "Model size without a checkpoint: tiny, small or base (default)."}
-    )
-    pooling_mode: str | None = field(
-        default=None, metadata={"help": "cls, mean or cls_mean (default: the checkpoint's)."}
-    )
-    drop_path_rate: float = field(default=0.0, metadata={"help": "Stochastic depth rate."})
-    freeze_encoder: bool = field(default=False, metadata={"help": "Train only the classifier."})
-    attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    model_name_or_path: str | None = HfArg(default=None, help="Encoder, classifier or pretraining checkpoint.")
+    encoder: str = HfArg(default="teacher", help="Encoder of a pretraining checkpoint: teacher or student.")
+    random_init: bool = HfArg(default=False, help="Train from scratch a model like the checkpoint or of --size.")
+    size: str | None = HfArg(default=None, help="Model size without a checkpoint: tiny, small or base (default).")
+    pooling_mode: str | None = HfArg(default=None, help="cls, mean or cls_mean (default: the checkpoint's).")
+    drop_path_rate: float = HfArg(default=0.0, help="Stochastic depth rate.")
+    freeze_encoder: bool = HfArg(default=False, help="Train only the classifier.")
+    attn_implementation: str = HfArg(default="sdpa", help="eager, sdpa, flash_attention_2, ...")
 
     def __post_init__(self):
         if self.model_name_or_path is None and not self.random_init:
@@ -88,45 +79,23 @@ class ModelArguments:
 
 @dataclass(kw_only=True)
 class DataArguments(DatasetArguments):
-    train_data: str = field(
-        metadata={"help": "Folder of class folders, csv or json manifest, Hub data set, or root of a corpus."}
-    )
-    eval_data: str | None = field(
-        default=None, metadata={"help": "Evaluation data (default: --train_data, by --eval_split or --eval_filter)."}
-    )
-    train_split: str | None = field(default=None, metadata={"help": "Split of the training data."})
-    validation_split: str | None = field(
-        default=None, metadata={"help": "Split of --train_data that selects the best checkpoint."}
-    )
-    eval_split: str | None = field(default=None, metadata={"help": "Split of the evaluation data."})
-    train_filter: list[str] = field(
-        default_factory=list, metadata={"help": "COLUMN=VALUE[,VALUE...]: training rows to keep."}
-    )
-    eval_filter: list[str] = field(default_factory=list, metadata={"help": "Evaluation rows to keep, likewise."})
-    validation_fraction: float = field(
-        default=0.0, metadata={"help": "Share of the training data held out to select the best checkpoint, e.g. 0.1."}
-    )
-    group_column: str | None = field(
-        default=None, metadata={"help": "Column of groups that it keeps whole (default: speaker, source or fold)."}
-    )
-    folds: str | None = field(
-        default=None, metadata={"help": "Cross-validation folds: 1,2,3,4 evaluates on each in turn."}
-    )
-    fold_column: str = field(default="fold", metadata={"help": "Column of the folds."})
-    problem_type: str | None = field(
+    train_data: str = HfArg(help="Folder of class folders, csv or json manifest, Hub data set, or root of a corpus.")
+    eval_data: str | None = HfArg(default=None, help="Evaluation data (default: rows of --train_data).")
+    train_split: str | None = HfArg(default=None, help="Split of the training data.")
+    validation_split: str | None = HfArg(default=None, help="Split of --train_data to select the best checkpoint.")
+    eval_split: str | None = HfArg(default=None, help="Split of the evaluation data.")
+    train_filter: list[str] = HfArg(default_factory=list, help="COLUMN=VALUE[,VALUE...]: training rows to keep.")
+    eval_filter: list[str] = HfArg(default_factory=list, help="Evaluation rows to keep, likewise.")
+    validation_fraction: float = HfArg(default=0.0, help="Share of --train_data held out as validation data.")
+    group_column: str | None = HfArg(default=None, help="Column whose groups are not split (default: speaker, ...).")
+    folds: str | None = HfArg(default=None, help="Cross-validation folds: 1,2,3,4 evaluates on each in turn.")
+    fold_column: str = HfArg(default="fold", help="Column of the folds.")
+    problem_type: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "single_label_classification, multi_label_classification or regression (default: from the labels)."
-        },
+        help="single_label_classification, multi_label_classification or regression (default: from the labels).",
     )
-    balanced_sampling: bool = field(
-        default=False,
-        metadata={"help": "Draw training clips with replacement, weighted by the sum of 1000 / (count + 0.01)."},
-    )
-    check_train_files: bool = field(
-        default=True,
-        metadata={"help": "Open every training file at the start; unreadable files are skipped either way."},
-    )
+    balanced_sampling: bool = HfArg(default=False, help="Sample training clips by inverse class frequency.")
+    check_train_files: bool = HfArg(default=True, help="Check at the start that all training files can be opened.")
 
     def __post_init__(self):
         if self.corpus is not None:
@@ -176,16 +145,10 @@ class DataArguments(DatasetArguments):
 
 @dataclass
 class InputArguments:
-    mean: float | None = field(
-        default=None, metadata={"help": "Mean of the log-mel values (default: the checkpoint's, or AudioSet's)."}
-    )
-    std: float | None = field(default=None, metadata={"help": "Standard deviation of the log-mel values, likewise."})
-    max_seconds: float | None = field(
-        default=None, metadata={"help": "Length in seconds of the random crops to train on (default: whole clips)."}
-    )
-    max_eval_seconds: float | None = field(
-        default=None, metadata={"help": "Seconds to evaluate from the start of each clip (default: whole clips)."}
-    )
+    mean: float | None = HfArg(default=None, help="Mean of log-mel values (default: checkpoint's or AudioSet's).")
+    std: float | None = HfArg(default=None, help="Standard deviation of log-mel values, likewise.")
+    max_seconds: float | None = HfArg(default=None, help="Train on random crops of this length in seconds.")
+    max_eval_seconds: float | None = HfArg(default=None, help="Evaluate only the first seconds of each clip.")
 
 
 GROUPS = (ModelArguments, DataArguments, InputArguments, Augmentation, CardArguments, FinetuningArguments)

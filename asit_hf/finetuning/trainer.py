@@ -3,13 +3,14 @@
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from ..data.epochs import EpochCallback
 from ..evaluation.metrics import MAIN_METRIC
@@ -24,33 +25,22 @@ from .optimization import average_checkpoints, param_groups_layer_decay, smooth_
 class FinetuningArguments(TimeBudgetArguments, TrainingArguments):
     """Trainer's arguments with other defaults and some more options."""
 
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep besides the best."})
-    load_best_model_at_end: bool = field(
-        default=True,
-        metadata={"help": "Keep the best checkpoint (the first of equally good ones) instead of the last."},
+    eval_strategy: str = HfArg(default="epoch", help="When to evaluate: no, steps or epoch.")
+    save_strategy: str = HfArg(default="epoch", help="When to save: no, steps, epoch or best.")
+    save_total_limit: int | None = HfArg(default=1, help="Checkpoints to keep besides the best.")
+    load_best_model_at_end: bool = HfArg(
+        default=True, help="Keep the best checkpoint (the first of ties), not the last."
     )
-    metric_for_best_model: str | None = field(
-        default="auto", metadata={"help": "Metric that selects it; auto: accuracy, mAP or mse, by the type of labels."}
+    metric_for_best_model: str | None = HfArg(
+        default="auto", help="Metric that selects it (auto: accuracy, mAP or mse)."
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator needs them."})
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": "Share of each target, also soft or multi-label, given to all classes equally."}
-    )
-    layer_decay: float = field(
-        default=1.0, metadata={"help": "Learning rate of a layer as a share of that of the layer above; 1: the same."}
-    )
-    lr_decay_start: int | None = field(
-        default=None,
-        metadata={"help": "Epoch of the first step decay, AST's schedule; replaces lr_scheduler_type."},
-    )
-    lr_decay_step: int = field(default=1, metadata={"help": "Epochs between step decays."})
-    lr_decay_gamma: float = field(default=0.5, metadata={"help": "Factor of the learning rate at each step decay."})
-    average_checkpoints: int = field(
-        default=0,
-        metadata={"help": "Keep the mean of the weights saved after each of the last N epochs (OUTPUT/epoch-NN)."},
-    )
+    remove_unused_columns: bool = HfArg(default=False, help="Must stay false: the collator needs them.")
+    label_smoothing: float = HfArg(default=0.0, help="Share of each target divided among all classes.")
+    layer_decay: float = HfArg(default=1.0, help="Factor of the learning rate from each layer to the one below.")
+    lr_decay_start: int | None = HfArg(default=None, help="First epoch of AST's step decay of the learning rate.")
+    lr_decay_step: int = HfArg(default=1, help="Epochs between step decays.")
+    lr_decay_gamma: float = HfArg(default=0.5, help="Factor of the learning rate at each step decay.")
+    average_checkpoints: int = HfArg(default=0, help="Average the weights saved after the last N epochs.")
 
     def __post_init__(self):
         super().__post_init__()

@@ -19,8 +19,13 @@ holds `eval_results.json`, `predictions.csv`, `per_class.csv` and, for up to 100
 `--folds 1,2,3,4,5` cross-validates, with an output folder for each fold and `fold_results.json`.
 """
 
-import json
 import logging
+
+if __name__ == "__main__":  # transformers imports torchao where it is installed, which logs kernels it cannot load
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence

@@ -9,13 +9,18 @@ holds the last model, `eval_results.json` and `events.tsv`, the events found in 
 above `--threshold` after a median filter of `--median_filter_size`. The evaluation data choose nothing.
 """
 
+import logging
+
+if __name__ == "__main__":  # transformers imports torchao where it is installed, which logs kernels it cannot load
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from transformers import EvalPrediction, Trainer, TrainingArguments
-from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification
 from asit_hf.data import audio_info
@@ -37,7 +42,7 @@ from asit_hf.loading import load_encoder
 from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments, run_script, start_run
 from asit_hf.utils.time_budget import TimeBudgetArguments, TimeBudgetMixin
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass

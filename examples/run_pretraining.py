@@ -11,13 +11,18 @@ at once, or one packed pool (`make_shards.py --format packed`), which an acceler
 to go on from the last checkpoint of `--output_dir`.
 """
 
+import logging
+
+if __name__ == "__main__":  # transformers imports torchao where it is installed, which logs kernels it cannot load
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
 import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.data import (
@@ -39,7 +44,7 @@ from asit_hf.pretraining.presets import get_preset
 from asit_hf.pretraining.trainer import ASiTPreTrainer
 from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments, run_script, start_run
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 LOSS_OPTIONS = ("global_loss_weight", "local_loss_weight", "reconstruction_loss_weight", "local_loss_patches")
 

@@ -9,17 +9,21 @@ holds the last model, `eval_results.json` and `events.tsv`, the events found in 
 above `--threshold` after a median filter of `--median_filter_size`. The evaluation data choose nothing.
 """
 
+import logging
+
+if __name__ == "__main__":  # transformers imports torchao where it is installed, which logs kernels it cannot load
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
-from transformers.utils import logging
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification
 from asit_hf.data import audio_info
-from asit_hf.data.audio import AudioReadError
 from asit_hf.data.epochs import EpochCallback
 from asit_hf.data.events import (
     IGNORED,
@@ -36,10 +40,10 @@ from asit_hf.evaluation.sound_events import PSDS_SCENARIOS, decode_events, psds,
 from asit_hf.hub.cards import CardArguments, describe_run
 from asit_hf.hub.upload import PushMixin
 from asit_hf.loading import load_config, load_encoder, load_feature_extractor
-from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments
+from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments, run_script, start_run
 from asit_hf.utils.time_budget import TimeBudgetArguments, TimeBudgetMixin
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -155,8 +159,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     groups = (ModelArguments, DataArguments, CardArguments, FrameTrainingArguments)
     model_args, data_args, card_args, args = parse_arguments(groups, arguments)
-    logging.set_verbosity_info() if args.should_log else logging.set_verbosity_warning()
-    set_seed(args.seed)
+    start_run(args)
 
     train_events, eval_events = (read_strong_labels(path) for path in (data_args.train_labels, data_args.eval_labels))
     names = event_names(train_events)
@@ -205,7 +208,4 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except AudioReadError as error:
-        sys.exit(f"error: {error}; repair this file or take it out of the data")
+    run_script(main)

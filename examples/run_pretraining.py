@@ -12,14 +12,20 @@ of packed audio (`make_shards.py --format packed`), which an accelerator keeps i
 run in `--output_dir` from its last checkpoint.
 """
 
+import logging
+
+if __name__ == "__main__":  # transformers imports torchao where it is installed, which logs kernels it cannot load
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
 import signal
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import yaml
-from transformers import TrainerState, set_seed
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import logging
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.configuration_asit import LOCAL_LOSS_PATCHES, SIZES
@@ -32,7 +38,6 @@ from asit_hf.data import (
     label_names,
     load_unlabelled,
 )
-from asit_hf.data.audio import AudioReadError
 from asit_hf.data.labelled import load_labelled
 from asit_hf.data.parcels import is_parcels
 from asit_hf.hub.cards import CardArguments, describe_run
@@ -48,9 +53,9 @@ from asit_hf.pretraining.initialization import encoder_from_vit
 from asit_hf.pretraining.monitoring import KnnProbeCallback
 from asit_hf.pretraining.presets import get_preset
 from asit_hf.pretraining.trainer import ASiTPreTrainer
-from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments
+from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments, run_script, start_run
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 LOSS_OPTIONS = ("global_loss_weight", "local_loss_weight", "reconstruction_loss_weight", "local_loss_patches")
 
@@ -248,8 +253,7 @@ def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     groups = (ModelArguments, DataArguments, CardArguments, ASiTPreTrainingArguments)
     model_args, data_args, card_args, args = parse_arguments(groups, arguments)
-    logging.set_verbosity_info() if args.should_log else logging.set_verbosity_warning()
-    set_seed(args.seed)
+    start_run(args)
 
     refuse_options_without_effect(model_args, data_args, args)
     model = build_model(model_args, data_args, args)
@@ -280,7 +284,4 @@ def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except AudioReadError as error:
-        sys.exit(f"error: {error}; repair this file, take it out of the data, or leave out --strict")
+    run_script(main)

@@ -1,53 +1,47 @@
 """
 Augmentation of labelled clips: mixing, rolling and scaling of waveforms, masks and noise on spectrograms.
 
-Everything random is a function of (seed, epoch, position in the epoch), so a resumed run, other numbers of processes
-or of loader workers see the same clips.
+All random draws are functions of (seed, epoch, position in the epoch), so that resuming a run or changing its number
+of processes or loader workers does not change them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from transformers.hf_argparser import HfArg
 
 from ..data.clips import LabelledClips
 from ..data.randomness import sample_key
+from ..utils.arguments import refuse_without_effect
 
-# Audio-MAE's: a gain of 0.5 to 1.5, mostly near 1
+# Audio-MAE: a gain of 0.5 to 1.5, mostly near 1
 _GAIN_BETA, _GAIN_OFFSET = 10.0, 0.5
-# AST's: noise of up to a tenth, on the normalized scale, and a shift of up to so many frames
+# AST: noise of up to 0.1 on the normalized scale, and a shift of up to 10 frames
 _NOISE_LEVEL, _NOISE_ROLL = 0.1, 10
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to the training clips; by default nothing."""
+    """Augmentation of the training clips; none by default."""
 
-    mixup_rate: float = field(
-        default=0.0, metadata={"help": "Share of clips mixed with another one as waveforms, labels in proportion."}
-    )
-    mixup_alpha: float = field(default=10.0, metadata={"help": "The share of the clip itself is Beta(alpha, alpha)."})
-    roll: bool = field(default=False, metadata={"help": "Shift the waveform in a circle by a random amount."})
-    random_gain: bool = field(default=False, metadata={"help": "Scale the waveform by Beta(10, 10) + 0.5."})
-    frequency_mask: int = field(
-        default=0, metadata={"help": "SpecAugment: one band of up to so many mel bins is masked."}
-    )
-    time_mask: int = field(default=0, metadata={"help": "SpecAugment: one stretch of up to so many frames is masked."})
-    patch_mask_rate: float = field(
-        default=0.0,
-        metadata={"help": "Share of patch columns, and of patch rows, that are masked."},
-    )
-    noise: bool = field(
-        default=False,
-        metadata={"help": "As AST: add rand * U(0, 1) / 10 to the spectrogram, then roll it by up to 10 frames."},
-    )
+    mixup_rate: float = HfArg(default=0.0, help="Share of clips mixed with another clip, including their labels.")
+    mixup_alpha: float = HfArg(default=10.0, help="Mixing shares are drawn from Beta(alpha, alpha).")
+    roll: bool = HfArg(default=False, help="Shift the waveform circularly by a random amount.")
+    random_gain: bool = HfArg(default=False, help="Scale the waveform by Beta(10, 10) + 0.5.")
+    frequency_mask: int = HfArg(default=0, help="SpecAugment: largest width of a mask in mel bins.")
+    time_mask: int = HfArg(default=0, help="SpecAugment: largest length of a mask in frames.")
+    patch_mask_rate: float = HfArg(default=0.0, help="Share of time patches, and of mel patches, that are masked.")
+    noise: bool = HfArg(default=False, help="AST's noise of up to 0.1, and a roll of up to 10 frames.")
 
     def __post_init__(self):
         for name in ("mixup_rate", "patch_mask_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not self.mixup_rate:
+            refuse_without_effect(self, ["mixup_alpha"], "without mixup_rate")
         if min(self.frequency_mask, self.time_mask) < 0 or self.mixup_alpha <= 0:
             raise ValueError(
                 "frequency_mask and time_mask must be at least 0 and mixup_alpha above 0, got "
@@ -55,7 +49,7 @@ class Augmentation:
             )
 
     def waveform(self, waveform: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Roll and gain of `(samples,)`."""
+        """Rolls and scales a waveform `(samples,)`."""
         if self.roll:
             waveform = np.roll(waveform, generator.integers(len(waveform)))
         if self.random_gain:
@@ -64,13 +58,13 @@ class Augmentation:
 
     def spectrogram(self, values: torch.Tensor, generator: np.random.Generator, patch_size: int = 16) -> torch.Tensor:
         """
-        Masks, noise and shift of one normalized log-mel spectrogram.
+        Masks, adds noise to and rolls one normalized log-mel spectrogram.
 
         Args:
-            values (`torch.Tensor` of shape `(frames, mel)`): without padding. Masks are 0, the data's mean; AST masks
-                with 0 before it normalizes.
-            generator (`np.random.Generator`): of all that is drawn.
-            patch_size (`int`): side of the patches that `patch_mask_rate` counts.
+            values (`torch.Tensor` of shape `(frames, mel)`): without padding. Masked values become 0, the mean of the
+                data; AST masks with 0 before normalization.
+            generator (`np.random.Generator`): source of all random draws.
+            patch_size (`int`): side of the patches masked by `patch_mask_rate`.
         """
         values = values.clone()
         frames, mel_bins = values.shape
@@ -90,17 +84,17 @@ class Augmentation:
 
 class TrainingClips(Dataset):
     """
-    Labelled clips as an epoch trains on them: drawn by weight, augmented and mixed.
+    The labelled clips of an epoch: sampled by weight, augmented and mixed.
 
     Args:
         clips ([`~asit_hf.data.LabelledClips`]): the clips, with labels.
-        augmentation ([`Augmentation`]): what is done to their waveforms.
-        weights (`np.ndarray` of shape `(clips,)`, *optional*): positive or 0; an epoch draws as many clips as there
-            are, by weight, with replacement. The draw of a position is a function of (seed, epoch, position) alone, so
-            that processes which share the positions out share one sequence. `None`: every clip once.
+        augmentation ([`Augmentation`]): applied to their waveforms.
+        weights (`np.ndarray` of shape `(clips,)`, *optional*): non-negative. With weights, an epoch samples as many
+            clips as there are with replacement; without, it has each clip once. The clip at a position is a function
+            of (seed, epoch, position) only, so that all processes share one sequence.
 
-    Items: those of `LabelledClips`, with `sample_key`, of which [`~asit_hf.data.ClassificationCollator`] augments the
-    spectrogram, and with mixing `mixture`: pairs of a label and its share, which sum to 1.
+    Items are those of `LabelledClips` with `sample_key`, for which [`~asit_hf.data.ClassificationCollator`] augments
+    the spectrogram, and, with mixing, `mixture`: pairs of a label and its share, which sum to 1.
     """
 
     def __init__(
@@ -114,7 +108,7 @@ class TrainingClips(Dataset):
         return len(self.clips)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw anew from the next item on, in running loader workers too."""
+        """Set the epoch of all following items, also in running loader workers."""
         self.clips.set_epoch(epoch)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
@@ -140,14 +134,14 @@ class TrainingClips(Dataset):
         return item
 
     def _mix(self, item: dict[str, Any], key: int, generator: np.random.Generator) -> None:
-        """With a clip drawn from all of them, cut or filled with zeros to this one's length."""
+        """Mixes with a random clip, cut or padded with zeros to the length of this one."""
         other = self._clip(int(generator.integers(len(self))), key, generator)
-        if "waveform" not in other:  # left unmixed
+        if "waveform" not in other:  # unreadable, so that the clip stays unmixed
             item["bad_files"] = other["bad_files"]
             return
         share = float(generator.beta(self.augmentation.mixup_alpha, self.augmentation.mixup_alpha))
         waveform, added = item["waveform"], other["waveform"][: len(item["waveform"])]
-        # without its mean, as the log-mel takes it: a step where the shorter one ends would be a click
+        # log-mel removes the mean anyway; a remaining offset would click where the shorter clip ends
         mixed = np.float32(share) * (waveform - waveform.mean())
         mixed[: len(added)] += np.float32(1 - share) * (added - added.mean())
         item["waveform"] = mixed
@@ -157,19 +151,19 @@ class TrainingClips(Dataset):
 def _cumulative(weights: np.ndarray, count: int) -> np.ndarray:
     weights = np.asarray(weights, dtype=np.float64)
     if weights.shape != (count,) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
-        raise ValueError(f"expected {count} finite weights of at least 0, not all 0; got shape {weights.shape}")
+        raise ValueError(f"expected {count} finite non-negative weights, not all 0; got shape {weights.shape}")
     return np.cumsum(weights)
 
 
 def _stretch(size: int, longest: int, generator: np.random.Generator) -> slice:
-    """SpecAugment's: a length uniform up to `longest`, or to `size` where that is less, anywhere within `size`."""
+    """SpecAugment: a uniform length up to `longest` or `size`, whichever is less, at a uniform start."""
     length = int(generator.uniform(0, min(longest, size)))
     start = int(generator.uniform(0, size - length))
     return slice(start, start + length)
 
 
 def _patch_mask(size: int, patch_size: int, rate: float, generator: np.random.Generator) -> torch.Tensor:
-    """Boolean `(size,)`: the points of a share of the patches."""
+    """Boolean `(size,)`: true in a share `rate` of the patches."""
     patches = size // patch_size
     masked = torch.zeros(size, dtype=torch.bool)
     for patch in generator.permutation(patches)[: round(rate * patches)]:

@@ -1,4 +1,4 @@
-"""How finetuning steps: learning rates by layer, AST's step decay, smoothed labels, averaged weights."""
+"""Optimization of finetuning: layer-wise learning rates, AST's step decay, label smoothing, averaged checkpoints."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -9,23 +9,24 @@ from torch import nn
 
 from ..modeling_asit import ASiTPreTrainedModel
 
-# Positions and the CLS token are few numbers that say where, not how: decaying them is no regularization.
-_NOT_DECAYED = ("position_embeddings", "cls_token")
+_NO_WEIGHT_DECAY = ("position_embeddings", "cls_token")
 
 
 def param_groups_layer_decay(
-    model: ASiTPreTrainedModel, learning_rate: float, weight_decay: float = 0.0, layer_decay: float = 1.0
+    model: ASiTPreTrainedModel, weight_decay: float = 0.05, layer_decay: float = 0.75
 ) -> list[dict]:
     """
-    Groups of trainable parameters for an optimizer. The classifier and the last norm have the full `learning_rate`,
-    the last layer `layer_decay` times that, and so on down to the embeddings, `layer_decay ** (layers + 1)`. Weight
-    decay is on matrices, without the positions and the CLS token.
+    Parameter groups with layer-wise learning rates, as timm's function of this name returns them. `lr_scale` is 1 for
+    the classifier and the last norm, `layer_decay` for the last layer, and so on down to `layer_decay ** (layers + 1)`
+    for the embeddings. Frozen parameters are excluded.
 
     Args:
         model ([`ASiTForAudioClassification`] or another model with the encoder as `asit`).
-        learning_rate (`float`): of the classifier.
-        weight_decay (`float`): of matrices.
-        layer_decay (`float`): above 0, at most 1, which means one learning rate for all.
+        weight_decay (`float`): of matrices; vectors, position embeddings and the CLS token have none.
+        layer_decay (`float`): above 0 and at most 1, which gives all layers one learning rate.
+
+    Returns:
+        `list[dict]` with `params`, `lr_scale` and `weight_decay`; the caller sets `lr` from `lr_scale`.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay must be above 0 and at most 1, got {layer_decay}")
@@ -33,12 +34,12 @@ def param_groups_layer_decay(
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.dim() > 1 and not name.endswith(_NOT_DECAYED)
+            decays = parameter.dim() > 1 and not name.endswith(_NO_WEIGHT_DECAY)
             groups.setdefault((_depth(name, num_layers), decays), []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": learning_rate * layer_decay ** (num_layers + 1 - depth),
+            "lr_scale": layer_decay ** (num_layers + 1 - depth),
             "weight_decay": weight_decay if decays else 0.0,
         }
         for (depth, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
@@ -47,8 +48,8 @@ def param_groups_layer_decay(
 
 def step_decay(step: int, steps_per_epoch: int, start: int, every: int, gamma: float, warmup_steps: int = 0) -> float:
     """
-    AST's schedule as a factor of the peak learning rate at an optimizer step: linear warm-up from 0, and `gamma` once
-    after `start` epochs and once more after every further `every` epochs.
+    Factor of the peak learning rate at an optimizer step, as in AST: linear warm-up from 0, then one factor of `gamma`
+    after `start` epochs and another after every further `every` epochs.
     """
     epoch = step // steps_per_epoch
     decays = 0 if epoch < start else 1 + (epoch - start) // every
@@ -58,27 +59,29 @@ def step_decay(step: int, steps_per_epoch: int, start: int, every: int, gamma: f
 
 def smooth_labels(labels: torch.Tensor, num_labels: int, factor: float) -> torch.Tensor:
     """
-    Targets `(batch, num_labels)` with a share of `factor` spread evenly over all classes.
+    Targets `(batch, num_labels)` of which a share of `factor` is divided equally among all classes.
 
     Args:
-        labels (`torch.Tensor` of shape `(batch,)` or `(batch, num_labels)`): class ids, or targets, soft ones too.
+        labels (`torch.Tensor` of shape `(batch,)` or `(batch, num_labels)`): class ids, or hard or soft targets.
     """
     if not labels.is_floating_point():
         labels = nn.functional.one_hot(labels, num_labels)
     if labels.dim() != 2:
-        raise ValueError(f"expected class ids, or targets (batch, {num_labels}), to smooth; got {tuple(labels.shape)}")
+        raise ValueError(
+            f"label smoothing expected class ids or targets (batch, {num_labels}), got {tuple(labels.shape)}"
+        )
     return (1 - factor) * labels.float() + factor / num_labels
 
 
 def average_checkpoints(folders: Sequence[str | PathLike]) -> dict[str, torch.Tensor]:
     """
-    The mean of the weights of several checkpoints of one model, as a state dict; summed in float64.
+    The mean of the weights of several checkpoints of one model, summed in float64, as a state dict.
 
     Args:
-        folders: as `save_pretrained` writes them.
+        folders: checkpoints written by `save_pretrained`.
 
     Raises:
-        ValueError: no folder, or checkpoints with other weights.
+        ValueError: no folders, or weights whose names or shapes differ.
     """
     from safetensors.torch import load_file
 
@@ -90,14 +93,14 @@ def average_checkpoints(folders: Sequence[str | PathLike]) -> dict[str, torch.Te
         if sums and {name: value.shape for name, value in sums.items()} != {
             name: value.shape for name, value in weights.items()
         }:
-            raise ValueError(f"expected the weights of {folders[0]} in {folder}, their names or shapes differ")
+            raise ValueError(f"cannot average {folders[0]} and {folder}: names or shapes of their weights differ")
         for name, value in weights.items():
             sums[name] = sums.get(name, 0) + value.double()
     return {name: (value / len(folders)).to(weights[name].dtype) for name, value in sums.items()}
 
 
 def _depth(name: str, num_layers: int) -> int:
-    """0 for the embeddings, 1 for the first layer, `num_layers + 1` for what follows the last one."""
+    """0 for the embeddings, 1 for the first layer, `num_layers + 1` for the last norm and the classifier."""
     parts = name.removeprefix("asit.").split(".")
     if parts[0] == "embeddings":
         return 0

@@ -1,23 +1,23 @@
-"""Weights of classes and clips where some classes are much rarer than others."""
+"""Weights of classes and clips for imbalanced data."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-# AST's: at most 1000 / 0.01 for a class without clips, which no clip asks for.
+# AST's values; a class without clips gets 1000 / 0.01, which no clip uses.
 _NUMERATOR, _OFFSET = 1000.0, 0.01
 
 
 def class_weights(labels: Sequence[int | Sequence[int]], num_classes: int) -> np.ndarray:
     """
-    1000 / (count + 0.01) for every class, `(num_classes,)` float64: the inverse of how often it is labelled.
+    1000 / (count + 0.01) for each class, about the inverse of its frequency, `(num_classes,)` float64.
 
     Args:
-        labels: for every clip its class id, or a list of them.
-        num_classes (`int`): the classes.
+        labels: the class id of each clip, or a list of class ids.
+        num_classes (`int`): number of classes.
 
     Raises:
-        ValueError: a label that is missing or not in [0, num_classes).
+        ValueError: a label is missing or not in [0, num_classes).
     """
     counts = np.bincount([one for label in labels for one in _ids(label, num_classes)], minlength=num_classes)
     return _NUMERATOR / (counts + _OFFSET)
@@ -25,9 +25,9 @@ def class_weights(labels: Sequence[int | Sequence[int]], num_classes: int) -> np
 
 def balanced_weights(labels: Sequence[int | Sequence[int]], num_classes: int) -> np.ndarray:
     """
-    Sampling weight of every clip, `(clips,)` float64: the sum of `class_weights` over its labels. Drawn by it with
-    replacement, every class is about equally frequent. Arguments and errors as in `class_weights`; also
-    `ValueError` where no clip has a label.
+    Sampling weight of each clip, `(clips,)` float64: the sum of `class_weights` over its labels. Sampling by it with
+    replacement makes classes about equally frequent. Arguments and errors are those of `class_weights`; in addition
+    `ValueError` if no clip has a label.
     """
     weights = class_weights(labels, num_classes)
     summed = np.array([weights[_ids(label, num_classes)].sum() for label in labels])

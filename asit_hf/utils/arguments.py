@@ -1,62 +1,169 @@
-"""Command lines with recipes: files of options that a run can be repeated from."""
+"""What the scripts that train with a Trainer share: recipes, resuming, console output and one-line errors."""
 
-import argparse
 import json
+import logging
+import math
 import os
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+import yaml
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from tqdm import tqdm
+from transformers import HfArgumentParser, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
-logger = logging.get_logger(__name__)
+from .time_budget import STATE_KEY
+
+logger = logging.getLogger(__name__)
+
+
+class OptionError(ValueError):
+    """A command line or recipe that cannot be used."""
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> None:  # without the usage, which lists every option of Trainer
+        raise OptionError(message)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints above a progress bar instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def parse_arguments(dataclass_types: tuple[type, ...], arguments: list[str] | None = None) -> tuple[Any, ...]:
     """
     Parses a command line into dataclasses. `--recipe FILE ...` (yaml or json, anywhere) supplies options; a later file
-    overrides an earlier one, and the command line both. `$NAME` in a recipe is taken from the environment.
+    overrides an earlier one, and the command line overrides both. `$NAME` in a recipe is an environment variable.
 
-    Where there is no accelerator, `--use_cpu true` is understood: without it Trainer refuses `--bf16` there.
+    Without an accelerator, `--use_cpu true` is implied: Trainer would otherwise refuse `--bf16` there.
+
+    Raises:
+        OptionError: an unknown option, a wrong value, or options that a dataclass refuses.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    recipe_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    recipe_parser = _Parser([], add_help=False, allow_abbrev=False)
     recipe_parser.add_argument("--recipe", metavar="FILE", nargs="+", action="extend", default=[])
-    chosen, arguments = recipe_parser.parse_known_args(arguments)
-    recipe = [argument for path in chosen.recipe for argument in recipe_arguments(path)]
-    # no abbreviations: a misspelt option of a recipe must not pass for another one
-    parser = HfArgumentParser(
+    # no abbreviations: a misspelled option must not be taken for another one
+    parser = _Parser(
         dataclass_types, allow_abbrev=False, epilog="--recipe FILE ... reads options from yaml or json files."
     )
     trains = any(issubclass(one, TrainingArguments) for one in dataclass_types)
     implied = ["--use_cpu", "true"] if trains and not torch.accelerator.is_available() else []
-    return parser.parse_args_into_dataclasses(implied + recipe + arguments)
+    try:
+        chosen, arguments = recipe_parser.parse_known_args(arguments)
+        arguments = [one for path in chosen.recipe for one in recipe_arguments(path)] + arguments
+        _check_names(arguments, parser)
+        return parser.parse_args_into_dataclasses(implied + arguments)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+
+
+def _check_names(arguments: list[str], parser: _Parser) -> None:
+    """Raises a `ValueError` for an unknown option, before the parser misses the one that was meant."""
+    known = ["--recipe", *parser._option_string_actions]
+    for option in (one.partition("=")[0] for one in arguments):
+        if option.startswith("--") and option not in known:
+            close = get_close_matches(option, [name for name in known if "-" not in name[2:]], n=1)
+            raise ValueError(f"unknown option {option}" + (f", did you mean {close[0]}?" if close else ""))
+
+
+def refuse_without_effect(options: Any, names: Sequence[str], condition: str) -> None:
+    """
+    Raises a `ValueError` if one of these fields of a dataclass differs from its default: `condition` says why it would
+    have no effect.
+    """
+    changed = [one.name for one in fields(options) if one.name in names and getattr(options, one.name) != one.default]
+    if changed:
+        raise ValueError(f"no effect {condition}: omit {', '.join(changed)}")
+
+
+def start_run(args: TrainingArguments) -> None:
+    """
+    Sets the seed, and prints what the package decides on the console of the process that logs. transformers prints its
+    warnings only; `--log_level info` adds the rest.
+    """
+    logging.basicConfig(format="%(message)s", handlers=[_ConsoleHandler()])
+    if not are_progress_bars_disabled():
+        transformers_logging.disable_progress_bar()  # of saving and loading weights, but of downloads too
+        enable_progress_bars()
+    for name in ("asit_hf", "examples", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)
+    set_seed(args.seed)
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """
+    Runs the `main` of a script. An error that its user can mend is printed in one line instead of a traceback; the
+    exit code is 2 for a wrong option and 1 for anything else, such as a file that is missing or cannot be read.
+    """
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if not (isinstance(error, OSError) or _is_deliberate(error)):
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, OptionError) else 1)
+
+
+def _is_deliberate(error: Exception) -> bool:
+    """Whether an error is of the package's own types, or was raised by its code or by a script."""
+    frame = error.__traceback__
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    modules = (type(error).__module__, frame.tb_frame.f_globals.get("__name__", ""))
+    return any(module.split(".")[0] in ("asit_hf", "examples", "__main__") for module in modules)
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """What `resume_from_checkpoint` asks for: a folder, or with `True` the last checkpoint of `output_dir`, if any."""
-    if args.resume_from_checkpoint not in (True, "True", "true"):
-        return args.resume_from_checkpoint
-    checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    if checkpoint is None:
-        logger.warning(f"no checkpoint in {args.output_dir} to resume from: the run starts at its beginning")
+    """The checkpoint of `resume_from_checkpoint`: a folder, or with `True` the last one of `output_dir`, if any."""
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint in (True, "True", "true"):
+        checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        if checkpoint is None:
+            logger.warning(f"no checkpoint in {args.output_dir} to resume from: starting from the beginning")
+    if checkpoint is not None:
+        logger.info(f"resuming from {checkpoint}")
     return checkpoint
+
+
+def finished_run(args: TrainingArguments) -> TrainerState | None:
+    """
+    The state of the run in `output_dir` if it ended and is as long as `args` ask for, so that `resume_from_checkpoint
+    True` has nothing to do; otherwise `None`.
+    """
+    path = Path(args.output_dir) / TRAINER_STATE_NAME  # written after training, unlike those of checkpoints
+    if args.resume_from_checkpoint not in (True, "True", "true") or not path.is_file():
+        return None
+    state = TrainerState.load_from_json(str(path))
+    if (minutes := getattr(args, "max_minutes", None)) is not None:
+        finished = state.stateful_callbacks.get(STATE_KEY, {}).get("minutes") == minutes
+    elif args.max_steps > 0:
+        finished = state.max_steps == args.max_steps
+    else:
+        finished = state.num_train_epochs == math.ceil(args.num_train_epochs)
+    return state if finished and state.global_step >= state.max_steps else None
 
 
 def recipe_arguments(path: str | os.PathLike) -> list[str]:
     """The options of a recipe file as command-line arguments, see `option_arguments`."""
     text = Path(path).read_text()
-    if Path(path).suffix == ".json":
-        options = json.loads(text)
-    else:
-        import yaml
-
-        options = yaml.safe_load(text)
+    try:
+        options = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not valid yaml or json: {error}") from error
     if not isinstance(options, dict):
-        raise ValueError(f"{path} must hold options as `name: value`, got {type(options).__name__}")
+        raise ValueError(f"expected options as `name: value` in {path}, got {type(options).__name__}")
     return option_arguments(options)
 
 
@@ -64,10 +171,9 @@ def option_arguments(options: dict[str, Any]) -> list[str]:
     """Options as command-line arguments: a list gives several values, a dictionary its JSON, `None` nothing."""
     arguments: list[str] = []
     for name, value in options.items():
-        if value is None:  # as if it were not there
-            continue
-        values = value if isinstance(value, list) else [value]
-        arguments += [f"--{name}", *(_as_argument(one) for one in values)]
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            arguments += [f"--{name}", *(_as_argument(one) for one in values)]
     return arguments
 
 
@@ -75,5 +181,5 @@ def _as_argument(value: Any) -> str:
     text = json.dumps(value) if isinstance(value, dict) else str(value)
     expanded = os.path.expandvars(text)
     if "$" in expanded:
-        raise ValueError(f"the recipe names an environment variable that is not set: {text}")
+        raise ValueError(f"the recipe uses an environment variable that is not set: {text}")
     return expanded

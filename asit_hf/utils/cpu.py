@@ -1,4 +1,4 @@
-"""What the processor and the C library under a training run do, where there is no accelerator."""
+"""Settings and checks for training on a CPU."""
 
 import ctypes
 
@@ -10,18 +10,18 @@ logger = logging.get_logger(__name__)
 
 # mallopt's parameters, from glibc's malloc.h
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-# bfloat16 products in x86's and Arm's instruction sets, as torch.cpu.get_capabilities names them
+# bfloat16 matrix instructions of x86 and Arm, as named by torch.cpu.get_capabilities
 _BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def keep_freed_memory() -> bool:
     """
-    Asks glibc to keep what this process frees, for the next allocation. By itself it hands the tensors of a training
-    step back to the system and gets them anew, page by page, in the next one. It costs some memory: kept blocks are
-    split and do not fit every later request (measured, objective 2023: 121 against 110 MB for each added clip).
+    Makes glibc keep freed memory for later allocations. By default it returns the tensors of a training step to the
+    system and requests them again, page by page, in the next step. Kept blocks fragment, which costs some memory
+    (measured with the 2023 preset: 121 instead of 110 MB per additional clip).
 
     Returns:
-        `bool`: whether the C library has such a setting and took it.
+        `bool`: whether the C library accepted the setting.
     """
     try:
         set_option = ctypes.CDLL(None).mallopt
@@ -31,7 +31,7 @@ def keep_freed_memory() -> bool:
 
 
 def has_bf16_instructions() -> bool:
-    """Whether the processor multiplies bfloat16 by itself; `True` as well where torch is too old to tell."""
+    """Whether the CPU has bfloat16 instructions; also `True` if torch is too old to report them."""
     try:
         capabilities = torch.cpu.get_capabilities()
     except AttributeError:
@@ -40,9 +40,9 @@ def has_bf16_instructions() -> bool:
 
 
 def warn_of_emulated_bf16(args: TrainingArguments) -> None:
-    """Warns if a run on a processor asks for bf16 and the processor has no instructions for it."""
+    """Warns if a run uses bf16 on a CPU without instructions for it."""
     if args.bf16 and args.device.type == "cpu" and not has_bf16_instructions():
         logger.warning(
-            f"bf16 was asked for, but this processor ({torch.backends.cpu.get_cpu_capability()}) has no instructions "
-            "for it: matrix products will be many times slower than in fp32; set bf16 to False"
+            f"this CPU ({torch.backends.cpu.get_cpu_capability()}) has no bf16 instructions, so matrix products in "
+            "bf16 will be many times slower than in fp32: set bf16 to False"
         )

@@ -1,4 +1,4 @@
-"""Training for a number of minutes: how many steps fit is measured, and all schedules end when the minutes do."""
+"""Training for a given time: the number of steps that fit is measured, and all schedules end with the run."""
 
 import copy
 import math
@@ -18,27 +18,27 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# In trainer_state.json, beside the states of callbacks.
+# Key in trainer_state.json, among the states of callbacks.
 STATE_KEY = "max_minutes"
-# A run's first steps compile, tune kernels and start the data loader: they are not timed.
+# The first steps compile, tune kernels and start the data loader, so they are not timed.
 UNTIMED_STEPS = 3
-# The first plan is made after so many timed steps, and announced after so many.
+# Timed steps before the first plan, and before it is logged.
 TIMED_STEPS = 2
 ANNOUNCED_STEPS = 8
-# How far the number of steps left may be off before the run is planned anew.
+# Relative error of the number of remaining steps above which the plan is revised.
 TOLERANCE = 0.03
-# A warm-up given in steps or epochs takes at most this share of the run.
+# Largest share of the run for a warm-up given in steps or epochs.
 MAX_WARMUP_SHARE = 0.2
-# Until the first plan, schedules are those of a run of this length.
+# Assumed length of the run until the first plan.
 _PROVISIONAL_STEPS = 1000
-# Bounds the loops of Trainer until the first plan; no machine is faster.
+# Upper bound on the speed of any machine; bounds Trainer's loops until the first plan.
 _STEPS_PER_SECOND = 1000
-# Schedules of the learning rate that do not depend on the number of steps.
+# Learning rate schedules that do not depend on the number of steps.
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
 def now() -> float:
-    """Seconds of a clock whose differences alone mean something."""
+    """Time in seconds from an arbitrary origin."""
     return time.perf_counter()
 
 
@@ -49,8 +49,8 @@ class TimeBudgetArguments:
     max_minutes: float | None = field(
         default=None,
         metadata={
-            "help": "Train for so many minutes, with compilation, evaluations and checkpoints, instead of max_steps "
-            "or num_train_epochs. The number of steps is measured, and all schedules end with it."
+            "help": "Training time in minutes, including compilation, evaluations and checkpoints; replaces max_steps "
+            "and num_train_epochs. The number of steps is measured, and all schedules end with it."
         },
     )
 
@@ -62,22 +62,24 @@ class TimeBudgetArguments:
             raise ValueError(f"expected max_minutes above 0 and finite, got {self.max_minutes}")
         if self.max_steps > 0:
             raise ValueError(
-                f"max_minutes {self.max_minutes} and max_steps {self.max_steps} both end the run: leave one of them "
-                "out (max_steps -1 overrides that of a recipe)"
+                f"max_minutes {self.max_minutes} and max_steps {self.max_steps} exclude each other: unset one of them "
+                "(max_steps -1 overrides that of a recipe)"
             )
+        if self.num_train_epochs != type(self).num_train_epochs and self.should_log:
+            logger.warning_once(f"num_train_epochs {self.num_train_epochs:g} is ignored: max_minutes ends the run")
 
 
 @dataclass(frozen=True)
 class Plan:
     """
-    How far a run is at each optimizer step, from step `start` on. Every measure goes on where it is at `start`, so
-    that no schedule jumps when a run is planned anew.
+    Progress of a run at each optimizer step from step `start` on. All measures are continuous at `start`, so that no
+    schedule jumps when the plan is revised.
 
     Args:
-        steps (`int`): of the whole run.
-        unit (`float`): optimizer steps in a unit that the warm-up is given in, such as an epoch.
+        steps (`int`): length of the whole run.
+        unit (`float`): optimizer steps per unit of the warm-up, such as an epoch.
         warmup (`float`): length of the warm-up in units.
-        start (`int`): the step from which the plan holds.
+        start (`int`): first step of the plan.
         units_done, decay_done, done: the measures at `start`.
     """
 
@@ -90,36 +92,36 @@ class Plan:
     done: float = 0.0
 
     def units(self, step: int | np.ndarray) -> Any:
-        """Units passed at `step`; the warm-up ends at `warmup`."""
+        """Units completed at `step`; the warm-up ends at `warmup`."""
         return self.units_done + np.maximum(step - self.start, 0) / self.unit
 
     def decay(self, step: int | np.ndarray) -> Any:
-        """Share passed of what follows the warm-up, 0 to 1."""
+        """Completed share of the steps after the warm-up, 0 to 1."""
         warmup_end = self.start + max(0.0, self.warmup - self.units_done) * self.unit
         return _ramp(step, warmup_end, self.decay_done, self.steps)
 
     def progress(self, step: int | np.ndarray) -> Any:
-        """Share passed of the run, 0 to 1."""
+        """Completed share of the run, 0 to 1."""
         return _ramp(step, self.start, self.done, self.steps)
 
     def replan(self, step: int, steps: int, unit: float, warmup: float) -> "Plan":
-        """The run takes `steps` steps in all, as is known at `step`."""
+        """The plan from `step` on for a run of `steps` steps in total."""
         measures = (self.units(step), self.decay(step), self.progress(step))
         return Plan(steps, unit, warmup, step, *map(float, measures))
 
 
 def _ramp(step: int | np.ndarray, start: float, value: float, end: float) -> Any:
-    """From `value` at `start` to 1 at `end`, in a line."""
+    """Linear from `value` at `start` to 1 at `end`."""
     return value + (1 - value) * np.clip((step - start) / max(end - start, 1e-9), 0.0, 1.0)
 
 
 class TimeBudget(TrainerCallback):
     """
-    Sets `state.max_steps`, and the trainer's schedules with it, so that the run ends when `args.max_minutes` do.
+    Sets `state.max_steps` and the trainer's schedules so that the run ends after `args.max_minutes`.
 
-    The projected end is looked at when the number of timed steps has doubled, later after every tenth of the steps
-    left, and after evaluations and checkpoints. Only then the accelerator is waited for and the processes agree on
-    the time, which is that of the first.
+    The projected end is checked each time the number of timed steps has doubled, later after every tenth of the
+    remaining steps, and after evaluations and checkpoints. Only these checks synchronize the accelerator and share the
+    main process's time with all processes.
     """
 
     def __init__(self, trainer: "TimeBudgetMixin"):
@@ -130,7 +132,7 @@ class TimeBudget(TrainerCallback):
         self.last_evaluation = self.evaluations = 0.0  # seconds
 
     def reset(self) -> None:
-        """Schedules as at the start of a run whose length is not known yet."""
+        """Starts a run whose length is not known yet."""
         self.planned = self.announced = self.noted = self.due = False
         self.spent_before = self.last_evaluation = self.evaluations = 0.0
         self.first_step = self.next_check = 0
@@ -140,21 +142,21 @@ class TimeBudget(TrainerCallback):
 
     @property
     def most_steps(self) -> int:
-        """More than any machine makes in the minutes."""
+        """A number of steps that no machine exceeds in the time."""
         return math.ceil(self.seconds * _STEPS_PER_SECOND)
 
     def spent(self) -> float:
-        """Seconds of the budget that are spent, before a resume too."""
+        """Seconds used, including those before a resume."""
         return self.spent_before + now() - self.began
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs to know, as JSON."""
+        """The state that a resumed run restores, as JSON."""
         plan = asdict(self.plan) if self.planned else None
         return {"minutes": self.trainer.args.max_minutes, "seconds": self.spent(), "plan": plan}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         saved = state.stateful_callbacks.get(STATE_KEY) if state.global_step else None
-        if state.global_step == 0 and state.is_world_process_zero:  # what an earlier run has spent is no matter
+        if state.global_step == 0 and state.is_world_process_zero:  # the time of an earlier run does not count
             (Path(args.output_dir) / TRAINER_STATE_NAME).unlink(missing_ok=True)
         if saved is not None:
             self.spent_before = max(saved["seconds"], self._spent_by(args.output_dir))
@@ -164,12 +166,12 @@ class TimeBudget(TrainerCallback):
         self.next_check = state.global_step + 1
         spent = self._agree(args)[0]
         if saved is not None and state.is_world_process_zero:
-            logger.warning(f"max_minutes {args.max_minutes:g}: {spent / 60:.2f} of them were spent before")
+            logger.warning(f"max_minutes {args.max_minutes:g}: {spent / 60:.2f} minutes were used before the resume")
         steps = self.plan.steps if self.planned else self.most_steps
         self._set_steps(args, state, state.global_step if spent >= self.seconds else steps)
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        # not on_step_end: what ends a run at max_steps looks there
+        # not on_step_end, where Trainer's own callback compares with max_steps
         done = state.global_step + 1
         if done >= state.max_steps:
             return
@@ -187,7 +189,7 @@ class TimeBudget(TrainerCallback):
 
     @staticmethod
     def _spent_by(output_dir: str) -> float:
-        """Seconds that a run spent by its end, after the last checkpoint that it has kept."""
+        """Seconds used by a run that ended, also after the last checkpoint that it kept."""
         path = Path(output_dir) / TRAINER_STATE_NAME
         if not path.is_file():
             return 0.0
@@ -198,16 +200,16 @@ class TimeBudget(TrainerCallback):
         if spent >= self.seconds:
             if not self.planned and state.is_world_process_zero:
                 logger.warning(
-                    f"max_minutes {args.max_minutes:g}: they were spent at step {done}, before a step could be timed, "
-                    f"so the schedules have hardly begun. The first {UNTIMED_STEPS} steps compile and start the "
-                    "loader, which counts: set more minutes"
+                    f"max_minutes {args.max_minutes:g}: the time was used up at step {done}, before a step could be "
+                    f"timed, so the schedules have hardly begun. The first {UNTIMED_STEPS} steps also compile and "
+                    "start the data loader: increase max_minutes"
                 )
             self._set_steps(args, state, done)
             return
         if done - self.first_step < UNTIMED_STEPS:
             self.next_check = done + 1
             return
-        training = spent - evaluations  # with checkpoints, pictures and what else there is
+        training = spent - evaluations  # including checkpoints and plots
         if self.timed_from is None:
             self.timed_from = (done, training)
             self.next_check = done + TIMED_STEPS
@@ -225,7 +227,7 @@ class TimeBudget(TrainerCallback):
     def _replan(self, args: TrainingArguments, state: TrainerState, done: int, left: int) -> None:
         if self.planned and left and abs(done + left - self.plan.steps) <= TOLERANCE * (self.plan.steps - done):
             return
-        logger.debug(f"step {done}: {done + left} steps fit the minutes, {self.plan.steps} were planned")
+        logger.debug(f"step {done}: {done + left} steps fit the time, {self.plan.steps} were planned")
         steps = done + left
         self.plan = self.plan.replan(done, steps, *self.trainer.pace(steps))
         self.planned = True
@@ -233,7 +235,7 @@ class TimeBudget(TrainerCallback):
         self._set_steps(args, state, steps)
 
     def _resume_plan(self, plan: Plan, ratio: float) -> None:
-        """`ratio`: of the minutes to those that it was made for; the schedules of another run length start anew."""
+        """`ratio`: of max_minutes to that of the plan; unless it is 1, schedules are recomputed for the new length."""
         if ratio != 1:
             steps = max(1, round(plan.steps * ratio))
             plan = Plan(steps, *self.trainer.pace(steps))
@@ -264,7 +266,7 @@ class TimeBudget(TrainerCallback):
             logger.warning(self.trainer.pace_note)
 
     def _agree(self, args: TrainingArguments) -> list[float]:
-        """Seconds spent, of the last evaluation, and of all since the run began, as the first process has them."""
+        """The main process's seconds used, of the last evaluation, and of all evaluations since the start."""
         accelerator = torch.accelerator.current_accelerator()
         if accelerator is not None and args.device.type == accelerator.type:
             torch.accelerator.synchronize(args.device)
@@ -278,13 +280,13 @@ class TimeBudget(TrainerCallback):
 
 def steps_left(seconds: float, step_seconds: float, done: int, interval: int | None, evaluation: float) -> int:
     """
-    Steps after `done` (at least 1) that fit `seconds` with their evaluations: one after every `interval` steps of the
-    run and one at its end, of `evaluation` seconds each.
+    Steps after step `done` (at least 1) that fit `seconds` together with their evaluations of `evaluation` seconds
+    each: one after every `interval` steps of the run and one at its end.
     """
     if interval is None or evaluation == 0:
         return max(0, round(seconds / step_seconds))
     steps = 0
-    to_next = -done % interval  # that of step `done` is still to come
+    to_next = -done % interval  # the evaluation of step `done` itself is still to come
     if seconds >= to_next * step_seconds + evaluation:
         seconds -= to_next * step_seconds + evaluation
         periods, seconds = divmod(seconds, interval * step_seconds + evaluation)
@@ -299,22 +301,22 @@ def _evaluation_interval(args: TrainingArguments, state: TrainerState, trainer: 
 
 class TimeBudgetMixin:
     """
-    For a Trainer whose arguments are [`TimeBudgetArguments`]: with `max_minutes` the run takes as many steps as fit,
-    and the schedule of `lr_scheduler_type` follows. A trainer with schedules of its own overrides `pace` and
+    Adds `max_minutes` to a Trainer whose arguments are [`TimeBudgetArguments`]: it trains as many steps as fit, and
+    scales the schedule of `lr_scheduler_type` to them. A trainer with its own schedules overrides `pace` and
     `follow_plan`, or `lr_factor`.
     """
 
     budget: TimeBudget | None = None
-    pace_note: str = ""  # what `pace` had to cut
-    steps_per_pass: int = 1  # over the data
-    steps_per_endless_epoch: int | None = None  # of data without a length, where the user counts in epochs
+    pace_note: str = ""  # logged once: how `pace` shortened the warm-up
+    steps_per_pass: int = 1  # optimizer steps per pass over the data
+    steps_per_endless_epoch: int | None = None  # for data without a length whose epochs the user defines
 
     def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any):
         if args.max_minutes is None:
             super().__init__(model=model, args=args, **kwargs)
             return
         if not has_length(kwargs.get("train_dataset")):
-            args.max_steps = 1  # without it Trainer refuses data without a length
+            args.max_steps = 1  # Trainer requires it for data without a length
         try:
             super().__init__(model=model, args=args, **kwargs)
         finally:
@@ -324,20 +326,22 @@ class TimeBudgetMixin:
 
     def pace(self, steps: int | None) -> tuple[float, float]:
         """
-        Optimizer steps in a unit, and the warm-up in units: here the unit is the warm-up.
+        Optimizer steps per unit, and the warm-up in units; here the unit is the warm-up itself.
 
         Args:
-            steps (`int`, *optional*): of the run, which the warm-up has to fit; `None`: not known yet.
+            steps (`int`, *optional*): length of the run, which limits the warm-up; `None`: not known yet.
         """
         asked = self.args.get_warmup_steps(steps or _PROVISIONAL_STEPS)
         cut = asked
         if steps is not None and self.args.warmup_steps >= 1:
             cut = min(asked, MAX_WARMUP_SHARE * steps)
-        self.pace_note = f"the warm-up of {asked} steps does not fit: it takes {cut:.0f}" if cut < asked else ""
+        self.pace_note = (
+            f"the warm-up of {asked} steps is too long for this run: it is cut to {cut:.0f}" if cut < asked else ""
+        )
         return max(1.0, cut), float(asked > 0)
 
     def follow_plan(self, plan: Plan) -> None:
-        """Sets the schedules of a run that goes as planned."""
+        """Sets the schedules according to a plan."""
         if self.args.lr_scheduler_type in _BY_METRIC:
             return
         unused = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=self.args.learning_rate)
@@ -351,7 +355,7 @@ class TimeBudgetMixin:
         self._factor_at = scheduler.lr_lambdas[0]
 
     def lr_factor(self, step: int) -> float:
-        """What the peak learning rates are multiplied with at an optimizer step."""
+        """Factor of the peak learning rates at an optimizer step."""
         plan = self.budget.plan
         warmup_steps = plan.warmup * plan.unit
         if plan.units(step) < plan.warmup:
@@ -382,7 +386,7 @@ class TimeBudgetMixin:
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple:
         samples = super().get_batch_samples(*args, **kwargs)
         if self.budget is not None and not samples[0]:
-            self.control.should_epoch_stop = True  # data whose length is not known have come to an end
+            self.control.should_epoch_stop = True  # the end of data of unknown length
         return samples
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -402,7 +406,7 @@ class TimeBudgetMixin:
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.budget is not None and self.state.global_step >= self.state.max_steps:
             logger.warning(
-                f"nothing to do: the {self.args.max_minutes:g} minutes are spent at step {self.state.global_step}"
+                f"nothing to do: the {self.args.max_minutes:g} minutes were used up at step {self.state.global_step}"
             )
             self.control.should_training_stop = True
             return
@@ -416,7 +420,7 @@ class TimeBudgetMixin:
 
     def _finalize_training(self, trial: Any, num_train_samples: int, *args: Any) -> Any:
         if self.budget is not None:
-            if self.state.max_steps == self.budget.most_steps:  # stopped before there was a plan
+            if self.state.max_steps == self.budget.most_steps:  # stopped before the first plan
                 self.state.max_steps = self.state.global_step
             num_train_samples = self.state.max_steps * self.get_total_train_batch_size(self.args)
         return super()._finalize_training(trial, num_train_samples, *args)

@@ -48,9 +48,9 @@ def encoder(tmp_path_factory) -> Path:
     return folder
 
 
-def arguments(sounds: Path, encoder: Path, output: Path, **options) -> list[str]:
+def arguments(sounds: Path, checkpoint: Path, output: Path, **options) -> list[str]:
     options = {
-        "model_name_or_path": encoder,
+        "model_name_or_path": checkpoint,
         "train_data": sounds / "meta.csv",
         "train_filter": "fold=1,2,3,4",
         "eval_filter": "fold=5",
@@ -96,8 +96,8 @@ def test_single_label(sounds, encoder, tmp_path):
 
 
 def test_the_best_checkpoint_is_kept(sounds, encoder, tmp_path, monkeypatch):
-    """Of three epochs the second scores best."""
-    scores = iter([0.5, 0.75, 0.25, 0.75])
+    """The second of three epochs is the best; an equally good result later does not replace it."""
+    scores = iter([0.5, 0.75, 0.75, 0.75])
     monkeypatch.setattr(script, "compute_metrics_for", lambda *_: lambda _: {"accuracy": next(scores)})
     script.main(arguments(sounds, encoder, tmp_path, num_train_epochs=3, save_total_limit=3))
     kept = ASiTForAudioClassification.from_pretrained(tmp_path).state_dict()
@@ -127,7 +127,7 @@ def test_regression(sounds, encoder, tmp_path):
 
 
 def test_frozen_encoder(sounds, encoder, tmp_path):
-    script.main(arguments(sounds, encoder, tmp_path, max_steps=3, freeze_encoder=True, drop_path_rate=0.5))
+    script.main(arguments(sounds, encoder, tmp_path, max_steps=3, freeze_encoder=True))
     trained = ASiTForAudioClassification.from_pretrained(tmp_path)
     teacher = ASiTForPreTraining.from_pretrained(encoder).teacher["asit"].state_dict()
     for name, weight in trained.asit.state_dict().items():
@@ -159,7 +159,7 @@ def test_resumed_equals_uninterrupted(sounds, encoder, tmp_path, workers):
 
 
 def test_crops_change_with_the_epoch(sounds, encoder, tmp_path, monkeypatch):
-    """Trainer tells the data set the epoch, so that every epoch sees other crops."""
+    """The training data get the epoch, so that every epoch draws new crops."""
     seen = []
 
     class Spy(script.LabelledClips):
@@ -172,12 +172,12 @@ def test_crops_change_with_the_epoch(sounds, encoder, tmp_path, monkeypatch):
     assert {0, 1} <= set(seen)
 
 
-def test_validation_part_chooses_and_eval_data_is_scored(sounds, encoder, tmp_path):
+def test_validation_fraction_selects_and_eval_data_are_evaluated(sounds, encoder, tmp_path):
     options = {"validation_fraction": 0.25, "group_column": "fold", "num_train_epochs": 2}
     script.main(arguments(sounds, encoder, tmp_path, **options))
     assert len(read_predictions(tmp_path)) == 6
     args = script.DataArguments(
-        str(sounds / "meta.csv"),
+        train_data=str(sounds / "meta.csv"),
         train_filter=["fold=1,2,3,4"],
         eval_filter=["fold=5"],
         label_column="category",
@@ -194,15 +194,22 @@ def test_validation_part_chooses_and_eval_data_is_scored(sounds, encoder, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eval_filter": "fold=9"}, "no row of .*fold=9"),
-        ({"train_filter": "category=low"}, "expected a label among low; got"),
-        ({"label_column": "tags", "problem_type": "single_label_classification"}, "problem_type must be"),
-        ({"label_column": "speaker"}, "no label column 'speaker'"),
-        ({"source": "average"}, "encoder must be"),
-        ({"eval_filter": None}, "give --eval_data"),
-        ({"model_name_or_path": None}, "or --random_init"),
+        ({"eval_filter": "fold=9"}, "fold=9"),
+        ({"train_filter": "category=low"}, "label"),
+        ({"label_column": "tags", "problem_type": "single_label_classification"}, "problem_type.*single"),
+        ({"label_column": "speaker"}, "speaker"),
+        ({"encoder": "average"}, "average"),
+        ({"eval_filter": None}, "--eval_data"),
+        ({"model_name_or_path": None}, "--random_init"),
         ({"label_column": "pitch", "balanced_sampling": True}, "need classes"),
-        ({"validation_split": "a", "validation_fraction": 0.1}, "not both"),
+        ({"validation_split": "a", "validation_fraction": 0.1}, "exclude each other"),
+        ({"size": "tiny"}, "size"),
+        ({"random_init": True, "encoder": "student"}, "random_init.*encoder"),
+        ({"freeze_encoder": True, "drop_path_rate": 0.1}, "freeze_encoder.*drop_path_rate"),
+        ({"freeze_encoder": True, "layer_decay": 0.75}, "freeze_encoder.*layer_decay"),
+        ({"fold_column": "speaker"}, "without folds.*fold_column"),
+        ({"group_column": "fold"}, "without validation_fraction.*group_column"),
+        ({"mixup_alpha": 0.5}, "without mixup_rate.*mixup_alpha"),
     ],
 )
 def test_wrong_input(sounds, encoder, tmp_path, options, message):
@@ -210,7 +217,26 @@ def test_wrong_input(sounds, encoder, tmp_path, options, message):
         script.main(arguments(sounds, encoder, tmp_path, **options))
 
 
-def test_labels_of_folders_are_those_used(sounds):
+def test_student_is_refused_where_there_is_one_encoder(sounds, encoder, tmp_path):
+    ASiTForPreTraining.from_pretrained(encoder).asit.save_pretrained(tmp_path / "encoder")
+    ASiTFeatureExtractor().save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="not a pretraining checkpoint.*encoder"):
+        script.main(arguments(sounds, tmp_path / "encoder", tmp_path / "run", encoder="student"))
+
+
+def test_a_finished_run_is_not_repeated(sounds, encoder, tmp_path, caplog):
+    options = {"num_train_epochs": 2, "resume_from_checkpoint": True}
+    metrics = script.main(arguments(sounds, encoder, tmp_path, **options))
+    content = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    caplog.clear()
+    assert script.main(arguments(sounds, encoder, tmp_path, **options)) == pytest.approx(metrics)
+    assert "nothing to do" in caplog.text
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == content
+    script.main(arguments(sounds, encoder, tmp_path, **options | {"num_train_epochs": 3}))
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["epoch"] == 3
+
+
+def test_classes_are_those_of_the_kept_rows(sounds):
     dataset = load_labelled(sounds, labels_from_folders=True)
     assert dataset.features["label"].names == ["high", "low", "middle"]
     kept = load_labelled(sounds / "meta.csv", ["category=low,high"], label_column="category")
@@ -219,25 +245,27 @@ def test_labels_of_folders_are_those_used(sounds):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_evaluation_data_damaged_inside_stop_with_one_line(sounds, encoder, tmp_path, monkeypatch, workers):
+def test_a_damaged_evaluation_file_stops_with_one_line(sounds, encoder, tmp_path, monkeypatch, capsys, workers):
     shutil.copytree(sounds, tmp_path / "sounds")
     damaged = tmp_path / "sounds" / "high" / "4.flac"
     content = damaged.read_bytes()
-    damaged.write_bytes(content[: len(content) // 2] + bytes(len(content) // 2))  # the header is whole
+    damaged.write_bytes(content[: len(content) // 2] + bytes(len(content) // 2))  # the header is intact
     options = arguments(
         tmp_path / "sounds", encoder, tmp_path / "run", num_train_epochs=1, dataloader_num_workers=workers
     )
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    message = str(stopped.value)
-    assert message.startswith(f"error: cannot read {damaged}: ")
+    assert stopped.value.code == 1
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if str(damaged) in line]
+    assert message.startswith("error: ")
     assert "lost sync" in message
-    assert "\n" not in message
 
 
 def test_a_run_by_minutes_keeps_its_best_checkpoint(sounds, encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr("asit_hf.utils.time_budget.now", itertools.count(0, 2).__next__)  # every look lasts 2 s
+    monkeypatch.setattr(
+        "asit_hf.utils.time_budget.now", itertools.count(0, 2).__next__
+    )  # each reading of the clock takes 2 s
     script.main(arguments(sounds, encoder, tmp_path, max_minutes=0.7))
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert 5 <= state["global_step"] <= 21

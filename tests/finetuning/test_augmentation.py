@@ -19,7 +19,7 @@ SINGLE = ClassLabel(num_classes=4)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> list[str]:
-    """Sines of 1, 2, 3, 4 kHz: what a mixture holds of each can be measured."""
+    """Sines of 1, 2, 3 and 4 kHz, whose shares in a mixture can be measured."""
     folder = tmp_path_factory.mktemp("tones")
     for index, length in enumerate(SECONDS):
         tone = 0.2 * np.sin(2 * np.pi * 1000 * (index + 1) * np.arange(int(RATE * length)) / RATE)
@@ -38,7 +38,7 @@ def amount(waveform: np.ndarray, tone: int) -> float:
     return 2 * float(np.mean(part * np.sin(2 * np.pi * 1000 * (tone + 1) * np.arange(len(part)) / RATE)))
 
 
-def test_nothing_is_changed_by_default(files):
+def test_no_augmentation_by_default(files):
     clips = make_clips(files, max_seconds=0.2)
     items = TrainingClips(clips)
     assert len(items) == 4
@@ -95,7 +95,7 @@ def test_soft_labels(files, problem_type):
     assert {len(item["mixture"]) for item in batch} == {1, 2}
 
 
-def test_numbers_are_mixed_too(files):
+def test_regression_labels_are_mixed(files):
     items = TrainingClips(make_clips(files, (0.0, 1.0, 2.0, 3.0), Value("float64")), Augmentation(mixup_rate=1.0))
     batch = [items[index] for index in range(4)]
     targets = ClassificationCollator(ASiTFeatureExtractor(), problem_type="regression")(batch)["labels"]
@@ -103,7 +103,7 @@ def test_numbers_are_mixed_too(files):
     np.testing.assert_allclose(targets.numpy(), expected, rtol=1e-6)
 
 
-def test_a_partner_that_cannot_be_read_leaves_the_clip_as_it_is(files, tmp_path):
+def test_a_clip_is_not_mixed_with_an_unreadable_one(files, tmp_path):
     items = TrainingClips(
         make_clips([files[0], str(tmp_path / "gone.wav")], (0, 1), strict=False), Augmentation(mixup_rate=1.0)
     )
@@ -124,7 +124,7 @@ def same(first: dict, second: dict) -> bool:
     return torch.equal(first["input_values"], second["input_values"])
 
 
-def test_everything_is_a_function_of_seed_epoch_and_position(files):
+def test_augmentation_is_a_function_of_seed_epoch_and_position(files):
     augmentation = Augmentation(0.5, 10.0, True, True, 8, 10, 0.2, True)
     collate = ClassificationCollator(ASiTFeatureExtractor(num_mel_bins=32), 4, augment=augmentation.spectrogram)
 
@@ -140,14 +140,14 @@ def test_everything_is_a_function_of_seed_epoch_and_position(files):
     assert not same(first[0], batches(epoch=1)[0])
 
 
-def test_clips_drawn_twice_are_augmented_anew(files):
+def test_clips_sampled_twice_are_augmented_differently(files):
     items = TrainingClips(make_clips(files), Augmentation(roll=True), np.array([0.0, 1.0, 0.0, 0.0]))
     drawn = [items[position] for position in range(4)]
     assert [item["label"] for item in drawn] == [1] * 4
     assert len({item["waveform"].tobytes() for item in drawn}) > 1
 
 
-def test_draws_follow_the_weights(files):
+def test_sampling_follows_the_weights(files):
     labels = [0] * 12 + [1] * 3 + [2]
     items = TrainingClips(make_clips([files[1]] * 16, labels, max_seconds=0.05), weights=balanced_weights(labels, 4))
     counts = np.zeros(4)
@@ -171,7 +171,7 @@ def test_roll_and_gain():
     assert 1.2 < max(gains) < 1.5
 
 
-def test_spec_augment_masks_one_band_and_one_stretch():
+def test_spec_augment_masks_one_band_of_bins_and_one_of_frames():
     widths, heights = [], []
     for seed in range(300):
         values = Augmentation(frequency_mask=12, time_mask=20).spectrogram(
@@ -181,7 +181,7 @@ def test_spec_augment_masks_one_band_and_one_stretch():
         assert torch.equal(values == 0, rows[:, None] | columns[None, :])
         for masked, sizes in ((rows, widths), (columns, heights)):
             sizes.append(int(masked.sum()))
-            assert int(masked.int().diff().abs().sum()) <= 2  # in one piece
+            assert int(masked.int().diff().abs().sum()) <= 2  # contiguous
     assert (min(widths), max(widths)) == (0, 19)
     assert (min(heights), max(heights)) == (0, 11)
 
@@ -214,8 +214,8 @@ def test_noise_and_its_roll():
     assert shifts == set(range(-9, 11))
 
 
-def test_padding_and_evaluation_are_left_alone(files):
-    """Of a padded batch only each clip's own frames change, and items that are evaluated on not at all."""
+def test_padding_and_evaluation_are_not_augmented(files):
+    """Only the real frames of a padded training batch change."""
     extractor = ASiTFeatureExtractor(num_mel_bins=32)
     augment = partial(Augmentation(noise=True).spectrogram, patch_size=16)
     collate = ClassificationCollator(extractor, 4, augment=augment)
@@ -231,10 +231,11 @@ def test_padding_and_evaluation_are_left_alone(files):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mixup_rate": 1.5}, "mixup_rate must be in"),
-        ({"patch_mask_rate": -0.1}, "patch_mask_rate must be in"),
-        ({"time_mask": -1}, "time_mask must be at least 0"),
-        ({"mixup_alpha": 0}, "mixup_alpha above 0"),
+        ({"mixup_rate": 1.5}, "mixup_rate.*got 1.5"),
+        ({"patch_mask_rate": -0.1}, "patch_mask_rate.*got -0.1"),
+        ({"time_mask": -1}, "time_mask.*-1"),
+        ({"mixup_rate": 0.5, "mixup_alpha": 0}, "mixup_alpha.*and 0"),
+        ({"mixup_alpha": 2.0}, "without mixup_rate.*mixup_alpha"),
     ],
 )
 def test_wrong_options(options, message):
@@ -244,5 +245,5 @@ def test_wrong_options(options, message):
 
 @pytest.mark.parametrize("weights", [[1.0, 2.0], [0.0] * 4, [1.0, -1.0, 1.0, 1.0], [np.nan, 1.0, 1.0, 1.0]])
 def test_wrong_weights(files, weights):
-    with pytest.raises(ValueError, match="expected 4 finite weights"):
+    with pytest.raises(ValueError, match="expected 4"):
         TrainingClips(make_clips(files), weights=np.array(weights))

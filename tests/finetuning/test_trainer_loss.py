@@ -1,4 +1,4 @@
-"""The loss that Trainer logs and follows does not depend on how a batch is divided into accumulation steps."""
+"""Losses and gradients of Trainer do not depend on the number of accumulation steps."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def train(folder, problem_type: str, batch_size: int) -> tuple[list[float], list
 
 
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])
-def test_accumulation_changes_nothing(tmp_path, problem_type):
+def test_accumulation_equals_one_large_batch(tmp_path, problem_type):
     losses, norms, weights = train(tmp_path, problem_type, batch_size=CLIPS)
     accumulated_losses, accumulated_norms, accumulated_weights = train(tmp_path, problem_type, batch_size=2)
     assert len(losses) == 2

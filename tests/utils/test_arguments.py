@@ -1,10 +1,20 @@
+import json
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 from transformers import TrainingArguments
 
-from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments, recipe_arguments
+from asit_hf.utils.arguments import (
+    OptionError,
+    checkpoint_to_resume,
+    parse_arguments,
+    recipe_arguments,
+    refuse_without_effect,
+    run_script,
+)
 
 
 @dataclass
@@ -49,17 +59,73 @@ def test_environment_variables_are_filled_in(tmp_path, monkeypatch):
         recipe_arguments(recipe)
 
 
-def test_wrong_recipes_are_refused(tmp_path):
+@pytest.mark.parametrize("content", ["- a\n- b\n", "rate: [1\n", "no_such_option: 1\n", "rat: 1\n", "rate: high\n"])
+def test_wrong_recipes_are_refused(tmp_path, content):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("- a\n- b\n")
-    with pytest.raises(ValueError, match="name: value"):
-        recipe_arguments(recipe)
-    with pytest.raises(SystemExit):
-        parse_arguments((Options,), ["--recipe"])
-    for option in ("no_such_option", "rat"):  # the beginning of an option is none
-        recipe.write_text(f"{option}: 1\n")
-        with pytest.raises(ValueError, match=option):
-            parse_arguments((Options,), ["--recipe", str(recipe)])
+    recipe.write_text(content)
+    with pytest.raises(OptionError):
+        parse_arguments((Options,), ["--recipe", str(recipe)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recipe"], ["--recipe", "argument"]),
+        (["--nmae", "x"], ["--nmae", "--name"]),
+        (["--recipes", "x"], ["--recipes", "--recipe"]),
+        (["--zzzz=1"], ["--zzzz"]),
+        (["stray", "--rate", "0.5"], ["stray"]),
+        (["--rate", "high"], ["--rate", "high"]),
+    ],
+)
+def test_wrong_options_are_named(arguments, words):
+    with pytest.raises(OptionError) as error:
+        parse_arguments((Options,), arguments)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_options_that_have_no_effect_are_named():
+    refuse_without_effect(Options(data=["a"], rate=0.1), ["rate", "flag"], "without data")
+    with pytest.raises(ValueError, match=r"without data.*rate, flag"):
+        refuse_without_effect(Options(rate=0.2, flag=True, name="x"), ["rate", "flag"], "without data")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OptionError("unknown option --x"), 2),
+        (ValueError("expected 16000 Hz, got 8000"), 1),
+        (FileNotFoundError(2, "No such file", "meta.csv"), 1),
+    ],
+)
+def test_a_script_ends_with_one_line(capsys, monkeypatch, error, code):
+    def main():
+        raise error
+
+    monkeypatch.setitem(main.__globals__, "__name__", "__main__")
+    with pytest.raises(SystemExit) as stopped:
+        run_script(main)
+    assert stopped.value.code == code
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_an_error_of_another_library_keeps_its_traceback():
+    with pytest.raises(ValueError, match="Expecting"):
+        run_script(lambda: json.loads("{"))
+
+
+def test_the_package_speaks_and_transformers_does_not(tmp_path):
+    script = f"""
+from transformers import TrainingArguments
+from transformers.utils import logging
+from asit_hf.utils.arguments import logger, start_run
+start_run(TrainingArguments(output_dir={str(tmp_path)!r}, use_cpu=True, report_to="none"))
+logger.info("a decision")
+logging.get_logger("transformers").info("a configuration")
+"""
+    output = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert "a decision" in output.stderr.splitlines()
+    assert "a configuration" not in output.stderr + output.stdout
 
 
 def test_without_an_accelerator_a_recipe_in_bf16_trains_on_the_cpu(tmp_path, monkeypatch):
@@ -80,7 +146,7 @@ def test_without_an_accelerator_a_recipe_in_bf16_trains_on_the_cpu(tmp_path, mon
 def test_a_run_is_resumed_from_its_last_checkpoint(tmp_path, caplog, asked):
     args = TrainingArguments(output_dir=str(tmp_path / "run"), resume_from_checkpoint=asked, use_cpu=True)
     assert checkpoint_to_resume(args) is None
-    assert str(tmp_path / "run") in caplog.text  # a folder misspelt must not pass for a fresh run
+    assert str(tmp_path / "run") in caplog.text  # a misspelled folder must not pass for a new run
     for step in (2, 10):
         (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
     assert checkpoint_to_resume(args) == str(tmp_path / "run" / "checkpoint-10")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from asit_hf.utils import cpu as processor
+from asit_hf.utils import cpu
 
 SCRIPT = """
 import resource
@@ -23,7 +23,7 @@ print(int(kept), *faults)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's setting")
-def test_memory_is_got_from_the_system_once():
+def test_freed_memory_is_reused():
     output = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True).stdout
     kept, first, *_, last = map(int, output.split())
     if not kept:
@@ -41,12 +41,12 @@ def test_memory_is_got_from_the_system_once():
         (False, {"avx2": True}, False),
     ],
 )
-def test_bf16_without_instructions_for_it_is_told(tmp_path, monkeypatch, bf16, capabilities, warned):
-    said = []
+def test_bf16_without_instructions_for_it_is_warned_of(tmp_path, monkeypatch, bf16, capabilities, warned):
+    warnings = []
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    monkeypatch.setattr(processor.logger, "warning", said.append)
+    monkeypatch.setattr(cpu.logger, "warning", warnings.append)
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=bf16, report_to="none")
-    processor.warn_of_emulated_bf16(args)
-    assert bool(said) == warned
+    cpu.warn_of_emulated_bf16(args)
+    assert bool(warnings) == warned
     if warned:
-        assert "set bf16 to False" in said[0]
+        assert "bf16" in warnings[0]

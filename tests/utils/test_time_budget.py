@@ -70,7 +70,7 @@ class Stop(TrainerCallback):
 
 
 def run(trainer: FinetuningTrainer, **kwargs) -> float:
-    """Seconds that training took by its clock."""
+    """Duration of training in seconds by its clock."""
     clock = next(one for one in trainer.callback_handler.callbacks if isinstance(one, FakeClock))
     start = clock.seconds
     trainer.train(**kwargs)
@@ -78,7 +78,7 @@ def run(trainer: FinetuningTrainer, **kwargs) -> float:
 
 
 @pytest.mark.parametrize(("step", "first", "steps"), [(1.0, 0.0, 30), (0.5, 8.0, 44), (4.0, 0.0, 7), (20.0, 0.0, 2)])
-def test_as_many_steps_as_fit_the_minutes(make_trainer, step, first, steps):
+def test_the_number_of_steps_fits_the_time(make_trainer, step, first, steps):
     trainer = make_trainer(FakeClock(step, first), max_minutes=0.5)
     seconds = run(trainer)
     assert trainer.state.global_step == trainer.state.max_steps == steps
@@ -87,7 +87,7 @@ def test_as_many_steps_as_fit_the_minutes(make_trainer, step, first, steps):
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_the_learning_rate_ends_with_the_minutes(make_trainer, schedule):
+def test_the_learning_rate_schedule_ends_with_the_time(make_trainer, schedule):
     clock = FakeClock(1.0, 5.0)
     trainer = make_trainer(clock, max_minutes=1, lr_scheduler_type=schedule)
     run(trainer)
@@ -99,14 +99,14 @@ def test_the_learning_rate_ends_with_the_minutes(make_trainer, schedule):
     assert np.diff(rates).max() <= 0
 
 
-def test_a_warm_up_in_steps_is_kept_where_it_fits(make_trainer):
+def test_a_short_warm_up_in_steps_is_kept(make_trainer):
     clock = FakeClock(1.0)
     run(make_trainer(clock, max_minutes=1, warmup_steps=10))
     np.testing.assert_allclose(clock.rates[:11], 0.01 * np.arange(11) / 10, atol=1e-12)
     assert clock.rates[-1] < 0.0004
 
 
-def test_a_warm_up_that_does_not_fit_is_cut_without_a_jump_and_said_once(make_trainer, caplog):
+def test_a_long_warm_up_is_cut_without_a_jump_and_logged_once(make_trainer, caplog):
     clock = FakeClock(1.0)
     with caplog.at_level(logging.WARNING):
         run(make_trainer(clock, max_minutes=1, warmup_steps=300))
@@ -126,13 +126,13 @@ def test_a_warm_up_as_a_share_of_the_run(make_trainer):
     assert abs(np.diff(rates)).max() < 0.0009
 
 
-def test_steps_time_and_minutes_are_said_once(make_trainer, caplog):
+def test_the_plan_is_logged_once(make_trainer, caplog):
     with caplog.at_level(logging.WARNING):
         run(make_trainer(FakeClock(1.0, events={20: 5.0, 40: 5.0}), max_minutes=1))
     assert sum("60 steps" in message and "1 s" in message for message in caplog.messages) == 1
 
 
-def test_what_happens_between_steps_counts(make_trainer):
+def test_time_between_steps_counts(make_trainer):
     clock = FakeClock(1.0, events={10: 12.0, 25: 12.0})
     trainer = make_trainer(clock, max_minutes=1)
     seconds = run(trainer)
@@ -140,7 +140,7 @@ def test_what_happens_between_steps_counts(make_trainer):
     assert trainer.state.global_step == seconds - 24
     rates = np.array(clock.rates) / 0.01
     assert rates[-1] < 0.06
-    assert abs(np.diff(rates)).max() < 0.08  # no jump where the run turns out to be shorter
+    assert abs(np.diff(rates)).max() < 0.08  # no jump when the run turns out to be shorter
 
 
 def test_evaluations_count_and_the_last_one_fits(make_trainer):
@@ -154,7 +154,7 @@ def test_evaluations_count_and_the_last_one_fits(make_trainer):
     assert clock.rates[-1] < 0.05 * 0.01
 
 
-def test_epochs_evaluated_saved_and_the_best_kept(make_trainer, tmp_path):
+def test_evaluating_and_saving_by_epoch_and_keeping_the_best(make_trainer, tmp_path):
     strategies = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
     best = {"metric_for_best_model": "loss", "save_total_limit": 1}
     trainer = make_trainer(FakeClock(1.0, evaluation=1.0), max_minutes=0.35, **strategies, **best)
@@ -165,7 +165,7 @@ def test_epochs_evaluated_saved_and_the_best_kept(make_trainer, tmp_path):
     assert trainer.state.best_global_step in evaluated
 
 
-def test_intervals_that_are_shares_of_the_run(make_trainer):
+def test_evaluation_interval_as_a_share_of_the_run(make_trainer):
     trainer = make_trainer(FakeClock(1.0), max_minutes=1, eval_strategy="steps", eval_steps=0.25)
     run(trainer)
     assert [row["step"] for row in trainer.state.log_history if "eval_loss" in row] == [15, 30, 45, 60]
@@ -194,7 +194,7 @@ def test_data_without_a_length(make_trainer):
     assert trainer.args.max_steps == -1
 
 
-def test_the_clock_is_not_waited_for_at_every_step(make_trainer, monkeypatch):
+def test_the_time_is_not_shared_at_every_step(make_trainer, monkeypatch):
     moments = []
     trainer = make_trainer(FakeClock(0.05), max_minutes=0.5)
     agree = trainer.budget._agree
@@ -206,7 +206,7 @@ def test_the_clock_is_not_waited_for_at_every_step(make_trainer, monkeypatch):
     assert len(moments) < 75
 
 
-def test_a_resumed_run_has_the_minutes_that_are_left(make_trainer, tmp_path):
+def test_a_resumed_run_has_the_remaining_time(make_trainer, tmp_path):
     saving = {"max_minutes": 1, "save_strategy": "steps", "save_steps": 20}
     cut = make_trainer(FakeClock(1.0), **saving)
     cut.add_callback(Stop(20))
@@ -224,7 +224,7 @@ def test_a_resumed_run_has_the_minutes_that_are_left(make_trainer, tmp_path):
     assert rates[-1] < 0.06
 
 
-def test_a_run_that_was_stopped_before_its_plan(make_trainer, tmp_path):
+def test_resuming_a_run_stopped_before_its_first_plan(make_trainer, tmp_path):
     saving = {"max_minutes": 0.25, "save_strategy": "steps", "save_steps": 2}
     cut = make_trainer(FakeClock(1.0), **saving)
     cut.add_callback(Stop(2))
@@ -240,7 +240,7 @@ def cut_rates(trainer: FinetuningTrainer) -> list[float]:
     return next(one for one in trainer.callback_handler.callbacks if isinstance(one, FakeClock)).rates
 
 
-def test_a_run_whose_minutes_are_spent_does_nothing(make_trainer, tmp_path, caplog):
+def test_resuming_after_the_time_is_used_up_does_nothing(make_trainer, tmp_path, caplog):
     saving = {"max_minutes": 0.2, "save_strategy": "steps", "save_steps": 100}
     trainer = make_trainer(FakeClock(1.0), **saving)
     run(trainer)
@@ -253,7 +253,7 @@ def test_a_run_whose_minutes_are_spent_does_nothing(make_trainer, tmp_path, capl
     assert all(torch.equal(value, weights[name]) for name, value in resumed.model.state_dict().items())
 
 
-def test_more_minutes_than_before_make_a_run_longer(make_trainer, tmp_path):
+def test_resuming_with_more_time_extends_a_run(make_trainer, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 100}
     run(make_trainer(FakeClock(1.0), max_minutes=0.2, **saving))
     clock = FakeClock(1.0)
@@ -263,7 +263,7 @@ def test_more_minutes_than_before_make_a_run_longer(make_trainer, tmp_path):
     np.testing.assert_allclose(np.array(clock.rates[1:]) / 0.01, 1 - np.arange(13, 24) / 24, atol=0.01)
 
 
-def test_a_checkpoint_of_a_run_by_steps_goes_on_by_time(make_trainer, tmp_path):
+def test_a_run_by_steps_can_be_resumed_by_time(make_trainer, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 6}
     run(make_trainer(FakeClock(1.0), max_steps=6, **saving))
     trainer = make_trainer(FakeClock(1.0), max_minutes=0.2, **saving)
@@ -272,13 +272,13 @@ def test_a_checkpoint_of_a_run_by_steps_goes_on_by_time(make_trainer, tmp_path):
     assert (tmp_path / "checkpoint-18").is_dir()
 
 
-def test_a_second_run_of_a_trainer_has_all_minutes_again(make_trainer):
+def test_a_second_run_of_a_trainer_has_the_full_time(make_trainer):
     trainer = make_trainer(FakeClock(1.0), max_minutes=0.2)
     assert run(trainer) == run(trainer) == 12
     assert trainer.state.global_step == 12
 
 
-def test_the_speed_that_is_logged_is_that_of_the_steps_made(make_trainer):
+def test_the_logged_speed_counts_the_steps_taken(make_trainer):
     trainer = make_trainer(FakeClock(1.0), max_minutes=0.2)
     run(trainer)
     (speed,) = [row for row in trainer.state.log_history if "train_runtime" in row]
@@ -287,7 +287,7 @@ def test_the_speed_that_is_logged_is_that_of_the_steps_made(make_trainer):
     assert speed["train_samples_per_second"] == pytest.approx(BATCH * made, rel=0.01)
 
 
-def test_the_progress_bar_has_the_planned_steps(make_trainer):
+def test_the_progress_bar_shows_the_planned_steps(make_trainer):
     totals = []
 
     class Totals(TrainerCallback):
@@ -312,13 +312,21 @@ def test_the_progress_bar_has_the_planned_steps(make_trainer):
         ({"max_minutes": 8, "max_steps": 100}, ["max_minutes", "max_steps", "100"]),
     ],
 )
-def test_wrong_minutes_are_refused(tmp_path, options, words):
+def test_wrong_max_minutes_is_refused(tmp_path, options, words):
     with pytest.raises(ValueError) as error:
         FinetuningArguments(output_dir=str(tmp_path), **options)
     assert all(word in str(error.value) for word in words)
 
 
-def test_a_plan_goes_on_where_the_one_before_was():
+def test_ignored_epochs_are_logged(tmp_path, caplog):
+    options = {"output_dir": str(tmp_path), "max_minutes": 1, "use_cpu": True, "report_to": "none"}
+    FinetuningArguments(**options)
+    assert "num_train_epochs" not in caplog.text
+    FinetuningArguments(**options, num_train_epochs=7)
+    assert "num_train_epochs 7" in caplog.text
+
+
+def test_a_revised_plan_is_continuous():
     first = Plan(steps=100, unit=10.0, warmup=2.0)
     for step in (0, 5, 20, 60, 99):
         second = first.replan(step, 300, 12.0, 2.0)
@@ -340,7 +348,7 @@ def test_a_plan_goes_on_where_the_one_before_was():
         (34, 4, 19),  # evaluations at 10, 20 and 23
         (4, 4, 0),
         (4, 10, 0),
-        (12, 10, 2),  # the evaluation of step 10 is still to come
+        (12, 10, 2),  # including the evaluation of step 10
     ],
 )
 def test_steps_and_evaluations_that_fit(seconds, done, steps):
@@ -352,25 +360,25 @@ def test_steps_that_fit_without_evaluations():
     assert steps_left(-1.0, 1.0, 3, None, 0.0) == 0
 
 
-def test_minutes_spent_after_the_checkpoint_that_was_kept_count_too(make_trainer, tmp_path):
+def test_time_after_the_last_kept_checkpoint_counts(make_trainer, tmp_path):
     options = {"max_minutes": 0.5, "save_strategy": "steps", "save_steps": 4, "save_total_limit": 20}
     trainer = make_trainer(FakeClock(1.0), **options)
     run(trainer)
     trainer.save_state()
     resumed = make_trainer(FakeClock(1.0), **options)
-    assert run(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-4")) == 0  # the best one, say
+    assert run(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-4")) == 0  # such as the best one
     assert resumed.state.global_step == 4
 
-    again = make_trainer(FakeClock(1.0), **options)  # from the start: what the run before spent is no matter
+    again = make_trainer(FakeClock(1.0), **options)  # from the start, which resets the time
     again.add_callback(Stop(10))
     run(again)
     resumed = make_trainer(FakeClock(1.0), **options)
     assert run(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-8")) > 15
 
 
-def test_minutes_that_are_spent_before_a_step_is_timed_are_said(make_trainer, caplog):
+def test_time_used_up_before_a_step_is_timed_is_logged(make_trainer, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(FakeClock(1.0, first=60.0), max_minutes=0.5)
         run(trainer)
     assert trainer.state.global_step == 1
-    assert "spent at step 1" in caplog.text
+    assert "at step 1" in caplog.text

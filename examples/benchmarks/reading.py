@@ -12,8 +12,9 @@ import os
 import random
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,13 +28,13 @@ from official_loop import replace_in_python, zeros_in_python
 from torch.utils.data import DataLoader, Dataset, default_collate
 from training_step import PRESETS, build_model
 from transformers import PrinterCallback, TrainerCallback
+from transformers.audio_utils import mel_filter_bank
 
 from asit_hf import ASiTFeatureExtractor
 from asit_hf.data import PackedCrops, PretrainingCrops
 from asit_hf.data.audio import read_audio
 from asit_hf.data.collators import collate_crops
 from asit_hf.data.packed import to_pcm, write_packed
-from asit_hf.fbank_asit import _mel_filters
 from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
 from asit_hf.pretraining.masking import corrupt
 from asit_hf.pretraining.presets import get_preset
@@ -45,6 +46,8 @@ LONG_RATE = 24000  # of the long files, so that crops are resampled
 FORMATS = ("wav", "flac", "ogg", "mp3")
 LENGTH_TARGET, LOADER_TARGET, WAITING_TARGET, PACKED_TARGET = 2.0, 5.0, 0.05, 10.0
 WORKERS = 2
+with warnings.catch_warnings(action="ignore"):  # some of the lowest filters fall between two bins and are empty
+    MEL_FILTERS = mel_filter_bank(257, 128, 20.0, RATE / 2, RATE, mel_scale="kaldi", triangularize_in_mel_space=True)
 
 
 class OfficialDataset(Dataset):
@@ -80,23 +83,14 @@ class OfficialDataset(Dataset):
 
 
 def plain_log_mel(waveform: torch.Tensor) -> torch.Tensor:
-    """`(samples,)` -> `(frames, 128)`: the definition of `asit_hf.fbank_asit`, each step over the whole clip."""
+    """`(samples,)` -> `(frames, 128)`: the definition of `asit_hf.fbank_asit`, each operation on the whole clip."""
     waveform = waveform - waveform.mean()
     frames = waveform.unfold(0, 400, 160)
     frames = frames - frames.mean(1, keepdim=True)
     previous = torch.cat((frames[:, :1], frames[:, :-1]), dim=1)
     frames = (frames - 0.97 * previous) * torch.hann_window(400, periodic=False)
     power = torch.fft.rfft(frames, n=512).abs() ** 2
-    return (power @ whole_filters()).clamp_min(torch.finfo(torch.float32).eps).log()
-
-
-@cache
-def whole_filters() -> torch.Tensor:
-    """`(257, 128)`."""
-    filters = torch.zeros(257, 128)
-    for (bins, half), columns in zip(_mel_filters(RATE, 128, 512), filters.chunk(2, dim=1)):
-        columns[bins] = half
-    return filters
+    return (power @ torch.from_numpy(MEL_FILTERS).float()).clamp_min(torch.finfo(torch.float32).eps).log()
 
 
 def official_collate(items: list[dict[str, Any]], preset: str) -> dict[str, Any]:

@@ -41,9 +41,9 @@ demo: $(VENV)/demo-ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
 
-# the tests that take less than about five seconds each
+# the tests that take less than about five seconds each, in two processes
 test-fast: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 # the oldest transformers that pyproject.toml admits; constraints.txt names the newest
 $(OLDEST)/ready: pyproject.toml constraints.txt

@@ -61,6 +61,7 @@ def test_every_argument_is_documented(documented, names):
     assert not missing
 
 
+@pytest.mark.slow
 def test_star_imports_what_inference_has():
     """`import *` must not need the extras."""
     code = "import sys; sys.modules['accelerate'] = None\nfrom asit_hf import *\nprint(ASiTModel, export_encoder)"

@@ -105,6 +105,7 @@ def test_interleaved_rounds():
     assert [len(values) for values in seconds.values()] == [2, 2]
 
 
+@pytest.mark.slow
 def test_contestants_step_on_command_and_report_their_memory():
     for side in ("ours bf16", "theirs fp32"):
         run = load("training_step").Contestant(side, "2024", [1, 2], quick=True)
@@ -118,6 +119,7 @@ def test_an_error_in_a_contestant_reaches_the_caller():
         run()
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_its_table(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("ASIT_REAL_AUDIO", raising=False)
     load("run").main(["--quick", "--output_dir", str(tmp_path)])

@@ -3,9 +3,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "benchmarks" / "kill_and_resume.py"
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights():
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--kills", "3", "--steps", "10"], capture_output=True, text=True, timeout=300

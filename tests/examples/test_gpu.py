@@ -239,6 +239,7 @@ def test_checks_detect_differences(run, monkeypatch):
 def test_synchronizations_of_one_step_are_counted_by_place(monkeypatch):
     modes = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(warnings, "showwarning", lambda *args, **kwargs: None)
     watch = load("gpu_checks")._WatchSynchronizations()
     with warnings.catch_warnings():
         for step in range(1, 7):

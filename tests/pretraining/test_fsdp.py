@@ -15,6 +15,7 @@ import torch
 
 from asit_hf import ASiTForPreTraining, ASiTModel
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parent / "fsdp_processes.py"
 ONE = (
     "plain_whole,plain_accumulated,plain_bf16,plain_probed,"

@@ -1,5 +1,5 @@
-# `make demo` and `make test` build .venv by themselves; everything else runs inside it, `make oldest` and
-# `make gpu-rehearsal` beside it, and `make gpu` in whatever environment the machine has.
+# `make demo` and `make test` create .venv themselves. `make oldest` and `make gpu-rehearsal` use environments of their
+# own, and `make gpu` uses the machine's Python. Example: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,24 +14,38 @@ GPU_OPTIONS ?=
 AUDIO ?=
 OUT ?= demo_output
 MODEL ?= model_cards/asit-tiny-pool26h-esc50
-# all cores for the process that runs; tests and loader workers set their own
+# for the main process; the tests and the loader workers set their own number
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: demo test oldest gpu gpu-rehearsal hear common space browser quality style clean
+.PHONY: demo test test-fast oldest gpu gpu-rehearsal hear common space browser quality style clean
 
-$(VENV)/ready: pyproject.toml constraints.txt
+# torch first, so that no other package pulls in another build of it
+$(VENV)/torch-ready: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) "$$(grep '^torch==' constraints.txt)" numpy  # torch first, so that nothing pulls another build of it
+	$(PIP) "$$(grep '^torch==' constraints.txt)" numpy
+	touch $@
+
+$(VENV)/demo-ready: $(VENV)/torch-ready pyproject.toml
+	$(PIP) --editable ".[train]"
+	touch $@
+
+$(VENV)/ready: $(VENV)/torch-ready pyproject.toml
 	$(PIP) --editable ".[test]"
 	touch $@
 
-demo: $(VENV)/ready
+# pretraining, probes, finetuning and prediction on generated sounds, or on AUDIO, a folder of class folders
+demo: $(VENV)/demo-ready
 	$(BIN)/python examples/demo.py --output_dir "$(OUT)" $(if $(AUDIO),--audio "$(AUDIO)")
 
+# the whole test suite
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
 
-# the oldest transformers that pyproject.toml admits, in an environment of its own; constraints.txt names the newest
+# the tests that take less than about five seconds each, in two processes
+test-fast: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+
+# the oldest transformers that pyproject.toml admits; constraints.txt names the newest
 $(OLDEST)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
 	grep -vE '^(transformers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
@@ -46,12 +60,12 @@ oldest: $(OLDEST)/ready
 		tests/utils/test_time_budget.py tests/pretraining/test_trainer.py \
 		-k "not pushed_on"
 
-# checks, figures and some minutes of training on a GPU; the package need not be installed
+# checks, speed and some minutes of training on a GPU; the package need not be installed
 gpu:
 	PYTHONPATH=. $(GPU_PYTHON) examples/benchmarks/gpu.py --output_dir "$(GPU_OUT)" $(GPU_OPTIONS)
 
 # `make gpu` at toy sizes on a CPU, twice, with transformers 5.17 and without datasets, evaluate, soundfile and soxr;
-# the code is found by its path, since installing it would bring the last two
+# PYTHONPATH rather than an installation, which would bring the last two
 $(REHEARSAL)/ready: constraints.txt Makefile
 	$(PYTHON) -m venv $(REHEARSAL)
 	grep -E '^(torch|numpy|safetensors|accelerate)==' constraints.txt > $(REHEARSAL)/constraints.txt
@@ -66,12 +80,12 @@ gpu-rehearsal: $(REHEARSAL)/ready
 		PYTHONPATH=. OMP_NUM_THREADS=1 $(REHEARSAL)/bin/python examples/benchmarks/gpu.py --quick --output_dir $(REHEARSAL)/results || exit 1; \
 	done
 
-# the HEAR benchmark's own validator, beside the environment: it asks for tensorflow, which it does not need
+# the HEAR benchmark's validator, installed without its dependencies: it requires tensorflow but does not need it here
 hear: $(VENV)/ready
 	$(PIP) --no-deps --upgrade --target $(VENV)/hear hearvalidator==2021.0.2
 	PYTHONPATH=$(VENV)/hear $(BIN)/python -m pytest tests/evaluation/test_hear.py -k validator
 
-# transformers' own common tests, which only its source distribution holds; they use marks that are not ours
+# transformers' common model tests, which only its source distribution contains; they use marks unknown to our pytest
 common: SOURCE := $(VENV)/transformers-source
 common: $(VENV)/ready
 	$(PIP) parameterized
@@ -82,12 +96,12 @@ common: $(VENV)/ready
 	TRANSFORMERS_SOURCE=$(SOURCE) $(BIN)/python -m pytest tests/common --override-ini addopts=--import-mode=importlib \
 		-rs -W ignore::pytest.PytestUnknownMarkWarning
 
-# a page in the browser, to try a checkpoint on a sound
-space: $(VENV)/ready
+# a web page that classifies a sound with the checkpoint MODEL
+space: $(VENV)/torch-ready
 	$(PIP) --editable ".[space]"
 	$(BIN)/python examples/space/app.py --model "$(MODEL)"
 
-# that page in headless Chromium; skipped with a message where Debian's chromium and chromium-driver are not installed
+# the same page in headless Chromium; skipped without Debian's packages chromium and chromium-driver
 browser: $(VENV)/ready
 	$(PIP) --editable ".[space]" selenium
 	$(BIN)/python -m pytest tests/examples/test_space.py

@@ -1,12 +1,12 @@
 """
-The whole path on a small scale: pretraining without labels, probes, finetuning, prediction in a fresh process.
+Pretrain without labels, probe, finetune and predict in a fresh process, at a small scale.
 
-    python examples/demo.py --output_dir demo_output              # on sounds that it makes itself
-    python examples/demo.py --output_dir demo_output --audio DIR  # on a folder of class folders of your own
+    python examples/demo.py --output_dir demo_output              # on generated sounds
+    python examples/demo.py --output_dir demo_output --audio DIR  # on your own folder of class folders
 
-Every step is one of the scripts that a real run would use, with its command printed. A quarter of the files is held
-out; where a csv in DIR names a speaker or source of the files, whole speakers or sources are. It ends with one table
-and the names of the pictures it drew.
+Each step runs one of the example scripts and prints its command. A quarter of the files is held out; if a csv file in
+DIR has a column with the speaker or source of each file, whole speakers or sources are held out. At the end the demo
+prints a table of accuracies and the paths of its pictures.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from asit_hf.plotting import plot_confusion, plot_embeddings, plot_log_mel
 EXAMPLES = Path(__file__).parent
 GROUP_COLUMNS = ("speaker", "speaker_id", "src_file", "source")
 
-# A narrow encoder, short crops and many small steps: a few minutes on two cores. Real runs take hours; see the README.
+# A small encoder, short crops and small batches, to finish within minutes on a CPU. Real runs take hours.
 PRETRAINING = {
     "size": "tiny",
     "config_overrides": "num_hidden_layers=4,num_prototypes=256,distillation_hidden_size=256",
@@ -38,7 +38,7 @@ PRETRAINING = {
     "global_seconds": 0.66,
     "num_local_crops": 0,
     "per_device_train_batch_size": 16,
-    "max_steps": 600,
+    "max_steps": 500,
     "learning_rate": 1e-3,
     "warmup_epochs": 1,
     "teacher_momentum": 0.98,
@@ -55,21 +55,21 @@ FINETUNING = {
     "max_eval_seconds": 10.0,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 32,
-    "max_steps": 150,
+    "max_steps": 120,
     "learning_rate": 5e-4,
-    "warmup_steps": 15,
+    "warmup_steps": 12,
     "logging_steps": 10,
     "eval_strategy": "steps",
-    "eval_steps": 50,
+    "eval_steps": 60,
     "save_strategy": "steps",
-    "save_steps": 50,
+    "save_steps": 60,
     "save_total_limit": 1,
     "report_to": "none",
 }
 
 
 def run(script: str, *flags: str, **options) -> None:
-    """Runs one of the example scripts, its command printed first."""
+    """Prints the command of an example script and runs it."""
     arguments = [*flags]
     for name, value in options.items():
         arguments += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
@@ -79,13 +79,13 @@ def run(script: str, *flags: str, **options) -> None:
 
 
 def write_split(audio: Path, output_dir: Path) -> tuple[Path, Path, bool]:
-    """Splits class folders into train.csv and test.csv (file, label, group); also says whether there are groups."""
+    """Splits class folders into train.csv and test.csv (file, label, group); returns both and whether groups exist."""
     dataset = load_audio_dataset(audio, labels_from_folders=True)
     table = find_groups(audio)
     files = [Path(row["path"]) for row in dataset["audio"]]
     groups = [table.get(path.relative_to(audio).as_posix(), table.get(path.name)) for path in files]
     if any(groups) and not all(groups):
-        print(f"{groups.count(None)} of {len(groups)} files stand in no csv with a speaker or source: split by file")
+        print(f"{groups.count(None)} of {len(groups)} files have no speaker or source in a csv: splitting by file")
     has_groups = all(groups)
     if has_groups:
         dataset = dataset.add_column("group", groups)
@@ -108,7 +108,7 @@ def write_split(audio: Path, output_dir: Path) -> tuple[Path, Path, bool]:
 
 
 def find_groups(audio: Path) -> dict[str, str]:
-    """Speaker or source of the files, from the csv files beside the class folders; empty where none names them."""
+    """Speaker or source by file, from the csv files beside the class folders; empty if there is none."""
     groups: dict[str, str] = {}
     for table in sorted(audio.glob("*.csv")):
         with table.open(newline="") as file:
@@ -121,7 +121,7 @@ def find_groups(audio: Path) -> dict[str, str]:
 
 
 def predict_in_a_fresh_process(classifier: Path, files: list[Path]) -> list[dict]:
-    """The first label of every file, from `pipeline` in a new interpreter that loads the saved folder."""
+    """Label and score of each file, from a `pipeline` that a new Python process loads from the saved folder."""
     code = (
         "import json, sys, asit_hf\n"
         "from transformers import pipeline\n"
@@ -134,7 +134,7 @@ def predict_in_a_fresh_process(classifier: Path, files: list[Path]) -> list[dict
 
 
 def draw_pictures(output_dir: Path, encoder: Path, test: Path, predictions: Path) -> list[Path]:
-    """What can be looked at afterwards."""
+    """Draws a log-mel spectrogram, the embeddings and the confusion matrix; returns the paths of all pictures."""
     pictures = output_dir / "pictures"
     pictures.mkdir(exist_ok=True)
     dataset = load_audio_dataset(test)
@@ -170,9 +170,14 @@ def print_table(rows: list[tuple[str, str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
-    parser.add_argument("--audio", type=Path, help="folder of class folders; by default sounds are made")
-    parser.add_argument("--max_steps", type=int, default=PRETRAINING["max_steps"], help="pretraining steps")
+    parser.add_argument("--output_dir", type=Path, default=Path("demo_output"), help="folder for all results")
+    parser.add_argument("--audio", type=Path, help="folder of class folders (default: generated sounds)")
+    parser.add_argument(
+        "--max_steps",
+        type=int,
+        default=PRETRAINING["max_steps"],
+        help=f"pretraining steps (default: {PRETRAINING['max_steps']})",
+    )
     args = parser.parse_args()
     start = time.time()
     output_dir = args.output_dir.resolve()
@@ -180,7 +185,7 @@ def main() -> None:
 
     audio = (args.audio or write_sounds(output_dir / "sounds")).resolve()
     if not find_audio_files(audio):
-        raise SystemExit(f"no audio files below {audio}")
+        raise SystemExit(f"error: expected audio files in class folders below {audio}, got none")
     train, test, has_groups = write_split(audio, output_dir)
     groups = {"group_column": "group"} if has_groups else {}
 
@@ -193,10 +198,12 @@ def main() -> None:
         "pooling": "cls_mean",
         "max_seconds": 10.0,
         "model_name_or_path": encoder,
+        "methods": ["ridge", "knn"],
+        "seeds": [0, 1, 2],
         **groups,
     }
-    run("run_linear_probe.py", "--random_init", **probe, seeds=[0, 1, 2], output=output_dir / "probe-random.json")
-    run("run_linear_probe.py", **probe, seeds=[0, 1, 2], output=output_dir / "probe-pretrained.json")
+    run("run_linear_probe.py", "--random_init", **probe, output=output_dir / "probe-random.json")
+    run("run_linear_probe.py", **probe, output=output_dir / "probe-pretrained.json")
     run(
         "run_audio_classification.py",
         model_name_or_path=encoder,
@@ -224,25 +231,25 @@ def main() -> None:
     print(f"\n{len(names)} classes, {num_train} training and {len(dataset)} held-out clips, split by {split_by}")
     table = print_table(
         [
-            ("held-out accuracy", ""),
+            ("accuracy on held-out clips", ""),
             ("chance", f"{100 / len(names):.1f} %"),
-            ("random encoder, linear probe", percent("random", "linear")),
-            ("pretrained encoder, linear probe", percent("pretrained", "linear")),
-            ("random encoder, kNN", percent("random", "knn")),
-            ("pretrained encoder, kNN", percent("pretrained", "knn")),
-            ("pretrained encoder, finetuned", f"{100 * finetuned['eval_accuracy']:.1f} %"),
+            ("random initialization, linear probe", percent("random", "ridge")),
+            ("pretrained, linear probe", percent("pretrained", "ridge")),
+            ("random initialization, kNN", percent("random", "knn")),
+            ("pretrained, kNN", percent("pretrained", "knn")),
+            ("pretrained, finetuned", f"{100 * finetuned['eval_accuracy']:.1f} %"),
         ]
     )
     (output_dir / "table.md").write_text(table + "\n")
-    print("\nfrom the saved classifier, in a fresh process:")
+    print("\npredictions of the saved classifier in a fresh process:")
     for row, best in zip(chosen, predicted):
         print(
-            f"  {Path(row['audio']['path']).name}: {best['label']} ({best['score']:.2f}), truly {names[row['label']]}"
+            f"  {Path(row['audio']['path']).name}: {best['label']} ({best['score']:.2f}), label {names[row['label']]}"
         )
     print("\npictures:")
     for picture in draw_pictures(output_dir, encoder, test, classifier / "predictions.csv"):
         print(f"  {picture}")
-    print(f"\nthe classifier is in {classifier}; all of it took {time.time() - start:.0f} s")
+    print(f"\nclassifier: {classifier}\ntotal time: {(time.time() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Write a labelled set of synthetic sounds: `python examples/demo_sounds.py FOLDER`.
+"""
+Write a labelled set of synthetic sounds: `python examples/demo_sounds.py FOLDER`.
 
-Sixteen classes differ in timbre, pitch movement and rhythm. Pitch, speed, spectral tilt, level, position, duration
-and background noise are drawn anew for every clip; the tones share one random timbre and the rhythms one random
-strike, so that neither the level nor the average spectrum tells a class.
+Sixteen classes differ in timbre, pitch movement and rhythm. Pitch, speed, spectral tilt, level, position, duration and
+background noise are random in every clip. All tonal classes share one distribution of timbres and all rhythmic ones
+share one of strikes, so that neither level nor average spectrum identifies a class.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from asit_hf.utils.files import whole_folder
 
 PARAMETERS_FILE = "demo_sounds.json"
-# First three formants in Hz of five cardinal vowels, for an average adult voice.
+# First three formants in Hz of five cardinal vowels of an average adult voice.
 FORMANTS = np.array([(300, 2300, 3000), (450, 2000, 2700), (750, 1250, 2600), (450, 850, 2500), (320, 700, 2400)])
 BELL_RATIOS = np.array([0.5, 1.0, 1.19, 1.5, 2.0, 2.52, 2.67, 3.01, 4.1, 5.43])
 
@@ -33,21 +34,21 @@ def _fundamental(rng: np.random.Generator) -> float:
 
 
 def _tilt(signal: np.ndarray, sampling_rate: int, db_per_octave: float) -> np.ndarray:
-    """Tilt the spectrum of a signal around 1 kHz; nothing is boosted below 50 Hz."""
+    """Tilt the spectrum of a signal around 1 kHz; below 50 Hz the gain is constant."""
     frequency = np.fft.rfftfreq(len(signal), 1 / sampling_rate)
     gain = (np.maximum(frequency, 50.0) / 1000.0) ** (db_per_octave / 6.02)
     return np.fft.irfft(np.fft.rfft(signal) * gain, len(signal))
 
 
 def _ramp(samples: int, rng: np.random.Generator, sampling_rate: int) -> np.ndarray:
-    """Envelope of a sustained sound: fades in and out over 10 to 200 ms each."""
+    """Envelope of a sustained sound, with fades of 10 to 200 ms at both ends."""
     rise, fall = rng.uniform(0.01, 0.2, size=2) * sampling_rate
     position = np.arange(samples)
     return np.clip(position / rise, 0, 1) * np.clip((samples - position) / fall, 0, 1)
 
 
 def _oscillator(pitch: np.ndarray, amplitudes: np.ndarray, sampling_rate: int) -> np.ndarray:
-    """Harmonic tone with the pitch (samples,) in Hz; harmonics that would alias are left out."""
+    """Harmonic tone with the pitch (samples,) in Hz, without harmonics that would alias."""
     audible = np.arange(1, len(amplitudes) + 1) * pitch.max() < 0.48 * sampling_rate
     spectrum = np.concatenate([[0], amplitudes * audible])
     period = np.fft.irfft(-1j * spectrum, 4096)
@@ -56,7 +57,7 @@ def _oscillator(pitch: np.ndarray, amplitudes: np.ndarray, sampling_rate: int) -
 
 
 def _tone(rng: np.random.Generator, pitch: np.ndarray, sampling_rate: int) -> np.ndarray:
-    """Sustained tone of random timbre: the voice that the classes of pitch and loudness movement share."""
+    """Sustained tone of random timbre, shared by the classes that differ in pitch or loudness movement."""
     number = np.arange(1, 25)
     amplitudes = number ** -rng.uniform(0.5, 1.5) * 10 ** (rng.normal(0, 2, size=24) / 20)
     if rng.random() < 0.3:
@@ -65,7 +66,7 @@ def _tone(rng: np.random.Generator, pitch: np.ndarray, sampling_rate: int) -> np
 
 
 def _band_noise(rng: np.random.Generator, center: np.ndarray, bandwidth: float, sampling_rate: int) -> np.ndarray:
-    """Noise around a moving center (samples,) in Hz."""
+    """Band-limited noise with a moving center frequency (samples,) in Hz."""
     samples = len(center)
     baseband = np.fft.fft(rng.standard_normal(samples) + 1j * rng.standard_normal(samples))
     frequency = np.fft.fftfreq(samples, 1 / sampling_rate)
@@ -74,13 +75,13 @@ def _band_noise(rng: np.random.Generator, center: np.ndarray, bandwidth: float, 
 
 
 def _onsets(rate: np.ndarray, sampling_rate: int) -> np.ndarray:
-    """Samples at which events start that follow each other at `rate` (samples,) per second; the first is 0."""
+    """Sample indices of events at `rate` (samples,) per second; the first is 0."""
     beat = np.floor(np.cumsum(rate) / sampling_rate)
     return np.flatnonzero(np.diff(beat, prepend=-1))
 
 
 def _place(onsets: np.ndarray, gains: np.ndarray, sound: np.ndarray, samples: int) -> np.ndarray:
-    """Sum of copies of one sound that start at the onsets, cut at the end."""
+    """Sum of copies of a sound that start at the onsets, truncated to `samples`."""
     out = np.zeros(samples)
     for onset, gain in zip(onsets, gains):
         piece = sound[: samples - onset]
@@ -131,7 +132,7 @@ def tremolo(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.nd
 
 
 def plucked_string(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarray:
-    """Karplus-Strong: a burst of noise runs round a delay line through a two-point average."""
+    """Karplus-Strong synthesis: a burst of noise circulates in a delay line through a two-point average."""
     delay = int(sampling_rate / _log_uniform(rng, 120.0, 800.0))
     line = rng.standard_normal(delay)
     loss = 10 ** (-3 * delay / sampling_rate / rng.uniform(0.4, 2.5))
@@ -185,7 +186,7 @@ def noise_sweep(rng: np.random.Generator, samples: int, sampling_rate: int) -> n
 
 
 def growl(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarray:
-    """Frequency modulation by a rough, wandering low frequency."""
+    """Frequency modulation by an irregular low frequency."""
     time = np.arange(samples) / sampling_rate
     wander = 1 + 0.1 * np.sin(2 * np.pi * rng.uniform(0.5, 3) * time + rng.uniform(0, 2 * np.pi))
     roughness = 2 * np.pi * np.cumsum(rng.uniform(25, 70) * wander) / sampling_rate
@@ -215,7 +216,7 @@ def square_arpeggio(rng: np.random.Generator, samples: int, sampling_rate: int) 
 
 
 def babble(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.ndarray:
-    """Syllables of a buzzing voice that passes from vowel to vowel."""
+    """Syllables of a buzzing voice, each with a random vowel."""
     time = np.arange(samples) / sampling_rate
     drift = rng.uniform(-0.3, 0.3) * np.linspace(0, 1, samples) + 0.05 * np.sin(2 * np.pi * rng.uniform(1, 3) * time)
     pitch = _log_uniform(rng, 90.0, 300.0) * 2**drift
@@ -231,7 +232,7 @@ def babble(rng: np.random.Generator, samples: int, sampling_rate: int) -> np.nda
     return sound
 
 
-# (generator, samples, sampling rate in Hz) -> sound (samples,) of any level
+# (generator, samples, sampling rate in Hz) -> sound (samples,), at any level
 Voice = Callable[[np.random.Generator, int, int], np.ndarray]
 
 CLASSES: dict[str, Voice] = {
@@ -258,7 +259,7 @@ CLASSES: dict[str, Voice] = {
 
 
 def make_clip(name: str, seed: int, index: int, sampling_rate: int = 16000, seconds: float = 2.0) -> np.ndarray:
-    """One clip of a class, wholly determined by the arguments.
+    """One clip of a class, a deterministic function of the arguments.
 
     Returns:
         float32 array (samples,), peak between -20 and -3 dB of full scale.
@@ -267,9 +268,9 @@ def make_clip(name: str, seed: int, index: int, sampling_rate: int = 16000, seco
         ValueError: unknown class, a sampling rate under 8000 Hz or a clip shorter than 1 s.
     """
     if name not in CLASSES:
-        raise ValueError(f"expected a class among {', '.join(CLASSES)}; got {name!r}")
+        raise ValueError(f"expected a class among {', '.join(CLASSES)}, got {name!r}")
     if sampling_rate < 8000 or seconds < 1:
-        raise ValueError(f"expected at least 8000 Hz and 1 s; got {sampling_rate} Hz and {seconds} s")
+        raise ValueError(f"expected at least 8000 Hz and 1 s, got {sampling_rate} Hz and {seconds} s")
     rng = np.random.default_rng([seed, list(CLASSES).index(name), index])
     samples = round(seconds * sampling_rate)
     length = int(rng.uniform(0.6, 0.95) * samples)
@@ -296,15 +297,15 @@ def write_sounds(
 ) -> Path:
     """Write `folder/<class>/<class>_0000.flac`, ... (16 bit) and return the folder.
 
-    The set is written beside the folder and moved into place whole. A complete set with the same parameters is left
-    as it is, another set of demo sounds is replaced.
+    The folder is replaced atomically. A complete set with the same parameters is kept, any other set of demo sounds is
+    replaced.
 
     Raises:
-        ValueError: `clips_per_class` under 1, or a value that `make_clip` refuses.
-        FileExistsError: the folder holds files that are no demo sounds.
+        ValueError: `clips_per_class` under 1, or a value that `make_clip` rejects.
+        FileExistsError: the folder contains files that are not demo sounds.
     """
     if clips_per_class < 1:
-        raise ValueError(f"expected at least 1 clip per class; got {clips_per_class}")
+        raise ValueError(f"expected at least 1 clip per class, got {clips_per_class}")
     folder = Path(folder).resolve()
     parameters = {
         "classes": list(CLASSES),
@@ -312,7 +313,6 @@ def write_sounds(
         "seed": seed,
         "sampling_rate": sampling_rate,
         "seconds": seconds,
-        # A set made by other code is another set.
         "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     }
     clips = {
@@ -334,23 +334,23 @@ def write_sounds(
 
 
 def _refuse_other_files(folder: Path) -> None:
-    """Replacing a folder deletes it: make sure that nothing of the user's is in it."""
+    """Raise an error if the folder to be replaced contains files other than demo sounds."""
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"expected a folder to write demo sounds to; {folder} is a file")
+        raise FileExistsError(f"expected a folder for demo sounds, but {folder} is a file")
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if PARAMETERS_FILE in files:
         files = {name for name in files - {PARAMETERS_FILE} if not re.fullmatch(r"(\w+)/\1_\d+\.flac", name)}
     if files:
-        raise FileExistsError(f"expected a new or empty folder or one of demo sounds; {folder} holds {min(files)}")
+        raise FileExistsError(f"expected a new or empty folder or one with demo sounds, but {folder} has {min(files)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the labelled sounds of the demo, one folder per class.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--clips_per_class", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sampling_rate", type=int, default=16000, help="in Hz")
-    parser.add_argument("--seconds", type=float, default=2.0, help="length of a clip")
+    parser.add_argument("folder", type=Path, help="output folder")
+    parser.add_argument("--clips_per_class", type=int, default=40, help="clips per class (default: 40)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    parser.add_argument("--sampling_rate", type=int, default=16000, help="sampling rate in Hz (default: 16000)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of each clip in seconds (default: 2)")
     arguments = parser.parse_args()
     folder = write_sounds(**vars(arguments))
     print(f"{len(CLASSES) * arguments.clips_per_class} clips of {len(CLASSES)} classes in {folder}")

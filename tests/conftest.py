@@ -7,10 +7,10 @@ import pytest
 
 @pytest.fixture(scope="session")
 def real_audio() -> Path:
-    """Folder of real labelled audio; tests that need it are skipped where it is absent."""
+    """Folder of real labelled audio; skips the test if it does not exist."""
     folder = Path(os.environ.get("ASIT_REAL_AUDIO", Path(__file__).parents[2] / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip(f"no real audio at {folder}: set ASIT_REAL_AUDIO to its folder")
+        pytest.skip(f"no real audio in {folder}: set ASIT_REAL_AUDIO to its folder")
     return folder
 
 

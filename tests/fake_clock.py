@@ -1,4 +1,4 @@
-"""A clock for runs with `max_minutes` that advances by what a test says, not by the time that passes."""
+"""A simulated clock for runs with `max_minutes`."""
 
 from transformers import TrainerCallback
 
@@ -8,20 +8,18 @@ class FakeClock(TrainerCallback):
     Added to a trainer, it makes every optimizer step last `step` seconds.
 
     Args:
-        step (`float`): seconds of a step.
-        first (`float`): seconds by which the first step of a process is longer.
-        events (`dict[int, float]`): seconds that pass after these steps, as in a checkpoint or a probe.
-        evaluation (`float`): seconds of an evaluation.
+        step (`float`): seconds per step.
+        first (`float`): additional seconds of the first step of a process.
+        events (`dict[int, float]`): additional seconds after these steps, for example for a checkpoint.
+        evaluation (`float`): seconds per evaluated batch.
     """
 
     def __init__(self, step: float = 1.0, first: float = 0.0, events=None, evaluation: float = 0.0):
         self.step, self.first, self.events, self.evaluation = step, first, events or {}, evaluation
-        self.seconds = 1000.0  # a clock does not start at 0
-        self.looked = 0
+        self.seconds = 1000.0  # like a real clock, it does not start at 0
         self.rates: list[float] = []
 
     def __call__(self) -> float:
-        self.looked += 1
         return self.seconds
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -37,4 +35,4 @@ class FakeClock(TrainerCallback):
         self.seconds += self.events.get(state.global_step, 0.0)
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        self.seconds += self.evaluation  # of one batch
+        self.seconds += self.evaluation

@@ -61,6 +61,7 @@ def test_every_argument_is_documented(documented, names):
     assert not missing
 
 
+@pytest.mark.slow
 def test_import_needs_no_extras():
     """Neither `import asit_hf` nor `import *` imports what only training needs."""
     code = "import sys; sys.modules['accelerate'] = None\nfrom asit_hf import *\nprint(ASiTModel, load_encoder)\n"

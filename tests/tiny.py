@@ -1,4 +1,4 @@
-"""Models small enough to build in every test."""
+"""Models that are small enough to build in every test."""
 
 import torch
 
@@ -12,7 +12,7 @@ TINY = {
     "intermediate_size": 96,
     "num_frames": 96,
     "num_mel_bins": MEL,
-    "initializer_range": 0.2,  # large, so that positions and attention matter
+    "initializer_range": 0.2,  # large, so that positions and attention affect the outputs
     "distillation_hidden_size": 64,
     "distillation_bottleneck_size": 32,
     "num_prototypes": 64,
@@ -20,6 +20,6 @@ TINY = {
 
 
 def build(cls=ASiTModel, seed: int = 0, **kwargs):
-    """A model of this class, always with the same weights, not training."""
+    """A model of class `cls` in evaluation mode, with weights that depend on `seed` alone."""
     torch.manual_seed(seed)
     return cls(ASiTConfig(**{**TINY, "num_labels": 5, **kwargs})).eval()

@@ -22,7 +22,7 @@ def attention_rollout(model: ASiTPreTrainedModel, input_values: torch.Tensor) ->
         processor; shares that sum to 1.
     """
     encoder = getattr(model, model.base_model_prefix, model)
-    clip = _one_clip(input_values).to(encoder.device, encoder.dtype)
+    clip = one_clip(input_values).to(encoder.device, encoder.dtype)
     tokens = None
     for attention in _attentions(encoder, clip[None]):
         mean = attention[0].float().mean(0)
@@ -34,7 +34,7 @@ def attention_rollout(model: ASiTPreTrainedModel, input_values: torch.Tensor) ->
     return (shares / shares.sum()).unflatten(0, (-1, encoder.config.position_grid[1])).cpu()
 
 
-def _one_clip(input_values: torch.Tensor) -> torch.Tensor:
+def one_clip(input_values: torch.Tensor) -> torch.Tensor:
     clip = input_values[0] if input_values.dim() == 3 and len(input_values) == 1 else input_values
     if clip.dim() != 2:
         raise ValueError(

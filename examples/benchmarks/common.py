@@ -1,4 +1,4 @@
-"""What the benchmarks share: rows with targets, interleaved timing, facts of the machine, and the files of results."""
+"""Shared by the benchmarks: rows with targets, interleaved timing, facts about the machine, and result files."""
 
 import argparse
 import json
@@ -29,12 +29,12 @@ class Row:
     One comparison.
 
     Args:
-        name (`str`): what is compared with what.
+        name (`str`): what is compared.
         ours, theirs (`float`): medians, in `unit`.
-        unit (`str`): of both.
-        target (`float`, *optional*): what `ratio` must reach; `None` where the row only informs.
-        higher_is_better (`bool`): of the two figures: clips a second are, seconds are not.
-        at_most (`bool`): the ratio is ours / theirs and must stay below the target: for memory and the like.
+        unit (`str`): unit of both.
+        target (`float`, *optional*): value that `ratio` must reach; `None` for a row without a target.
+        higher_is_better (`bool`): whether larger medians are better: true of clips/s, false of seconds.
+        at_most (`bool`): the ratio is ours / theirs and must not exceed the target, as for memory.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """How many times better ours is, or with `at_most` how large a part of theirs."""
+        """How many times better ours is, or with `at_most` ours as a fraction of theirs."""
         if self.at_most or self.higher_is_better:
             return self.ours / self.theirs
         return self.theirs / self.ours
@@ -61,22 +61,22 @@ class Row:
 
 @dataclass
 class Report:
-    """What one part of the benchmark found: its rows, and notes in sentences."""
+    """Results of one part of the benchmark: its rows, and notes in sentences."""
 
     part: str
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
-        """Keeps a row and tells it at once: the whole takes minutes."""
+        """Adds a row and prints it at once, since a part takes minutes."""
         self.rows.append(row)
         print(f"{self.part}: {row.name}: {row.ratio:.2f}", file=sys.stderr, flush=True)
 
 
 def time_interleaved(calls: dict[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
     """
-    Seconds of each call in each round. A round runs every call once, in turn, so that what slows the machine for a
-    while slows all of them. The warm-up rounds are not counted.
+    Seconds of each call in each round. A round runs every call once, so that a temporary slowdown of the machine
+    affects all of them. Warm-up rounds are not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(warm_up + rounds):
@@ -92,14 +92,14 @@ def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
     return {name: median(values) for name, values in seconds.items()}
 
 
-def spread(seconds: dict[str, list[float]]) -> str:
-    """`name median (least to most)` of every call, for the notes."""
+def ranges(seconds: dict[str, list[float]]) -> str:
+    """`name median (minimum to maximum)` of every call, for the notes."""
     return "; ".join(f"{name} {median(v):.3g} s ({min(v):.3g} to {max(v):.3g})" for name, v in seconds.items())
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """As many threads for torch within the block."""
+    """Sets torch's number of threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -109,7 +109,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def machine_facts() -> dict[str, str | int]:
-    """What the figures depend on."""
+    """What the measurements depend on: processor, system, versions and the command."""
     facts: dict[str, str | int] = {
         "date": time.strftime("%Y-%m-%d %H:%M %Z"),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
@@ -131,7 +131,7 @@ def machine_facts() -> dict[str, str | int]:
 
 
 def to_markdown(reports: Sequence[Report], facts: dict[str, str | int]) -> str:
-    """All rows as one table, the notes of each part and the machine."""
+    """One table of all rows, then the notes of each part, then the machine."""
     lines = [
         "# Benchmarks",
         "",
@@ -153,7 +153,7 @@ def to_markdown(reports: Sequence[Report], facts: dict[str, str | int]) -> str:
 
 
 def write_results(reports: Sequence[Report], facts: dict[str, str | int], folder: Path, name: str) -> None:
-    """`folder/name.json` and `folder/name.md`."""
+    """Writes `folder/name.json` and `folder/name.md`."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = [
         {
@@ -168,9 +168,9 @@ def write_results(reports: Sequence[Report], facts: dict[str, str | int], folder
 
 
 def run_alone(measure: Callable[[bool], Report]) -> None:
-    """What a part does when it is started by itself: measures and prints."""
+    """Entry point of a part that is run as a script: measures and prints."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="toy sizes: shows that it runs, measures nothing")
+    parser.add_argument("--quick", action="store_true", help="run at toy sizes, to check that everything runs")
     print(to_markdown([measure(parser.parse_args().quick)], machine_facts()))
 
 

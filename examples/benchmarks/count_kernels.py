@@ -1,11 +1,11 @@
 """
-What a pretraining step launches on a CUDA device, counted on a machine that has none.
+Count the CUDA kernels that a pretraining step would launch, on a machine without a GPU.
 
     python examples/benchmarks/count_kernels.py --size small --batch 128
 
-Host and device work in parallel, so a step takes at least the time of its launches (about 5 us each), of its memory
-traffic, and of its arithmetic. Counted are plain kernels, as without `--compile_layers`. Needs g++. With `PYTHONPATH`
-set to another version of the package, that one is counted.
+Host and device work in parallel, so a step takes at least the time of its kernel launches (about 5 us each), of its
+memory traffic, and of its arithmetic. Counts are for eager execution, without `--compile_layers`. Needs g++. To count
+another version of the package, set `PYTHONPATH` to it.
 """
 
 import argparse
@@ -36,15 +36,15 @@ COUNTED = ("kernels", "gigabytes", "host_copies")
 
 def count_step(size: str, batch: int, preset: str = "2024", repeats: int = 2) -> dict:
     """
-    The kernels, bytes and copies from the host of each part of a step in bf16, in the last of `repeats` steps, and the
-    step's operations. A part that has to wait for the device, which cannot be counted, has the reason instead.
+    Kernels, bytes and host copies of each part of a step in bf16, counted in the last of `repeats` steps, and the
+    operations of the step. A part that waits for the device cannot be counted; it has the reason under "error".
     """
     chosen = get_preset(preset)
     with no_init_weights():
         model = ASiTForPreTraining(ASiTConfig.from_size(size, **chosen.config, drop_path_rate=0.1))
     extractor = ASiTFeatureExtractor()
     frames, gmml = model.config.num_frames, chosen.gmml
-    # what is computed once, and kept, needs real tensors
+    # constants that are computed once and cached need real tensors
     extractor.extract(torch.randn(1, RATE))
     masking.rounds_for(frames, model.config.num_mel_bins, max(gmml.mask_ratio[1], gmml.replace_ratio), gmml)
     with fake_cuda():
@@ -98,12 +98,12 @@ def _step(model, extractor, chosen, batch: int, frames: int) -> tuple[dict[str, 
 
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="small", choices=("tiny", "small", "base"))
-    parser.add_argument("--batch", type=int, default=128, help="clips a step")
-    parser.add_argument("--preset", default="2024", choices=("2024", "2023"))
-    parser.add_argument("--name", help="keep the counts under this name in results/kernels.json")
+    parser.add_argument("--size", default="small", choices=("tiny", "small", "base"), help="model size")
+    parser.add_argument("--batch", type=int, default=128, help="clips per step")
+    parser.add_argument("--preset", default="2024", choices=("2024", "2023"), help="pretraining objective")
+    parser.add_argument("--name", help="store the counts in results/kernels.json under this name")
     args = parser.parse_args(arguments)
-    if "LD_PRELOAD" not in os.environ:  # once more, with the libraries
+    if "LD_PRELOAD" not in os.environ:  # restart with the libraries loaded
         with tempfile.TemporaryDirectory() as folder:
             environment = {**os.environ, "LD_PRELOAD": build(Path(folder))}
             command = [sys.executable, __file__, *(sys.argv[1:] if arguments is None else arguments)]
@@ -120,18 +120,18 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 def to_markdown(kept: dict[str, dict]) -> str:
-    """One table: a row for each part of each version's step."""
+    """A table with a row for each version and part of the step."""
     lines = [
         "# Kernels of a pretraining step",
         "",
         "Counted on fake CUDA tensors, in bf16, without compiled layers (`examples/benchmarks/count_kernels.py`); no",
-        "time was measured. Gigabytes are what the kernels read and write at least; copies are those from the host.",
+        "time was measured. Gigabytes are the least that the kernels read and write; copies are from the host.",
         "",
         "| version | step | part | kernels | gigabytes | copies |",
         "|---|---|---|---|---|---|",
     ]
     for name, counts in kept.items():
-        step = f"{counts['size']}, batch {counts['batch']}, {counts['objective']}"
+        step = f"{counts['size']}, batch {counts['batch']}, {counts['preset']}"
         rows = [(part, found) for part, found in counts["parts"].items() if "error" not in found]
         for part, found in counts["parts"].items():
             if "error" in found:

@@ -1,11 +1,11 @@
 """
-A pretraining run on a folder of which a tenth is damaged or odd: nothing stops, every bad file is reported once.
+Pretrain on a folder in which a tenth of the files are damaged or unusual; every unreadable file is reported once.
 
     python examples/benchmarks/damaged_files.py --output_dir runs/damaged_files
 
-Writes 1000 short files, pretrains a tiny model on them for an epoch with 0 and with 2 loader workers, and counts:
-clips trained on + files in `bad_files.jsonl` = files in the folder. With `strict`, a run stops at a bad file. Exits
-with 1 if a count is wrong.
+Writes 1000 short files, pretrains a tiny model on them for an epoch with 0 and 2 loader workers, and checks that clips
+trained on + files in `bad_files.jsonl` = files in the folder, and that `strict` runs stop at an unreadable file. The
+exit status is 1 if a check fails.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
 from asit_hf.pretraining.trainer import ASiTPreTrainer
 
 RATE = 16000
-# A crop is as long as the longest clip, so that all of a file is read and its damage met whatever the draw.
+# A crop is as long as the longest clip, so that every crop reads the whole file, including its damage.
 CROP_SECONDS = 0.5
 
 
@@ -57,7 +57,7 @@ def with_junk(content: bytes, place: int, generator: np.random.Generator) -> byt
     return content[:place] + generator.bytes(300) + content[place:]
 
 
-# What a file is: its extension, whether it can be read, and its bytes.
+# Kinds of damaged or unusual files: extension, whether it can be read, and content.
 KINDS: dict[str, tuple[str, bool, Callable[[np.random.Generator], bytes]]] = {
     "truncated wav": (".wav", False, lambda g: halved(encode(sound(g)))),
     "truncated flac": (".flac", False, lambda g: halved(encode(sound(g), format="FLAC"))),
@@ -81,7 +81,7 @@ KINDS: dict[str, tuple[str, bool, Callable[[np.random.Generator], bytes]]] = {
 
 
 def write_folder(folder: Path, num_files: int, odd_share: float = 0.1, seed: int = 0) -> dict[str, str]:
-    """Writes the files, the odd ones spread over the others; the kind of each by path, "sound" for the rest."""
+    """Writes the files, with the odd ones at random places; returns the kind of each by path, "sound" for the rest."""
     generator = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     odd = generator.permutation(num_files)[: round(num_files * odd_share)]
@@ -97,7 +97,7 @@ def write_folder(folder: Path, num_files: int, odd_share: float = 0.1, seed: int
 
 
 class RecordingTrainer(ASiTPreTrainer):
-    """Remembers which clips it was trained on."""
+    """Records the indices of the clips that it trains on."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -149,7 +149,7 @@ def make_trainer(folder: Path, output_dir: Path, num_workers: int, batch_size: i
 
 
 def train(folder: Path, output_dir: Path, num_workers: int, batch_size: int = 50) -> dict:
-    """An epoch; the files reported (path -> reason), the report's lines and the clips trained on."""
+    """Trains an epoch; returns the reported files (path -> reason), the report's lines and the clips trained on."""
     trainer = make_trainer(folder, output_dir, num_workers, batch_size, strict=False)
     trainer.train()
     lines = [json.loads(line) for line in (output_dir / "bad_files.jsonl").read_text().splitlines()]
@@ -165,7 +165,7 @@ def train(folder: Path, output_dir: Path, num_workers: int, batch_size: int = 50
 
 
 def strict_error(folder: Path, output_dir: Path, num_workers: int, batch_size: int = 50) -> AudioReadError | None:
-    """The error that a strict run stops with."""
+    """The error that stops a strict run, or `None` if it finishes."""
     try:
         make_trainer(folder, output_dir, num_workers, batch_size, strict=True).train()
     except AudioReadError as error:
@@ -174,8 +174,8 @@ def strict_error(folder: Path, output_dir: Path, num_workers: int, batch_size: i
 
 def main(arguments: list[str] | None = None) -> bool:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="written anew")
-    parser.add_argument("--num_files", type=int, default=1000)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the audio and the runs; replaced")
+    parser.add_argument("--num_files", type=int, default=1000, help="files to write (default: 1000)")
     args = parser.parse_args(arguments)
     if args.output_dir.exists():
         shutil.rmtree(args.output_dir)
@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> bool:
         print(
             f"{num_workers} workers: {run['steps']} steps of a model of {run['parameters']} parameters, "
             f"{run['finite_losses']} finite losses; {len(run['trained_on'])} clips trained on + {run['lines']} "
-            f"reported = {run['lines'] + len(run['trained_on'])}: {'as it should be' if exact else 'WRONG'}"
+            f"reported = {run['lines'] + len(run['trained_on'])}: {'correct' if exact else 'WRONG'}"
         )
     table(kinds, run["reported"])
     for num_workers in (0, 2):

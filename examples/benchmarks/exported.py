@@ -1,6 +1,6 @@
 """
-A classifier's forward pass in onnxruntime, in float32 and in int8, and in torchao's int8, each beside torch in
-float32. Not part of a plain `run.py`: it needs the extras `onnx` and `int8`, and exporting alone takes a minute.
+A classifier's forward pass in onnxruntime (float32 and int8) and in torchao's int8, each against torch in float32.
+`run.py` does not include it by default: it needs the extras `onnx` and `int8`, and exporting takes a minute.
 
     pip install "asit-hf[onnx,int8]"
     python examples/benchmarks/exported.py
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import onnxruntime
 import torch
-from common import Report, Row, medians, run_alone, spread, time_interleaved
+from common import Report, Row, medians, ranges, run_alone, time_interleaved
 from torch.export import Dim
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 from training_step import TOY
@@ -31,7 +31,7 @@ def build_batch(config: ASiTConfig, batch: int, frames: int) -> dict[str, torch.
 
 
 def build_runs(model: ASiTForAudioClassification) -> dict[str, Callable[..., dict[str, torch.Tensor]]]:
-    """The contestants by name, torch in float32 first; all of them on torch's number of threads."""
+    """The models to compare by name, torch in float32 first; all use torch's number of threads."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     sample = build_batch(model.config, 2, model.config.num_frames)
@@ -48,7 +48,7 @@ def build_runs(model: ASiTForAudioClassification) -> dict[str, Callable[..., dic
 
 @torch.no_grad()
 def measure(quick: bool = False) -> Report:
-    """Base size, clips of 1 s and 10 s, one and four at a time; and how far the logits are from torch's."""
+    """Base size, clips of 1 s and 10 s, batches of 1 and 4; the notes give the logits' differences from torch's."""
     report = Report("exported")
     torch.manual_seed(0)
     model = ASiTForAudioClassification(ASiTConfig(**(TOY if quick else BASE))).eval()
@@ -62,7 +62,7 @@ def measure(quick: bool = False) -> Report:
             what = f"{seconds} s clips, batch {batch}"
             for name in list(runs)[1:]:
                 report.add(Row(f"{name} against torch, {what}", middle[name], middle["torch"]))
-            report.notes.append(f"{what}: {spread(found)}.")
+            report.notes.append(f"{what}: {ranges(found)}.")
     logits = {name: run(**inputs)["logits"] for name, run in runs.items()}
     for name in list(runs)[1:]:
         difference = (logits[name] - logits["torch"]).abs().max() / logits["torch"].std()

@@ -1,9 +1,9 @@
 """
-Tensors of a CUDA device on a machine that has none: torch's fake tensors have a device, a shape and a type, but no
-values. What runs on them is right in its devices and shapes, and never waits for a value: that is an error here.
+Fake CUDA tensors on a machine without a GPU: torch's fake tensors have a device, a shape and a type, but no values.
+Code that runs on them has consistent devices and shapes and never waits for a value, which would raise an error.
 
-torch's build for processors lets fake CUDA tensors be made, but not be indexed with `None` nor differentiated, as it
-has no device guard and names no accelerator. Two small libraries, loaded before torch, mend that; they need g++.
+torch's CPU build can create fake CUDA tensors but can neither index them with `None` nor differentiate them, since it
+has no device guard and no accelerator. Two small libraries, loaded before torch, provide both; building needs g++.
 
     environment = {**os.environ, "LD_PRELOAD": fake_cuda.build(folder)}
     subprocess.run([sys.executable, "script_with_fake_tensors.py"], env=environment)
@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from asit_hf import fbank_asit
 
-# What torch asks for the accelerator of this build.
+# Reports CUDA as the accelerator of this build.
 ACCELERATOR = """
 #include <cstdint>
 #include <optional>
@@ -38,7 +38,7 @@ __attribute__((visibility("default"))) std::optional<c10::DeviceType> getAcceler
 }
 }
 """
-# One device, one stream, and nothing to wait for.
+# One device with one stream, on which nothing is pending.
 HOOKS = """
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -70,7 +70,7 @@ using at::CUDAHooksRegistry;
 REGISTER_CUDA_HOOKS(CUDAHooks)
 }
 """
-# Operations that make no kernel: other views of a tensor, and memory that nobody writes.
+# Operations that launch no kernel: views, and uninitialized memory.
 NO_KERNEL = {
     *("_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "diagonal", "expand", "permute"),
     *("reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten"),
@@ -81,13 +81,13 @@ NO_KERNEL = {
 
 def build(folder: Path) -> str:
     """
-    Compiles the two libraries into `folder`, and returns what `LD_PRELOAD` has to be.
+    Compiles the two libraries into `folder` and returns the value for `LD_PRELOAD`.
 
     Raises:
-        FileNotFoundError: there is no g++.
+        FileNotFoundError: g++ is not installed.
     """
     if shutil.which("g++") is None:
-        raise FileNotFoundError("fake CUDA tensors need g++, which is not installed here")
+        raise FileNotFoundError("fake CUDA tensors need g++, which is not installed")
     torch_folder = Path(torch.__file__).parent
     include, libraries = f"-I{torch_folder / 'include'}", torch_folder / "lib"
     links = [include, f"-L{libraries}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{libraries}"]
@@ -102,8 +102,8 @@ def build(folder: Path) -> str:
 @contextmanager
 def fake_cuda() -> Iterator[None]:
     """
-    Within it, `device="cuda"` makes fake tensors, and fused attention is the kernel that CUDA devices have. What the
-    package keeps for each device is kept, which for fake tensors it does not, but not beyond.
+    Within the block, `device="cuda"` makes fake tensors, and fused attention is CUDA's flash-attention kernel. The
+    package's caches per device accept fake tensors; they are discarded afterwards.
     """
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(fbank_asit, "_CONSTANTS", {}))
@@ -120,7 +120,7 @@ def _flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal
 
 
 def to_fake_cuda(model: nn.Module) -> nn.Module:
-    """The model with fake weights on the device, in place."""
+    """Replaces the model's weights by fake ones on the device, in place."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -134,16 +134,15 @@ def to_fake_cuda(model: nn.Module) -> nn.Module:
 
 class KernelCounter(TorchDispatchMode):
     """
-    Counts what operations on CUDA tensors would launch: one kernel each, and one for all tensors of a `foreach`, but
-    one for each of them where the other operands have other shapes. Also the bytes that they read and write at least,
-    and copies from the host.
+    Counts the kernels that operations on CUDA tensors would launch: one each, but one per tensor for a `foreach` whose
+    operands differ in shape. Also counts the least bytes that they read and write, and copies from the host.
     """
 
     def __init__(self):
         super().__init__()
         self.kernels: Counter[str] = Counter()
         self.bytes = 0
-        self.host_copies: list[tuple[int, ...]] = []  # their shapes
+        self.host_copies: list[tuple[int, ...]] = []  # shapes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
         result = func(*args, **(kwargs or {}))

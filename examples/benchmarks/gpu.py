@@ -1,12 +1,12 @@
 """
-All that needs a GPU, in one command: checks against the CPU, figures, and training for the minutes that are left.
+Run all GPU measurements in one command: checks against the CPU, speed and memory, and training for the remaining time.
 
-    python examples/benchmarks/gpu.py --train_data POOL --output_dir DIR    # 12 minutes of a GPU
-    python examples/benchmarks/gpu.py --quick                               # toy sizes, without a GPU too
+    python examples/benchmarks/gpu.py --train_data POOL --output_dir DIR    # 12 minutes on a GPU
+    python examples/benchmarks/gpu.py --quick                               # toy sizes, with or without a GPU
 
-Every measurement runs in a worker process under a time limit. One that fails, hangs or takes the process with it is
-reported, and the next goes on in a fresh process. `DIR/gpu.json` and `DIR/gpu.md` are rewritten after each of them,
-`DIR/encoder` every minute of training. Nothing but torch, transformers, accelerate and numpy is needed.
+Every measurement runs in a worker process with a time limit. If one fails, hangs or crashes, the error is reported and
+the next measurement runs in a new process. `DIR/gpu.json` and `DIR/gpu.md` are rewritten after each measurement,
+`DIR/encoder` every minute of training. Only torch, transformers, accelerate and numpy are required.
 """
 
 import argparse
@@ -33,18 +33,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "examples" / "benchmarks" / "results"
 PHASES = ("checks", "figures", "training")
-# Of the time that is left, what a phase may take; the last one takes all of it.
+# Fraction of the remaining time that each phase may use.
 SHARES = {"checks": 0.25, "figures": 0.55, "training": 1.0}
 NO_GPU = "no GPU"  # ends the run
 NOTES = [
-    "2024 and 2023 are the objectives of the authors' two releases. *Ours* is `ASiTPreTrainer`; *plain* is the loop",
-    "of `official_loop.py`: one tensor at a time, logits that stand whole, spectrograms and masks ready made. The",
-    "share of log-mel and GMML is that of a step's time; the share of a bf16 product's rate is the step's arithmetic",
-    "a second over that of one large matrix product.",
+    "2024 and 2023 are the presets of the authors' two releases. *Ours* is `ASiTPreTrainer`; *plain* is the loop of",
+    "`official_loop.py`: one tensor at a time, whole logits in memory, precomputed spectrograms and masks. The share",
+    "of log-mel and GMML is relative to a step's time; the share of a bf16 product's rate is the operations per",
+    "second of a step relative to those of one large matrix product.",
     "",
 ]
 FINE = ("passed", "measured", "needs CUDA", "skipped")
-# Seconds: kept for the last results; that a worker may take to start; with less than this left, nothing is started.
+# Seconds: reserved for the last results; allowed for a worker's start; least remaining time to start a measurement.
 RESERVE, START, LEAST = 10, 60, 5
 SIZES, PRESETS = ("small", "base"), ("2024", "2023")
 SIDES = {
@@ -52,12 +52,12 @@ SIDES = {
     "plain fp32": {"function": "gpu_figures:plain", "options": {"bf16": False, "attention": "eager"}},
     "plain bf16 sdpa": {"function": "gpu_figures:plain", "options": {"bf16": True, "attention": "sdpa"}},
 }
-# Of an H100 with objective 2024 in bf16 at batch 128: clips a second, and ratios of ours to the plain loop.
+# Targets on an H100 with preset 2024 in bf16 at batch 128: clips per second, and ratios of ours to the plain loop.
 CLIPS_PER_SECOND = {"small": 1200, "base": 520}
 SPEED_RATIOS = {"plain fp32": 6.0, "plain bf16 sdpa": 1.8}
 MEMORY_RATIO, PREPARATION_SHARE, SYNCHRONIZATIONS = 0.4, 0.1, 1
-# Columns of the table of steps, by the names of values.
-STEP = ("batch", "layers", "ms a step", "clips/s", "peak GiB", "MB a clip", "ms of log-mel and GMML")
+# Columns of the table of training steps.
+STEP = ("batch", "layers", "ms per step", "clips/s", "peak GiB", "MB per clip", "ms of log-mel and GMML")
 
 
 @dataclass
@@ -66,13 +66,14 @@ class Measurement:
     One row of the results.
 
     Args:
-        phase, name (`str`): where the row goes, and what it is called.
+        phase, name (`str`): phase and name of the row.
         function (`str`): `"module:function"`, called as `function(run, **options)` with a [`Run`]; returns the row's
-            `value` or `values`, `detail`, and `status` where it is not "measured".
-        seconds (`float`): after so long the process is killed; one that has to start first gets a minute more.
-        bound (`float`, *optional*): what `value` may not exceed; makes a check of it.
-        fallback (`dict`, *optional*): options of a second try, in a fresh process, after the first one failed.
-        alone (`bool`): whether to use a process of its own, which others would find changed.
+            `value` or `values`, `detail`, and `status` if it is not "measured".
+        seconds (`float`): time limit, after which the process is killed; a minute more if the worker has to start.
+        bound (`float`, *optional*): largest allowed `value`, which makes the measurement a check.
+        options (`dict`): keyword arguments of the function.
+        fallback (`dict`, *optional*): options of a second attempt, in a new process, if the first one fails.
+        alone (`bool`): whether to use a separate process, because the function changes its state.
     """
 
     phase: str
@@ -87,19 +88,19 @@ class Measurement:
 
 @dataclass
 class Run:
-    """What a measurement knows of the run; `update` replaces its row while it goes on."""
+    """Settings that a measurement receives; it may call `update` to replace its row while it runs."""
 
     output_dir: Path
     scratch: Path
     quick: bool = False
     train_data: str | None = None
     init: str | None = None
-    end: float = float("inf")  # on `time.monotonic()`: when the process is killed
+    end: float = float("inf")  # when the process is killed, in `time.monotonic()` seconds
     update: Callable[[dict[str, Any]], None] = lambda row: None
 
 
 def plan(quick: bool) -> list[Measurement]:
-    """All measurements, those that matter most first within each phase."""
+    """All measurements, the most important first within each phase."""
     found = [
         Measurement("machine", "machine", "gpu_checks:facts"),
         Measurement("machine", "pool", "gpu_training:pool", seconds=120),
@@ -110,8 +111,8 @@ def plan(quick: bool) -> list[Measurement]:
 
     for preset in PRESETS:
         options = {"preset": preset}
-        check(f"{preset}, masks and donors: pixels unlike the CPU's", "masks", 0, options=options)
-    check("log-mel: largest difference from the CPU's, loud bins", "log_mel", 1e-4)
+        check(f"{preset}, masks and donors: pixels that differ from the CPU", "masks", 0, options=options)
+    check("log-mel: largest difference from the CPU in loud bins", "log_mel", 1e-4)
     for name, bf16, bound in (("fp32", False, 1e-4), ("bf16", True, 2e-2)):
         for preset in PRESETS:
             options = {"preset": preset, "bf16": bf16}
@@ -119,7 +120,7 @@ def plan(quick: bool) -> list[Measurement]:
     check("three steps in fp16 against fp32, loss", "half_precision", 2e-2)
     check("compiled layers against eager ones, loss", "compiled", 1e-4, seconds=120)
     check("gradient checkpointing against none, loss", "checkpointing", 1e-4)
-    check("resumed run against a whole one, loss", "resumed", 1e-4)
+    check("resumed run against an uninterrupted one, loss", "resumed", 1e-4)
     check("FSDP2 with one process, loss and gradients", "sharded", 1e-4, alone=True)
     check("FSDP2 through the trainer, loss", "sharded_trainer", 1e-4, alone=True)
     check("host synchronizations of one step", "synchronizations", None)
@@ -160,7 +161,7 @@ def plan(quick: bool) -> list[Measurement]:
 
 
 class Report:
-    """Rows as they come, in files that are whole at any time."""
+    """Collects rows and rewrites the result files after each one, atomically."""
 
     def __init__(self, folder: Path, head: dict[str, Any]):
         self.folder, self.head = folder, head
@@ -169,7 +170,7 @@ class Report:
     def add(self, measurement: Measurement, row: dict[str, Any]) -> None:
         row = {"phase": measurement.phase, "name": measurement.name, "bound": measurement.bound, **row}
         self.rows[measurement.name] = row
-        if row["status"] != NO_GPU:  # earlier results are worth more than that
+        if row["status"] != NO_GPU:  # do not overwrite earlier results
             self.write()
         shown = _shown(row["value"]) if row.get("value") is not None else _joined(row.get("values", {}))
         print(f"{row['phase']}: {row['name']}: {row['status']} {shown} {row.get('detail', '')[-300:]}", flush=True)
@@ -190,7 +191,7 @@ class Report:
 
 
 class Worker:
-    """Makes measurements in a process of its own, which is started when it is needed, and anew after `stop`."""
+    """Runs measurements in a separate process, which is started on demand and again after `stop`."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -199,7 +200,7 @@ class Worker:
         self.connection: Connection | None = None
 
     def start(self) -> None:
-        context = get_context("spawn")  # CUDA cannot be used in a fork
+        context = get_context("spawn")  # CUDA does not work in a forked process
         self.log.write_text("")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, str(self.log)))
@@ -208,8 +209,8 @@ class Worker:
 
     def measure(self, function: str, run: Run, options: dict[str, Any], seconds: float, end: float) -> dict[str, Any]:
         """
-        The row of a call that may take so many seconds, but not beyond `end`; `failed` is true in it where the process
-        must not be used again. `run.update` gets what the call reports before it is done.
+        Runs a call for at most `seconds` and not beyond `end`; returns its row, where `failed` is true if the process
+        must not be used again. Passes intermediate rows to `run.update`.
         """
         start = time.monotonic()
         if self.process is None:
@@ -233,7 +234,7 @@ class Worker:
         return {**row, "status": "timed out", "detail": reason, "failed": True}
 
     def stop(self) -> None:
-        """Lets the process end, or ends it where it does not."""
+        """Asks the process to end, and kills it if it does not."""
         if self.process is not None:
             with suppress(OSError):
                 self.connection.send(None)
@@ -243,7 +244,7 @@ class Worker:
             self.process = None
 
     def kill(self) -> None:
-        for end in (os.killpg, os.kill):  # its own children too, once it leads a group
+        for end in (os.killpg, os.kill):  # its group includes its children
             with suppress(ProcessLookupError, PermissionError):
                 end(self.process.pid, signal.SIGKILL)
         self.process.join()
@@ -253,7 +254,7 @@ class Worker:
 
 
 def _serve(connection: Connection, log: str) -> None:
-    """What a worker does."""
+    """Main loop of a worker: receives calls and sends back their rows."""
     os.setpgid(0, 0)
     Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -272,7 +273,7 @@ def _serve(connection: Connection, log: str) -> None:
             row = {"status": "measured", **call(Run(**{**run, "update": update}), **options)}
         except Exception as error:
             text = _without_paths("".join(traceback.format_exception(error)))
-            # after an error of the device, all that follow fail too; one of memory leaves some of it taken
+            # after a device error all later calls fail; after running out of memory some of it may stay allocated
             failed = any(word in text for word in ("CUDA", "cuDNN", "NCCL", "OutOfMemory"))
             row = {"status": "error", "detail": text[-1500:], "failed": failed}
         connection.send(row)
@@ -281,21 +282,21 @@ def _serve(connection: Connection, log: str) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process where its parent was killed: it would go on, and hold the GPU."""
+    """Ends this process when its parent is killed; otherwise it would keep running on the GPU."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def _without_paths(text: str) -> str:
-    """Of this machine, which results do not need."""
+    """Removes folders of this machine from a text."""
     for folder in (f"{ROOT}{os.sep}", f"{sys.prefix}{os.sep}"):
         text = text.replace(folder, "")
     return text
 
 
 def _clean_up() -> None:
-    """Memory and compiled code of a measurement, which the next one's would be added to."""
+    """Frees memory and compiled code before the next measurement."""
     import gc
 
     gc.collect()
@@ -307,7 +308,7 @@ def _clean_up() -> None:
 
 
 def run_all(measurements: list[Measurement], report: Report, run: Run, end: float) -> bool:
-    """Makes all measurements until `end` on `time.monotonic()`. Returns whether none failed or was left out."""
+    """Runs all measurements until `end` in `time.monotonic()` seconds. Returns whether none failed or was skipped."""
     phases = list(dict.fromkeys(measurement.phase for measurement in measurements))
     worker = Worker(run.scratch)
     try:
@@ -325,7 +326,7 @@ def run_all(measurements: list[Measurement], report: Report, run: Run, end: floa
 
 
 def _measure(measurement: Measurement, worker: Worker, report: Report, run: Run, phase_end: float) -> None:
-    """Adds one row."""
+    """Runs one measurement, with a second attempt if it has a fallback, and adds its row."""
     tries = [measurement.options]
     if measurement.fallback is not None:
         tries.append({**measurement.options, **measurement.fallback})
@@ -333,7 +334,7 @@ def _measure(measurement: Measurement, worker: Worker, report: Report, run: Run,
     run = replace(run, update=lambda row: report.add(measurement, row))
     for options in tries:
         if phase_end - time.monotonic() < LEAST:
-            detail = f"no time was left for it in the phase {measurement.phase}"
+            detail = f"no time left in phase {measurement.phase}"
             row = {"status": "not measured", "detail": before + detail}
             break
         if measurement.alone:
@@ -345,15 +346,15 @@ def _measure(measurement: Measurement, worker: Worker, report: Report, run: Run,
             break
         before = f"{before}with {options}: {row.get('detail', '')} "
     if row["status"] == "measured" and measurement.bound is not None:
-        # a value that is not a number has not stayed within any bound
+        # NaN fails
         row["status"] = "passed" if row["value"] <= measurement.bound else "failed"
     if before and row["status"] in FINE:
-        row["detail"] = f"{row.get('detail', '')} second try, the first failed {before[-400:]}".strip()
+        row["detail"] = f"{row.get('detail', '')} second attempt; the first failed {before[-400:]}".strip()
     report.add(measurement, row)
 
 
 def targets(rows: dict[str, dict[str, Any]], quick: bool) -> list[dict[str, Any]]:
-    """What the figures are held to, with `None` for what was not measured; toy sizes are held to nothing."""
+    """Results with targets; `None` for values that were not measured, and for all targets at toy sizes."""
     found = []
 
     def value(name: str, key: str) -> float | None:
@@ -375,11 +376,11 @@ def targets(rows: dict[str, dict[str, Any]], quick: bool) -> list[dict[str, Any]
             for side, ratio in SPEED_RATIOS.items():
                 got = _ratio(speed, value(f"{size}, {preset}, {side}", "clips/s"))
                 add(f"{ours} against {side}: clips/s", got, ratio if counts else None)
-            got = _ratio(value(ours, "MB a clip"), value(f"{size}, {preset}, plain fp32", "MB a clip"))
-            add(f"{ours} against plain fp32: memory a clip", got, MEMORY_RATIO if counts else None, at_most=True)
-            got = _ratio(value(ours, "ms of log-mel and GMML"), value(ours, "ms a step"))
+            got = _ratio(value(ours, "MB per clip"), value(f"{size}, {preset}, plain fp32", "MB per clip"))
+            add(f"{ours} against plain fp32: memory per clip", got, MEMORY_RATIO if counts else None, at_most=True)
+            got = _ratio(value(ours, "ms of log-mel and GMML"), value(ours, "ms per step"))
             add(f"{ours}: share of log-mel and GMML", got, PREPARATION_SHARE if counts else None, at_most=True)
-            flops, product = value(ours, "GFLOP a clip"), value("bf16 product", "TFLOP/s")
+            flops, product = value(ours, "GFLOP per clip"), value("bf16 product", "TFLOP/s")
             got = None if None in (flops, speed) else _ratio(flops * speed / 1000, product)
             add(f"{ours}: share of the rate of a bf16 product", got)
     got = rows.get("host synchronizations of one step", {}).get("value")
@@ -392,10 +393,10 @@ def _ratio(ours: float | None, theirs: float | None) -> float | None:
 
 
 def to_markdown(rows: list[dict[str, Any]], held_to: list[dict[str, Any]], facts: dict[str, Any]) -> str:
-    """Checks, targets, figures, training, and the machine."""
+    """The report: checks, targets, training steps, other figures, training, and the machine."""
     lines = ["# On a GPU", "", *NOTES]
     if facts.get("quick"):
-        lines += ["**A rehearsal at toy sizes: it shows that everything runs, its numbers mean nothing.**", ""]
+        lines += ["**A rehearsal at toy sizes, to check that everything runs; the numbers are meaningless.**", ""]
     lines += [*_table("Checks", ("check", "value", "at most", "status", "detail"), _checks(rows))]
     reached = {None: "", True: "yes", False: "**no**"}
     targets_of = [
@@ -444,23 +445,25 @@ def _joined(values: dict[str, Any]) -> str:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    """The detail in one line of a table."""
+    """The detail as one table cell."""
     return " ".join(row.get("detail", "").split())[-600:].replace("|", "\\|")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="toy sizes: shows that it runs, without a GPU too")
-    parser.add_argument("--minutes", type=float, default=12.0, help="what all phases may take together (default: 12)")
-    parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
-    parser.add_argument("--train_data", help="a folder of packed audio, or of its opus parcels, to train on")
     parser.add_argument(
-        "--init", help="encoder to start training from, an ASiT or a ViT of images (default: random weights)"
+        "--quick", action="store_true", help="run at toy sizes, with or without a GPU, to check that everything runs"
+    )
+    parser.add_argument("--minutes", type=float, default=12.0, help="time limit for all phases (default: 12)")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES, help="phases to run (default: all)")
+    parser.add_argument("--train_data", help="training audio: a folder of packed audio or of its opus parcels")
+    parser.add_argument(
+        "--init", help="ASiT encoder or image ViT from which training starts (default: random initialization)"
     )
     parser.add_argument(
         "--output_dir",
         type=Path,
-        help="where results and encoder go (default: examples/benchmarks/results, or runs/gpu-quick with --quick)",
+        help="folder for results and encoder (default: examples/benchmarks/results, or runs/gpu-quick with --quick)",
     )
     given = sys.argv[1:] if arguments is None else arguments
     chosen = parser.parse_args(given)
@@ -479,7 +482,7 @@ def main(arguments: list[str] | None = None) -> int:
         fine = run_all(measurements, report, run, end)
     _remove_half_exports(chosen.output_dir)
     if any(row["status"] == NO_GPU for row in report.rows.values()):
-        print("no GPU was found: nothing was measured or written. --quick rehearses at toy sizes on a CPU")
+        print("no GPU found, so nothing was measured; use --quick for a rehearsal at toy sizes on a CPU")
         return 1
     print(f"results: {run.output_dir / 'gpu.md'}")
     if not fine:
@@ -489,12 +492,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _without_folders(arguments: list[str]) -> list[str]:
-    """Paths by their last part only."""
+    """Shortens paths to their last part."""
     return [Path(argument).name if os.sep in argument else argument for argument in arguments]
 
 
 def _remove_half_exports(folder: Path) -> None:
-    """Of a process that was killed while it exported; one that has lost its place already gets it back."""
+    """Cleans up after a process that was killed during an export; restores the previous encoder if it was moved."""
     for leftover in folder.glob(".encoder-*"):
         if not (folder / "encoder").exists() and (leftover / "replaced").exists():
             os.replace(leftover / "replaced", folder / "encoder")
@@ -502,5 +505,5 @@ def _remove_half_exports(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with the worker, which would go on
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worker is stopped, too
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Checks of what runs on a GPU against the same on the CPU, one function each; `gpu.py` calls them."""
+"""Checks of GPU results against the CPU, one function each; called by `gpu.py`."""
 
 import os
 import platform
@@ -44,7 +44,7 @@ NEEDS_CUDA = {"status": "needs CUDA"}
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """The machine and the versions."""
+    """Facts about the machine and the versions."""
     found = {name: value for name, value in machine_facts().items() if name not in ("date", "command")}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -56,14 +56,14 @@ def facts(run: Run) -> dict[str, Any]:
             "cuDNN": torch.backends.cudnn.version(),
         }
     elif not run.quick:
-        return {"status": NO_GPU, "detail": "expected a GPU, found none: --quick runs at toy sizes on a CPU"}
+        return {"status": NO_GPU, "detail": "expected a GPU, found none; use --quick for toy sizes on a CPU"}
     else:
         found["device"] = f"CPU, {platform.machine()}"
     return {"values": found}
 
 
 def masks(run: Run, preset: str) -> dict[str, Any]:
-    """Pixels of masks and corrupted views that differ from the CPU's."""
+    """Number of pixels of masks and corrupted views that differ from the CPU's."""
     config = build_model("small", preset, run.quick).config
     generator = torch.Generator().manual_seed(0)
     clean = torch.randn(8 if run.quick else 32, 2, config.num_frames, config.num_mel_bins, generator=generator)
@@ -77,7 +77,7 @@ def masks(run: Run, preset: str) -> dict[str, Any]:
 
 
 def log_mel(run: Run) -> dict[str, Any]:
-    """Largest difference in bins within 10 nats of the loudest; quiet ones are rounded differently everywhere."""
+    """Largest difference in bins within 10 nats of the loudest; rounding dominates quieter bins on any device."""
     generator = torch.Generator().manual_seed(0)
     seconds = torch.arange(RATE * (1 if run.quick else 10)) / RATE
     tones = torch.sin(2 * torch.pi * torch.tensor([[200.0], [1000.0], [5000.0]]) * seconds)
@@ -88,7 +88,7 @@ def log_mel(run: Run) -> dict[str, Any]:
 
 
 def gradients(run: Run, preset: str, bf16: bool) -> dict[str, Any]:
-    """Relative error of the loss, and of all gradients as one vector, against float32 on the CPU; the larger one."""
+    """The larger relative error of the loss and of the gradient vector, against float32 on the CPU."""
     model = build_model("small", preset, run.quick)
     views = given_views(model, preset)
     loss, expected = loss_and_gradients(model, views)
@@ -104,13 +104,13 @@ def gradients(run: Run, preset: str, bf16: bool) -> dict[str, Any]:
 
 
 def half_precision(run: Run) -> dict[str, Any]:
-    """Three steps in float16 through the trainer: losses against those in float32."""
-    if device().type != "cuda":  # Accelerate trains in float32 there
+    """Losses of three trainer steps in float16, against float32."""
+    if device().type != "cuda":  # Accelerate does not use float16 on a CPU
         return NEEDS_CUDA
     exact, half = train(run), train(run, fp16=True)
     moved = relative_error(weights(half.model), weights(build_model("small", "2024", run.quick)))
     if not 0 < moved < float("inf"):
-        raise AssertionError(f"three steps in fp16 changed the weights by {moved} of their norm")
+        raise AssertionError(f"expected a finite change of the weights in three fp16 steps, got {moved} of their norm")
     return {**compare_losses(half, exact), "detail": f"{half.num_skipped_steps} of 3 steps skipped"}
 
 
@@ -123,18 +123,18 @@ def checkpointing(run: Run) -> dict[str, Any]:
 
 
 def resumed(run: Run) -> dict[str, Any]:
-    """Steps 3 to 5 of a run that goes on from a checkpoint after step 2, against those of one that never stopped."""
+    """Steps 3 to 5 of a run resumed from the checkpoint of step 2, against those of an uninterrupted run."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "folder": folder}
         whole = train(run, **options)
         again = train(run, resume_from_checkpoint=f"{folder}/checkpoint-2", **options)
-    apart = relative_error(weights(again.model), weights(whole.model))
+    difference = relative_error(weights(again.model), weights(whole.model))
     whole.losses = whole.losses[2:]
-    return {**compare_losses(again, whole), "detail": f"weights apart by {apart:.2g} of their norm"}
+    return {**compare_losses(again, whole), "detail": f"weights differ by {difference:.2g} of their norm"}
 
 
 def sharded(run: Run) -> dict[str, Any]:
-    """`fully_shard` of every layer and of the model, against the model as it was."""
+    """Loss and gradients after `fully_shard` of every layer and of the model, against the unsharded model."""
     model = build_model("small", "2024", run.quick).to(device())
     views = {name: value.to(device()) for name, value in given_views(model, "2024").items()}
     with exact_float32():
@@ -150,7 +150,7 @@ def sharded(run: Run) -> dict[str, Any]:
 
 
 def sharded_trainer(run: Run) -> dict[str, Any]:
-    """Three steps with `examples/recipes/fsdp.json` against three without."""
+    """Losses of three steps with `examples/recipes/fsdp.json`, against three without."""
     if device().type != "cuda":
         return NEEDS_CUDA
     plain = train(run)
@@ -166,7 +166,7 @@ def sharded_trainer(run: Run) -> dict[str, Any]:
 
 
 def synchronizations(run: Run) -> dict[str, Any]:
-    """How often the host waits for the device from the end of one training step to the end of the next, and where."""
+    """Number and places of host synchronizations between the ends of two consecutive training steps."""
     if device().type != "cuda":
         return NEEDS_CUDA
     model = build_model("small", "2024", run.quick)
@@ -208,7 +208,7 @@ class _WatchSynchronizations(TrainerCallback):
 
 
 def given_views(model: ASiTForPreTraining, preset: str, size: int = 2) -> dict[str, torch.Tensor]:
-    """Model input of noise, made on the CPU."""
+    """Model inputs computed from noise, on the CPU."""
     batch = build_batch(model.config, preset, size)
     extract = ASiTFeatureExtractor(num_mel_bins=model.config.num_mel_bins).extract
     views = {"input_values": extract(batch["global_waveforms"]), "drop_path_keys": batch["sample_keys"]}
@@ -222,7 +222,7 @@ def given_views(model: ASiTForPreTraining, preset: str, size: int = 2) -> dict[s
 def loss_and_gradients(
     model: ASiTForPreTraining, views: dict[str, torch.Tensor]
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """A forward and a backward pass; gradients are on the CPU, whole."""
+    """Runs a forward and a backward pass; returns the loss and the unsharded gradients on the CPU."""
     model.train()
     model.zero_grad(set_to_none=True)
     loss = model(**views, teacher_temperature=0.04).loss
@@ -237,7 +237,7 @@ def loss_and_gradients(
 
 
 def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Norm of the difference of all tensors by that of the expected ones."""
+    """Norm of the difference of all tensors, divided by the norm of the expected ones."""
     if found.keys() != expected.keys():
         raise AssertionError(f"expected tensors {sorted(expected)}, got {sorted(found)}")
     apart = sum(float((found[name].double() - value.double()).square().sum()) for name, value in expected.items())
@@ -251,19 +251,19 @@ def weights(model: ASiTForPreTraining) -> dict[str, torch.Tensor]:
 def train(
     run: Run, folder: str | None = None, resume_from_checkpoint: str | None = None, **options: Any
 ) -> RecordingTrainer:
-    """A few steps of the small model on noise, objective 2024, in float32 unless `options` say otherwise."""
+    """Trains the small model on noise for a few steps, preset 2024, by default in float32."""
     model = build_model("small", "2024", run.quick)
     with tempfile.TemporaryDirectory() as scratch, exact_float32(), cheap_compiler():
         trainer = build_trainer(model, "2024", build_clips(model.config, "2024"), folder or scratch, **options)
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         synchronize()
     if trainer.args.device.type != device().type:
-        raise AssertionError(f"expected to train on {device()}, trained on {trainer.args.device}")
+        raise AssertionError(f"expected training on {device()}, got {trainer.args.device}")
     return trainer
 
 
 def compare_losses(found: RecordingTrainer, expected: RecordingTrainer) -> dict[str, Any]:
-    """The largest relative difference between the losses of two runs, step by step."""
+    """Largest relative difference between the losses of two runs at the same step."""
     ours, theirs = (torch.stack(one.losses).double().cpu() for one in (found, expected))
     if ours.shape != theirs.shape:
         raise AssertionError(f"expected {len(theirs)} steps, got {len(ours)}")
@@ -272,10 +272,10 @@ def compare_losses(found: RecordingTrainer, expected: RecordingTrainer) -> dict[
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Without TF32, which rounds the inputs of products to three digits."""
+    """Disables TF32, which rounds the inputs of products to three digits."""
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [products.allow_tf32, True]
-    with suppress(RuntimeError):  # torch does not tell where its newer setting was used
+    with suppress(RuntimeError):  # torch refuses to read this flag after its newer setting was used
         before[1] = convolutions.allow_tf32
     products.allow_tf32 = convolutions.allow_tf32 = False
     try:
@@ -286,7 +286,7 @@ def exact_float32() -> Iterator[None]:
 
 @contextmanager
 def one_process() -> Iterator[None]:
-    """A process group of this process alone."""
+    """A process group that contains only this process."""
     backend = "nccl" if device().type == "cuda" else "gloo"
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(f"{folder}/store", 1)
@@ -299,7 +299,7 @@ def one_process() -> Iterator[None]:
 
 @contextmanager
 def one_process_environment() -> Iterator[None]:
-    """What torchrun sets for one process."""
+    """The environment variables that torchrun sets for a single process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

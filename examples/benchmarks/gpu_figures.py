@@ -1,4 +1,4 @@
-"""Speed and memory on a GPU, one function a figure; `gpu.py` calls them. Toy sizes with `--quick`."""
+"""Speed and memory on a GPU, one function per measurement; called by `gpu.py`. Toy sizes with `--quick`."""
 
 import os
 import tempfile
@@ -37,7 +37,7 @@ from asit_hf.pretraining.presets import get_preset
 
 BATCH, QUICK_BATCH = 128, 4
 WARM_UP = 5
-# Timed steps of ours and of the plain loop, which takes several times as long.
+# Timed steps of ours and of the plain loop, which is several times slower.
 STEPS, PLAIN_STEPS = 15, 8
 PRODUCT = 8192
 LABELS = 527
@@ -45,7 +45,7 @@ TOY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "int
 
 
 def product(run: Run) -> dict[str, Any]:
-    """The rate of a square product in bf16: what a step's rate is compared with."""
+    """Rate of a square bf16 matrix product, the reference for the rate of a training step."""
     size = 256 if run.quick else PRODUCT
     left, right = torch.randn(2, size, size, device=device(), dtype=torch.bfloat16)
     seconds = seconds_of(lambda: left @ right, 20)
@@ -53,7 +53,7 @@ def product(run: Run) -> dict[str, Any]:
 
 
 def ours(run: Run, size: str, preset: str, compiled: bool = True) -> dict[str, Any]:
-    """Steps of `ASiTPreTrainer.train` in bf16, from int16 waveforms on the host."""
+    """Steps of `ASiTPreTrainer.train` in bf16, starting from int16 waveforms on the host."""
 
     def measure(batch: int, compiled: bool) -> dict[str, Any]:
         model = build_model(size, preset, run.quick)
@@ -64,7 +64,7 @@ def ours(run: Run, size: str, preset: str, compiled: bool = True) -> dict[str, A
             trainer = build_trainer(model, preset, dataset, folder, compiled, **options)
             trainer.train()
         if not torch.stack(trainer.losses).isfinite().all():
-            raise FloatingPointError(f"losses {torch.stack(trainer.losses).tolist()}")
+            raise FloatingPointError(f"expected finite losses, got {torch.stack(trainer.losses).tolist()}")
         inputs = trainer._prepare_inputs(dict(dataset.batch))
         preparing = seconds_of(lambda: trainer.prepare_views(dict(inputs)), 2 if run.quick else 10)
         return {
@@ -75,12 +75,12 @@ def ours(run: Run, size: str, preset: str, compiled: bool = True) -> dict[str, A
 
     values, batch, compiled, reasons = with_fallbacks(measure, QUICK_BATCH if run.quick else BATCH, compiled)
     values |= {"batch": batch, "layers": "compiled" if compiled else "eager"}
-    values["GFLOP a clip"] = flops_of_a_clip(build_model(size, preset, run.quick), preset) / 1e9
+    values["GFLOP per clip"] = flops_of_a_clip(build_model(size, preset, run.quick), preset) / 1e9
     return {"values": values, "detail": "; ".join(reasons)}
 
 
 def plain(run: Run, size: str, preset: str, bf16: bool, attention: str) -> dict[str, Any]:
-    """Steps of the authors' loop on the same noise, given log-mel and masks: theirs come from loader workers."""
+    """Steps of the authors' loop on the same noise, with precomputed log-mel and masks (the authors use workers)."""
 
     def measure(batch: int, compiled: bool) -> dict[str, Any]:
         model = build_model(size, preset, run.quick).to(device())
@@ -90,7 +90,7 @@ def plain(run: Run, size: str, preset: str, bf16: bool, attention: str) -> dict[
         watch = Stopwatch(*((1, 2) if run.quick else (2, PLAIN_STEPS)))
         for step in range(1, watch.last + 1):
             loop.step(clean, local, corruption=corruption)
-            loop.optimizer.zero_grad()  # as between our steps
+            loop.optimizer.zero_grad()  # as ours does between steps
             watch.tick(step)
         return watch.values(batch)
 
@@ -100,10 +100,10 @@ def plain(run: Run, size: str, preset: str, bf16: bool, attention: str) -> dict[
 
 
 def inference(run: Run, size: str) -> dict[str, Any]:
-    """Classification of 10 s from spectrograms in bf16, ours and transformers' AST, both with random weights."""
+    """Classification of 10 s spectrograms in bf16, by our model and transformers' AST, both with random weights."""
     sizes = TOY if run.quick else SIZES[size]
     batch, frames = (2, 100) if run.quick else (BATCH, num_fbank_frames(CLIP_SECONDS * RATE, RATE))
-    ast_frames = frames if run.quick else 1024  # it pads every clip to its positions
+    ast_frames = frames if run.quick else 1024  # it pads every clip to this length
     models = {
         "ours": (ASiTForAudioClassification(ASiTConfig(**sizes, num_labels=LABELS)), frames),
         "AST": (ASTForAudioClassification(ASTConfig(**sizes, num_labels=LABELS, max_length=ast_frames)), ast_frames),
@@ -120,10 +120,10 @@ def inference(run: Run, size: str) -> dict[str, Any]:
 
 
 def packed_pool(run: Run) -> dict[str, Any]:
-    """Crops cut on the device from a pool that lies there: two of 6 s and four of 2 s."""
+    """Crops cut on the device from a pool in device memory: two of 6 s and four of 2 s per clip."""
     folder = pool_folder(run)
     if folder is None:
-        return {"status": "skipped", "detail": "there is no pool: see its own row"}
+        return {"status": "skipped", "detail": 'no pool: see the row "pool"'}
     start = time.perf_counter()
     pool = PackedAudio.load(folder, device())
     synchronize()
@@ -136,7 +136,7 @@ def packed_pool(run: Run) -> dict[str, Any]:
 
 
 def flac_files(run: Run) -> dict[str, Any]:
-    """Crops decoded from files of noise by loader workers."""
+    """Crops decoded by loader workers from flac files of noise."""
     try:
         import soundfile
     except ImportError as error:
@@ -149,7 +149,7 @@ def flac_files(run: Run) -> dict[str, Any]:
             soundfile.write(path, samples, RATE)
         dataset = PretrainingCrops(paths, RATE)
         loader = DataLoader(dataset, batch, num_workers=workers, collate_fn=collate_crops, persistent_workers=True)
-        for _ in loader:  # workers start in the first epoch
+        for _ in loader:  # the first epoch starts the workers
             pass
         start = time.perf_counter()
         clips = sum(len(one["indices"]) for one in loader)
@@ -160,7 +160,7 @@ def flac_files(run: Run) -> dict[str, Any]:
 def ready_views(
     model: ASiTForPreTraining, preset: str, batch: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
-    """Clean and local spectrograms, and corrupted ones with their masks, on the device."""
+    """Clean spectrograms, local ones, and corrupted ones with their masks, on the device."""
     inputs = {name: value.to(device()) for name, value in build_batch(model.config, preset, batch).items()}
     extract = ASiTFeatureExtractor(num_mel_bins=model.config.num_mel_bins).extract
     clean = extract(inputs["global_waveforms"])
@@ -169,7 +169,7 @@ def ready_views(
 
 
 def flops_of_a_clip(model: ASiTForPreTraining, preset: str, batch: int = 2) -> float:
-    """Floating-point operations of a step in the plain loop, which computes nothing twice, by clip."""
+    """Floating-point operations per clip of a step of the plain loop, which does not recompute activations."""
     model.to(device())
     loop = OfficialLoop(model, get_preset(preset).gmml)
     clean, local, corruption = ready_views(model, preset, batch)
@@ -179,7 +179,7 @@ def flops_of_a_clip(model: ASiTForPreTraining, preset: str, batch: int = 2) -> f
 
 
 def seconds_of(call: Callable[[], Any], count: int) -> float:
-    """Mean seconds of a call, after two that are not counted."""
+    """Mean seconds of a call, after two warm-up calls."""
     for _ in range(2):
         call()
     synchronize()
@@ -191,7 +191,7 @@ def seconds_of(call: Callable[[], Any], count: int) -> float:
 
 
 class Stopwatch(TrainerCallback):
-    """Time and memory of `steps` steps after `warm_up` others."""
+    """Measures time and memory of `steps` steps after `warm_up` steps."""
 
     def __init__(self, warm_up: int, steps: int):
         self.warm_up, self.steps = warm_up, steps
@@ -205,7 +205,7 @@ class Stopwatch(TrainerCallback):
         self.tick(state.global_step)
 
     def tick(self, step: int) -> None:
-        """To be called after every step, with its number from 1 on."""
+        """Must be called after every step, with its number, counted from 1."""
         if step not in (self.warm_up, self.last):
             return
         synchronize()
@@ -220,9 +220,9 @@ class Stopwatch(TrainerCallback):
 
     def values(self, batch: int) -> dict[str, Any]:
         seconds = self.seconds / self.steps
-        values = {"ms a step": 1000 * seconds, "clips/s": batch / seconds}
+        values = {"ms per step": 1000 * seconds, "clips/s": batch / seconds}
         if self.peak is not None:
-            # beyond weights and the optimizer's state, which are there between two steps
-            memory = {"peak GiB": self.peak / 2**30, "MB a clip": (self.peak - self.between) / batch / 1e6}
+            # per clip without weights and optimizer state, which stay allocated between steps
+            memory = {"peak GiB": self.peak / 2**30, "MB per clip": (self.peak - self.between) / batch / 1e6}
             values |= memory
         return values

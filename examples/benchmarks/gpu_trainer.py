@@ -32,7 +32,7 @@ def device() -> torch.device:
 
 @contextmanager
 def cheap_compiler() -> Iterator[None]:
-    """On a CPU, which only rehearses, graphs are traced but not compiled, which takes a minute each."""
+    """On a CPU, traces graphs without compiling them, which would take a minute each."""
     original = torch.compile
     if device().type == "cpu":
         torch.compile = partial(original, backend="aot_eager")
@@ -58,19 +58,19 @@ def build_model(
 
 @lru_cache(maxsize=1)
 def _build_model(fields: tuple[tuple[str, Any], ...]) -> ASiTForPreTraining:
-    """Kept, because drawing a base model's weights takes longer than a training step."""
+    """Cached, because initializing a base model takes longer than a training step."""
     torch.manual_seed(0)
     return ASiTForPreTraining(ASiTConfig(**dict(fields)))
 
 
 def num_samples(frames: int) -> int:
-    """Samples that give so many frames of log-mel."""
+    """Samples that give this number of log-mel frames."""
     window, hop = window_and_hop(RATE)
     return window + hop * (frames - 1)
 
 
 def local_frames(config: ASiTConfig) -> int:
-    """Frames of a local crop: a third of a global one's, in whole patches."""
+    """Frames of a local crop: a third of a global crop's, rounded down to whole patches."""
     return config.num_frames // 3 // config.patch_size * config.patch_size
 
 
@@ -78,8 +78,8 @@ def build_batch(
     config: ASiTConfig, preset: str, size: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
     """
-    Noise as [`~asit_hf.data.collate_crops`] batches crops of `size` clips, pinned where there is a GPU; waveforms are
-    float32, or int16 PCM.
+    A batch of noise in the form of [`~asit_hf.data.collate_crops`] for `size` clips, pinned if there is a GPU; `dtype`
+    is float32, or int16 for PCM.
     """
     generator = torch.Generator().manual_seed(0)
     crops = {"global": (2, config.num_frames), "local": (get_preset(preset).num_local_crops, 0)}
@@ -94,7 +94,7 @@ def build_batch(
 
 
 class SameBatch(IterableDataset):
-    """One batch for ever."""
+    """Repeats one batch forever."""
 
     def __init__(self, batch: dict[str, torch.Tensor]):
         self.batch = batch
@@ -104,7 +104,7 @@ class SameBatch(IterableDataset):
 
 
 def build_clips(config: ASiTConfig, preset: str, count: int = 16) -> PretrainingCrops:
-    """Crops of noise that lies in memory, read and cut as those of files are."""
+    """Crops of noise from arrays in memory, cut as those of files are."""
     generator = torch.Generator().manual_seed(0)
     seconds = num_samples(config.num_frames) / RATE
     clips = torch.rand(count, round(1.3 * seconds * RATE), generator=generator).numpy() - 0.5
@@ -118,7 +118,7 @@ def build_clips(config: ASiTConfig, preset: str, count: int = 16) -> Pretraining
 
 
 class RecordingTrainer(ASiTPreTrainer):
-    """Keeps the loss of every step, as Trainer's log rounds it."""
+    """Records the unrounded loss of every step."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -140,7 +140,7 @@ def build_trainer(
     callbacks: list[TrainerCallback] | None = None,
     **options: Any,
 ) -> RecordingTrainer:
-    """A trainer that neither logs nor saves unless `options`, arguments of it, say so."""
+    """A trainer that by default neither logs nor saves; `options` are its arguments."""
     ready = isinstance(dataset, SameBatch)
     arguments = {
         "preset": preset,
@@ -174,8 +174,8 @@ def with_fallbacks(
     measure: Callable[[int, bool], dict[str, Any]], batch: int, compiled: bool
 ) -> tuple[dict[str, Any], int, bool, list[str]]:
     """
-    What `measure(batch, compiled)` returns: half the batch where memory does not suffice, eager layers where compiled
-    ones fail. Also the batch and whether layers were compiled in the end, and why either changed.
+    Calls `measure(batch, compiled)`, with half the batch after running out of memory and with eager layers after
+    compiled ones fail. Returns its result, the final batch and `compiled`, and the reasons for changes.
     """
     reasons: list[str] = []
     while True:
@@ -187,11 +187,11 @@ def with_fallbacks(
             reasons.append(f"out of memory at batch {batch}")
             batch //= 2
         except Exception as error:
-            if not compiled or "CUDA error" in str(error):  # after which only a new process is of use
+            if not compiled or "CUDA error" in str(error):  # only a new process recovers from it
                 raise
             reasons.append(f"compiled layers failed: {type(error).__name__}: {str(error)[:300]}")
             compiled = False
-        gc.collect()  # what the frames of the error held
+        gc.collect()  # tensors that the error's frames referenced
         torch.compiler.reset()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

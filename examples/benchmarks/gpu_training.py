@@ -1,4 +1,4 @@
-"""Pretraining for the minutes that are left, of an encoder that is exported every minute; `gpu.py` calls this."""
+"""Pretraining for the remaining time, with an export of the encoder every minute; called by `gpu.py`."""
 
 import time
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "pretrain-gpu.yaml"
 BATCH, QUICK_BATCH = 256, 4
 EXPORT_SECONDS, QUICK_EXPORT_SECONDS = 60.0, 2.0
 QUICK_SECONDS = 8.0
-MARGIN = 10.0  # seconds: for the last export and the worker's answer
-# Of the learning rate that fresh heads have, what an encoder that is trained already can bear.
+MARGIN = 10.0  # seconds for the last export and the worker's reply
+# Learning rate of a pretrained encoder, relative to that of its randomly initialized heads.
 TRAINED_ENCODER_SCALE = 0.02
 SHARD_SIZE = "16MB"  # below 16 MiB
 CLIP_SECONDS = 10
@@ -37,7 +37,7 @@ CLIP_SECONDS = 10
 
 @dataclass
 class TrainingSettings:
-    """What `run_pretraining.py` calls by the same names."""
+    """Settings with the names and meanings of `run_pretraining.py`."""
 
     size: str = "small"
     drop_path_rate: float = 0.1
@@ -47,7 +47,7 @@ class TrainingSettings:
 
 
 def pool(run: Run) -> dict[str, Any]:
-    """Makes the pool ready: decodes parcels, or writes noise where toy sizes are asked for and no pool is given."""
+    """Prepares the pool: decodes opus parcels, or writes noise for toy sizes if no pool is given."""
     target = run.scratch / "pool"
     if run.train_data is None and not run.quick:
         return {"status": "skipped", "detail": "no --train_data was given"}
@@ -55,22 +55,22 @@ def pool(run: Run) -> dict[str, Any]:
         write_packed(target, synthetic_clips(12), RATE)
     elif not is_packed(run.train_data):
         if not Path(run.train_data, INDEX).is_file():
-            raise FileNotFoundError(f"expected packed audio or opus parcels in {run.train_data}, found neither")
+            raise FileNotFoundError(f"expected packed audio or opus parcels in {run.train_data}, got neither")
         decode_parcels(run.train_data, target)
     found = PackedAudio.load(pool_folder(run))
     return {"values": {"hours": found.hours, "clips": len(found), "GB": found.num_bytes / 1e9}}
 
 
 def pool_folder(run: Run) -> Path | None:
-    """Packed audio that was given or made ready, if any."""
+    """The folder of packed audio that was given or prepared, if any."""
     folders = [run.scratch / "pool", *([Path(run.train_data)] if run.train_data else [])]
     return next((folder for folder in folders if is_packed(folder)), None)
 
 
 def train(run: Run, compiled: bool = True) -> dict[str, Any]:
-    """Trains until shortly before the end. The row is updated with every export."""
+    """Trains until shortly before the end. Updates its row with every export."""
     if pool_folder(run) is None:
-        return {"status": "skipped", "detail": "there is no pool: see its own row"}
+        return {"status": "skipped", "detail": 'no pool: see the row "pool"'}
     row, batch, compiled, reasons = with_fallbacks(
         lambda batch, compiled: attempt(run, batch, compiled), QUICK_BATCH if run.quick else BATCH, compiled
     )
@@ -79,7 +79,7 @@ def train(run: Run, compiled: bool = True) -> dict[str, Any]:
 
 
 def attempt(run: Run, batch: int, compiled: bool) -> dict[str, Any]:
-    """Training by the recipe with one size of batches."""
+    """Trains by the recipe with one batch size."""
     options = ["--recipe", str(RECIPE), "--output_dir", str(run.scratch / "training")]
     options += ["--per_device_train_batch_size", str(batch), "--compile_layers", str(compiled)]
     if run.quick:
@@ -116,7 +116,7 @@ def attempt(run: Run, batch: int, compiled: bool) -> dict[str, Any]:
 
 
 def initial_model(run: Run, settings: TrainingSettings, preset: str) -> ASiTForPreTraining:
-    """Random weights of the recipe's size, or those of `--init`."""
+    """A randomly initialized model of the recipe's size, or one with the weights of `--init`."""
     frames = num_fbank_frames(round(settings.global_seconds * RATE), RATE)
     fields = {**get_preset(preset).config, "drop_path_rate": settings.drop_path_rate}
     if run.init is None:
@@ -131,7 +131,7 @@ def initial_model(run: Run, settings: TrainingSettings, preset: str) -> ASiTForP
 
 
 def whole(frames: int, patch_size: int = 16) -> int:
-    """Frames in whole patches."""
+    """Frames, rounded down to whole patches."""
     return frames // patch_size * patch_size
 
 
@@ -142,7 +142,7 @@ def initial_extractor(run: Run, num_mel_bins: int) -> ASiTFeatureExtractor:
 
 
 class ExportTeacher(TrainerCallback):
-    """Exports the teacher's encoder every so many seconds, and keeps the log."""
+    """Exports the teacher's encoder every `every_seconds` seconds, and collects the log."""
 
     def __init__(self, run: Run, every_seconds: float):
         self.run, self.every_seconds = run, every_seconds
@@ -173,7 +173,7 @@ class ExportTeacher(TrainerCallback):
         values = {
             "steps": steps,
             "minutes": seconds / 60,
-            "ms a step": 1000 * seconds / max(steps, 1),
+            "ms per step": 1000 * seconds / max(steps, 1),
             "clips/s": steps * trainer.args.global_batch_size / seconds,
             "exports": self.num_exports,
             "skipped steps": trainer.num_skipped_steps,
@@ -185,13 +185,13 @@ class ExportTeacher(TrainerCallback):
 
 def export_teacher(model: ASiTForPreTraining, extractor: ASiTFeatureExtractor, folder: Path) -> None:
     """
-    The teacher's encoder and its feature extractor, replaced as a whole: float16 weights, which load as float32, in
-    files below 16 MiB, without the code that other exports bring.
+    Replaces `folder` atomically by the teacher's encoder and its feature extractor: float16 weights, which load as
+    float32, in files below 16 MiB, without the Hub files of other exports.
     """
     encoder = model.teacher["asit"]
     halves = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in encoder.state_dict().items()}
     if overflown := [name for name, tensor in halves.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"float16 cannot hold the values of {overflown[0]}")
+        raise ValueError(f"expected values within float16's range, got larger ones in {overflown[0]}")
     with whole_folder(folder) as scratch:
         encoder.save_pretrained(scratch, state_dict=halves, max_shard_size=SHARD_SIZE)
         extractor.save_pretrained(scratch)
@@ -200,7 +200,7 @@ def export_teacher(model: ASiTForPreTraining, extractor: ASiTFeatureExtractor, f
 
 
 def synthetic_clips(count: int) -> list[tuple[str, None, np.ndarray]]:
-    """Name, no part, and 10 s of noise as int16."""
+    """Clips as (name, `None`, 10 s of int16 noise), the form that `write_packed` takes."""
     generator = np.random.default_rng(0)
     size = CLIP_SECONDS * RATE
     return [(f"noise-{index}", None, generator.integers(-3000, 3000, size, np.int16)) for index in range(count)]

@@ -1,6 +1,6 @@
 """
-From array to label: ASiT's pipeline against transformers' AST, both of base size with random weights, on clips of 10 s
-and of 1 s, one by one and 16 at a time. AST pads every clip to 10.24 s and takes overlapping patches.
+From array to label: ASiT's pipeline against that of transformers' AST, both of base size with random weights, on clips
+of 10 s and 1 s, singly and in batches of 16. AST pads every clip to 10.24 s and uses overlapping patches.
 
     python examples/benchmarks/inference.py
 """
@@ -10,7 +10,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from common import Report, Row, medians, run_alone, spread, time_interleaved
+from common import Report, Row, medians, ranges, run_alone, time_interleaved
 from transformers import (
     ASTConfig,
     ASTFeatureExtractor,
@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.audio_spectrogram_transformer import feature_extraction_audio_spectrogram_transformer as ast
 
-import asit_hf  # noqa: F401  its pipeline
+import asit_hf  # noqa: F401  registers its pipeline
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.utils.cpu import has_bf16_instructions
 
@@ -32,7 +32,7 @@ TOY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "int
 
 
 def build_pipelines(dtype: torch.dtype, quick: bool) -> dict[str, AudioClassificationPipeline]:
-    """Both pipelines with models of the same width, depth and precision."""
+    """The pipelines "ours" and "theirs", whose models have the same width, depth and precision."""
     sizes = TOY if quick else {}
     ours = ASiTForAudioClassification(ASiTConfig(num_labels=LABELS, **sizes))
     theirs = ASTForAudioClassification(ASTConfig(num_labels=LABELS, **sizes))
@@ -44,12 +44,12 @@ def build_pipelines(dtype: torch.dtype, quick: bool) -> dict[str, AudioClassific
 
 
 def measure(quick: bool = False) -> Report:
-    """In float32, and in bfloat16 where the processor has instructions for it."""
+    """In float32, and in bfloat16 if the CPU has instructions for it."""
     report = Report("inference")
     generator = np.random.default_rng(0)
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         if precision == "bf16" and not has_bf16_instructions():
-            report.notes.append("bf16: not measured, this processor has no instructions for it.")
+            report.notes.append("bf16: not measured, because this CPU has no instructions for it.")
             continue
         pipelines = build_pipelines(dtype, quick)
         for seconds, target in TARGETS.items():
@@ -61,7 +61,7 @@ def measure(quick: bool = False) -> Report:
                 what = f"{precision}, clips of {seconds} s, batch {batch}"
                 chosen = medians(found)
                 report.add(Row(f"{what}, against AST", chosen["ours"], chosen["theirs"], target=target))
-                report.notes.append(f"{what}: {spread(found)}.")
+                report.notes.append(f"{what}: {ranges(found)}.")
     return report
 
 

@@ -1,11 +1,11 @@
 """
-Kills a pretraining run with SIGKILL at random moments, saving included, and lets it resume each time.
+Kill a pretraining run with SIGKILL at random moments, also while it saves, and resume it each time.
 
     python examples/benchmarks/kill_and_resume.py --kills 20
 
-The run saves a checkpoint every step, so that many kills fall into the saving. After every kill the last checkpoint
-must be whole (model, optimizer, schedules and random state load) and at the end the weights must equal those of a run
-that nobody killed, bit for bit. Prints counts as JSON; the exit status is 1 if anything was lost.
+The run saves a checkpoint every step, so that many kills interrupt a save. After every kill the last checkpoint must
+be complete (model, optimizer, schedules and random state load), and the final weights must equal those of an
+uninterrupted run bit for bit. Prints counts as JSON; the exit status is 1 if a check fails.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def train(clips: list[str], output_dir: str, steps: int) -> None:
 
 
 def check_checkpoint(folder: str) -> None:
-    """Raises unless everything that a resume reads loads from the last checkpoint."""
+    """Raises an error unless all files needed to resume load from the last checkpoint."""
     import torch
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -108,7 +108,7 @@ def kill_and_resume(kills: int, steps: int, seed: int, folder: Path) -> dict[str
         return process.exitcode == 0
 
     def start_training(output_dir: Path) -> multiprocessing.Process:
-        """Returns after the first step that is saved."""
+        """Starts training and returns after the first checkpoint."""
         output_dir.mkdir(exist_ok=True)
         seen = checkpoints(output_dir)
         process = start(train, clips, str(output_dir), steps)
@@ -120,7 +120,7 @@ def kill_and_resume(kills: int, steps: int, seed: int, folder: Path) -> dict[str
     process.join()
     seconds_a_step = (time.perf_counter() - began) / (steps - 1)
     if process.exitcode:
-        raise SystemExit("the run that nobody kills failed")
+        raise SystemExit("the uninterrupted run failed")
 
     generator = random.Random(seed)
     killed, ended, in_saving, broken = folder / "killed", 0, 0, 0
@@ -141,7 +141,7 @@ def kill_and_resume(kills: int, steps: int, seed: int, folder: Path) -> dict[str
         "kills": kills - ended,
         "kills_while_saving": in_saving,
         "checkpoints_that_do_not_load": broken,
-        "equal_to_the_run_nobody_killed": same,
+        "equal_to_an_uninterrupted_run": same,
         "steps": steps,
     }
 
@@ -152,14 +152,14 @@ def checkpoints(folder: Path) -> set[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=None, help="optimizer steps of the run (default: 3 a kill)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=20, help="number of kills (default: 20)")
+    parser.add_argument("--steps", type=int, default=None, help="optimizer steps of the run (default: 3 per kill + 4)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills (default: 0)")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         counts = kill_and_resume(args.kills, args.steps or 3 * args.kills + 4, args.seed, Path(folder))
     print(json.dumps(counts))
-    return int(counts["checkpoints_that_do_not_load"] > 0 or not counts["equal_to_the_run_nobody_killed"])
+    return int(counts["checkpoints_that_do_not_load"] > 0 or not counts["equal_to_an_uninterrupted_run"])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ kaldi-native-fbank.
 
     python examples/benchmarks/log_mel.py
 
-kaldi-native-fbank is optional: `pip install "kaldi-native-fbank>=1.20,<1.23"` (later ones refuse 128 bins at 16 kHz).
+kaldi-native-fbank is optional: `pip install "kaldi-native-fbank>=1.20,<1.23"`; later ones reject 128 bins at 16 kHz.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from common import Report, Row, medians, run_alone, spread, threads, time_interleaved
+from common import Report, Row, medians, ranges, run_alone, threads, time_interleaved
 from transformers import ASTFeatureExtractor
 from transformers.models.audio_spectrogram_transformer import feature_extraction_audio_spectrogram_transformer as ast
 
@@ -24,7 +24,7 @@ TARGETS = {"ASTFeatureExtractor": 8.0, "kaldi-native-fbank": 3.0}
 
 
 def kaldi_log_mel(clips: list[np.ndarray], num_threads: int) -> list[np.ndarray]:
-    """`(frames, 128)` of every clip by kaldi-native-fbank, clips shared out to threads."""
+    """Log-mel `(frames, 128)` of each clip by kaldi-native-fbank, clips in parallel threads."""
     import kaldi_native_fbank
 
     options = kaldi_native_fbank.FbankOptions()
@@ -52,10 +52,10 @@ def has_kaldi() -> bool:
 
 
 def build_calls(clips: list[np.ndarray], num_threads: int) -> dict[str, Callable[[], object]]:
-    """Whatever there is to compare, by name; ours first."""
+    """The available implementations by name, ours first."""
     extractor = ASiTFeatureExtractor()
     with mock.patch.object(ast, "is_speech_available", return_value=False):
-        baseline = ASTFeatureExtractor()  # it makes its filters here
+        baseline = ASTFeatureExtractor()  # computes its filters here
 
     def transformers_log_mel():
         with mock.patch.object(ast, "is_speech_available", return_value=False):
@@ -71,7 +71,7 @@ def build_calls(clips: list[np.ndarray], num_threads: int) -> dict[str, Callable
 
 
 def measure(quick: bool = False) -> Report:
-    """On one thread, and on as many as torch has."""
+    """On one thread, and on torch's number of threads."""
     report = Report("log-mel")
     generator = np.random.default_rng(0)
     clips = list(generator.uniform(-0.5, 0.5, (2 if quick else 32, RATE * (1 if quick else 10))).astype(np.float32))
@@ -81,9 +81,9 @@ def measure(quick: bool = False) -> Report:
         found = medians(seconds)
         for name in list(found)[1:]:
             report.add(Row(f"{name}, threads: {count}", found["ours"], found[name], target=TARGETS[name]))
-        report.notes.append(f"threads: {count}: {spread(seconds)}.")
+        report.notes.append(f"threads: {count}: {ranges(seconds)}.")
     if not has_kaldi():
-        report.notes.append("kaldi-native-fbank is absent and was left out.")
+        report.notes.append("kaldi-native-fbank is not installed and was skipped.")
     return report
 
 

@@ -1,11 +1,11 @@
 """
-GMML's corruption of 32 clips of two views of 592 x 128: ours in batch against a loop in Python, clip by clip.
+GMML's corruption of 32 clips with two views of 592 x 128 each: our batched version against a Python loop over clips.
 
     python examples/benchmarks/masks.py
 """
 
 import torch
-from common import Report, Row, medians, run_alone, spread, threads, time_interleaved
+from common import Report, Row, medians, ranges, run_alone, threads, time_interleaved
 from official_loop import corrupt_in_python
 
 from asit_hf.pretraining.masking import corrupt, draw_keys
@@ -16,9 +16,9 @@ TARGET = 20.0
 
 
 def measure(quick: bool = False) -> Report:
-    """Both objectives, which differ in how much is covered; on one thread, and on as many as torch has."""
+    """Both presets, which differ in their masking ratios; on one thread, and on torch's number of threads."""
     report = Report("masks")
-    keep_freed_memory()  # as the trainer does; both sides gain by it
+    keep_freed_memory()  # as the trainer does; both sides benefit
     torch.manual_seed(0)
     clean = torch.randn(2 if quick else 32, 2, 592, 128)
     views = [view[:, None] for view in clean.unbind(1)]
@@ -33,7 +33,7 @@ def measure(quick: bool = False) -> Report:
             found = medians(seconds)
             what = f"{name}, against a loop, threads: {count}"
             report.add(Row(what, found["ours"], found["theirs"], target=TARGET))
-            report.notes.append(f"{name}, threads: {count}: {spread(seconds)}.")
+            report.notes.append(f"{name}, threads: {count}: {ranges(seconds)}.")
     return report
 
 

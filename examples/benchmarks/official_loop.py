@@ -1,8 +1,8 @@
 """
-What the authors' pretraining loop computes, restated plainly: the baseline of `training_step.py` and `gpu.py`.
+The authors' pretraining loop, restated without optimization: the baseline of `training_step.py` and `gpu.py`.
 
-Attention as matrix products, logits that stand whole in memory, the gradient norm of every tensor read one by one, a
-moving average one tensor at a time, masks drawn by a loop in Python.
+Attention is a pair of matrix products, logits are kept in memory as a whole, gradient norms are read and teacher
+weights updated one tensor at a time, and masks are drawn by a loop in Python.
 """
 
 import copy
@@ -63,10 +63,10 @@ class Encoder(nn.Module):
     def __init__(self, config: ASiTConfig, drop_path_rate: float, fused: bool):
         super().__init__()
         self.grid = config.position_grid
-        columns, rows = self.grid
+        time_patches, mel_patches = self.grid
         self.patches = nn.Conv2d(1, config.hidden_size, config.patch_size, config.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.positions = nn.Parameter(torch.zeros(1, 1 + columns * rows, config.hidden_size))
+        self.positions = nn.Parameter(torch.zeros(1, 1 + time_patches * mel_patches, config.hidden_size))
         rates = torch.linspace(0, drop_path_rate, config.num_hidden_layers).tolist()
         self.blocks = nn.Sequential(*(Block(config, rate, fused) for rate in rates))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -78,11 +78,11 @@ class Encoder(nn.Module):
         tokens = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches.flatten(2).transpose(1, 2)), dim=1)
         return self.norm(self.blocks(tokens + positions))
 
-    def _positions(self, columns: int) -> torch.Tensor:
-        if columns == self.grid[0]:
+    def _positions(self, time_patches: int) -> torch.Tensor:
+        if time_patches == self.grid[0]:
             return self.positions
         grid = self.positions[:, 1:].transpose(1, 2).unflatten(2, self.grid)
-        resized = F.interpolate(grid, size=(columns, self.grid[1]), mode="bicubic", align_corners=False)
+        resized = F.interpolate(grid, size=(time_patches, self.grid[1]), mode="bicubic", align_corners=False)
         return torch.cat((self.positions[:, :1], resized.flatten(2).transpose(1, 2)), dim=1)
 
 
@@ -135,13 +135,14 @@ class Network(nn.Module):
 
 class OfficialLoop:
     """
-    Student, teacher, centers and optimizer, moved by `step`.
+    Student, teacher, centers and optimizer, updated by `step`.
 
     Args:
-        model ([`ASiTForPreTraining`]): gives the sizes, the loss weights, all initial weights and the device.
-        gmml ([`GMML`]): the corruption.
-        bf16 (`bool`): autocast the forward passes; the authors' default is float32.
-        attention (`str`): `"eager"`, as matrix products, or torch's fused `"sdpa"`.
+        model ([`ASiTForPreTraining`]): provides sizes, loss weights, initial weights and device.
+        gmml ([`GMML`]): corruption settings.
+        bf16 (`bool`): whether to autocast the forward passes; the authors' default is float32.
+        max_norm (`float`): largest gradient norm of a tensor.
+        attention (`str`): "eager" for matrix products, or "sdpa" for torch's fused attention.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class OfficialLoop:
         attention: Literal["eager", "sdpa"] = "eager",
     ):
         if attention not in ("eager", "sdpa"):
-            raise ValueError(f"attention must be 'eager' or 'sdpa', got {attention!r}")
+            raise ValueError(f"expected attention 'eager' or 'sdpa', got {attention!r}")
         self.config, self.gmml, self.bf16, self.max_norm = model.config, gmml, bf16, max_norm
         self.student = Network(model.config, model.config.drop_path_rate, fused=attention == "sdpa").to(model.device)
         self.student.load_state_dict(restate_weights(model.asit, model.heads))
@@ -175,8 +176,8 @@ class OfficialLoop:
         corruption: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> dict[str, float]:
         """
-        One step on `clean` (batch, views, frames, mel) and `local` (batch, crops, frames, mel). Masks are drawn too,
-        unless `corruption` gives corrupted views and masks, both of `clean`'s shape.
+        One step on `clean` (batch, views, frames, mel) and `local` (batch, crops, frames, mel). Masks are drawn unless
+        `corruption` provides corrupted views and masks, both of `clean`'s shape.
         """
         views = _split(clean)
         corrupted, masks = corrupt_in_python(views, self.gmml) if corruption is None else map(_split, corruption)
@@ -203,7 +204,7 @@ class OfficialLoop:
         local: list[torch.Tensor],
         temperature: float = 0.04,
     ) -> dict[str, torch.Tensor]:
-        """The losses of lists of views, each (batch, 1, frames, mel). The centers move after they were used."""
+        """Losses of lists of views, each (batch, 1, frames, mel). Updates the centers after their use."""
         with torch.no_grad():
             teacher_cls, teacher_patch = self.teacher.distillation(self.teacher.encoder(torch.cat(clean)))
         tokens = self.student.encoder(torch.cat(corrupted))
@@ -248,12 +249,12 @@ class OfficialLoop:
 
 
 def _split(views: torch.Tensor) -> list[torch.Tensor]:
-    """(batch, views, frames, mel) -> views of (batch, 1, frames, mel)."""
+    """(batch, views, frames, mel) -> a list of views of shape (batch, 1, frames, mel)."""
     return [view[:, None] for view in views.unbind(1)]
 
 
 def corrupt_in_python(views: list[torch.Tensor], gmml: GMML) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Every view (batch, 1, frames, mel) corrupted clip by clip: by zeros, then some of them anew by another clip."""
+    """Corrupts views (batch, 1, frames, mel) clip by clip: first with zeros, then some of them with another clip."""
     corrupted, masks = [], []
     for view in views:
         pairs = [zeros_in_python(clip, gmml) for clip in view]
@@ -264,12 +265,12 @@ def corrupt_in_python(views: list[torch.Tensor], gmml: GMML) -> tuple[list[torch
 
 
 def zeros_in_python(clip: torch.Tensor, gmml: GMML) -> tuple[torch.Tensor, torch.Tensor]:
-    """One clip (1, frames, mel) corrupted by zeros, and its mask."""
+    """One clip (1, frames, mel) corrupted with zeros, and its mask."""
     return draw_in_python(clip, torch.zeros_like(clip), random.uniform(*gmml.mask_ratio), gmml)
 
 
 def replace_in_python(clean: torch.Tensor, corrupted: torch.Tensor, masks: torch.Tensor, gmml: GMML) -> None:
-    """Some clips of a view (batch, 1, frames, mel) corrupted by a clip of the batch instead, in place."""
+    """Corrupts some clips of a view (batch, 1, frames, mel) with another clip of the batch instead, in place."""
     for row, clip in enumerate(clean):
         donor = clean[random.randrange(len(clean))]
         if random.random() < gmml.replace_probability:
@@ -279,8 +280,8 @@ def replace_in_python(clean: torch.Tensor, corrupted: torch.Tensor, masks: torch
 def draw_in_python(
     clip: torch.Tensor, filling: torch.Tensor, share: float, gmml: GMML
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Puts `filling` into one clip (1, frames, mel), rectangle by rectangle, and counts the pixels after each."""
-    generator = np.random.default_rng()  # anew for every mask, as theirs is seeded anew
+    """Copies rectangles of `filling` into one clip (1, frames, mel) until a fraction `share` of it is replaced."""
+    generator = np.random.default_rng()  # the authors also reseed for every mask
     _, frames, mel = clip.shape
     clip, mask = clip.clone(), torch.zeros_like(clip)
     while mask.sum() < share * frames * mel:
@@ -294,7 +295,7 @@ def draw_in_python(
 
 
 def restate_weights(encoder: nn.Module, heads: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of our encoder and heads under this file's names."""
+    """Weights of our encoder and heads under the names of this file's modules."""
     state = {
         "encoder.cls_token": encoder.embeddings.cls_token,
         "encoder.positions": encoder.embeddings.position_embeddings,

@@ -1,10 +1,10 @@
 """
-Reading: crops of an hour against crops of a minute, the loader against the authors' data path restated, a packed pool
+Reading audio: crops from an hour against crops from a minute, the loader against the authors' data path, a packed pool
 against flac files, and the time that a training step waits for its data.
 
     python examples/benchmarks/reading.py
 
-The files are made in a temporary folder; with ASIT_REAL_AUDIO set, the loader reads ESC-50 from there instead.
+The files are generated in a temporary folder; if ASIT_REAL_AUDIO is set, the loader reads ESC-50 from there instead.
 """
 
 import logging
@@ -12,8 +12,9 @@ import os
 import random
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,18 +23,18 @@ import numpy as np
 import soundfile
 import soxr
 import torch
-from common import Report, Row, medians, run_alone, spread, time_interleaved
+from common import Report, Row, medians, ranges, run_alone, time_interleaved
 from official_loop import replace_in_python, zeros_in_python
 from torch.utils.data import DataLoader, Dataset, default_collate
 from training_step import PRESETS, build_model
 from transformers import PrinterCallback, TrainerCallback
+from transformers.audio_utils import mel_filter_bank
 
 from asit_hf import ASiTFeatureExtractor
 from asit_hf.data import PackedCrops, PretrainingCrops
 from asit_hf.data.audio import read_audio
 from asit_hf.data.collators import collate_crops
 from asit_hf.data.packed import to_pcm, write_packed
-from asit_hf.fbank_asit import _mel_filters
 from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
 from asit_hf.pretraining.masking import corrupt
 from asit_hf.pretraining.presets import get_preset
@@ -41,16 +42,18 @@ from asit_hf.pretraining.trainer import ASiTPreTrainer
 from asit_hf.utils.cpu import keep_freed_memory
 
 RATE = 16000
-LONG_RATE = 24000  # of the long files, so that crops are resampled
+LONG_RATE = 24000  # of the files that crops are cut from, so that crops are resampled
 FORMATS = ("wav", "flac", "ogg", "mp3")
 LENGTH_TARGET, LOADER_TARGET, WAITING_TARGET, PACKED_TARGET = 2.0, 5.0, 0.05, 10.0
 WORKERS = 2
+with warnings.catch_warnings(action="ignore"):  # some of the lowest filters fall between two bins and are empty
+    MEL_FILTERS = mel_filter_bank(257, 128, 20.0, RATE / 2, RATE, mel_scale="kaldi", triangularize_in_mel_space=True)
 
 
 class OfficialDataset(Dataset):
     """
-    The authors' data path restated: decode the whole file, cut crops, log-mel of each, masks in Python; all of it in
-    the loader's workers. The second half of the corruption follows in `official_collate`, where clips meet.
+    The authors' data path restated: decode the whole file, cut crops, compute the log-mel of each, and draw masks in
+    Python, all in loader workers. Replacement by other clips follows in `official_collate`, which sees the batch.
     """
 
     def __init__(self, files: list[str], preset: str):
@@ -80,23 +83,14 @@ class OfficialDataset(Dataset):
 
 
 def plain_log_mel(waveform: torch.Tensor) -> torch.Tensor:
-    """`(samples,)` -> `(frames, 128)`: the definition of `asit_hf.fbank_asit`, each step over the whole clip."""
+    """`(samples,)` -> `(frames, 128)`: the definition of `asit_hf.fbank_asit`, each operation on the whole clip."""
     waveform = waveform - waveform.mean()
     frames = waveform.unfold(0, 400, 160)
     frames = frames - frames.mean(1, keepdim=True)
     previous = torch.cat((frames[:, :1], frames[:, :-1]), dim=1)
     frames = (frames - 0.97 * previous) * torch.hann_window(400, periodic=False)
     power = torch.fft.rfft(frames, n=512).abs() ** 2
-    return (power @ whole_filters()).clamp_min(torch.finfo(torch.float32).eps).log()
-
-
-@cache
-def whole_filters() -> torch.Tensor:
-    """`(257, 128)`."""
-    filters = torch.zeros(257, 128)
-    for (bins, half), columns in zip(_mel_filters(RATE, 128, 512), filters.chunk(2, dim=1)):
-        columns[bins] = half
-    return filters
+    return (power @ torch.from_numpy(MEL_FILTERS).float()).clamp_min(torch.finfo(torch.float32).eps).log()
 
 
 def official_collate(items: list[dict[str, Any]], preset: str) -> dict[str, Any]:
@@ -107,10 +101,10 @@ def official_collate(items: list[dict[str, Any]], preset: str) -> dict[str, Any]
 
 
 def measure(quick: bool = False) -> Report:
-    """Long files, loader throughput, and waiting."""
+    """Crops from long files, loader throughput, and waiting time."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     report = Report("reading")
-    keep_freed_memory()  # as the trainer does; both sides and their workers gain by it
+    keep_freed_memory()  # as the trainer does; both sides and their workers benefit
     with tempfile.TemporaryDirectory() as folder:
         _measure_length(report, Path(folder), quick)
         files = find_files(Path(folder), quick)
@@ -122,7 +116,7 @@ def measure(quick: bool = False) -> Report:
 
 
 def find_files(folder: Path, quick: bool) -> list[str]:
-    """200 flac files: of ESC-50 where there is real audio, else 10 s of noise each."""
+    """200 flac files: from ESC-50 if there is real audio, else 10 s of noise each."""
     count = 8 if quick else 200
     real = os.environ.get("ASIT_REAL_AUDIO")
     if real:
@@ -134,7 +128,7 @@ def find_files(folder: Path, quick: bool) -> list[str]:
 
 
 def write_noise(path: Path, seconds: int, rate: int, generator: np.random.Generator) -> None:
-    """Noise that swells and fades every second, written second by second."""
+    """Noise with an envelope that rises and falls every second, written in blocks of a second."""
     envelope = np.hanning(rate)
     with soundfile.SoundFile(path, "w", samplerate=rate, channels=1) as file:
         for _ in range(seconds):
@@ -142,7 +136,7 @@ def write_noise(path: Path, seconds: int, rate: int, generator: np.random.Genera
 
 
 def _measure_length(report: Report, folder: Path, quick: bool) -> None:
-    """A crop of 6 s at a random place: an hour against a minute, and against decoding the hour."""
+    """A crop of 6 s at a random offset: from an hour against from a minute, and against decoding the whole hour."""
     generator = np.random.default_rng(0)
     short, long = (10, 60) if quick else (60, 3600)
     for extension in FORMATS:
@@ -164,13 +158,13 @@ def _measure_length(report: Report, folder: Path, quick: bool) -> None:
         report.add(Row(f"{extension}, crop of 6 s against the whole {long} s", found["long"], whole))
         for path in paths.values():
             path.unlink()
-    report.notes.append("An mp3 file has no index: its decoder walks through the headers of all frames before a crop.")
+    report.notes.append("An mp3 file has no index: its decoder reads the headers of all frames before a crop.")
 
 
 def _measure_loader(report: Report, files: list[str], pool: Path, quick: bool) -> None:
     """
-    Clips a second of the loader, and until the model could start: clean and corrupted log-mel and masks. Then of a
-    packed pool, without workers, against the loader of flac files.
+    Clips per second of the loader alone, and including log-mel and masks; then of a packed pool without workers
+    against the loader of flac files.
     """
     batch, files, passes = (4, files, 1) if quick else (16, 3 * files, 3)
     for preset in PRESETS:
@@ -188,7 +182,7 @@ def _measure_loader(report: Report, files: list[str], pool: Path, quick: bool) -
         report.add(Row(f"{name}, log-mel and masks included", found["ours prepared"], found["theirs"], **options))
         name = f"{preset}, packed pool without workers against {WORKERS} workers that read flac"
         report.add(Row(name, found["packed"], found["ours"], target=PACKED_TARGET, **options))
-        report.notes.append(f"{preset}, loader, {len(files)} clips: {spread(seconds)}.")
+        report.notes.append(f"{preset}, loader, {len(files)} clips: {ranges(seconds)}.")
 
 
 def _count(batches: Iterable) -> int:
@@ -196,7 +190,7 @@ def _count(batches: Iterable) -> int:
 
 
 def our_batches(files: list[str], preset: str, batch: int) -> DataLoader:
-    """Waveform crops: what follows is done in batch, on the model's device."""
+    """Batches of waveform crops; log-mel and masks follow on the model's device."""
     chosen = get_preset(preset)
     crops = PretrainingCrops(
         files, RATE, num_local_crops=chosen.num_local_crops, roll_probability=chosen.roll_probability
@@ -205,7 +199,7 @@ def our_batches(files: list[str], preset: str, batch: int) -> DataLoader:
 
 
 def packed_batches(pool: Path, preset: str, batch: int, passes: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The crops of `passes` epochs of a packed pool, gathered where `ASiTPreTrainer` gathers them."""
+    """Crops of `passes` epochs of a packed pool, gathered as `ASiTPreTrainer` does."""
     chosen = get_preset(preset)
     crops = PackedCrops(pool, RATE, num_local_crops=chosen.num_local_crops, roll_probability=chosen.roll_probability)
     for epoch in range(passes):
@@ -215,7 +209,7 @@ def packed_batches(pool: Path, preset: str, batch: int, passes: int) -> Iterator
 
 
 def prepared_batches(files: list[str], preset: str, batch: int) -> Iterator[dict[str, torch.Tensor]]:
-    """What `ASiTPreTrainer.prepare_views` makes of the loader's batches."""
+    """The loader's batches with log-mel and masks, as in `ASiTPreTrainer.prepare_views`."""
     extractor, gmml = ASiTFeatureExtractor(), get_preset(preset).gmml
     for waveforms in our_batches(files, preset, batch):
         clean = extractor.extract(waveforms["global_waveforms"], waveforms["global_lengths"])
@@ -237,7 +231,7 @@ def official_batches(files: list[str], preset: str, batch: int) -> DataLoader:
 
 
 class WaitingTime(TrainerCallback):
-    """Seconds of the steps, and between them: what the loop waits for its data."""
+    """Seconds of each step, and between steps, when the loop waits for data."""
 
     def __init__(self):
         self.steps: list[float] = []
@@ -255,7 +249,7 @@ class WaitingTime(TrainerCallback):
 
 
 def _measure_waiting(report: Report, files: list[str], folder: str, quick: bool) -> None:
-    """Steps of the small model, objective 2023, batch 4, fed by workers."""
+    """Steps of the small model, preset 2023, batch 4, with loader workers."""
     args = ASiTPreTrainingArguments(
         output_dir=folder,
         preset="2023",

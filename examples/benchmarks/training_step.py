@@ -1,10 +1,10 @@
 """
-A whole training step, ours against the authors' loop restated in `official_loop.py`: seconds, memory, and the share of
-the processor's matrix-product rate that is reached.
+A whole training step, ours against the authors' loop as restated in `official_loop.py`: time, memory, and the achieved
+fraction of the CPU's matrix-product rate.
 
     python examples/benchmarks/training_step.py
 
-Both sides take the same clean log-mel crops, start from the same weights and draw their own masks. Ours runs inside
+Both sides get the same clean log-mel crops and initial weights and draw their own masks. Ours runs inside
 `ASiTPreTrainer.train`.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Report, Row, medians, run_alone, spread, time_interleaved
+from common import Report, Row, medians, ranges, run_alone, time_interleaved
 from official_loop import OfficialLoop
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import IterableDataset
@@ -54,7 +54,7 @@ TOY = {
     "distillation_bottleneck_size": 16,
     "num_prototypes": 64,
 }
-# What a profile calls the operations, and what they are.
+# Kinds of operations, and the substrings of their names in a profile.
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn_conv", "convolution_back"),
     "fused attention": ("scaled_dot_product",),
@@ -66,7 +66,7 @@ KINDS = {
 
 
 def build_model(preset: str, quick: bool = False) -> ASiTForPreTraining:
-    """The small model of an objective (a toy with `quick`), always with the same weights."""
+    """The small model of a preset (a toy with `quick`), always with the same weights."""
     torch.manual_seed(0)
     fields = {**get_preset(preset).config, "drop_path_rate": 0.1}
     if quick:
@@ -75,7 +75,7 @@ def build_model(preset: str, quick: bool = False) -> ASiTForPreTraining:
 
 
 def build_batch(config: ASiTConfig, preset: str, size: int) -> dict[str, torch.Tensor]:
-    """Log-mel crops of `size` clips: two of the model's length, and the objective's local crops of a third of it."""
+    """Log-mel crops of `size` clips: two of the model's length, and the preset's local crops of a third of it."""
     generator = torch.Generator().manual_seed(0)
     frames, mel, crops = config.num_frames, config.num_mel_bins, get_preset(preset).num_local_crops
     batch = {
@@ -89,7 +89,7 @@ def build_batch(config: ASiTConfig, preset: str, size: int) -> dict[str, torch.T
 
 
 class Batches(IterableDataset):
-    """Whole batches, the last of them for ever."""
+    """The given batches; the last one is repeated forever."""
 
     def __init__(self, *batches: dict[str, torch.Tensor]):
         self.batches = batches
@@ -101,7 +101,7 @@ class Batches(IterableDataset):
 def build_trainer(
     model: ASiTForPreTraining, preset: str, batches: Batches, folder: str, **options: Any
 ) -> ASiTPreTrainer:
-    """Our trainer on ready batches; it writes and logs nothing. `options` go to its arguments."""
+    """Our trainer on prepared batches, without logs or checkpoints. `options` go to its arguments."""
     args = ASiTPreTrainingArguments(
         output_dir=folder,
         preset=preset,
@@ -130,17 +130,17 @@ def build_trainer(
 
 class Contestant:
     """
-    A process of its own that goes one training step further at each call: `ours` inside `ASiTPreTrainer.train`,
-    `theirs` in [`OfficialLoop`]. Threads would share the processor's with each other while they wait.
+    A process that makes one training step per call: "ours" inside `ASiTPreTrainer.train`, "theirs" in
+    [`OfficialLoop`]. In a process of its own, its idle threads do not compete with the other side's.
 
     Args:
-        side (`str`): "ours" or "theirs", and "bf16" or "fp32".
-        sizes (`list[int]`): clips of the first batches; the last size goes on.
-        options: ours: arguments of the trainer.
+        side (`str`): "ours" or "theirs", a space, and "bf16" or "fp32".
+        sizes (`list[int]`): sizes of the first batches; the last size is repeated.
+        options: arguments of our trainer.
     """
 
     def __init__(self, side: str, preset: str, sizes: list[int], quick: bool = False, **options: Any):
-        context = get_context("forkserver")  # a process that has used its threads must not be forked
+        context = get_context("forkserver")  # forking a process with running threads is unsafe
         context.set_forkserver_preload(["asit_hf.pretraining.trainer"])
         self._connection, theirs = context.Pipe()
         arguments = (theirs, side, preset, sizes, quick, options)
@@ -149,7 +149,7 @@ class Contestant:
         theirs.close()
 
     def __call__(self, command: str = "step") -> Any:
-        """One step. Returns what `command` asks for: see `_reply`."""
+        """One step; for what each command returns see `_reply`."""
         self._connection.send(command)
         reply = self._connection.recv()
         if isinstance(reply, Exception):
@@ -200,7 +200,7 @@ class _OnCommand(TrainerCallback):
 
 
 def _await(connection: Connection) -> AbstractContextManager:
-    """Waits for a command; returns what the step is to run in."""
+    """Waits for a command; returns the context in which to run the step."""
     command = connection.recv()
     if command == "stop":
         raise SystemExit
@@ -210,11 +210,11 @@ def _await(connection: Connection) -> AbstractContextManager:
 
 
 def _reply(context: AbstractContextManager) -> Any:
-    """To "profile": shares of the time by kind; "count": operations; "step": the peak memory of the process in MB."""
+    """For "profile", time fractions by kind; for "count", operations; for "step", the process's peak memory in MB."""
     if isinstance(context, FlopCounterMode):
         return context.get_total_flops()
     if not isinstance(context, profile):
-        # not getrusage: its peak is inherited from the process that started this one
+        # not getrusage, whose peak is inherited from the parent process
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(status["VmHWM"].split()[0]) / 1024
     shares = dict.fromkeys([*KINDS, "the rest"], 0.0)
@@ -225,12 +225,12 @@ def _reply(context: AbstractContextManager) -> Any:
 
 
 def measure(quick: bool = False) -> Report:
-    """Steps and memory of both objectives, options of ours, and where the time goes."""
+    """Step time and memory of both presets, our trainer's options, and a profile."""
     report = Report("training step")
     for preset in PRESETS:
         _measure_steps(report, preset, quick)
     _measure_options(report, quick)
-    if not quick:  # toys take no memory to speak of
+    if not quick:  # a toy's memory is negligible
         for preset in PRESETS:
             _measure_memory(report, preset)
     return report
@@ -254,7 +254,7 @@ def _measure_steps(report: Report, preset: str, quick: bool) -> None:
     best = min(found["ours bf16"], found["ours fp32"])
     target = TARGETS.get((preset, "best / fp32"))
     report.add(Row(f"{preset}, best against fp32", best, found["theirs fp32"], target=target))
-    report.notes.append(f"{preset}: {spread(seconds)}.")
+    report.notes.append(f"{preset}: {ranges(seconds)}.")
     for precision in PRECISIONS:
         rate = products[f"matmul {precision}"].flops / found[f"matmul {precision}"]
         reached = flops / found[f"ours {precision}"]
@@ -267,7 +267,7 @@ def _measure_steps(report: Report, preset: str, quick: bool) -> None:
 
 
 class MatrixProducts:
-    """Square matrix products: the rate that steps are compared with."""
+    """Square matrix products, whose rate is the reference for training steps."""
 
     def __init__(self, precision: str, size: int, count: int = 5):
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -281,9 +281,9 @@ class MatrixProducts:
 
 
 def _measure_options(report: Report, quick: bool) -> None:
-    """What Trainer's options do to our step, objective 2023 in bf16."""
+    """Effect of Trainer's options on our step, preset 2023 in bf16."""
     options = {
-        "as it is": {},
+        "default": {},
         "AdamW not fused": {"optim": "adamw_torch"},
         "gradient checkpointing": {"activation_checkpointing": True},
         "2 accumulated passes": {"gradient_accumulation_steps": 2},
@@ -294,10 +294,10 @@ def _measure_options(report: Report, quick: bool) -> None:
     for run in runs.values():
         run.stop()
     found = medians(seconds)
-    found["2 accumulated passes"] /= 2  # a pass each
+    found["2 accumulated passes"] /= 2  # per pass
     for name in list(options)[1:]:
-        report.add(Row(f"2023, bf16, {name} against without", found[name], found["as it is"]))
-    report.notes.append(f"options, 2023 in bf16: {spread(seconds)}.")
+        report.add(Row(f"2023, bf16, {name} against default", found[name], found["default"]))
+    report.notes.append(f"options, 2023 in bf16: {ranges(seconds)}.")
     model = build_model("2023", quick)
     updates = {"foreach": lambda: model.update_teacher(0.996), "loop": lambda: _update_in_loop(model, 0.996)}
     found = medians(time_interleaved(updates, rounds=1 if quick else 5))
@@ -311,7 +311,7 @@ def _update_in_loop(model: ASiTForPreTraining, momentum: float) -> None:
 
 
 def _measure_memory(report: Report, preset: str) -> None:
-    """Peaks of processes that make two steps: one of one clip, for the optimizer's state, and one of all."""
+    """Peak memory after two steps: one with a single clip, which allocates the optimizer's state, and a full one."""
     peaks: dict[tuple[str, int], float] = {}
     for side in ("ours bf16", "theirs fp32"):
         for size in MEMORY_BATCHES:

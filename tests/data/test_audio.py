@@ -326,6 +326,7 @@ def test_an_mp3_of_garbage_is_not_called_missing(tmp_path):
         read_audio(tmp_path / "a.mp3", 16000)
 
 
+@pytest.mark.slow
 def test_importing_the_package_leaves_datasets_alone():
     code = "import sys, asit_hf.data; sys.exit('datasets' in sys.modules or 'pyarrow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

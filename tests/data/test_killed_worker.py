@@ -31,6 +31,7 @@ for worker in (0, 1):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_one_clear_error_within_seconds():
     """Neither a hang nor an epoch that ends early."""
     result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=200)

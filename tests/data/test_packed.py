@@ -252,6 +252,7 @@ def test_loader_workers_change_nothing(folder):
             assert torch.equal(found[name], wanted[name]), name
 
 
+@pytest.mark.slow
 def test_packed_audio_needs_no_library_that_decodes(folder):
     script = (
         "import sys\n"

@@ -28,7 +28,7 @@ def test_the_restated_loop_computes_our_losses(preset):
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in [*model.asit.parameters(), *model.heads.parameters()]:
-            parameter.add_(torch.randn_like(parameter) * 0.02)  # student and teacher differ
+            parameter.add_(torch.randn_like(parameter) * 0.02)  # so that student and teacher differ
     model.cls_center.center.normal_(std=0.1)
     model.patch_center.center.normal_(std=0.1)
     batch = load("training_step").build_batch(model.config, preset, 3)
@@ -44,7 +44,7 @@ def test_the_restated_loop_computes_our_losses(preset):
     torch.testing.assert_close(loop.patch_center, model.patch_center.center, rtol=0, atol=1e-6)
 
 
-def test_the_restated_loop_with_fused_attention_and_given_masks_on_the_device_of_the_model():
+def test_the_restated_loop_supports_fused_attention_given_masks_and_other_devices():
     model = load("training_step").build_model("2024", quick=True)
     model.config.drop_path_rate = 0.0
     batch = load("training_step").build_batch(model.config, "2024", 3)
@@ -63,7 +63,7 @@ def test_the_restated_loop_with_fused_attention_and_given_masks_on_the_device_of
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
-def test_a_step_of_the_restated_loop_moves_student_teacher_and_centers():
+def test_a_step_of_the_restated_loop_updates_student_teacher_and_centers():
     model = load("training_step").build_model("2024", quick=True)
     batch = load("training_step").build_batch(model.config, "2024", 2)
     loop = load("official_loop").OfficialLoop(model, GMML())
@@ -74,14 +74,14 @@ def test_a_step_of_the_restated_loop_moves_student_teacher_and_centers():
     assert not any(torch.equal(one, other) for one, other in zip(before, after))
 
 
-def test_restated_masks_cover_their_share():
+def test_restated_masks_reach_the_masking_ratio():
     clip = torch.randn(1, 96, 64)
     corrupted, mask = load("official_loop").draw_in_python(clip, torch.zeros_like(clip), 0.5, GMML())
     assert 0.5 <= mask.mean() < 0.6
     assert torch.equal(corrupted, clip * (1 - mask))
 
 
-def test_restated_log_mel_is_ours():
+def test_restated_log_mel_equals_ours():
     waveform = torch.rand(8000, generator=torch.Generator().manual_seed(0)) - 0.5
     expected = log_mel_spectrogram(waveform - waveform.mean(), 16000)
     torch.testing.assert_close(load("reading").plain_log_mel(waveform), expected, rtol=0, atol=2e-3)
@@ -94,7 +94,7 @@ def test_ratios_and_targets():
     assert row("rate", ours=3.0, theirs=1.0, unit="1/s", higher_is_better=True).ratio == 3.0
     assert row("memory", ours=1.0, theirs=4.0, target=0.4, at_most=True).reached
     assert row("memory", ours=1.0, theirs=2.0, target=0.4, at_most=True).reached is False
-    assert row("only told", ours=1.0, theirs=2.0).reached is None
+    assert row("without target", ours=1.0, theirs=2.0).reached is None
 
 
 def test_interleaved_rounds():
@@ -105,19 +105,21 @@ def test_interleaved_rounds():
     assert [len(values) for values in seconds.values()] == [2, 2]
 
 
-def test_contestants_step_on_command_and_tell_their_memory():
+@pytest.mark.slow
+def test_contestants_step_on_command_and_report_their_memory():
     for side in ("ours bf16", "theirs fp32"):
         run = load("training_step").Contestant(side, "2024", [1, 2], quick=True)
         assert 100 < run() <= run()
         run.stop()
 
 
-def test_an_error_of_a_contestant_reaches_the_caller():
+def test_an_error_in_a_contestant_reaches_the_caller():
     run = load("training_step").Contestant("ours fp32", "2023", [2], quick=True, optim="no such optimizer")
     with pytest.raises(ValueError, match="no such optimizer"):
         run()
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_its_table(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("ASIT_REAL_AUDIO", raising=False)
     load("run").main(["--quick", "--output_dir", str(tmp_path)])
@@ -131,7 +133,7 @@ def test_a_quick_run_writes_its_table(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_chosen_parts_have_results_of_their_own(tmp_path):
+def test_selected_parts_are_written_to_their_own_files(tmp_path):
     load("run").main(["--quick", "--parts", "inference", "--output_dir", str(tmp_path)])
     rows = json.loads((tmp_path / "inference.json").read_text())["parts"][0]["rows"]
     assert len(rows) == (8 if has_bf16_instructions() else 4)  # two lengths, two batch sizes, each precision

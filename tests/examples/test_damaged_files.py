@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "benchmarks" / "damaged_files.
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """60 files, one of every kind among them; what each is, by path."""
+    """A folder of 60 files with one of each kind, and the kinds by path."""
     folder = tmp_path_factory.mktemp("damaged") / "audio"
     kinds = script.write_folder(folder, 60, odd_share=len(script.KINDS) / 60)
     assert set(script.KINDS) < set(kinds.values())
@@ -19,7 +19,7 @@ def written(tmp_path_factory):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_training_goes_on_and_reports_each_bad_file_once(written, tmp_path, num_workers):
+def test_training_continues_and_reports_each_unreadable_file_once(written, tmp_path, num_workers):
     folder, kinds = written
     unreadable = {path for path, kind in kinds.items() if kind in script.KINDS and not script.KINDS[kind][1]}
     run = script.train(folder, tmp_path, num_workers, batch_size=20)
@@ -31,7 +31,7 @@ def test_training_goes_on_and_reports_each_bad_file_once(written, tmp_path, num_
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_strict_stops_with_one_line_that_names_the_file(written, tmp_path, num_workers):
+def test_strict_stops_with_a_one_line_error_that_names_the_file(written, tmp_path, num_workers):
     error = script.strict_error(written[0], tmp_path, num_workers, batch_size=20)
     kind = written[1][error.source]
     assert not script.KINDS[kind][1]
@@ -39,7 +39,7 @@ def test_strict_stops_with_one_line_that_names_the_file(written, tmp_path, num_w
     assert "\n" not in str(error)
 
 
-def test_odd_files_hold_the_sound_that_was_written(written):
+def test_unusual_files_contain_the_written_sound(written):
     for path, kind in written[1].items():
         if kind in script.KINDS and script.KINDS[kind][1]:
             waveform = read_audio(path, script.RATE)

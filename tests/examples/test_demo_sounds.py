@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "demo_sounds.py"
 
 
 def _state(folder: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of change of every file: a file written again differs, even with the same content."""
+    """Inode and modification time of every file, which change when a file is rewritten."""
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
@@ -53,14 +53,14 @@ def test_no_clip_is_a_scaled_copy_of_another():
     assert similarity.max() < 0.9
 
 
-def test_level_does_not_tell_the_class():
+def test_level_does_not_identify_the_class():
     level = np.array([[np.abs(demo_sounds.make_clip(n, 0, i)).max() for i in range(10)] for n in demo_sounds.CLASSES])
     decibels = 20 * np.log10(level)
     assert decibels.std(axis=1).min() > 2
     assert decibels.mean(axis=1).std() < decibels.std(axis=1).mean() / 2
 
 
-def test_glides_move_the_way_they_are_named():
+def test_glides_rise_and_fall_as_named():
     def centroids(name: str, index: int) -> list[float]:
         clip = demo_sounds.make_clip(name, 0, index)
         active = np.flatnonzero(np.abs(clip) > 0.3 * np.abs(clip).max())
@@ -74,7 +74,7 @@ def test_glides_move_the_way_they_are_named():
     assert np.median(falling) < -0.2
 
 
-def test_folder_holds_class_folders_of_16_bit_flac_files(tmp_path):
+def test_the_folder_contains_class_folders_of_16_bit_flac_files(tmp_path):
     folder = demo_sounds.write_sounds(tmp_path / "new" / "sounds", clips_per_class=2, seed=5)
     assert folder == tmp_path / "new" / "sounds"
     assert {path.name for path in folder.iterdir() if path.is_dir()} == set(demo_sounds.CLASSES)
@@ -89,7 +89,7 @@ def test_folder_holds_class_folders_of_16_bit_flac_files(tmp_path):
             np.testing.assert_allclose(samples, demo_sounds.make_clip(name, 5, index), atol=2**-14)
 
 
-def test_the_same_set_is_not_written_again(tmp_path):
+def test_an_identical_set_is_not_rewritten(tmp_path):
     folder = demo_sounds.write_sounds(tmp_path / "sounds", clips_per_class=1)
     before = _state(folder)
     demo_sounds.write_sounds(folder, clips_per_class=1)

@@ -1,4 +1,4 @@
-"""`gpu.py` at toy sizes on a CPU, and what it does when measurements fail. `make gpu-rehearsal` runs all of it."""
+"""`gpu.py` at toy sizes on a CPU, and its handling of failures. `make gpu-rehearsal` runs the whole script."""
 
 import importlib
 import json
@@ -67,7 +67,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
-    """Runs fake measurements, given as (name, function, arguments of `Measurement`), and returns all rows by name."""
+    """Runs fake measurements, given as (name, function, arguments of `Measurement`); returns all rows by name."""
     gpu = load("gpu")
     (tmp_path / "fake_measurements.py").write_text(FAKES)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -96,7 +96,7 @@ def measure(tmp_path, monkeypatch):
     return call
 
 
-def test_what_fails_is_reported_and_the_next_goes_on(measure, tmp_path):
+def test_failures_are_reported_and_the_next_measurement_runs(measure, tmp_path):
     fine, rows = measure(
         ("first", "process", {}),
         ("error", "fails", {}),
@@ -118,8 +118,8 @@ def test_what_fails_is_reported_and_the_next_goes_on(measure, tmp_path):
         *("passed", "failed", "failed", "measured", "measured"),
     ]
     assert "a plain error" in rows["error"]["detail"]
-    assert rows["first"]["values"] == rows["same process"]["values"]  # an error of Python costs no process
-    assert rows["stuck"]["values"] == {"steps": 7}  # what it said before
+    assert rows["first"]["values"] == rows["same process"]["values"]  # a Python error does not end the process
+    assert rows["stuck"]["values"] == {"steps": 7}  # reported before the timeout
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
     assert "exit code 3" in rows["dead"]["detail"]
@@ -128,14 +128,14 @@ def test_what_fails_is_reported_and_the_next_goes_on(measure, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".gpu")]
 
 
-def test_a_second_try_goes_without_what_failed(measure):
+def test_the_second_attempt_uses_the_fallback(measure):
     fine, rows = measure(("step", "compiles", {"fallback": {"compiled": False}}))
     assert fine
     assert rows["step"]["values"] == {"layers": "eager"}
-    assert "second try" in rows["step"]["detail"]
+    assert "second attempt" in rows["step"]["detail"]
 
 
-def test_what_does_not_fit_is_left_out_and_said(measure):
+def test_measurements_without_time_left_are_reported(measure):
     fine, rows = measure(("first", "good", {}), ("second", "good", {}), seconds=0)
     assert not fine
     assert {row["status"] for row in rows.values()} == {"not measured"}
@@ -150,7 +150,7 @@ def test_without_a_gpu_nothing_is_measured_at_full_size(measure, run):
     fine, rows = measure(("machine", "nothing", {}), ("next", "good", {}))
     assert not fine
     assert list(rows) == ["machine"]
-    assert not (run.output_dir / "gpu.json").exists()  # one of an earlier run would be lost
+    assert not (run.output_dir / "gpu.json").exists()  # it would overwrite an earlier run's
 
 
 def test_phases_share_the_time_and_end_with_it(monkeypatch, tmp_path):
@@ -176,7 +176,7 @@ def test_every_planned_measurement_exists(quick):
         assert callable(getattr(load(module), name)), one.function
 
 
-def test_out_of_memory_halves_the_batch_and_compiled_layers_give_way_to_eager_ones():
+def test_fallbacks_halve_the_batch_and_use_eager_layers():
     with_fallbacks = load("gpu_trainer").with_fallbacks
     tried = []
 
@@ -200,7 +200,7 @@ def test_out_of_memory_halves_the_batch_and_compiled_layers_give_way_to_eager_on
 
     with pytest.raises(torch.OutOfMemoryError):
         with_fallbacks(always(torch.OutOfMemoryError("too much")), 4, compiled=False)
-    with pytest.raises(RuntimeError, match="CUDA error"):  # of which only a new process recovers
+    with pytest.raises(RuntimeError, match="CUDA error"):  # only a new process recovers from it
         with_fallbacks(always(RuntimeError("CUDA error: misaligned address")), 4, compiled=True)
 
 
@@ -220,10 +220,10 @@ def test_checks_pass_at_toy_size(run, function, options, bound):
     row = getattr(load("gpu_checks"), function)(run, **options)
     assert 0 <= row["value"] <= bound
     if options.get("bf16"):
-        assert row["value"] > 1e-5  # it is not float32 compared with itself
+        assert row["value"] > 1e-5  # not float32 compared with itself
 
 
-def test_checks_see_what_is_wrong(run, monkeypatch):
+def test_checks_detect_differences(run, monkeypatch):
     checks = load("gpu_checks")
     first, second = checks.train(run), checks.train(run, learning_rate=1e-2)
     assert checks.compare_losses(second, first)["value"] > 1e-4
@@ -236,9 +236,10 @@ def test_checks_see_what_is_wrong(run, monkeypatch):
     assert checks.log_mel(run)["value"] == 0.5
 
 
-def test_synchronizations_are_counted_in_one_step_by_their_places(monkeypatch):
+def test_synchronizations_of_one_step_are_counted_by_place(monkeypatch):
     modes = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(warnings, "showwarning", lambda *args, **kwargs: None)
     watch = load("gpu_checks")._WatchSynchronizations()
     with warnings.catch_warnings():
         for step in range(1, 7):
@@ -258,34 +259,34 @@ def test_steps_are_measured_at_toy_size(run, preset):
     plain = figures.plain(run, "small", preset, bf16=True, attention="sdpa")["values"]
     for values in (ours, plain):
         assert values["batch"] == figures.QUICK_BATCH
-        assert values["clips/s"] == pytest.approx(1000 * values["batch"] / values["ms a step"])
+        assert values["clips/s"] == pytest.approx(1000 * values["batch"] / values["ms per step"])
     assert ours["layers"] == "eager"
-    assert ours["GFLOP a clip"] > 0
+    assert ours["GFLOP per clip"] > 0
     assert figures.inference(run, "small")["values"]["ours / AST"] > 0
 
 
-def test_targets_come_from_the_rows_and_say_what_is_missing():
+def test_targets_are_computed_from_rows_and_missing_ones_reported():
     gpu = load("gpu")
     rows = {
-        "small, 2024, ours": {"values": {"clips/s": 1300.0, "MB a clip": 100.0, "GFLOP a clip": 100.0}},
-        "small, 2024, plain fp32": {"values": {"clips/s": 200.0, "MB a clip": 200.0}},
+        "small, 2024, ours": {"values": {"clips/s": 1300.0, "MB per clip": 100.0, "GFLOP per clip": 100.0}},
+        "small, 2024, plain fp32": {"values": {"clips/s": 200.0, "MB per clip": 200.0}},
         "bf16 product": {"values": {"TFLOP/s": 650.0}},
         "host synchronizations of one step": {"value": 3},
     }
     found = {row["name"]: row for row in gpu.targets(rows, quick=False)}
     assert found["small, 2024, ours: clips/s"]["reached"] is True
     assert found["small, 2024, ours against plain fp32: clips/s"]["value"] == 6.5
-    assert found["small, 2024, ours against plain fp32: memory a clip"]["reached"] is False
+    assert found["small, 2024, ours against plain fp32: memory per clip"]["reached"] is False
     assert found["small, 2024, ours: share of the rate of a bf16 product"]["value"] == pytest.approx(0.2)
     assert found["host synchronizations of one step"]["reached"] is False
     missing = found["base, 2024, ours: clips/s"]
     assert (missing["value"], missing["target"], missing["reached"]) == (None, 520, None)
     text = gpu.to_markdown([], list(found.values()), {})
     assert "| base, 2024, ours: clips/s | not measured | at least 520 |" in text
-    assert all(row["reached"] is None for row in gpu.targets(rows, quick=True))  # toys are held to nothing
+    assert all(row["reached"] is None for row in gpu.targets(rows, quick=True))  # toy sizes have no targets
 
 
-def test_the_exported_teacher_is_small_files_that_load(tmp_path):
+def test_the_exported_teacher_consists_of_small_files_that_load(tmp_path):
     training = load("gpu_training")
     encoder = ASiTModel(ASiTConfig.from_size("small", num_frames=192))
     model = SimpleNamespace(teacher={"asit": encoder})
@@ -307,7 +308,7 @@ def test_the_exported_teacher_is_small_files_that_load(tmp_path):
 
 
 @pytest.mark.parametrize("was_replaced", [True, False])
-def test_an_export_that_lost_its_place_gets_it_back(tmp_path, was_replaced):
+def test_the_previous_encoder_is_restored_after_a_killed_export(tmp_path, was_replaced):
     """Killed between the two renames of `whole_folder`, or before the first."""
     half = tmp_path / ".encoder-abc"
     for folder in (half / "encoder", half / "replaced" if was_replaced else tmp_path / "encoder"):
@@ -318,7 +319,7 @@ def test_an_export_that_lost_its_place_gets_it_back(tmp_path, was_replaced):
     assert (tmp_path / "encoder" / "weights").read_text() == ("replaced" if was_replaced else "encoder")
 
 
-def test_training_fills_the_time_and_exports(run, monkeypatch):
+def test_training_uses_the_remaining_time_and_exports(run, monkeypatch):
     training = load("gpu_training")
     monkeypatch.setattr(training, "QUICK_SECONDS", 3.0)
     monkeypatch.setattr(training, "QUICK_EXPORT_SECONDS", 0.5)
@@ -332,7 +333,7 @@ def test_training_fills_the_time_and_exports(run, monkeypatch):
     assert ASiTModel.from_pretrained(run.output_dir / "encoder").config.hidden_size == 32
 
 
-def test_the_pool_is_given_packed_or_as_parcels(run, tmp_path):
+def test_the_pool_may_be_packed_audio_or_parcels(run, tmp_path):
     training = load("gpu_training")
     packed.write_packed(tmp_path / "packed", training.synthetic_clips(2), training.RATE)
     parcels.encode_parcels(packed.PackedAudio.load(tmp_path / "packed"), tmp_path / "parcels", num_threads=1)
@@ -347,7 +348,7 @@ def test_the_pool_is_given_packed_or_as_parcels(run, tmp_path):
     assert training.pool(run)["status"] == training.train(run)["status"] == "skipped"
 
 
-def test_the_recipe_of_the_training_is_one_of_run_pretraining(tmp_path):
+def test_the_training_recipe_is_valid_for_run_pretraining(tmp_path):
     training = load("gpu_training")
     options = recipe_arguments(training.RECIPE)
     names = {option.removeprefix("--") for option in options if option.startswith("--")}

@@ -144,6 +144,7 @@ def test_from_scratch_with_two_workers_and_random_crops(sounds, encoder, tmp_pat
     assert not torch.allclose(trained.asit.embeddings.cls_token, teacher.embeddings.cls_token, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_equals_uninterrupted(sounds, encoder, tmp_path, workers):
     common = {"max_seconds": 0.3, "num_train_epochs": 3, "save_total_limit": 3, "load_best_model_at_end": False}

@@ -9,6 +9,7 @@ from tiny_pretraining import assert_close, launch, load_result, write_clips
 
 from asit_hf.data.randomness import sample_key
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parent / "two_processes.py"
 MODES = "given", "corrupted", "per_process", "whole", "resumed", "spoiled", "terminated", "packed", "minutes"
 

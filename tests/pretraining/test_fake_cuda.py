@@ -11,6 +11,7 @@ CASES = Path(__file__).with_name("fake_cuda_cases.py")
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 
 
+@pytest.mark.slow
 @pytest.mark.needs_compiler
 def test_a_training_step_runs_on_a_cuda_device_without_waiting_for_it(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)

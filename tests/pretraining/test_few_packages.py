@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 ABSENT = (
     *("datasets", "evaluate", "soundfile", "soxr"),
@@ -39,6 +41,7 @@ print(knn_probe(noise[:, :8], np.arange(8) % 2, noise[:, :8], np.arange(8) % 2, 
 """
 
 
+@pytest.mark.slow
 def test_two_steps_of_pretraining_without_optional_packages(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", TWO_STEPS, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120

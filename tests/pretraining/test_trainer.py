@@ -266,6 +266,7 @@ def test_clipping_treats_every_tensor_by_itself_and_qkv_as_one():
     assert merged.norm().item() == pytest.approx(2.0, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_pictures_and_tensorboard(clips, tmp_path):
     trainer = make_trainer(clips, tmp_path, plot_steps=4, report_to="tensorboard", num_train_epochs=2)
     trainer.train()

@@ -67,6 +67,7 @@ def edit(recipe: Path, **options: object) -> None:
     recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), **options}))
 
 
+@pytest.mark.slow
 def test_every_row_is_pretrained_probed_and_in_the_table(recipe, capsys):
     results = script.main(["--recipe", str(recipe)])
     assert [(result["row"], result["seed"]) for result in results] == [

@@ -1,4 +1,10 @@
-"""What frozen embeddings are worth: linear probes (logistic, ridge) and one of nearest neighbors."""
+"""
+Probes of frozen embeddings: linear (logistic regression), ridge (least squares) and k nearest neighbors.
+
+They are not scikit-learn's estimators: LogisticRegression with `warm_start` took 27 s of one core where `linear_probe`
+took 12 s (1200 x 384 embeddings of ESC-50, 50 classes) for an accuracy of 0.513 against 0.518, RidgeCV validates
+without groups unless it solves anew for every weight decay, and pretraining runs `knn_probe` without scikit-learn.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -9,11 +15,11 @@ import torch.nn.functional as F
 from ..utils.extras import extra
 from .metrics import multi_label_metrics, single_label_metrics
 
-# Strong to weak: each fit starts from the one before.
+# From strong to weak: each fit starts from the previous one.
 WEIGHT_DECAYS = tuple(10.0 ** np.arange(0, -6.5, -0.5))
-# Of least squares: all come out of one decomposition.
 RIDGE_WEIGHT_DECAYS = tuple(10.0 ** np.arange(2, -6.5, -0.5))
-# The search ends when so many weaker ones in a row were no better: the weak ones take longest to fit.
+FLOAT32_WEIGHT_DECAY = 0.01
+# The search ends after this many weaker values in a row without a gain: weak ones take longest to fit.
 PATIENCE = 3
 
 
@@ -28,18 +34,18 @@ def linear_probe(
     num_folds: int = 3,
 ) -> dict[str, float]:
     """
-    Logistic regression on standardized features. The weight decay is the one that scores best in cross-validation
-    within the training set; then all of the training set is fitted with it. The test set takes no part in any choice.
+    Logistic regression on standardized features. Cross-validation within the training set chooses the weight decay,
+    with which the whole training set is then fitted. The test set takes no part in any choice.
 
     Args:
         train_x, test_x (`np.ndarray` of shape `(clips, dim)`): embeddings.
         train_y, test_y (`np.ndarray`): class ids `(clips,)` for multinomial regression, or 0-1 targets
             `(clips, classes)` for one binary regression a class.
         seed (`int`): draws the folds of the cross-validation; the same seed gives the same result.
-        groups (`Sequence` of length `clips`, *optional*): of the training clips, such as speaker or fold: a group is
-            either fitted or validated on.
-        weight_decays (`Sequence[float]`): to choose from; the loss is the mean over clips + weight_decay / 2 * |W|^2.
-        num_folds (`int`): of the cross-validation; fewer where there are fewer groups.
+        groups (`Sequence` of length `clips`, *optional*): group of each training clip, such as its speaker; clips of
+            one group are never split between fitting and validation.
+        weight_decays (`Sequence[float]`): candidates; the loss is the mean over clips + weight_decay / 2 * |W|^2.
+        num_folds (`int`): number of folds; fewer if there are fewer groups.
 
     Returns:
         The metrics of `asit_hf.evaluation.metrics` on the test set, `weight_decay`, and `validation_accuracy` or
@@ -56,18 +62,12 @@ def linear_probe(
         for fitted, held_out in _folds(train_y, groups, num_folds, seed)
     ]
     weights = [None] * len(folds)
-    best_score, best_decay, failures = -np.inf, None, 0
-    for decay in sorted(weight_decays, reverse=True):
-        weights = [_fit(x, y, num_classes, decay, start) for (x, _, y, _), start in zip(folds, weights)]
-        scores = [metrics(_predict(fit, x), y)[name] for (_, x, _, y), fit in zip(folds, weights)]
-        score = float(np.mean(scores))
-        if score > best_score:
-            best_score, best_decay, failures = score, float(decay), 0
-        else:
-            failures += 1
-        if failures == PATIENCE:
-            break
 
+    def validate(decay: float) -> float:
+        weights[:] = [_fit(x, y, num_classes, decay, start) for (x, _, y, _), start in zip(folds, weights)]
+        return float(np.mean([metrics(_predict(fit, x), y)[name] for (_, x, _, y), fit in zip(folds, weights)]))
+
+    best_decay, best_score = _choose_weight_decay(weight_decays, validate)
     x, test_x = _standardize(train_x, test_x)
     result = metrics(_predict(_fit(x, train_y, num_classes, best_decay), test_x), test_y)
     return {**result, f"validation_{name}": best_score, "weight_decay": best_decay}
@@ -84,24 +84,32 @@ def ridge_probe(
     num_folds: int = 3,
 ) -> dict[str, float]:
     """
-    As `linear_probe`, by least squares on 0-1 targets instead of logistic regression: in closed form, so it takes
-    seconds where there are thousands of dimensions. The loss is half the mean over clips of the squared error, summed
-    over classes, + weight_decay / 2 * |W|^2.
+    The linear probe fitted by least squares on 0-1 targets, in closed form: the faster one for thousands of
+    dimensions. The loss is half the squared error, summed over classes and averaged over clips,
+    + weight_decay / 2 * |W|^2. Features are standardized once, by all training clips. Arguments and result as in
+    `linear_probe`.
     """
     train_x, train_y, test_x, test_y = _check(train_x, train_y, test_x, test_y)
     name, metrics = _metric(train_y)
-    num_classes, decays = _num_classes(train_y, test_y), sorted(weight_decays, reverse=True)
-    scores = np.zeros(len(decays))
-    folds = _folds(train_y, groups, num_folds, seed)
-    for fitted, held_out in folds:
-        x, other_x = _standardize(train_x[fitted], train_x[held_out])
-        predictions = _ridge_predictions(x, train_y[fitted], other_x, num_classes, decays)
-        scores += [metrics(prediction, train_y[held_out])[name] / len(folds) for prediction in predictions]
-    best = int(scores.argmax())
-    x, test_x = _standardize(train_x, test_x)
-    (prediction,) = _ridge_predictions(x, train_y, test_x, num_classes, decays[best : best + 1])
-    result = metrics(prediction, test_y)
-    return {**result, f"validation_{name}": float(scores[best]), "weight_decay": float(decays[best])}
+    num_clips, num_classes = len(train_x), _num_classes(train_y, test_y)
+    x = torch.cat(_standardize(train_x, test_x)).double()
+    # Wide: products of clips, computed once for all folds. Tall: the products of dimensions are the smaller matrix.
+    gram = x @ x[:num_clips].T if x.shape[1] > num_clips else None
+    targets = torch.as_tensor(train_y)
+    targets = (F.one_hot(targets, num_classes) if targets.dim() == 1 else targets).double()
+
+    folds = [
+        (_ridge_solver(x, gram, targets, fitted, held_out), train_y[held_out])
+        for fitted, held_out in _folds(train_y, groups, num_folds, seed)
+    ]
+
+    def validate(decay: float) -> float:
+        return float(np.mean([metrics(predict(decay), labels)[name] for predict, labels in folds]))
+
+    best_decay, best_score = _choose_weight_decay(weight_decays, validate)
+    everything, test = np.arange(num_clips), np.arange(num_clips, len(x))
+    result = metrics(_ridge_solver(x, gram, targets, everything, test)(best_decay), test_y)
+    return {**result, f"validation_{name}": best_score, "weight_decay": best_decay}
 
 
 def knn_probe(
@@ -113,8 +121,8 @@ def knn_probe(
     temperature: float = 0.07,
 ) -> dict[str, float]:
     """
-    Vote of the `k` training clips nearest by cosine, weighted by exp(cosine / temperature). Arguments and result as in
-    `linear_probe`; nothing is fitted or drawn.
+    Vote of the `k` training clips with the highest cosine similarity, weighted by exp(cosine / temperature).
+    Arguments and result as in `linear_probe`; nothing is fitted or drawn.
     """
     train_x, train_y, test_x, test_y = _check(train_x, train_y, test_x, test_y)
     if not 1 <= k <= len(train_x):
@@ -145,12 +153,26 @@ def _check(
             f"got {train_y.shape} for {train_x.shape} and {test_y.shape} for {test_x.shape}"
         )
     if not (np.isfinite(train_x).all() and np.isfinite(test_x).all()):
-        raise ValueError("embeddings hold values that are not finite (NaN or infinity)")
+        raise ValueError("expected finite embeddings, got NaN or infinity")
     return train_x, train_y, test_x, test_y
 
 
 def _metric(labels: np.ndarray) -> tuple[str, Callable[[np.ndarray, np.ndarray], dict[str, float]]]:
     return ("accuracy", single_label_metrics) if labels.ndim == 1 else ("mAP", multi_label_metrics)
+
+
+def _choose_weight_decay(weight_decays: Sequence[float], validate: Callable[[float], float]) -> tuple[float, float]:
+    """The best weight decay and its score, from strong to weak until `PATIENCE` in a row are no better."""
+    best_decay, best_score, failures = None, -np.inf, 0
+    for decay in sorted(map(float, weight_decays), reverse=True):
+        score = validate(decay)
+        if score > best_score:
+            best_decay, best_score, failures = decay, score, 0
+        else:
+            failures += 1
+        if failures == PATIENCE:
+            break
+    return best_decay, best_score
 
 
 def _num_classes(train_y: np.ndarray, test_y: np.ndarray) -> int:
@@ -160,7 +182,7 @@ def _num_classes(train_y: np.ndarray, test_y: np.ndarray) -> int:
 def _folds(
     labels: np.ndarray, groups: Sequence | None, num_folds: int, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Indices to fit on and to validate on, for every fold."""
+    """Indices of the clips to fit and to validate on, for every fold."""
     with extra("train"):
         from sklearn.model_selection import StratifiedGroupKFold
     groups = np.arange(len(labels)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
@@ -168,7 +190,7 @@ def _folds(
         raise ValueError(f"expected a group for each of {len(labels)} clips, got {len(groups)}")
     num_groups = len(np.unique(groups))
     if num_groups < 2:
-        raise ValueError("expected at least two groups, to validate on one, got 1")
+        raise ValueError("expected at least two groups, one to validate on, got 1")
     classes = labels if labels.ndim == 1 else np.zeros(len(labels), dtype=int)
     num_folds = max(2, min(num_folds, num_groups, int(np.bincount(classes).max())))
     splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
@@ -176,7 +198,10 @@ def _folds(
 
 
 def _standardize(train_x: np.ndarray, other_x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both by the mean and spread of the first; a constant dimension becomes 0."""
+    """
+    Both by the mean and std of the first. A dimension that varies by float32 rounding only becomes 0, where
+    StandardScaler would scale the rounding errors up.
+    """
     mean, std = train_x.mean(0), train_x.std(0)
     scale = np.where(std > 1e-6 * (np.abs(mean) + 1e-6), std, np.inf)
     return torch.as_tensor((train_x - mean) / scale), torch.as_tensor((other_x - mean) / scale)
@@ -208,7 +233,7 @@ def _fit(
         logits = F.linear(x, weight, bias)
         if targets.dim() == 1:
             loss = F.cross_entropy(logits, targets)
-        else:  # a sum over classes, so that each one's regression is as if alone
+        else:  # a sum over classes, so that each regression is independent of the others
             loss = F.binary_cross_entropy_with_logits(logits, targets) * num_classes
         loss = loss + weight_decay / 2 * weight.square().sum()
         loss.backward()
@@ -218,23 +243,33 @@ def _fit(
     return weight.detach(), bias.detach()
 
 
-def _ridge_predictions(
-    x: torch.Tensor, labels: np.ndarray, other_x: torch.Tensor, num_classes: int, weight_decays: Sequence[float]
-) -> list[np.ndarray]:
-    """Scores `(other clips, classes)` of the fit with every weight decay; `x` is centerd."""
-    targets = torch.as_tensor(labels)
-    targets = (F.one_hot(targets, num_classes) if targets.dim() == 1 else targets).double()
-    bias = targets.mean(0)
-    x, other_x = x.double(), other_x.double()
-    # of the two Gram matrices the smaller one; both have the same eigenvalues but zeros
-    wide = x.shape[1] > x.shape[0]
-    eigenvalues, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
-    projected = (other_x @ x.T if wide else other_x) @ vectors
-    coordinates = vectors.T @ ((targets - bias) if wide else x.T @ (targets - bias))
-    return [
-        (projected @ (coordinates / (eigenvalues.clamp_min(0) + len(x) * decay)[:, None]) + bias).numpy()
-        for decay in weight_decays
-    ]
+def _ridge_solver(
+    x: torch.Tensor, gram: torch.Tensor | None, targets: torch.Tensor, fitted: np.ndarray, others: np.ndarray
+) -> Callable[[float], np.ndarray]:
+    """
+    Function from a weight decay to scores `(others, classes)` of the fit on `fitted`; both are indices of rows of `x`
+    `(clips, dim)` and, in the wide case, of `gram` `(clips, training clips)`, their inner products.
+    """
+    bias = targets[fitted].mean(0)
+    if gram is None:
+        inputs, other_inputs = x[fitted], x[others]
+        center = inputs.mean(0)
+        inputs, other_inputs = inputs - center, other_inputs - center
+        matrix, right = inputs.T @ inputs, inputs.T @ (targets[fitted] - bias)
+    else:  # inner products of features that the fitted clips center
+        matrix, other_inputs = gram[fitted][:, fitted], gram[others][:, fitted]
+        mean = matrix.mean(0)
+        matrix, other_inputs = matrix - mean - mean[:, None] + mean.mean(), other_inputs - mean
+        right = targets[fitted] - bias
+
+    def predict(decay: float) -> np.ndarray:
+        # float32 is twice as fast and resolves the condition number of a strong decay
+        system = matrix.float() if decay >= FLOAT32_WEIGHT_DECAY else matrix.clone()
+        system.diagonal().add_(len(fitted) * decay)
+        solution = torch.cholesky_solve(right.to(system.dtype), torch.linalg.cholesky(system))
+        return (other_inputs @ solution.double() + bias).numpy()
+
+    return predict
 
 
 def _predict(weights: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> np.ndarray:

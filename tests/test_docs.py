@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from transformers import HfArgumentParser
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("asit_hf", "examples", "model_cards", "tests")
@@ -46,8 +45,8 @@ def commands(text: str) -> list[tuple[str, str]]:
 
 
 @cache
-def options_of(script: str, subcommand: str | None = None) -> set[str]:
-    """The options of a script, from the usage line of the parser that answers `--help`."""
+def usage_of(script: str, subcommand: str | None = None) -> str:
+    """The usage line of the parser that answers `--help`: optional arguments are in brackets."""
     module = script.removeprefix("-m ") if script.startswith("-m ") else script.removesuffix(".py").replace("/", ".")
     parsers: list[ArgumentParser] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -66,8 +65,18 @@ def options_of(script: str, subcommand: str | None = None) -> set[str]:
         with pytest.raises(SystemExit):
             main.main()
     assert parsers, f"{script} has no command {subcommand}"
-    parser = parsers[0]
-    return set(OPTION.findall(parser.format_usage())) | ({"recipe"} if isinstance(parser, HfArgumentParser) else set())
+    return parsers[0].format_usage() + (" [--recipe]" if "--recipe" in (parsers[0].epilog or "") else "")
+
+
+def options_of(script: str, subcommand: str | None = None) -> set[str]:
+    return set(OPTION.findall(usage_of(script, subcommand)))
+
+
+def required_options_of(script: str, subcommand: str | None = None) -> set[str]:
+    usage, brackets = usage_of(script, subcommand), 1
+    while brackets:
+        usage, brackets = re.subn(r"\[[^\[\]]*\]", "", usage)
+    return set(OPTION.findall(usage))
 
 
 def subcommand_of(script: str, arguments: str) -> str | None:
@@ -85,6 +94,16 @@ def test_commands_have_these_options(path):
             assert not wanted - options_of(script, subcommand_of(script, arguments)), (script, arguments)
         elif script.startswith("examples/"):
             assert exists(script, path)
+
+
+@pytest.mark.parametrize("path", [page for page in CURRENT if "```bash" in page.read_text()], ids=name)
+def test_commands_have_what_is_required(path):
+    """In blocks of commands, but for those with dots or a recipe."""
+    for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+        for script, arguments in commands(block):
+            if "..." not in arguments and "--recipe" not in arguments:
+                required = required_options_of(script, subcommand_of(script, arguments))
+                assert not required - set(OPTION.findall(arguments)), (script, arguments)
 
 
 @pytest.mark.parametrize("path", CURRENT, ids=name)

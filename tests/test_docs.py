@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from transformers import HfArgumentParser
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("asit_hf", "examples", "model_cards", "tests")
@@ -20,6 +19,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (RO
 SOURCES = sorted(
     path for folder in FOLDERS[:2] for kind in ("py", "yaml") for path in (ROOT / folder).rglob(f"*.{kind}")
 )
+CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md"]  # the changelog also names what is gone
 # a script or module of the project and what follows it: the rest of the line, or lines, or of the code in backticks
 COMMAND = re.compile(r"(-m (?:asit_hf|examples)[\w.]*|\bexamples/[\w/]+\.py)((?:\\\n|[^\n`])*)")
 OPTION = re.compile(r"(?<![\w-])--([a-z]\w*)")
@@ -45,8 +45,8 @@ def commands(text: str) -> list[tuple[str, str]]:
 
 
 @cache
-def options_of(script: str, subcommand: str | None = None) -> set[str]:
-    """The options of a script, from the usage line of the parser that answers `--help`."""
+def usage_of(script: str, subcommand: str | None = None) -> str:
+    """The usage line of the parser that answers `--help`: optional arguments are in brackets."""
     module = script.removeprefix("-m ") if script.startswith("-m ") else script.removesuffix(".py").replace("/", ".")
     parsers: list[ArgumentParser] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -65,8 +65,18 @@ def options_of(script: str, subcommand: str | None = None) -> set[str]:
         with pytest.raises(SystemExit):
             main.main()
     assert parsers, f"{script} has no command {subcommand}"
-    parser = parsers[0]
-    return set(OPTION.findall(parser.format_usage())) | ({"recipe"} if isinstance(parser, HfArgumentParser) else set())
+    return parsers[0].format_usage() + (" [--recipe]" if "--recipe" in (parsers[0].epilog or "") else "")
+
+
+def options_of(script: str, subcommand: str | None = None) -> set[str]:
+    return set(OPTION.findall(usage_of(script, subcommand)))
+
+
+def required_options_of(script: str, subcommand: str | None = None) -> set[str]:
+    usage, brackets = usage_of(script, subcommand), 1
+    while brackets:
+        usage, brackets = re.subn(r"\[[^\[\]]*\]", "", usage)
+    return set(OPTION.findall(usage))
 
 
 def subcommand_of(script: str, arguments: str) -> str | None:
@@ -76,7 +86,7 @@ def subcommand_of(script: str, arguments: str) -> str | None:
     return word and word[1]
 
 
-@pytest.mark.parametrize("path", [*PAGES, *SOURCES], ids=name)
+@pytest.mark.parametrize("path", [*CURRENT, *SOURCES], ids=name)
 def test_commands_have_these_options(path):
     for script, arguments in commands(path.read_text(encoding="utf-8")):
         wanted = set(OPTION.findall(arguments))
@@ -86,7 +96,17 @@ def test_commands_have_these_options(path):
             assert exists(script, path)
 
 
-@pytest.mark.parametrize("path", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name)
+@pytest.mark.parametrize("path", [page for page in CURRENT if "```bash" in page.read_text()], ids=name)
+def test_commands_have_what_is_required(path):
+    """In blocks of commands, but for those with dots or a recipe."""
+    for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+        for script, arguments in commands(block):
+            if "..." not in arguments and "--recipe" not in arguments:
+                required = required_options_of(script, subcommand_of(script, arguments))
+                assert not required - set(OPTION.findall(arguments)), (script, arguments)
+
+
+@pytest.mark.parametrize("path", CURRENT, ids=name)
 def test_options_in_the_text_exist(path):
     """Options that are named in a sentence or a table, without a script."""
     scripts = [*(ROOT / "examples").glob("*.py"), *(ROOT / "examples" / "tools").glob("*.py")]
@@ -115,7 +135,7 @@ def test_links_lead_somewhere(path):
             assert anchor in [re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings], link
 
 
-@pytest.mark.parametrize("path", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name)
+@pytest.mark.parametrize("path", CURRENT, ids=name)
 def test_files_and_make_targets_exist(path):
     text = path.read_text(encoding="utf-8")
     for file in re.findall(r"`((?:asit_hf|examples|tests|model_cards)/[^`\s:]*)", text):

@@ -142,8 +142,9 @@ def _usage(name: str, config: ASiTConfig, extractor: ASiTFeatureExtractor) -> st
     code, note = _ENCODER_USAGE, "`trust_remote_code` is not needed"
     if "ASiTForAudioClassification" in (config.architectures or []):
         code, note = _CLASSIFIER_USAGE, f"{note}, and the pipeline accepts files of any sampling rate and length"
-    values = {"NAME": name, "RATE": extractor.sampling_rate, "SIZE": config.pooled_size, "WIDTH": config.hidden_size}
-    for placeholder, value in {**values, "POOLING": _POOLING[config.pooling_mode]}.items():
+    values = {"RATE": extractor.sampling_rate, "SIZE": config.pooled_size, "WIDTH": config.hidden_size}
+    # the name last: it may contain another placeholder
+    for placeholder, value in {**values, "POOLING": _POOLING[config.pooling_mode], "NAME": name}.items():
         code = code.replace(placeholder, str(value))
     return (
         f"```python\n{code}```\n\n`trust_remote_code` loads the model code that is stored with the weights. After "

@@ -136,7 +136,6 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
     encoder from a checkpoint.
     """
 
-    accepts_loss_kwargs = False
     _distill = None  # `distill_rows`, if compiled
 
     def __init__(self, config: ASiTConfig):

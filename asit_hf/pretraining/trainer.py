@@ -29,7 +29,6 @@ from ..modeling_asit import ASiTLayer
 from ..utils.cpu import keep_freed_memory, warn_of_emulated_bf16
 from ..utils.device import choices_for
 from ..utils.time_budget import MAX_WARMUP_SHARE, Plan, TimeBudgetMixin
-from . import attention_cpu  # noqa: F401  registers "blockwise" attention
 from .arguments import ASiTPreTrainingArguments
 from .checkpoints import UNFINISHED, describe_failed_save, on_termination, publish
 from .gradients import clip_tensor_norms, gradient_norms

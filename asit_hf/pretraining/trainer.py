@@ -89,6 +89,8 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
             )
         if kwargs.get("eval_dataset") is not None:
             raise ValueError("pretraining has no evaluation data: probe its checkpoints on labelled audio instead")
+        if args.bf16 and model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(choices_for(args.device).bf16_attention)
         if data_collator is None:
             data_collator = partial(collate_crops, int16=choices_for(args.device).int16_batches)
         if isinstance(kwargs.get("train_dataset"), IterableDataset):
@@ -109,8 +111,6 @@ class ASiTPreTrainer(TimeBudgetMixin, PushMixin, Trainer):
         self._num_passes = 0
         self._last_loss = torch.zeros((), device=args.device)
         self._passes_in_step: list[_Pass] = []
-        if args.bf16 and model.config._attn_implementation == "sdpa":
-            model.set_attn_implementation(choices_for(args.device).bf16_attention)
         if args.compile_layers:
             model.compile_layers()
         self.add_callback(EpochCallback(self.train_dataset))

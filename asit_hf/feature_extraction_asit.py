@@ -181,8 +181,8 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
     def _check_rate(self, sampling_rate: int | None) -> None:
         if sampling_rate is None:
             logger.warning_once(
-                f"No sampling_rate was passed to {type(self).__name__}, so {self.sampling_rate} Hz is assumed. Pass it "
-                "to get an error for waveforms at another rate."
+                f"{type(self).__name__} got no sampling_rate and assumes {self.sampling_rate} Hz. Pass it to get an "
+                "error for waveforms at another rate."
             )
         elif sampling_rate != self.sampling_rate:
             raise ValueError(

@@ -126,8 +126,8 @@ class ASiTEmbeddings(nn.Module):
         learned_time_patches, mel_patches = self.config.position_grid
         positions = self.position_embeddings[0, 1:].view(learned_time_patches, mel_patches, -1)
         if num_time_patches is None:
-            # a compiled graph must also resize, since it is reused for other lengths
-            if time_patches == learned_time_patches and not torch.compiler.is_compiling():
+            # a compiled graph must not depend on this length, since it is reused for others
+            if not torch.compiler.is_compiling() and time_patches == learned_time_patches:
                 return positions[None]
             num_time_patches = torch.full((1,), time_patches, device=positions.device)
         with torch.autocast(positions.device.type, enabled=False):  # bfloat16 would round the weights to 3 digits
@@ -269,6 +269,7 @@ class ASiTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": ASiTLayer, "attentions": ASiTAttention}
     _input_embed_layer = "patch_embeddings"
+    accepts_loss_kwargs = False  # losses are means over the batch, so Trainer must divide them by accumulation steps
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -399,9 +400,6 @@ class ASiTForAudioClassification(ASiTPreTrainedModel):
     is set from the first labels: regression for a single class, multi-label for floats, single-label for integers.
     """
 
-    # the loss is a mean over the batch, so Trainer must divide it by the accumulation steps
-    accepts_loss_kwargs = False
-
     def __init__(self, config: ASiTConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -482,8 +480,6 @@ class ASiTForAudioFrameClassification(ASiTPreTrainedModel):
     ASiT with a linear classifier on every time patch, averaged over mel: one prediction for every `patch_size` frames
     (160 ms).
     """
-
-    accepts_loss_kwargs = False
 
     def __init__(self, config: ASiTConfig):
         super().__init__(config)

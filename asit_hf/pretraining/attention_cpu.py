@@ -2,7 +2,8 @@
 Attention for bf16 training on a CPU, registered with transformers as `attn_implementation="blockwise"`.
 
 It processes a few clips at a time, so that their scores stay in the CPU's cache, and recomputes the attention weights
-in the backward pass. torch's fused CPU kernel is slower in bfloat16, above all backward.
+in the backward pass. With torch's fused kernel (sdpa), a bf16 training step takes about 1.25 times as long (small,
+preset 2023, one thread).
 """
 
 from typing import Any

@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration_asit import ASiTConfig
 from ..data.randomness import mix_keys, uniform_noise
 from ..modeling_asit import ASiTModel, ASiTPreTrainedModel
+from . import attention_cpu  # noqa: F401  registers "blockwise" attention
 from .losses import (
     Center,
     distill_rows,
@@ -136,7 +137,6 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
     encoder from a checkpoint.
     """
 
-    accepts_loss_kwargs = False
     _distill = None  # `distill_rows`, if compiled
 
     def __init__(self, config: ASiTConfig):

@@ -28,7 +28,6 @@ from ..hub.upload import PushMixin
 from ..utils.cpu import keep_freed_memory, warn_of_emulated_bf16
 from ..utils.device import choices_for
 from ..utils.time_budget import Plan, TimeBudgetMixin
-from . import attention_cpu  # noqa: F401  registers "blockwise" attention
 from .arguments import ASiTPreTrainingArguments
 from .checkpoints import CompleteCheckpointsMixin, on_termination
 from .fsdp import configure_fsdp
@@ -88,6 +87,8 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
             )
         if kwargs.get("eval_dataset") is not None:
             raise ValueError("pretraining has no evaluation data: probe its checkpoints on labelled audio instead")
+        if args.bf16 and model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(choices_for(args.device).bf16_attention)
         if data_collator is None:
             data_collator = partial(collate_crops, int16=choices_for(args.device).int16_batches)
         if isinstance(kwargs.get("train_dataset"), IterableDataset):

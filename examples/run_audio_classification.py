@@ -64,7 +64,7 @@ CARD_METRICS = ("accuracy", f"top{TOP_K}_accuracy", "mAP", "mAUC", "mse")
 class ModelArguments:
     model_name_or_path: str | None = HfArg(default=None, help="Encoder, classifier or pretraining checkpoint.")
     encoder: str = HfArg(default="teacher", help="Encoder of a pretraining checkpoint: teacher or student.")
-    random_init: bool = HfArg(default=False, help="Train from scratch a model like the checkpoint or of --size.")
+    random_init: bool = HfArg(default=False, help="Train from scratch, with the checkpoint's architecture or --size.")
     size: str | None = HfArg(default=None, help="Model size without a checkpoint: tiny, small or base (default).")
     pooling_mode: str | None = HfArg(default=None, help="cls, mean or cls_mean (default: the checkpoint's).")
     drop_path_rate: float = HfArg(default=0.0, help="Stochastic depth rate.")

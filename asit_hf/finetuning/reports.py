@@ -26,11 +26,8 @@ def write_reports(
     Writes `per_class.csv` and, for up to 100 classes of single labels, `confusion.png`, both not for regression; then
     `predictions.csv`, a row per clip of `file`, `label`, `prediction` and its `score`, multiple labels joined by `;`.
 
-    Args:
-        dataset: the clips that were predicted, with labels.
-        output: of [`~transformers.Trainer.predict`], in their order.
-        problem_type (`str`): what the model was trained as.
-        names: classes by id; `None` for regression.
+    `output` are the predictions for `dataset`, in its order, of a model trained as `problem_type`; `names` are the
+    classes by id, `None` for regression.
     """
     if names is not None:
         single = problem_type_of(dataset) == "single_label_classification"

@@ -55,9 +55,8 @@ def parse_arguments(dataclass_types: tuple[type, ...], arguments: list[str] | No
     recipe_parser = _Parser([], add_help=False, allow_abbrev=False)
     recipe_parser.add_argument("--recipe", metavar="FILE", nargs="+", action="extend", default=[])
     # no abbreviations: a misspelled option must not be taken for another one
-    parser = _Parser(
-        dataclass_types, allow_abbrev=False, epilog="--recipe FILE ... reads options from yaml or json files."
-    )
+    usage = "%(prog)s [--recipe FILE ...] [--OPTION VALUE ...]  (recipes are yaml or json files with options)"
+    parser = _Parser(dataclass_types, allow_abbrev=False, usage=usage)
     trains = any(issubclass(one, TrainingArguments) for one in dataclass_types)
     implied = ["--use_cpu", "true"] if trains and not torch.accelerator.is_available() else []
     try:
@@ -80,12 +79,12 @@ def _check_names(arguments: list[str], parser: _Parser) -> None:
 
 def refuse_without_effect(options: Any, names: Sequence[str], condition: str) -> None:
     """
-    Raises a `ValueError` if one of these fields of a dataclass differs from its default: `condition` says why it would
-    have no effect.
+    Raises a `ValueError` if one of these fields of a dataclass is not at its default although it has no effect under
+    `condition`, such as "without folds".
     """
     changed = [one.name for one in fields(options) if one.name in names and getattr(options, one.name) != one.default]
     if changed:
-        raise ValueError(f"no effect {condition}: omit {', '.join(changed)}")
+        raise ValueError(f"{' and '.join(changed)} cannot be used {condition}")
 
 
 def start_run(args: TrainingArguments) -> None:

@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.optimization import get_scheduler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
@@ -46,12 +47,10 @@ def now() -> float:
 class TimeBudgetArguments:
     """Base class of training arguments: `max_minutes`."""
 
-    max_minutes: float | None = field(
+    max_minutes: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Training time in minutes, including compilation, evaluations and checkpoints; replaces max_steps "
-            "and num_train_epochs. The number of steps is measured, and all schedules end with it."
-        },
+        help="Training time in minutes, with compilation, evaluations and checkpoints; replaces max_steps and "
+        "num_train_epochs. The number of steps is measured, and all schedules end with it.",
     )
 
     def __post_init__(self):
@@ -216,9 +215,8 @@ class TimeBudget(TrainerCallback):
             return
         timed = done - self.timed_from[0]
         step_seconds = max((training - self.timed_from[1]) / timed, 1 / _STEPS_PER_SECOND)
-        left = steps_left(
-            self.seconds - spent, step_seconds, done, _evaluation_interval(args, state, self.trainer), last_evaluation
-        )
+        interval = {"steps": state.eval_steps, "epoch": self.trainer.steps_per_pass}.get(args.eval_strategy)
+        left = steps_left(self.seconds - spent, step_seconds, done, interval, last_evaluation)
         if timed >= TIMED_STEPS:
             self._replan(args, state, done, left)
             self._announce(args, state, step_seconds, timed >= ANNOUNCED_STEPS or left <= ANNOUNCED_STEPS)
@@ -292,11 +290,6 @@ def steps_left(seconds: float, step_seconds: float, done: int, interval: int | N
         periods, seconds = divmod(seconds, interval * step_seconds + evaluation)
         steps = to_next + int(periods) * interval
     return steps + max(0, round((seconds - evaluation) / step_seconds))
-
-
-def _evaluation_interval(args: TrainingArguments, state: TrainerState, trainer: "TimeBudgetMixin") -> int | None:
-    intervals = {"steps": state.eval_steps, "epoch": trainer.steps_per_pass}
-    return intervals.get(args.eval_strategy)
 
 
 class TimeBudgetMixin:

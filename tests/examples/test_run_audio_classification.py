@@ -205,12 +205,12 @@ def test_validation_fraction_selects_and_eval_data_are_evaluated(sounds, encoder
         ({"label_column": "pitch", "balanced_sampling": True}, "need classes"),
         ({"validation_split": "a", "validation_fraction": 0.1}, "exclude each other"),
         ({"size": "tiny"}, "size"),
-        ({"random_init": True, "encoder": "student"}, "random_init.*encoder"),
-        ({"freeze_encoder": True, "drop_path_rate": 0.1}, "freeze_encoder.*drop_path_rate"),
-        ({"freeze_encoder": True, "layer_decay": 0.75}, "freeze_encoder.*layer_decay"),
-        ({"fold_column": "speaker"}, "without folds.*fold_column"),
-        ({"group_column": "fold"}, "without validation_fraction.*group_column"),
-        ({"mixup_alpha": 0.5}, "without mixup_rate.*mixup_alpha"),
+        ({"random_init": True, "encoder": "student"}, "encoder .*random_init"),
+        ({"freeze_encoder": True, "drop_path_rate": 0.1}, "drop_path_rate .*freeze_encoder"),
+        ({"freeze_encoder": True, "layer_decay": 0.75}, "layer_decay .*freeze_encoder"),
+        ({"fold_column": "speaker"}, "fold_column .*without folds"),
+        ({"group_column": "fold"}, "group_column .*without validation_fraction"),
+        ({"mixup_alpha": 0.5}, "mixup_alpha .*without mixup_rate"),
     ],
 )
 def test_wrong_input(sounds, encoder, tmp_path, options, message):
@@ -221,7 +221,7 @@ def test_wrong_input(sounds, encoder, tmp_path, options, message):
 def test_student_is_refused_where_there_is_one_encoder(sounds, encoder, tmp_path):
     ASiTForPreTraining.from_pretrained(encoder).asit.save_pretrained(tmp_path / "encoder")
     ASiTFeatureExtractor().save_pretrained(tmp_path / "encoder")
-    with pytest.raises(ValueError, match="not a pretraining checkpoint.*encoder"):
+    with pytest.raises(ValueError, match="encoder .*not a pretraining checkpoint"):
         script.main(arguments(sounds, tmp_path / "encoder", tmp_path / "run", encoder="student"))
 
 

@@ -115,8 +115,8 @@ def test_averaging_more_epochs_than_a_run_of_max_steps_has(tmp_path):
     [
         ({"average_checkpoints": 3}, "average_checkpoints.*load_best_model_at_end"),
         ({"label_smoothing_factor": 0.1}, "use label_smoothing"),
-        ({"lr_decay_gamma": 0.85}, "without lr_decay_start.*lr_decay_gamma"),
-        ({"lr_decay_start": 2, "lr_scheduler_type": "cosine"}, "with lr_decay_start.*lr_scheduler_type"),
+        ({"lr_decay_gamma": 0.85}, "lr_decay_gamma .*without lr_decay_start"),
+        ({"lr_decay_start": 2, "lr_scheduler_type": "cosine"}, "lr_scheduler_type .*with lr_decay_start"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"label_smoothing": 1.5}, "label_smoothing.*got 1.5"),
         ({"lr_decay_start": 2, "lr_decay_step": 0}, "lr_decay_step.*got 2, 0 and 0"),

@@ -86,7 +86,7 @@ def test_wrong_options_are_named(arguments, words):
 
 def test_options_that_have_no_effect_are_named():
     refuse_without_effect(Options(data=["a"], rate=0.1), ["rate", "flag"], "without data")
-    with pytest.raises(ValueError, match=r"without data.*rate, flag"):
+    with pytest.raises(ValueError, match="rate and flag .*without data"):
         refuse_without_effect(Options(rate=0.2, flag=True, name="x"), ["rate", "flag"], "without data")
 
 

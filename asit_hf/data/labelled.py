@@ -54,7 +54,8 @@ class DatasetArguments:
     ) -> "Dataset | IterableDataset":
         """The filtered rows of a data set or corpus, with or without labels, including unreadable files."""
         columns = {name: getattr(self, name) for name in ("audio_column", "label_column", "root")}
-        return filter_rows(_load(data, self.corpus, split=split, streaming=streaming, **columns), filters)
+        dataset = _load(data, self.corpus, split=split, streaming=streaming, **columns)
+        return _filter(dataset, filters, self.label_column)
 
 
 def load_labelled(
@@ -96,10 +97,7 @@ def load_labelled(
         dataset = load_audio_dataset(data, labels_from_folders=True, **kwargs)
     if "label" not in dataset.column_names:
         raise ValueError(f"expected a label column in {data}, got {', '.join(dataset.column_names)}: set label_column")
-    # the label column has been renamed
-    renamed = f"{kwargs.get('label_column')}="
-    conditions = ["label=" + one.removeprefix(renamed) if one.startswith(renamed) else one for one in filters]
-    dataset = filter_rows(dataset, conditions)
+    dataset = _filter(dataset, filters, kwargs.get("label_column"))
     if len(dataset) == 0:
         raise ValueError(f"no row of {data} matches the filters {filters}")
     if check_files:
@@ -153,6 +151,14 @@ def _load(data: str | PathLike, corpus: str | None, **kwargs: Any) -> "Dataset |
     if unused:
         raise ValueError(f"{' and '.join(unused)} cannot be used with the corpus {corpus}")
     return load_corpus(corpus, data, kwargs.get("split"))
+
+
+def _filter(dataset: Any, filters: Sequence[str], label_column: str | None) -> Any:
+    """`filter_rows` by the columns of the original data, whose label column has been renamed to `label`."""
+    renamed = f"{label_column}="
+    return filter_rows(
+        dataset, [f"label={one[len(renamed) :]}" if one.startswith(renamed) else one for one in filters]
+    )
 
 
 def _used_ids(labels: list) -> set[int]:

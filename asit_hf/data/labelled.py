@@ -8,6 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import HfArgumentParser
+
 from .audio import AudioReadError, audio_info
 from .corpora.registry import CORPORA, load_corpus
 from .datasets import filter_rows, load_audio_dataset
@@ -40,8 +42,17 @@ class DatasetArguments:
     strict: bool = field(default=False, metadata={"help": "Stop at the first unreadable file instead of skipping it."})
 
     @classmethod
+    def parser(cls, description: str | None) -> HfArgumentParser:
+        """An argparse parser of `--data`, `--split` and these options, for scripts that add their own."""
+        style = argparse.RawDescriptionHelpFormatter
+        parser = HfArgumentParser(cls, description=description, formatter_class=style, allow_abbrev=False)
+        parser.add_argument("--data", required=True, help="folder, csv or json manifest, parquet, or Hub data set")
+        parser.add_argument("--split", help="split of the data; default: the only one, or all rows of a manifest")
+        return parser
+
+    @classmethod
     def of(cls, args: argparse.Namespace) -> "DatasetArguments":
-        """The options among the arguments of an `HfArgumentParser(DatasetArguments)` with arguments of its own."""
+        """These options among the arguments that `parser` has parsed."""
         return cls(**{one.name: getattr(args, one.name) for one in fields(DatasetArguments)})
 
     def load(self, data: str | PathLike, filters: Sequence[str] = (), **kwargs: Any) -> "Dataset":

@@ -1,6 +1,6 @@
 """
-Streams of shards and a small trainer for them. Under torchrun, `streams.py FOLDER` trains on the stream `FOLDER/source`
-for test_streaming.py, once without interruption and once resumed, and saves what each process saw and learned.
+Streams of shards and a small trainer for them. Under torchrun, `streams.py FOLDER` trains on `FOLDER/source` for
+test_streaming.py, uninterrupted and resumed, and saves the clips that each process used and its weights.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Reading audio: any file libsndfile knows, mono, at the rate asked for, decoding only the seconds asked for."""
+"""Reading audio in any format of libsndfile: mono, resampled, decoding only the requested seconds."""
 
 import io
 import os
@@ -15,31 +15,30 @@ from ..utils.extras import extra
 if TYPE_CHECKING:  # imported where used: arrays need neither soundfile nor soxr
     import soundfile
 
-# Samples, at the lower of the two rates, that the resampling filter sees on each side of a window.
+# samples of context on each side of a window for the resampling filter, at the lower of the two rates
 _RESAMPLING_CONTEXT = 256
-# After a seek, the first frames of an mp3 file lack the bits that earlier frames carry for them: up to 511 bytes,
-# which are several of the small frames of a low bit rate.
+# After a seek, the first mp3 frames lack data from earlier frames: up to 511 bytes, several frames at low bit rates.
 _MPEG_LEAD_IN = 16 * 1152
-# A seek into the last page of an Ogg Vorbis stream can land some samples off. A page holds at most 255 packets,
-# and a packet 1024 samples at the usual block size, so a seek to before that is exact, and reading on is too.
+# A seek into the last page of an Ogg Vorbis stream can be some samples off. A page has at most 255 packets of 1024
+# samples (at the usual block size): a seek to before the last page is exact, and so is reading on from there.
 _VORBIS_PAGE = 255 * 1024
-# Of some whole files (Debian's naev-data) the last page promises up to a block more than its packets hold.
+# The last page of some intact files (Debian's naev-data) promises up to a block more than its packets hold.
 _VORBIS_BLOCK = 8192
-# What libsndfile says of files that are there, but not what they seem; the first is its answer to any damaged mp3.
+# clearer words for messages of libsndfile; it reports any damaged mp3 with the first one
 _REASONS = {
     "File does not exist or is not a regular file (possibly a pipe?)": "Format not recognised",
-    "Unspecified internal error": "damaged: its decoder gave up",
+    "Unspecified internal error": "damaged: decoding failed",
 }
-# A writer that cannot seek back (a pipe) leaves a placeholder of about this size in the header of a wav file.
+# Programs that write wav to a pipe leave a placeholder of about this size in the header.
 _UNKNOWN_WAV_SIZE = 0x7FFFF000
 _WAV_DATA_CHUNK = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
 
 
 class AudioReadError(ValueError):
-    """Audio that cannot be read. `source` names the file (or "bytes", "array"), `reason` says why."""
+    """Audio that cannot be read: `source` is the file name (or "bytes", "array"), `reason` the cause."""
 
     def __init__(self, source: str, reason: str | None = None):
-        if reason is None:  # a DataLoader raises its worker's error anew, from the text of the traceback alone
+        if reason is None:  # DataLoader re-raises a worker's error from the text of its traceback
             source, reason = source.rstrip().rpartition("cannot read ")[2].split(": ", 1)
         super().__init__(source, reason)
         self.source = source
@@ -51,7 +50,7 @@ class AudioReadError(ValueError):
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What a file says of itself. `num_samples` counts per channel, at the file's own `sampling_rate` in Hz."""
+    """Format of a file: its `sampling_rate` in Hz, and at that rate its `num_samples` per channel."""
 
     sampling_rate: int
     num_samples: int
@@ -64,16 +63,16 @@ class AudioInfo:
 
 
 class AudioReader:
-    """One audio source, opened to read windows of it. A context manager.
+    """An open audio source, from which windows are read. A context manager.
 
     Args:
         source: a path, `bytes`, a `{"path", "bytes"}` row of `datasets.Audio(decode=False)`, an
             `{"array", "sampling_rate"}` or `{"raw", "sampling_rate"}` dict, or a decoder with `get_all_samples()`
-            (torchcodec). A path with `://` in it is opened through fsspec (`hf://`, `zip://...::`).
+            (torchcodec). Paths that contain `://` are opened with fsspec (`hf://`, `zip://...::`).
 
     Raises:
-        AudioReadError: missing, empty, damaged or truncated file, or no samples. A cut wav or flac file is an error.
-            mp3 and ogg files carry no promise of their length (mp3: an estimate): cut ones are read as far as they go.
+        AudioReadError: missing, empty, damaged or truncated file, or no samples. Truncated mp3 and ogg files, whose
+            headers have no reliable length, are no error: they are read as far as possible.
         TypeError: a source of another type.
     """
 
@@ -104,17 +103,17 @@ class AudioReader:
     def num_samples(self, sampling_rate: int) -> int:
         """Samples of the whole source once resampled to `sampling_rate`.
 
-        For mp3 this is the header's estimate, until a `read` finds that less is there.
+        For mp3 this is the header's estimate until a `read` finds fewer samples.
         """
         return _resampled_length(self.info.num_samples, self.info.sampling_rate, sampling_rate)
 
     def read(self, sampling_rate: int, start: int = 0, length: int | None = None) -> np.ndarray:
         """Mono float32 waveform `(samples,)`: `length` samples from `start`, both counted at `sampling_rate`.
 
-        The samples are those of the whole source resampled, to rounding. Fewer come where the source ends before.
+        The samples equal those of the whole source resampled, up to rounding; there are fewer at its end.
 
         Raises:
-            AudioReadError: nothing at `start`, damage on the way, or samples that are not finite.
+            AudioReadError: no samples at `start`, a damaged file, or samples that are not finite.
         """
         rate = self.info.sampling_rate
         total = self.num_samples(sampling_rate)
@@ -124,7 +123,7 @@ class AudioReader:
             raise AudioReadError(self.name, f"nothing to read at {seconds}, it lasts {self.info.duration:.3f} s")
         if rate == sampling_rate:
             return self._decode(start, stop)
-        # The window starts at a sample that both rates share, so that the resampled samples fall on the same instants.
+        # start at an instant that both rates share, so that the samples coincide with those of the whole source
         step = rate // gcd(rate, sampling_rate)
         context = _RESAMPLING_CONTEXT * max(1, -(-rate // sampling_rate))
         first = max(0, start * rate // sampling_rate - context) // step * step
@@ -139,14 +138,14 @@ class AudioReader:
         try:
             samples = decoder.get_all_samples()
         except Exception as error:
-            raise AudioReadError(self.name, f"its decoder failed: {error}") from error
+            raise AudioReadError(self.name, f"decoding failed: {error}") from error
         channels = np.asarray(samples.data, dtype=np.float32)
         self._samples = _checked(channels.mean(axis=0), self.name)
         self.info = AudioInfo(int(samples.sample_rate), channels.shape[-1], channels.shape[0])
 
     def _open_array(self, source: dict) -> None:
         if source.get("sampling_rate") is None:
-            raise AudioReadError(self.name, f"an array needs a sampling_rate beside it, got the keys {sorted(source)}")
+            raise AudioReadError(self.name, f"expected a sampling_rate with the array, got the keys {sorted(source)}")
         array = source["array"] if "array" in source else source["raw"]
         try:
             self._samples = to_mono_float(array)
@@ -163,8 +162,8 @@ class AudioReader:
             path, content = source.get("path"), source.get("bytes")
         elif source is not None and not isinstance(source, (str, os.PathLike)):
             raise TypeError(
-                "audio must be a path, bytes, a dict with path or bytes, a dict with array and sampling_rate, or a "
-                f"decoder; got {type(source).__name__}"
+                "expected a path, bytes, a dict with path or bytes, a dict with array and sampling_rate, or a decoder "
+                f"as audio, got {type(source).__name__}"
             )
         if path is None and content is None:
             keys = f" in {sorted(map(str, source))}, nor array and sampling_rate" if isinstance(source, dict) else ""
@@ -204,7 +203,7 @@ class AudioReader:
             return self._samples[first:last]
         import soundfile
 
-        # One read call for lead-in and window: soundfile seeks after every call.
+        # one call for lead-in and window, as soundfile seeks after every call
         try:
             begin = self._seek(max(0, first - self._lead_in(first)))
             frames = self._file.read(last - begin, dtype="float32", always_2d=True)[first - begin :]
@@ -215,11 +214,11 @@ class AudioReader:
         return _checked(frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1), self.name)
 
     def _ended_early(self, first: int, count: int) -> None:
-        """Less than promised was decoded: damage, but in mp3 and in vorbis' last block, where `info` is put right."""
+        """Fewer samples than promised: an error, except in mp3 and vorbis' last block, where `info` is corrected."""
         missing = self.info.num_samples - first - count
         if not self._is_mpeg() and not (self._file.subtype == "VORBIS" and missing <= _VORBIS_BLOCK):
             promise = f"its header promises {self.info.num_samples} samples"
-            raise AudioReadError(self.name, f"damaged or truncated: {promise}, none came from {first + count} on")
+            raise AudioReadError(self.name, f"damaged or truncated: {promise}, got none from {first + count} on")
         self.info = replace(self.info, num_samples=first + count if count else self._count())
         if count == 0:
             seconds = f"{first / self.info.sampling_rate:.3f} s"
@@ -230,7 +229,7 @@ class AudioReader:
         return sum(iter(lambda: len(self._file.read(1 << 20, dtype="float32")), 0))
 
     def _lead_in(self, first: int) -> int:
-        """Samples to decode before `first` so that those from `first` on come out as in a decode of the whole file."""
+        """Samples to decode before `first` so that those from `first` on are decoded as in the whole file."""
         if self._is_mpeg():
             return _MPEG_LEAD_IN
         if self._file.subtype == "VORBIS":
@@ -241,7 +240,7 @@ class AudioReader:
         return self._file.subtype.startswith("MPEG")
 
     def _seek(self, frame: int) -> int:
-        """Go to `frame`, or where the file cannot be sought to its beginning; return the position."""
+        """Seek to `frame`, or to the beginning if the file cannot be sought; return the position."""
         import soundfile
 
         try:
@@ -255,7 +254,7 @@ class AudioReader:
 
 
 def audio_info(source: Any) -> AudioInfo:
-    """Rate, length and channels of `source` (see `AudioReader`), for a file from its header alone."""
+    """Rate, length and channels of `source` (see `AudioReader`); of a file, only the header is read."""
     with AudioReader(source) as reader:
         return reader.info
 
@@ -263,8 +262,8 @@ def audio_info(source: Any) -> AudioInfo:
 def read_audio(source: Any, sampling_rate: int, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
     """Read seconds `offset` to `offset + duration` of `source` (see `AudioReader`) as mono float32 `(samples,)`.
 
-    Only these seconds are decoded. The result is at `sampling_rate` Hz and in [-1, 1], except that float audio beyond
-    that range is left as it is; a DC offset stays. A window past the end gives the samples there are.
+    Only these seconds are decoded. The result is at `sampling_rate` Hz and in [-1, 1], but float audio beyond that
+    range is not clipped. A DC offset is kept. A window that passes the end is shorter.
 
     Raises:
         AudioReadError: unreadable audio, or an offset at or past its end.
@@ -282,12 +281,11 @@ def read_audio(source: Any, sampling_rate: int, offset: float = 0.0, duration: f
 def to_mono_float(array: Any) -> np.ndarray:
     """Mono float32 `(samples,)` from an array, list or tensor: the mean of the channels, which are the shorter axis.
 
-    Integers are scaled by the range of their type (8 to 32 bits, unsigned ones are centerd first); floats stay as
-    they are.
+    Integers of 8 to 32 bits are scaled by the range of their type, unsigned ones after centering; floats are not.
 
     Raises:
-        ValueError: no samples, not finite, 64-bit integers (which no PCM format has), or a shape that is not
-            `(samples,)`, `(channels, samples)` or `(samples, channels)`.
+        ValueError: no samples, samples that are not finite, 64-bit integers, or a shape that is not `(samples,)`,
+            `(channels, samples)` or `(samples, channels)`.
     """
     if hasattr(array, "detach"):
         array = array.detach().cpu()
@@ -321,7 +319,7 @@ def resample(waveform: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
 
 
 def source_name(source: Any) -> str:
-    """How messages and reports name a source: its path, else "bytes", "array" or its type."""
+    """Name of a source in messages and reports: its path, or "bytes", "array" or its type."""
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
     if isinstance(source, dict):
@@ -339,7 +337,7 @@ def _fetch(url: str) -> bytes:
             return remote.read()
     except OSError:
         raise
-    except Exception as error:  # each protocol has errors of its own
+    except Exception as error:  # each protocol has its own errors
         raise AudioReadError(url, f"{type(error).__name__}: {error}") from error
 
 

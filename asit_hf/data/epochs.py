@@ -1,4 +1,4 @@
-"""Telling a data set which epoch it is, and a stream which part of it this process reads."""
+"""A callback that sets the epoch of a data set, and each process's part of a stream."""
 
 import logging
 from typing import Any
@@ -16,12 +16,11 @@ logger = logging.getLogger(__name__)
 
 class EpochCallback(TrainerCallback):
     """
-    Calls `dataset.set_epoch` at the start of every epoch. accelerate does so only in a run of one process that was
-    not resumed within an epoch.
+    Calls `dataset.set_epoch` at the start of every epoch; accelerate does so only in a run of one process that was not
+    resumed within an epoch.
 
-    A [`~asit_hf.data.StreamingCrops`] becomes one epoch without end: each process reads its own part of the stream,
-    and a resumed run goes on at the clip where it stopped, in whatever pass that was, if it has as many processes and
-    loader workers as before.
+    A [`~asit_hf.data.StreamingCrops`] becomes one endless epoch: each process reads its own part of the stream, and a
+    run resumed with the same numbers of processes and loader workers continues at the clip where it stopped.
     """
 
     def __init__(self, dataset: Any):
@@ -49,13 +48,12 @@ class EpochCallback(TrainerCallback):
         num_shards = stream.dataset.num_shards
         if num_shards % args.world_size:
             logger.warning(
-                "the stream has %d shards, not a multiple of %d processes: each process reads all of them and keeps "
-                "every %d. clip",
+                "the stream has %d shards, not a multiple of the %d processes: each process reads all shards and "
+                "keeps its share of the clips",
                 num_shards,
                 args.world_size,
-                args.world_size,
             )
-        # accelerate would have every process read and crop everything and throw the others' share away
+        # accelerate would let every process read and crop all clips and discard the other processes' share
         whole = getattr(train_dataloader, "dataset", None)
         if isinstance(whole, IterableDatasetShard):
             whole.num_processes, whole.process_index = 1, 0

@@ -8,6 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import HfArgumentParser
+
 from .audio import AudioReadError, audio_info
 from .corpora.registry import CORPORA, load_corpus
 from .datasets import filter_rows, load_audio_dataset
@@ -40,8 +42,17 @@ class DatasetArguments:
     strict: bool = field(default=False, metadata={"help": "Stop at the first unreadable file instead of skipping it."})
 
     @classmethod
+    def parser(cls, description: str | None) -> HfArgumentParser:
+        """An argparse parser of `--data`, `--split` and these options, for scripts that add their own."""
+        style = argparse.RawDescriptionHelpFormatter
+        parser = HfArgumentParser(cls, description=description, formatter_class=style, allow_abbrev=False)
+        parser.add_argument("--data", required=True, help="folder, csv or json manifest, parquet, or Hub data set")
+        parser.add_argument("--split", help="split of the data; default: the only one, or all rows of a manifest")
+        return parser
+
+    @classmethod
     def of(cls, args: argparse.Namespace) -> "DatasetArguments":
-        """The options among the arguments of an `HfArgumentParser(DatasetArguments)` with arguments of its own."""
+        """These options among the arguments that `parser` has parsed."""
         return cls(**{one.name: getattr(args, one.name) for one in fields(DatasetArguments)})
 
     def load(self, data: str | PathLike, filters: Sequence[str] = (), **kwargs: Any) -> "Dataset":
@@ -54,7 +65,8 @@ class DatasetArguments:
     ) -> "Dataset | IterableDataset":
         """The filtered rows of a data set or corpus, with or without labels, including unreadable files."""
         columns = {name: getattr(self, name) for name in ("audio_column", "label_column", "root")}
-        return filter_rows(_load(data, self.corpus, split=split, streaming=streaming, **columns), filters)
+        dataset = _load(data, self.corpus, split=split, streaming=streaming, **columns)
+        return _filter(dataset, filters, self.label_column)
 
 
 def load_labelled(
@@ -96,10 +108,7 @@ def load_labelled(
         dataset = load_audio_dataset(data, labels_from_folders=True, **kwargs)
     if "label" not in dataset.column_names:
         raise ValueError(f"expected a label column in {data}, got {', '.join(dataset.column_names)}: set label_column")
-    # the label column has been renamed
-    renamed = f"{kwargs.get('label_column')}="
-    conditions = ["label=" + one.removeprefix(renamed) if one.startswith(renamed) else one for one in filters]
-    dataset = filter_rows(dataset, conditions)
+    dataset = _filter(dataset, filters, kwargs.get("label_column"))
     if len(dataset) == 0:
         raise ValueError(f"no row of {data} matches the filters {filters}")
     if check_files:
@@ -153,6 +162,14 @@ def _load(data: str | PathLike, corpus: str | None, **kwargs: Any) -> "Dataset |
     if unused:
         raise ValueError(f"{' and '.join(unused)} cannot be used with the corpus {corpus}")
     return load_corpus(corpus, data, kwargs.get("split"))
+
+
+def _filter(dataset: Any, filters: Sequence[str], label_column: str | None) -> Any:
+    """`filter_rows` by the columns of the original data, whose label column has been renamed to `label`."""
+    renamed = f"{label_column}="
+    return filter_rows(
+        dataset, [f"label={one[len(renamed) :]}" if one.startswith(renamed) else one for one in filters]
+    )
 
 
 def _used_ids(labels: list) -> set[int]:

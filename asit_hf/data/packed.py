@@ -1,10 +1,10 @@
 """
-Packed audio: all clips of a pool in one raw file with an index beside it, so that nothing is decoded twice.
+Packed audio: all clips of a pool in one raw file with an index, for pretraining without decoding.
 
-A folder holds `audio.int16` (16-bit little-endian mono PCM of one sampling rate, clips one after another) and
-`index.json` (format version, sampling rate, and of every clip its samples, its name and, where known, the part of the
-pool that it comes from). The file is memory-mapped on a CPU and resident on an accelerator, where crops are cut
-without a loader. `python -m examples.tools.make_shards --format packed` writes such a folder from any audio. Reading
+A folder holds `audio.int16` (16-bit little-endian mono PCM at one sampling rate, one clip after another) and
+`index.json` (format version, sampling rate, and for every clip its number of samples, its name and optionally the part
+of the pool that it comes from). The file is memory-mapped on a CPU and copied to an accelerator, which cuts the crops
+itself. `python -m examples.tools.make_shards --format packed` writes such a folder from any audio. Reading
 needs torch and numpy only.
 """
 
@@ -28,17 +28,17 @@ from .randomness import Seeded, mix_keys, sample_key, uniform_noise
 AUDIO, INDEX = "audio.int16", "index.json"
 FORMAT, VERSION = "asit packed audio", 1
 FULL_SCALE = 32768
-# What a sample key is mixed with, so that crops have nothing to do with the masks drawn from the same key.
+# mixed with a sample key, so that crops are independent of the masks drawn with the same key
 _CROPS, _ROLL, _SHIFT, _FIRST_CROP = 0x63726F70, 0, 1, 2
 
 
 def is_packed(folder: str | os.PathLike) -> bool:
-    """Whether a folder holds packed audio; that it is whole is checked by `PackedAudio.load`."""
-    return os.path.isfile(os.path.join(folder, AUDIO))  # False for what is too long or odd to be a path
+    """Whether a folder holds packed audio; `PackedAudio.load` checks that it is complete."""
+    return os.path.isfile(os.path.join(folder, AUDIO))  # False for any string that cannot be a path
 
 
 def to_pcm(waveform: np.ndarray) -> np.ndarray:
-    """Float waveform in [-1, 1] to int16 PCM, any shape; what lies beyond is clipped."""
+    """Float waveform of any shape, clipped to [-1, 1], as int16 PCM."""
     return np.clip(np.rint(waveform * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
 
 
@@ -48,12 +48,12 @@ class PackedAudio:
     The clips of a packed pool.
 
     Args:
-        folder: where it was loaded from.
+        folder: folder it was loaded from.
         sampling_rate: in Hz.
-        audio (samples,): int16 PCM, clips one after another.
+        audio (samples,): int16 PCM, one clip after another.
         offsets, lengths (clips,): int64, each clip's first sample in `audio` and its number of samples.
-        names: of the clips.
-        parts: the part of the pool that each clip comes from, where the pool was packed with it.
+        names: names of the clips.
+        parts: part of the pool that each clip comes from, if the pool was packed with parts.
     """
 
     folder: Path
@@ -72,18 +72,18 @@ class PackedAudio:
         Open a folder of packed audio: memory-mapped on a CPU, copied to any other device.
 
         Args:
-            sampling_rate: the rate that is needed, in Hz; packed audio is never resampled.
+            sampling_rate: required rate in Hz; packed audio is never resampled.
 
         Raises:
             FileNotFoundError: no packed audio in this folder.
-            ValueError: a damaged or truncated pool, one without clips, of a newer version or of another rate.
+            ValueError: a damaged or truncated pool, or one without clips, of another version or of another rate.
         """
         folder = Path(folder)
         index = read_index(folder / INDEX, FORMAT)
         if sampling_rate not in (None, index["sampling_rate"]):
             raise ValueError(
-                f"{folder} is packed at {index['sampling_rate']} Hz and cannot be resampled, got a sampling rate of "
-                f"{sampling_rate} Hz: ask for {index['sampling_rate']} Hz, or pack the audio again at {sampling_rate}"
+                f"expected the sampling rate of {folder}, {index['sampling_rate']} Hz, got {sampling_rate} Hz: packed "
+                "audio is not resampled, pack it again at that rate"
             )
         lengths = torch.tensor(index["lengths"], dtype=torch.int64)
         audio = _map(folder, int(lengths.sum()))
@@ -99,7 +99,7 @@ class PackedAudio:
         return pool.to(device)
 
     def to(self, device: str | torch.device) -> "PackedAudio":
-        """The same pool, its audio and the places of its clips on `device`."""
+        """The same pool with its tensors on `device`."""
         moved = {name: getattr(self, name).to(device) for name in ("audio", "offsets", "lengths")}
         return replace(self, **moved)
 
@@ -115,7 +115,7 @@ class PackedAudio:
         return len(self.names)
 
     def __getstate__(self) -> dict[str, Any]:
-        # a started (not forked) loader worker maps the file itself, whatever device the audio is on
+        # a spawned loader worker maps the file itself, whatever device the audio is on
         return {**vars(self), "audio": None, "offsets": self.offsets.cpu(), "lengths": self.lengths.cpu()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -162,23 +162,23 @@ class PackedCrops(Seeded, Dataset):
         return {"sample_key": key, "index": index, "file": self.sources.names[index], "bad_files": []}
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """As `collate_crops`, with the crops: what loader workers do where the audio is not on the model's device."""
+        """`collate_crops` with the crops; for loader workers, if the audio is not on the model's device."""
         batch = collate_crops(items)
         return batch | self.gather(batch["indices"], batch["sample_keys"])
 
     @torch.no_grad()
     def gather(self, indices: torch.Tensor, sample_keys: torch.Tensor) -> dict[str, torch.Tensor]:
         """
-        The crops of a batch, cut on the device that the audio is on.
+        The crops of a batch, cut on the audio's device and bit-identical on every device.
 
         Args:
             indices (batch,): int64, the clips.
-            sample_keys (batch,): int64, what their crops are drawn from.
+            sample_keys (batch,): int64, the seeds of their crops.
 
         Returns:
-            `global_waveforms` (batch, num_global_crops, samples) int16 PCM, `global_lengths` (batch,
-            num_global_crops) int64: the samples that are audio, the rest of a short clip's crop being zeros; the same
-            with `local_` where there are local crops. The same on every device, bit for bit.
+            `global_waveforms` (batch, num_global_crops, samples) int16 PCM; `global_lengths` (batch,
+            num_global_crops) int64, the samples before the zero padding of clips shorter than a crop; and the same
+            with `local_` if there are local crops.
         """
         settings, pool = self.settings, self.sources
         device = pool.audio.device
@@ -206,20 +206,19 @@ def write_packed(
     folder: str | os.PathLike, clips: Iterable[tuple[str, str | None, np.ndarray]], sampling_rate: int
 ) -> None:
     """
-    Write clips as packed audio; until all of them are written, nothing in `folder` can be loaded.
+    Write clips as packed audio, which cannot be loaded until all clips are written.
 
     Args:
-        clips: of each the name, the part of the pool (`None` for all, where there are none) and its int16 PCM
-            `(samples,)`.
+        clips: name, part of the pool (`None` if there are no parts) and int16 PCM `(samples,)` of each clip.
         sampling_rate: of all clips, in Hz.
 
     Raises:
-        FileExistsError: `folder` holds packed audio already.
+        FileExistsError: `folder` already holds packed audio.
         ValueError: no clips, or one that is empty or not int16.
     """
     folder = Path(folder)
     if (folder / INDEX).exists():
-        raise FileExistsError(f"{folder} holds {INDEX} already: remove it, or write to another folder")
+        raise FileExistsError(f"{folder} already holds {INDEX}: remove it or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     names, parts, lengths = [], [], []
     with whole_file(folder / AUDIO) as unfinished, unfinished.open("wb") as file:
@@ -246,7 +245,7 @@ def write_index(
     lengths: list[int],
     **fields: Any,
 ) -> None:
-    """An index as `read_index` reads it, whole or not at all."""
+    """Writes an index for `read_index`, completely or not at all."""
     index = {
         "format": format,
         "version": VERSION,
@@ -264,11 +263,11 @@ def write_index(
 
 def read_index(path: Path, format: str) -> dict[str, Any]:
     """
-    What `write_index` wrote: `sampling_rate`, `num_samples`, `lengths`, `names`, `parts` where known, and others.
+    The index of `write_index`: `sampling_rate`, `num_samples`, `lengths`, `names`, `parts` if known, and other fields.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged index, one of another format or version, or of no clips.
+        ValueError: a damaged index, or one of another format or version or without clips.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no {format} in {path.parent}: expected a file {path.name} there")
@@ -281,42 +280,42 @@ def read_index(path: Path, format: str) -> dict[str, Any]:
     if index.get("version") != VERSION:
         raise ValueError(
             f"expected version {VERSION} of the format, got {index.get('version')} in {path}: "
-            "update asit_hf, or write the folder again"
+            "update asit_hf or write the folder again"
         )
     missing = {"sampling_rate", "num_samples", "lengths", "names"} - index.keys()
     if missing:
-        raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"{path} is damaged: expected the keys {', '.join(sorted(missing))} too")
     lengths = index["lengths"]
     if not lengths:
         raise ValueError(f"expected at least one clip, got none in {path}")
     same = {len(lengths), len(index["names"]), len(index.get("parts", lengths))}
     if len(same) > 1 or min(lengths) < 1 or sum(lengths) != index["num_samples"]:
-        raise ValueError(f"{path} is damaged: its lengths, names and number of samples contradict each other")
+        raise ValueError(f"{path} is damaged: expected lengths, names and number of samples that agree")
     return index
 
 
 def _map(folder: Path, num_samples: int) -> torch.Tensor:
-    """`(samples,)` int16; read when touched, and never written to."""
+    """`(samples,)` int16, read lazily and never written to."""
     path = folder / AUDIO
     if not path.is_file():
         raise FileNotFoundError(f"no {FORMAT} in {folder}: expected a file {AUDIO} there")
     if path.stat().st_size != 2 * num_samples:
         raise ValueError(
-            f"{path} is truncated or belongs to another index: expected {2 * num_samples} bytes, got "
+            f"{path} is truncated or does not match its index: expected {2 * num_samples} bytes, got "
             f"{path.stat().st_size}"
         )
-    return torch.from_numpy(np.memmap(path, "<i2", mode="c"))  # "c": torch warns of an array that is read-only
+    return torch.from_numpy(np.memmap(path, "<i2", mode="c"))  # "c", as torch warns of read-only arrays
 
 
 def _below(numbers: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
-    """Hashes to numbers in [0, limit), uniform; in integers, which are exact on every device."""
+    """Hashes as uniform numbers in [0, limit); in integers, which are exact on every device."""
     return (numbers & (2**63 - 1)) % limits
 
 
 def _cut_by_slices(
     audio: torch.Tensor, offsets: torch.Tensor, totals: torch.Tensor, starts: torch.Tensor, size: int
 ) -> torch.Tensor:
-    """Crops `(batch, crops, size)` from `starts` (batch, crops) of clips, going on at a clip's beginning."""
+    """Crops `(batch, crops, size)` at `starts` (batch, crops), wrapping around at the end of a clip."""
     samples = audio.numpy()
     waveforms = np.empty((*starts.shape, size), np.int16)
     for rows, offset, total, row_starts in zip(waveforms, offsets.tolist(), totals.tolist(), starts.tolist()):
@@ -333,7 +332,7 @@ def _cut_by_slices(
 def _cut_by_index(
     audio: torch.Tensor, offsets: torch.Tensor, totals: torch.Tensor, starts: torch.Tensor, size: int
 ) -> torch.Tensor:
-    """The same, in a few operations without waiting for the device."""
+    """The same in a few operations that do not synchronize the device."""
     place = torch.arange(size, device=audio.device)
     totals = totals[:, None, None]
     positions = (starts[..., None] + place).remainder_(totals).add_(offsets[:, None, None])

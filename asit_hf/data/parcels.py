@@ -1,16 +1,17 @@
 """
-Opus parcels: a packed pool in about a sixteenth of its size, to carry it to another machine.
+Opus parcels: a packed pool compressed to about a sixteenth of its size, to copy it to another machine.
 
     python -m asit_hf.data.parcels encode POOL PARCELS
     python -m asit_hf.data.parcels decode PARCELS POOL
 
 A folder of parcels holds Ogg Opus files, each with consecutive clips of one part of the pool, and `index.json`. Clips
-come back at their exact lengths, and sound nearly the same. Needs soundfile 0.13 or later beside torch and numpy.
+keep their exact lengths and nearly their sound. Needs soundfile 0.13 or later, torch and numpy.
 """
 
 import argparse
 import io
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -30,7 +31,7 @@ BLOCK = 1 << 16  # libsndfile's Ogg encoder crashes on long blocks
 def is_parcels(folder: str | os.PathLike) -> bool:
     """Whether a folder holds Opus parcels."""
     path = os.path.join(folder, INDEX)
-    if not os.path.isfile(path):  # False for what is too long or odd to be a path
+    if not os.path.isfile(path):  # False for any string that cannot be a path
         return False
     with open(path, encoding="utf-8", errors="replace") as file:
         return FORMAT in file.read(1000)
@@ -44,31 +45,31 @@ def encode_parcels(
     num_threads: int | None = None,
 ) -> int:
     """
-    Write a packed pool as Opus parcels; until all files are there, `decode_parcels` finds none.
+    Write a packed pool as Opus parcels, which cannot be decoded until all files are written.
 
     Args:
-        kilobits: the bit rate that the encoder aims at, in kb/s (6 to 256). It varies with the sound.
-        max_megabytes: the largest file, in MiB.
-        num_threads: files encoded at once (default: as many as there are processors).
+        kilobits: average bit rate in kb/s that the encoder aims at, 6 to 256.
+        max_megabytes: size of the largest file in MiB.
+        num_threads: files encoded in parallel; by default the number of processors.
 
     Returns:
-        The bytes of all files.
+        The total size in bytes.
 
     Raises:
-        FileExistsError: `folder` holds parcels, or other files with an index, already.
-        ValueError: a sampling rate that Opus does not have, a bit rate out of range, or a clip that alone is larger
-            than a file may be.
+        FileExistsError: `folder` already holds parcels, or other files with an index.
+        ValueError: a sampling rate that Opus does not support, a bit rate out of range, or a clip that alone exceeds
+            the size of a file.
     """
     folder = Path(folder)
     if (folder / INDEX).exists():
-        raise FileExistsError(f"{folder} holds {INDEX} already: remove it, or write to another folder")
+        raise FileExistsError(f"{folder} already holds {INDEX}: remove it or choose another folder")
     if pool.sampling_rate not in RATES:
         raise ValueError(f"expected a pool of one of Opus' sampling rates {RATES}, got {pool.sampling_rate} Hz")
     if not 6 <= kilobits <= 256:
-        raise ValueError(f"expected 6 to 256 kilobits a second, got {kilobits}")
+        raise ValueError(f"expected 6 to 256 kilobits per second, got {kilobits}")
     folder.mkdir(parents=True, exist_ok=True)
     max_bytes = int(max_megabytes * 2**20)
-    # at twice the bit rate aimed at, files are still small enough; those that are not are halved
+    # files that exceed the limit even so, at more than twice the bit rate, are split in half
     ranges = _split(pool, max_samples=int(max_bytes * 8 / (2000 * kilobits) * pool.sampling_rate))
 
     def encode(clips: range) -> list[tuple[str, int]]:
@@ -87,7 +88,7 @@ def encode_parcels(
         middle = len(clips) // 2
         return encode(clips[:middle]) + encode(clips[middle:])
 
-    with ThreadPoolExecutor(num_threads or os.cpu_count()) as threads:  # libsndfile lets go of Python's lock
+    with ThreadPoolExecutor(num_threads or os.cpu_count()) as threads:  # libsndfile releases the GIL
         files = list(chain.from_iterable(threads.map(encode, ranges)))
     write_index(folder / INDEX, FORMAT, pool.sampling_rate, pool.names, pool.parts, pool.lengths.tolist(), files=files)
     return sum((folder / name).stat().st_size for name, _ in files)
@@ -100,19 +101,19 @@ def decode_parcels(
     Write parcels as a packed pool, and open it.
 
     Args:
-        num_threads: files decoded at once (default: as many as there are processors).
+        num_threads: files decoded in parallel; by default the number of processors.
 
     Raises:
         FileNotFoundError: no parcels, or a missing file.
-        FileExistsError: `folder` holds packed audio already.
-        ValueError: a damaged index, or a file that is more than one frame of Opus (20 ms) shorter or longer than its
-            clips.
+        FileExistsError: `folder` already holds packed audio.
+        ValueError: a damaged index, or a file whose length differs from that of its clips by more than one frame of
+            Opus (20 ms).
     """
     parcels = Path(parcels)
     index = read_index(parcels / INDEX, FORMAT)
     rate, names, lengths = index["sampling_rate"], index["names"], index["lengths"]
     if sum(count for _, count in index["files"]) != len(names):
-        raise ValueError(f"{parcels / INDEX} is damaged: its files do not hold its {len(names)} clips")
+        raise ValueError(f"{parcels / INDEX} is damaged: expected files with {len(names)} clips in total")
     parts = index.get("parts") or [None] * len(names)
     stops = np.cumsum([count for _, count in index["files"]])
     jobs = [
@@ -122,7 +123,7 @@ def decode_parcels(
     def clips() -> Iterator[tuple[str, str | None, np.ndarray]]:
         at_once = num_threads or os.cpu_count() or 1
         with ThreadPoolExecutor(at_once) as threads:
-            # so many files at a time: what is decoded waits in memory until it is written
+            # in groups, as decoded files wait in memory until they are written
             groups = (jobs[start : start + at_once] for start in range(0, len(jobs), at_once))
             files = (file for group in groups for file in threads.map(lambda job: _decode(*job, rate), group))
             yield from zip(names, parts, chain.from_iterable(files))
@@ -132,7 +133,7 @@ def decode_parcels(
 
 
 def _split(pool: PackedAudio, max_samples: int) -> list[range]:
-    """Consecutive clips of one part, together of at most so many samples, or one clip."""
+    """Ranges of consecutive clips of one part, with at most `max_samples` together or of one clip."""
     starts, samples = [0], 0
     for clip, length in enumerate(pool.lengths.tolist()):
         other_part = pool.parts is not None and pool.parts[clip] != pool.parts[starts[-1]]
@@ -146,7 +147,7 @@ def _split(pool: PackedAudio, max_samples: int) -> list[range]:
 def _encode(samples: np.ndarray, sampling_rate: int, kilobits: float) -> bytes:
     import soundfile
 
-    level = 1 - (kilobits - 6) / 250  # libsndfile's scale from 256 kb/s to 6 kb/s
+    level = 1 - (kilobits - 6) / 250  # from 256 kb/s (0) to 6 kb/s (1)
     content = io.BytesIO()
     with soundfile.SoundFile(content, "w", sampling_rate, 1, "OPUS", format="OGG", compression_level=level) as file:
         for start in range(0, len(samples), BLOCK):
@@ -159,7 +160,7 @@ def _decode(path: Path, lengths: list[int], sampling_rate: int) -> list[np.ndarr
     import soundfile
 
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, which the index beside it names")
+        raise FileNotFoundError(f"{path} is missing, but listed in {INDEX}")
     try:
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
@@ -178,27 +179,30 @@ def _decode(path: Path, lengths: list[int], sampling_rate: int) -> list[np.ndarr
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    encode = commands.add_parser("encode", help="packed pool to Opus parcels")
-    encode.add_argument("source", help="folder of packed audio")
-    encode.add_argument("target", help="folder to write")
-    encode.add_argument("--kilobits", type=float, default=16.0, help="bit rate aimed at (default: %(default)s kb/s)")
-    encode.add_argument("--max_megabytes", type=float, default=16.0, help="largest file (default: %(default)s MiB)")
-    decode = commands.add_parser("decode", help="Opus parcels to packed pool")
-    decode.add_argument("source", help="folder of parcels")
-    decode.add_argument("target", help="folder to write")
+    encode = commands.add_parser("encode", help="convert a packed pool to Opus parcels")
+    encode.add_argument("pool", help="folder of packed audio")
+    encode.add_argument("parcels", help="folder to write")
+    encode.add_argument("--kilobits", type=float, default=16.0, help="average bit rate in kb/s (default: %(default)s)")
+    encode.add_argument("--max_megabytes", type=float, default=16.0, help="largest file in MiB (default: %(default)s)")
+    decode = commands.add_parser("decode", help="convert Opus parcels to a packed pool")
+    decode.add_argument("parcels", help="folder of parcels")
+    decode.add_argument("pool", help="folder to write")
     for command in (encode, decode):
-        command.add_argument("--num_threads", type=int, help="files at once (default: number of processors)")
+        command.add_argument("--num_threads", type=int, help="files in parallel (default: number of processors)")
     options = vars(parser.parse_args(arguments))
-    command, source, target = (options.pop(name) for name in ("command", "source", "target"))
+    command, folder, parcels = (options.pop(name) for name in ("command", "pool", "parcels"))
     if command == "encode":
-        pool = PackedAudio.load(source)
-        size = encode_parcels(pool, target, **options)
+        pool = PackedAudio.load(folder)
+        size = encode_parcels(pool, parcels, **options)
         bit_rate = size * 8 / (pool.hours * 3600) / 1000
-        print(f"{pool.hours:.2f} hours in {size / 2**20:.1f} MiB, {bit_rate:.1f} kb/s, in {target}")
+        print(f"{pool.hours:.2f} hours in {size / 2**20:.1f} MiB, {bit_rate:.1f} kb/s, in {parcels}")
     else:
-        pool = decode_parcels(source, target, **options)
-        print(f"{len(pool)} clips, {pool.hours:.2f} hours, {pool.num_bytes / 2**20:.1f} MiB in {target}")
+        pool = decode_parcels(parcels, folder, **options)
+        print(f"{len(pool)} clips, {pool.hours:.2f} hours, {pool.num_bytes / 2**20:.1f} MiB in {folder}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

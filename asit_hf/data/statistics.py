@@ -1,4 +1,4 @@
-"""Mean and spread of the log-mel values of a data set, which its spectrograms are normalized with."""
+"""Mean and standard deviation of a data set's log-mel values, which normalize its spectrograms."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from ..feature_extraction_asit import ASiTFeatureExtractor
 @dataclass(frozen=True)
 class LogMelStatistics:
     """
-    Sums over the log-mel values of some clips, in float64. Those of other clips are added with `+`, in any order: the
-    result is that of all clips at once, to float64's rounding.
+    Sums over the log-mel values of some clips, in float64. Statistics of disjoint sets of clips are combined with `+`,
+    in any order, and equal those of all clips up to rounding.
     """
 
     clips: int = 0
@@ -30,7 +30,7 @@ class LogMelStatistics:
 
     @property
     def std(self) -> float:
-        """Standard deviation over all values (not a sample's estimate)."""
+        """Population standard deviation."""
         return max(0.0, self.squares / self.count - self.mean**2) ** 0.5
 
 
@@ -38,16 +38,16 @@ def log_mel_statistics(
     waveforms: Iterable[np.ndarray], sampling_rate: int = 16000, num_mel_bins: int = 128
 ) -> LogMelStatistics:
     """
-    Statistics of the frames of all clips, one clip in memory at a time; none are filled up to a common length.
+    Statistics of the frames of all clips, without padding, one clip in memory at a time.
 
     Args:
         waveforms: mono `(samples,)`, at `sampling_rate` Hz.
-        sampling_rate, num_mel_bins: as of the [`ASiTFeatureExtractor`] that will use them.
+        sampling_rate, num_mel_bins: those of the [`ASiTFeatureExtractor`] that will use the statistics.
 
     Raises:
-        ValueError: no clip, or one that is empty or not finite.
+        ValueError: no clip, or a clip that is empty or not finite.
     """
-    # mean 0 and std 1/2 leave the log-mel values as they are
+    # mean 0 and std 1/2 do not change the log-mel values
     extractor = ASiTFeatureExtractor(sampling_rate=sampling_rate, num_mel_bins=num_mel_bins, mean=0.0, std=0.5)
     statistics = LogMelStatistics()
     for waveform in waveforms:

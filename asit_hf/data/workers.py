@@ -4,7 +4,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Where a worker's batch is unpacked: an error from here means that the worker is no more.
+# modules that unpack a worker's batch: an error from them means that the worker has died
 _UNPACKING = ("multiprocessing/reductions.py", "multiprocessing/queues.py", "multiprocessing/resource_sharer.py")
 _DIED = "DataLoader worker (pid"
 
@@ -12,17 +12,16 @@ _DIED = "DataLoader worker (pid"
 @contextmanager
 def clear_worker_errors() -> Iterator[None]:
     """
-    Within it, a `DataLoader` worker that is killed raises one error that says so. torch has several, by the moment of
-    the kill, down to a bare `ConnectionResetError`; and it raises from a signal, so anywhere, not only where a batch
-    is taken.
+    Turns the errors of torch for a killed `DataLoader` worker into one clear error. The error of torch depends on
+    the moment (it may be a bare `ConnectionResetError`) and is raised by a signal handler, anywhere in the block.
 
     Raises:
-        RuntimeError: a worker was killed. Other errors, those raised within a worker too, pass unchanged.
+        RuntimeError: a worker was killed. All other errors, also those raised in a worker, pass unchanged.
     """
     try:
         try:
             yield
-        except (OSError, EOFError) as error:  # the signal may still come while this is dealt with
+        except (OSError, EOFError) as error:  # the signal may still arrive while this is handled
             if not _comes_from_unpacking(error):
                 raise
             raise RuntimeError(f"{_DIED} unknown): {type(error).__name__}: {error}") from error
@@ -30,7 +29,7 @@ def clear_worker_errors() -> Iterator[None]:
         if not str(error).startswith(_DIED):
             raise
         raise RuntimeError(
-            "a DataLoader worker was killed by the system, usually for want of memory: lower dataloader_num_workers "
+            "a DataLoader worker was killed by the system, usually for lack of memory: lower dataloader_num_workers "
             f"and resume from the last checkpoint ({error})"
         ) from error
 

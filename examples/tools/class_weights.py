@@ -8,14 +8,11 @@ Columns: `index`, `label`, `clips` and `weight`, 1000 / (clips + 0.01). A clip i
 weights. Only labels are read, no audio.
 """
 
-import argparse
 import csv
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import TextIO
-
-from transformers import HfArgumentParser
 
 from asit_hf.data import label_names
 from asit_hf.data.labelled import DatasetArguments, problem_type_of
@@ -23,28 +20,12 @@ from asit_hf.finetuning.sampling import class_weights
 from asit_hf.utils.files import whole_file
 
 
-def build_parser() -> HfArgumentParser:
-    parser = HfArgumentParser(
-        DatasetArguments,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--data",
-        required=True,
-        help="folder of class folders, csv or json manifest, parquet, or Hub data set",
-    )
-    parser.add_argument("--split", help="split of the data; default: the only one, or all rows of a manifest")
+def main(argv: list[str] | None = None) -> list[dict[str, int | str | float]]:
+    parser = DatasetArguments.parser(__doc__)
     parser.add_argument(
         "--filter", nargs="+", default=[], metavar="COLUMN=V1,V2", help="keep rows with one of these values"
     )
     parser.add_argument("--output", type=Path, help="csv file to write; default: standard output")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> list[dict[str, int | str | float]]:
-    parser = build_parser()
     args = parser.parse_args(argv)
     if args.strict:
         parser.error("--strict has no effect: only labels are read, no audio")

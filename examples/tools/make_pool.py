@@ -1,19 +1,19 @@
 """
-Assembles an unlabelled pool of real audio to pretrain on: labelled sets and Debian packages, without duplicates.
+Builds an unlabelled pool of audio for pretraining from labelled data sets and Debian packages, without duplicates.
 
     python -m examples.tools.make_pool --real_audio AUDIO_FOLDER --output_dir pool --work_dir pool_work
     python examples/run_pretraining.py --train_data pool ...
     python examples/run_pretraining.py --train_data '{"data": "pool", "filter": ["source=esc50,fsdd"]}' ...
 
-AUDIO_FOLDER holds `esc50-16k`, `asc-16k` and `fsdd-8k`; packages come from `apt-get download` and are unpacked with
-`dpkg-deb -x`, nothing is installed. Each file is decoded to 16 kHz, silence is taken out, and what is left is cut into
-clips of at most `--seconds`. A recording that is there already, in whatever format, is left out, and so is one of the
-folds and speakers that are kept back for evaluation.
+AUDIO_FOLDER holds `esc50-16k`, `asc-16k` and `fsdd-8k`. Packages are downloaded with `apt-get download` and unpacked
+with `dpkg-deb -x`; nothing is installed. Each file is decoded at 16 kHz, its silence is removed, and the rest is cut
+into clips of at most `--seconds`. Duplicates are skipped whatever their format, and so are copies of the folds and
+speakers that are held out for evaluation.
 
 Shards `PART-00000.parquet`, ... have the columns `audio` (16-bit flac), `source` (the part), `original_path`, `start`
-and `seconds`. `pool.md` and `pool.json` give hours, licenses and what was left out for which reason, `left_out.jsonl`
-names each file of it; `licenses/` holds the parts' own texts. Stopped? The same command goes on after the last part
-that is whole; shards of a part that is not are written anew. `pool.json` says `complete` when all parts are there.
+and `seconds`. `pool.md` and `pool.json` list hours, licenses and the number of skipped files by reason,
+`left_out.jsonl` lists the skipped files, and `licenses/` has the license texts. After an interruption the same command
+continues after the last complete part. `pool.json` has `complete: true` once all parts are done.
 """
 
 import argparse
@@ -46,20 +46,20 @@ from examples.tools.make_shards import ROWS_IN_MEMORY, encode, make_packed
 
 SAMPLING_RATE = 16000
 CLIPS_PER_SHARD = 500
-# A frame of 20 ms is silent if its swing is 60 dB below that of the file's loudest frame; a DC offset is no swing.
-# Of a stretch of more than SILENT_FRAMES, half as many frames are left; at the beginning and the end, nothing.
+# A frame of 20 ms is silent if its peak-to-peak range is 60 dB below that of the loudest frame. Longer silence than
+# SILENT_FRAMES is cut to half as many frames; at the beginning and the end, it is removed.
 FRAME = SAMPLING_RATE // 50
 SILENT_FRAMES = 25
 SILENCE = 1e-3
 SHORTEST = SAMPLING_RATE // 4
-# Two files are one recording if their fingerprints' cosine is at least SAME and their lengths differ by less than two
-# steps. Of 2,362 files of ESC-50, Arabic Speech Commands and FSDD, the nearest two have 0.982; written as vorbis and
-# mp3 and read again, 99 of 100 have 0.99 or more.
+# Two files are one recording if the cosine of their fingerprints is at least SAME and their lengths differ by less
+# than two steps. Among 2,362 files of ESC-50, Arabic Speech Commands and FSDD the highest cosine is 0.982; for vorbis
+# and mp3 copies of a file it is at least 0.99 in 99 of 100 cases.
 SAME = 0.99
 LENGTH_STEP = 1.02
-FINGERPRINT = (32, 32)  # stretches of time, mel bands
-FINGERPRINT_RANGE = 7.0  # below the loudest, in nepers of power: quieter is the coder's noise
-KEPT_BACK = "-kept-back/"  # in the names of recordings that are compared with, never written
+FINGERPRINT = (32, 32)  # time, mel
+FINGERPRINT_RANGE = 7.0  # nepers of power below the maximum: quieter values are coding noise
+KEPT_BACK = "-kept-back/"  # in the names of held-out recordings
 FEATURES = Features(
     {
         "audio": Audio(decode=False),
@@ -71,7 +71,7 @@ FEATURES = Features(
 )
 REASONS = ("unreadable", "silent", "short", "duplicate", "held out")
 
-# Licenses of the audio, or of the whole where the package does not tell it apart; `licenses/` has the full texts.
+# Content and license of the audio, or of the package if its audio has none of its own; see `licenses/` for the texts.
 PACKAGES = {
     # effects, animals, machines, surroundings
     "sonic-pi-samples": ("samples, loops, field recordings", "CC0, MIT"),
@@ -131,7 +131,7 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class Part:
-    """Files below `root` that belong together. `kept_back` ones are compared with, never written."""
+    """One origin of audio, with its files below `root`. A `kept_back` part is held out: only compared with."""
 
     name: str
     root: Path
@@ -144,7 +144,7 @@ class Part:
 
 
 class Recordings:
-    """The recordings so far, for finding the same one again whatever format or level it comes in."""
+    """The recordings so far, to find duplicates in any format and at any level."""
 
     def __init__(self) -> None:
         self.hashes: dict[str, str] = {}
@@ -152,7 +152,7 @@ class Recordings:
         self._names: dict[int, list[str]] = {}
 
     def find(self, digest: str, length: int, fingerprint: np.ndarray) -> str | None:
-        """The name of the recording that this one repeats."""
+        """Name of an earlier recording that this one duplicates."""
         if digest in self.hashes:
             return self.hashes[digest]
         step = _length_step(length)
@@ -180,7 +180,7 @@ def _length_step(length: int) -> int:
 
 
 def fingerprint(waveform: np.ndarray) -> np.ndarray:
-    """A coarse log-mel spectrogram as a unit vector `(1024,)`: of the sound, not of its length, level or DC offset."""
+    """A coarse log-mel spectrogram as a unit vector `(1024,)`, independent of length, level and DC offset."""
     spectrogram = log_mel_spectrogram(torch.from_numpy(waveform), SAMPLING_RATE, FINGERPRINT[1])
     spectrogram = spectrogram.clamp_min(spectrogram.max() - FINGERPRINT_RANGE)
     coarse = torch.nn.functional.adaptive_avg_pool2d(spectrogram[None], FINGERPRINT).flatten()
@@ -189,7 +189,7 @@ def fingerprint(waveform: np.ndarray) -> np.ndarray:
 
 
 def cut_silence(waveform: np.ndarray) -> np.ndarray:
-    """`(samples,)` without long silence (see `SILENT_FRAMES`), to whole frames; empty if there is nothing else."""
+    """`(samples,)` in whole frames, without long silence (see `SILENT_FRAMES`); empty for silence only."""
     frames = waveform[: len(waveform) // FRAME * FRAME].reshape(-1, FRAME)
     if len(frames) == 0:
         return waveform[:0]
@@ -206,8 +206,8 @@ def cut_silence(waveform: np.ndarray) -> np.ndarray:
 
 def cut_clips(waveform: np.ndarray, seconds: float, seconds_per_file: float) -> Iterator[tuple[int, np.ndarray]]:
     """
-    Equal clips of at most `seconds`, with their first sample; of a file longer than `seconds_per_file` as many as fill
-    that, evenly spread.
+    Start sample and samples of equal clips of at most `seconds`. From a file longer than `seconds_per_file`, only that
+    much is taken, at equal distances.
     """
     count = -(-len(waveform) // round(seconds * SAMPLING_RATE))
     edges = np.linspace(0, len(waveform), count + 1).round().astype(int)
@@ -219,17 +219,17 @@ def cut_clips(waveform: np.ndarray, seconds: float, seconds_per_file: float) -> 
 
 def fetch(package: str, work_dir: Path) -> tuple[Path, str]:
     """
-    The folder that `package` unpacks to, and its version; what is in `work_dir` already is not fetched again.
+    The folder of the unpacked `package`, and its version. Packages in `work_dir` are not downloaded again.
 
     Raises:
-        FileNotFoundError: there is no such package here, or it cannot be had.
+        FileNotFoundError: a package that cannot be found or downloaded.
     """
     if not (found := sorted(work_dir.glob(f"{package}_*.deb"))):
         with TemporaryDirectory(dir=work_dir, prefix=f".{package}-") as scratch:
             run(["apt-get", "download", package], package, cwd=Path(scratch))
             found = [Path(shutil.move(deb, work_dir)) for deb in Path(scratch).glob("*.deb")]
         if not found:
-            raise FileNotFoundError(f"{package}: apt-get download left no file")
+            raise FileNotFoundError(f"{package}: apt-get downloaded no file")
     folder = work_dir / found[-1].stem
     if not folder.exists():
         with whole_folder(folder) as unfinished:
@@ -241,9 +241,9 @@ def run(command: list[str], package: str, cwd: Path | None = None) -> str:
     try:
         return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True).stdout
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{package}: {command[0]} is not here") from error
+        raise FileNotFoundError(f"{package}: {command[0]} is not installed") from error
     except subprocess.CalledProcessError as error:
-        raise FileNotFoundError(f"{package}: {command[0]} says {error.stderr.strip()}") from error
+        raise FileNotFoundError(f"{package}: {command[0]} failed: {error.stderr.strip()}") from error
 
 
 def package_part(package: str, work_dir: Path) -> Part:
@@ -255,10 +255,10 @@ def package_part(package: str, work_dir: Path) -> Part:
 
 
 def labelled_parts(real_audio: Path, esc50_folds: Sequence[int]) -> list[Part]:
-    """What is kept back comes first, so that it is known when its copies come.
+    """The parts of the labelled data sets; held-out ones first, so that their duplicates are found.
 
     Raises:
-        FileNotFoundError: a set, or a file that its table names, is missing.
+        FileNotFoundError: a missing data set, or a missing file of its table.
     """
     esc50, asc, fsdd = (real_audio / name for name in ("esc50-16k", "asc-16k", "fsdd-8k"))
     clips = pandas.read_csv(esc50 / "esc50.csv")
@@ -294,12 +294,12 @@ def labelled_parts(real_audio: Path, esc50_folds: Sequence[int]) -> list[Part]:
     ]
     missing = [str(path) for part in parts for path in part.files if not path.is_file()]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} files that the tables name are missing, first {missing[0]}")
+        raise FileNotFoundError(f"{len(missing)} files of the tables are missing, first {missing[0]}")
     return [part for part in parts if part.files]
 
 
 def add_part(part: Part, recordings: Recordings, output_dir: Path, seconds: float, seconds_per_file: float) -> dict:
-    """Writes the shards of `part`, and returns its row of the table; nothing counts until that is in `pool.json`."""
+    """Writes the shards of `part` and returns its row of the table, which `pool.json` has once it is complete."""
     for path in [*output_dir.glob(f"{part.name}-[0-9]*.parquet"), *output_dir.glob(f".{part.name}-*.unfinished")]:
         path.unlink()
     counts: Counter[str] = Counter()
@@ -382,7 +382,7 @@ def add_part(part: Part, recordings: Recordings, output_dir: Path, seconds: floa
 
 
 def digest(waveform: np.ndarray) -> str:
-    """Of the 16-bit samples."""
+    """Hash of the 16-bit samples."""
     return hashlib.sha256((waveform.clip(-1, 1) * 32767).round().astype("<i2").tobytes()).hexdigest()
 
 
@@ -393,7 +393,7 @@ def write_shard(path: Path, rows: list[dict]) -> None:
 
 
 def save_state(output_dir: Path, name: str, new: list[tuple], left_out: list[dict]) -> None:
-    """What a later call must know of a finished part."""
+    """Saves the recordings and skipped files of a complete part, for later calls."""
     folder = output_dir / ".state"
     names, digests, lengths, prints = zip(*new) if new else ((), (), (), ())
     with whole_file(folder / f"{name}.npz") as unfinished, unfinished.open("wb") as file:
@@ -448,23 +448,23 @@ def make_pool(
     strict: bool = False,
 ) -> dict:
     """
-    Writes the pool to `output_dir` and returns what `pool.json` says of it.
+    Writes the pool to `output_dir` and returns the content of `pool.json`.
 
     Args:
-        work_dir: where packages are kept, packed and unpacked.
-        real_audio: folder of the labelled sets; `None`: packages only.
-        esc50_folds: the others, and copies of their clips, stay out.
-        seconds: the longest clip.
-        seconds_per_file: of longer files, this much is taken.
-        strict: stop at a package that cannot be had, instead of going on without.
+        work_dir: folder of the downloaded and unpacked packages.
+        real_audio: folder of the labelled data sets; `None` for packages only.
+        esc50_folds: folds to use; the clips of the others are held out.
+        seconds: length of the longest clip.
+        seconds_per_file: most seconds taken from one file.
+        strict: raise for a package that cannot be downloaded instead of skipping it.
 
     Raises:
-        FileNotFoundError: a file of the labelled sets is missing; with `strict` a package, too.
+        FileNotFoundError: a missing file of the labelled data sets, or with `strict` a missing package.
         ValueError: an `output_dir` with a pool of other settings, or numbers out of range.
     """
     if seconds * SAMPLING_RATE < SHORTEST or seconds_per_file < seconds:
         raise ValueError(
-            f"expected clips of at least {SHORTEST / SAMPLING_RATE} s and no more of a file than one clip of it, got "
+            f"expected seconds of at least {SHORTEST / SAMPLING_RATE} and seconds_per_file of at least seconds, got "
             f"seconds {seconds} and seconds_per_file {seconds_per_file}"
         )
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -478,7 +478,7 @@ def make_pool(
     path = output_dir / "pool.json"
     old = json.loads(path.read_text()) if path.exists() else {"settings": settings, "parts": {}}
     if old["settings"] != settings:
-        raise ValueError(f"{output_dir} holds a pool of {old['settings']}; asked for was {settings}")
+        raise ValueError(f"expected the settings {old['settings']} of the pool in {output_dir}, got {settings}")
     pool = {"complete": False, "settings": settings, "parts": {}, "missing": {}}
     recordings = Recordings()
     labelled = labelled_parts(real_audio, esc50_folds) if real_audio else []
@@ -497,7 +497,7 @@ def make_pool(
             continue
         pool["parts"][name] = row = add_part(part, recordings, output_dir, seconds, seconds_per_file)
         left_out = ", ".join(f"{row[reason]} {reason}" for reason in REASONS if row[reason])
-        print(f"{name}: {row['clips']} clips, {row['hours']:.2f} h; left out: {left_out or 'nothing'}", flush=True)
+        print(f"{name}: {row['clips']} clips, {row['hours']:.2f} h; skipped: {left_out or 'nothing'}", flush=True)
         save_pool(output_dir, {**pool, "parts": {**old["parts"], **pool["parts"]}})
     pool["complete"] = not pool["missing"]
     lines = [(output_dir / ".state" / f"{name}.jsonl").read_text() for name in pool["parts"]]
@@ -509,32 +509,36 @@ def make_pool(
 
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--work_dir", type=Path, required=True, help="where the packages are kept")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the pool")
+    parser.add_argument("--work_dir", type=Path, required=True, help="folder of the downloaded and unpacked packages")
     parser.add_argument(
         "--real_audio",
         type=Path,
         default=os.environ.get("ASIT_REAL_AUDIO"),
-        help="folder of the labelled sets (default: $ASIT_REAL_AUDIO; without both: packages only)",
+        help="folder of the labelled data sets (default: $ASIT_REAL_AUDIO; if unset, only packages are used)",
     )
     parser.add_argument(
         "--esc50_folds",
         type=int,
         nargs="*",
         default=[1, 2, 3],
-        help="those that may be seen; none: no ESC-50, whose license is non-commercial (default: 1 2 3)",
+        help="folds of ESC-50 to use, or none, as its license is non-commercial (default: 1 2 3)",
     )
-    parser.add_argument("--packages", nargs="*", choices=tuple(PACKAGES), default=list(PACKAGES), help="default: all")
-    parser.add_argument("--seconds", type=float, default=10.0, help="the longest clip (default: %(default)s)")
     parser.add_argument(
-        "--seconds_per_file", type=float, default=120.0, help="taken of longer files (default: %(default)s)"
+        "--packages", nargs="*", choices=tuple(PACKAGES), default=list(PACKAGES), help="Debian packages (default: all)"
     )
-    parser.add_argument("--strict", action="store_true", help="stop at a package that cannot be had")
-    parser.add_argument("--packed_dir", type=Path, help="also write the pool there as packed audio")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="length of the longest clip (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds_per_file", type=float, default=120.0, help="most seconds taken from one file (default: %(default)s)"
+    )
+    parser.add_argument("--strict", action="store_true", help="stop at a package that cannot be downloaded")
+    parser.add_argument("--packed_dir", type=Path, help="also write the pool to this folder as packed audio")
     options = vars(parser.parse_args(arguments))
     packed_dir = options.pop("packed_dir")
     if packed_dir is not None and (packed_dir / INDEX).exists():
-        parser.error(f"{packed_dir} holds packed audio already: remove it, or choose another --packed_dir")
+        parser.error(f"{packed_dir} already holds packed audio: remove it or choose another --packed_dir")
     pool = make_pool(**options)
     print(table(pool))
     if packed_dir is not None:
@@ -544,4 +548,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

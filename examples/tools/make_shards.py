@@ -35,7 +35,6 @@ import pyarrow.parquet
 import soundfile
 from datasets import Audio, Dataset, Features, Value
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from asit_hf.data import AudioReadError, read_audio
 from asit_hf.data.audio import source_name
@@ -262,14 +261,7 @@ def report(path: Path, bad_files: list[tuple[str, str]]) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = HfArgumentParser(
-        DatasetArguments,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--data", required=True, help="folder, manifest, parquet file or Hub data set")
-    parser.add_argument("--split", help="split of the data; default: the only one, or all rows of a manifest")
+    parser = DatasetArguments.parser(__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--format",

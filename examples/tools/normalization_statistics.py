@@ -18,7 +18,6 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from asit_hf.data import AudioReadError, LabelledClips, read_audio
 from asit_hf.data.labelled import DatasetArguments
@@ -29,14 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = HfArgumentParser(
-        DatasetArguments,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--data", required=True, help="folder, csv or json manifest, parquet, or Hub data set")
-    parser.add_argument("--split", help="split of the data; default: the only one, or all rows of a manifest")
+    parser = DatasetArguments.parser(__doc__)
     parser.add_argument(
         "--filter", nargs="+", default=[], metavar="COLUMN=V1,V2", help="keep rows with one of these values"
     )

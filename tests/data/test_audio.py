@@ -160,7 +160,7 @@ def test_vorbis_that_promises_a_little_more_than_it_has(tmp_path):
     with AudioReader(longer) as reader:
         assert reader.info.num_samples == len(whole) + 1105
     np.testing.assert_array_equal(read_audio(longer, 44100)[: len(whole)], whole)
-    with pytest.raises(AudioReadError, match="none came from 88"):
+    with pytest.raises(AudioReadError, match="none from 88"):
         read_audio(promising(ogg, 100000), 44100)
 
 

@@ -41,7 +41,7 @@ def test_a_killed_worker_is_one_clear_error_within_seconds():
     for line in lines:
         seconds, message = line.split(maxsplit=1)
         assert float(seconds) < 30
-        assert message.startswith("a DataLoader worker was killed by the system, usually for want of memory")
+        assert message.startswith("a DataLoader worker was killed by the system, usually for lack of memory")
 
 
 def test_other_errors_pass_unchanged(tmp_path):

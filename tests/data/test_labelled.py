@@ -40,6 +40,8 @@ def test_options_of_scripts(folder):
     options = DatasetArguments()
     assert options.load(folder, ["label=dog"])["label"][:] == [0, 0]
     assert "label" not in options.load_audio(folder).column_names
+    table = write_csv(folder / "table.csv", [{"file": "bird/a.wav", "kind": "a"}, {"file": "dog/a.flac", "kind": "b"}])
+    assert len(DatasetArguments(label_column="kind").load_audio(table, ["kind=b"])) == 1
     assert len(list(options.load_audio(folder, streaming=True))) == 5
     with pytest.raises(ValueError, match="audio_column cannot be used with the corpus esc50"):
         DatasetArguments(corpus="esc50", audio_column="clip").load_audio(folder)

@@ -208,18 +208,8 @@ def test_a_run_resumed_in_its_second_pass_equals_an_uninterrupted_one(tmp_path, 
 def test_two_processes_under_torchrun_share_a_stream_and_resume_exactly(tmp_path):
     """Shards of unequal sizes, so that the processes start their second passes at different steps."""
     write_source(tmp_path / "source", "parquet", 4)
-    script = Path(streams.__file__)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        script,
-        tmp_path,
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run([*launcher, streams.__file__, tmp_path], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
     whole, resumed = ([torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1)] for name in ("whole", "resumed"))
     # Every worker has a shard of 5 or 6 clips: 4 steps of 2 clips are within the first pass of each.

@@ -238,24 +238,24 @@ def test_a_stopped_run_goes_on_to_the_same_pool(pool, tmp_path, monkeypatch):
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 
-def test_a_missing_package_is_said_and_made_up_for(pool, unpacked, tmp_path, capsys):
+def test_a_missing_package_is_reported_and_added_later(pool, unpacked, tmp_path, capsys):
     (unpacked / "bells-more").rename(unpacked / "elsewhere")
     try:
-        with pytest.raises(FileNotFoundError, match="bells-more: apt-get says no such package"):
+        with pytest.raises(FileNotFoundError, match="bells-more: apt-get .*no such package"):
             pool(tmp_path / "strict", strict=True)
         result = pool(tmp_path / "pool")
     finally:
         (unpacked / "elsewhere").rename(unpacked / "bells-more")
     assert not result["complete"]
     assert list(result["missing"]) == ["bells-more"]
-    assert "MISSING bells-more: apt-get says" in capsys.readouterr().err
-    assert "Missing: bells-more: apt-get says" in (tmp_path / "pool" / "pool.md").read_text()
+    assert "MISSING bells-more: apt-get" in capsys.readouterr().err
+    assert "Missing: bells-more: apt-get" in (tmp_path / "pool" / "pool.md").read_text()
     assert pool(tmp_path / "pool")["complete"]
 
 
 def test_another_pool_is_not_mixed_in(pool, tmp_path):
     pool(tmp_path / "pool", packages=())
-    with pytest.raises(ValueError, match="holds a pool of .*asked for was"):
+    with pytest.raises(ValueError, match=r"esc50_folds.*got .*esc50_folds"):
         pool(tmp_path / "pool", packages=(), esc50_folds=(1, 2))
 
 
@@ -266,7 +266,7 @@ def test_wrong_inputs(pool, labelled, tmp_path):
         pool(tmp_path / "pool", seconds=4.0, seconds_per_file=3.0)
     shutil.copytree(labelled, tmp_path / "less")
     (tmp_path / "less" / "asc-16k" / "yes" / "10.flac").unlink()
-    with pytest.raises(FileNotFoundError, match="1 files that the tables name are missing, first .*10.flac"):
+    with pytest.raises(FileNotFoundError, match="1 files of the tables .*10.flac"):
         pool(tmp_path / "pool", real_audio=tmp_path / "less")
 
 
@@ -295,7 +295,7 @@ def test_packages_are_fetched_and_unpacked_once(unpacked, tmp_path, monkeypatch)
         assert (folder / "usr/share/bells/new.wav").read_bytes() == (tree / "usr/share/bells/new.wav").read_bytes()
     assert (tmp_path / "calls").read_text() == "bells\n"
     assert {path.name for path in work.iterdir()} == {".bells-stopped", "bells_2.5-1_all", "bells_2.5-1_all.deb"}
-    with pytest.raises(FileNotFoundError, match="gongs: apt-get says E: Unable to locate package gongs"):
+    with pytest.raises(FileNotFoundError, match="gongs: apt-get .*E: Unable to locate package gongs"):
         script.fetch("gongs", work)
 
 

@@ -114,8 +114,6 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
         self._skipped_in_a_row = 0
         self._sums: dict[str, torch.Tensor] = {}
         self._num_passes = 0
-        if args.bf16 and model.config._attn_implementation == "sdpa":
-            model.set_attn_implementation(choices_for(args.device).bf16_attention)
         if args.compile_layers:
             model.compile_layers()
         self.add_callback(EpochCallback(self.train_dataset))

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..evaluation.attention import _one_clip
+from ..evaluation.attention import one_clip
 from .masking import GMML, corrupt, draw_keys
 from .modeling import ASiTForPreTraining
 
@@ -30,7 +30,7 @@ def reconstruct(
         raise TypeError(f"expected an ASiTForPreTraining, which has a reconstruction head, got {type(model).__name__}")
     if not model.config.reconstruction_loss_weight > 0:
         raise ValueError("expected a model pretrained to reconstruct, got reconstruction_loss_weight 0")
-    clip = _one_clip(input_values)
+    clip = one_clip(input_values)
     patch = model.config.patch_size
     if len(clip) < patch:
         raise ValueError(f"expected at least {patch} frames, one patch, got {len(clip)}")

@@ -116,7 +116,7 @@ def test_wrong_input(sounds, encoder, tmp_path, caplog):
     with pytest.raises(ValueError, match="--size has no effect"):
         script.main(arguments(sounds, encoder, tmp_path, size="tiny"))
     with pytest.raises(ValueError, match="--encoder has no effect"):
-        script.main(arguments(sounds, encoder, tmp_path, encoder="student", random_init=True))
+        script.main([*arguments(sounds, encoder, tmp_path, random_init=True), "--encoder", "student"])
 
 
 def test_a_run_by_minutes(sounds, encoder, tmp_path, monkeypatch):

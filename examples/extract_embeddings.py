@@ -1,19 +1,19 @@
 """
-Embeddings of a folder of audio, or of whatever a manifest or Hub data set names, as parquet or npz.
+Writes embeddings of a folder of audio, a manifest or a Hub data set as parquet or npz.
 
     python examples/extract_embeddings.py --model_name_or_path CHECKPOINT --data FOLDER --scenes clips.parquet
     python examples/extract_embeddings.py --model_name_or_path CHECKPOINT --data meta.csv --root audio \
-        --scenes clips.npz --timestamps columns.npz --pooling cls_mean
+        --scenes clips.npz --timestamps patches.npz --pooling cls_mean
 
-Scenes: one embedding a clip. Timestamps: one for every patch column, 160 ms with the usual patches of 16 frames, each
-the mean over mel of the last layer, with the milliseconds that it is centerd at.
+Scenes: one embedding per clip. Timestamps: one per time patch (160 ms with patches of 16 frames), the mean over mel
+patches of the last layer, with the milliseconds of its center.
 
-parquet: rows of `file`, `label` (scenes, where there are labels), `milliseconds` (timestamps) and `embedding`; read it
-with `datasets.load_dataset("parquet", data_files=...)` or pandas. npz: `embeddings` (rows, dim), `files` (clips,) and,
-for timestamps, `clips` (rows,), each row's place in `files`, and `milliseconds` (rows,). Both hold `settings`, JSON.
+parquet: rows of `file`, `label` (scenes of labelled data), `milliseconds` (timestamps) and `embedding`; read it with
+`datasets.load_dataset("parquet", data_files=...)` or pandas. npz: `embeddings` (rows, dim), `files` (clips,) and, for
+timestamps, `clips` (rows,), the index of each row in `files`, and `milliseconds` (rows,). Both hold `settings`, JSON.
 
-Clips are read and written as they come, whatever their number and length. An output gets its name when it is whole;
-files that cannot be read are named once, counted and left out.
+Clips are read and written one by one, so that any number and length fits in memory. An output appears under its name
+when it is complete. Unreadable files are reported, counted and skipped.
 """
 
 import argparse
@@ -36,49 +36,59 @@ from tqdm.auto import tqdm
 from asit_hf.data import AudioReadError, label_names, load_audio_dataset
 from asit_hf.data.audio import source_name
 from asit_hf.evaluation.embeddings import POOLINGS, embed_files, embedding_size
-from asit_hf.loading import load_encoder, load_feature_extractor
+from asit_hf.loading import ENCODERS, load_encoder, load_feature_extractor
 from asit_hf.utils.files import whole_file
 
-# rows of a parquet row group: what is in memory before it is written
+# rows of a parquet row group, which are in memory until it is written
 GROUP_ROWS = 1024
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model_name_or_path", required=True, help="encoder, classifier or pretraining checkpoint, folder or Hub name"
+        "--model_name_or_path",
+        required=True,
+        help="folder or Hub name of an encoder, classifier or pretraining checkpoint",
     )
     parser.add_argument(
-        "--source", choices=("teacher", "student"), default="teacher", help="of a pretraining checkpoint"
+        "--encoder", choices=ENCODERS, default="teacher", help="encoder of a pretraining checkpoint (default: teacher)"
     )
     parser.add_argument("--data", required=True, help="folder of audio, csv or json manifest, parquet or Hub data set")
-    parser.add_argument("--split")
-    parser.add_argument("--audio_column")
-    parser.add_argument("--label_column")
-    parser.add_argument("--root", help="folder that a manifest's paths are relative to")
-    parser.add_argument("--scenes", type=Path, help=".parquet or .npz to write clip embeddings to")
-    parser.add_argument("--timestamps", type=Path, help=".parquet or .npz to write patch columns' embeddings to")
-    parser.add_argument("--pooling", choices=POOLINGS, default="cls", help="of the scenes")
-    parser.add_argument("--num_layers", type=int, default=1, help="scenes: concatenate this many last layers")
+    parser.add_argument("--split", help="split of a data set or manifest")
+    parser.add_argument("--audio_column", help="column of the audio or its path")
+    parser.add_argument("--label_column", help="column of the labels")
+    parser.add_argument("--root", help="folder that the paths of a manifest are relative to")
+    parser.add_argument("--scenes", type=Path, help="output of clip embeddings, .parquet or .npz")
+    parser.add_argument("--timestamps", type=Path, help="output of time patch embeddings, .parquet or .npz")
+    parser.add_argument("--pooling", choices=POOLINGS, help="pooling of the scenes (default: cls)")
+    parser.add_argument("--num_layers", type=int, help="number of last layers to concatenate for scenes (default: 1)")
     parser.add_argument("--max_seconds", type=float, help="use only the beginning of longer clips")
-    parser.add_argument("--window_seconds", type=float, default=30.0, help="longer clips are embedded in windows")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--strict", action="store_true", help="stop at a file that cannot be read")
+    parser.add_argument(
+        "--window_seconds", type=float, default=30.0, help="window length for longer clips (default: 30)"
+    )
+    parser.add_argument("--batch_size", type=int, default=16, help="windows per batch (default: 16)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of the encoder"
+    )
+    parser.add_argument("--strict", action="store_true", help="stop at the first unreadable file")
     args = parser.parse_args(argv)
     outputs = [path for path in (args.scenes, args.timestamps) if path is not None]
     if not outputs:
-        parser.error("give --scenes or --timestamps, or both")
+        parser.error("expected --scenes or --timestamps, or both")
+    for name in ("pooling", "num_layers"):
+        if args.scenes is None and getattr(args, name) is not None:
+            parser.error(f"--{name} has no effect without --scenes")
+    args.pooling, args.num_layers = args.pooling or "cls", 1 if args.num_layers is None else args.num_layers
     for path in outputs:
         if path.suffix not in (".parquet", ".npz"):
-            parser.error(f"an output must end in .parquet or .npz, got {path}")
+            parser.error(f"expected an output that ends in .parquet or .npz, got {path}")
     if len(set(outputs)) < len(outputs):
-        parser.error(f"scenes and timestamps need a file each, got {args.scenes} for both")
+        parser.error(f"expected different files for scenes and timestamps, got {args.scenes} for both")
     return args
 
 
 class ParquetOutput:
-    """Rows of embeddings, written a group at a time."""
+    """Writes rows of embeddings in groups."""
 
     def __init__(self, path: Path, dim: int, columns: dict[str, pyarrow.DataType], settings: dict[str, Any]):
         self.columns: dict[str, list] = {name: [] for name in ("file", *columns, "embedding")}
@@ -87,7 +97,7 @@ class ParquetOutput:
         self.writer = pyarrow.parquet.ParquetWriter(path, pyarrow.schema(types, metadata=metadata))
 
     def write(self, file: str, embeddings: np.ndarray, **values: list) -> None:
-        """`embeddings` of shape `(rows, dim)`, and of every other column a value a row."""
+        """`embeddings` of shape `(rows, dim)`, and one value per row for every other column."""
         for start in range(0, len(embeddings), GROUP_ROWS):
             rows = embeddings[start : start + GROUP_ROWS]
             self.columns["file"] += [file] * len(rows)
@@ -110,7 +120,7 @@ class ParquetOutput:
 
 
 class NpzOutput:
-    """The same as arrays: rows wait in a file beside the output until their number, which comes first, is known."""
+    """Writes arrays; rows go to a temporary file, because their number precedes them in the output."""
 
     def __init__(self, path: Path, dim: int, columns: dict[str, Any], settings: dict[str, Any]):
         self.path, self.dim, self.settings = path, dim, settings
@@ -156,7 +166,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         label_column=args.label_column,
         root=args.root,
     )
-    encoder = load_encoder(args.model_name_or_path, args.source)
+    encoder = load_encoder(args.model_name_or_path, args.encoder)
     feature_extractor = load_feature_extractor(args.model_name_or_path)
     embedded = embed_files(
         encoder,
@@ -170,7 +180,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         max_seconds=args.max_seconds,
     )
     settings = {"model": args.model_name_or_path, "sampling_rate": feature_extractor.sampling_rate}
-    settings |= {name: getattr(args, name) for name in ("source", "window_seconds", "max_seconds")}
+    settings |= {name: getattr(args, name) for name in ("encoder", "window_seconds", "max_seconds")}
     labels = class_names_of(dataset) if "label" in dataset.column_names else None
     outputs: dict[str, ParquetOutput | NpzOutput] = {}
     with ExitStack() as stack:
@@ -196,7 +206,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
 
 
 def write_all(embedded: Iterator, dataset: Any, labels: list[str | None] | None, outputs: dict, strict: bool) -> dict:
-    """Writes what comes, as it comes; counts of `clips` and `unreadable` files."""
+    """Writes embeddings as they arrive; returns the counts of `clips` and `unreadable` files."""
     counts = {"clips": 0, "unreadable": 0}
     rows = zip(dataset.select_columns("audio"), embedded, strict=True)
     for index, (row, result) in enumerate(tqdm(rows, total=len(dataset), desc="Embedding", unit="clip")):
@@ -220,7 +230,7 @@ def write_all(embedded: Iterator, dataset: Any, labels: list[str | None] | None,
 
 
 def class_names_of(dataset: Any) -> list[str]:
-    """The label of every row as text; several are joined by `;`."""
+    """The label of every row as text; multiple labels are joined by `;`."""
     labels = dataset["label"][:]
     if str(getattr(dataset.features["label"], "dtype", "")).startswith("float"):
         return [str(label) for label in labels]

@@ -1,12 +1,12 @@
 """
-Finetunes an ASiT encoder to say what sounds when: a score for every class in every patch column of 160 ms.
+Finetunes an ASiT encoder for sound event detection: a score for every class in every time patch of 160 ms.
 
     python examples/run_frame_classification.py --model_name_or_path CHECKPOINT --train_labels train.tsv \
-        --eval_labels test.tsv --audio FOLDER --output_dir runs/events --num_train_epochs 20 --learning_rate 1e-4
+        --eval_labels test.tsv --data FOLDER --output_dir runs/events --num_train_epochs 20 --learning_rate 1e-4
 
 Labels are tables of events, `filename onset offset event_label` (DCASE) or AudioSet's strong labels. The output folder
-holds the last model, `eval_results.json` and `events.tsv`, the events found in the evaluation clips: runs of columns
-above `--threshold` after a median filter of `--median_filter_size`. The evaluation data choose nothing.
+holds the last model, `eval_results.json` and `events.tsv`, the detected events of the evaluation clips: runs of time
+patches above `--threshold` after a median filter of `--median_filter_size`. The evaluation data choose nothing.
 """
 
 import logging
@@ -49,43 +49,61 @@ logger = logging.getLogger(__name__)
 @dataclass
 class ModelArguments:
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Encoder, classifier or pretraining checkpoint; the classifier starts afresh."}
+        default=None,
+        metadata={"help": "Encoder, classifier or pretraining checkpoint; the classifier is newly initialized."},
     )
-    source: str = field(default="teacher", metadata={"help": "Encoder of a pretraining checkpoint: teacher, student."})
+    encoder: str | None = field(
+        default=None, metadata={"help": "Encoder of a pretraining checkpoint: teacher (default) or student."}
+    )
     random_init: bool = field(
-        default=False, metadata={"help": "Fresh weights, in the checkpoint's architecture or in that of --size."}
+        default=False, metadata={"help": "Random weights, in the architecture of the checkpoint or of --size."}
     )
-    size: str = field(default="base", metadata={"help": "tiny, small or base; with --random_init and no checkpoint."})
-    drop_path_rate: float = field(default=0.0, metadata={"help": "Stochastic depth."})
+    size: str | None = field(
+        default=None,
+        metadata={"help": "Model size with --random_init and no checkpoint: tiny, small or base (default)."},
+    )
+    drop_path_rate: float = field(default=0.0, metadata={"help": "Stochastic depth rate. Default: 0."})
 
     def __post_init__(self):
         if self.model_name_or_path is None and not self.random_init:
-            raise ValueError("give --model_name_or_path, or --random_init")
+            raise ValueError("expected --model_name_or_path or --random_init")
+        if self.size is not None and self.model_name_or_path is not None:
+            raise ValueError("--size has no effect with --model_name_or_path, whose architecture is used")
+        if self.encoder is not None and self.random_init:
+            raise ValueError("--encoder has no effect with --random_init, which reads no weights")
 
 
 @dataclass
 class DataArguments:
-    train_labels: str = field(metadata={"help": "tsv or csv of events, one a row."})
-    eval_labels: str = field(metadata={"help": "The same of the evaluation clips."})
-    audio: str = field(metadata={"help": "Folder that the files of the tables are in."})
-    eval_audio: str | None = field(default=None, metadata={"help": "That of the evaluation clips, if another."})
-    max_seconds: float | None = field(default=None, metadata={"help": "Train on random crops of longer clips."})
-    threshold: float = field(default=0.5, metadata={"help": "A class is on in the columns that score above it."})
-    median_filter_size: int = field(default=1, metadata={"help": "Width of the median filter; odd."})
-    segment_seconds: float = field(default=1.0, metadata={"help": "Of the segment-based scores."})
-    drop_unknown_labels: bool = field(
-        default=False, metadata={"help": "Leave out evaluation events of classes that training has none of."}
+    train_labels: str = field(metadata={"help": "tsv or csv table of training events, one per row."})
+    eval_labels: str = field(metadata={"help": "tsv or csv table of evaluation events, one per row."})
+    data: str = field(metadata={"help": "Folder of the audio files in the tables."})
+    eval_data: str | None = field(
+        default=None, metadata={"help": "Folder of the evaluation audio files. Default: --data."}
     )
-    strict: bool = field(default=False, metadata={"help": "Stop at a file that cannot be read."})
+    max_seconds: float | None = field(
+        default=None, metadata={"help": "Train on random crops of this length. Default: whole clips."}
+    )
+    threshold: float = field(default=0.5, metadata={"help": "Detection threshold of a class score. Default: 0.5."})
+    median_filter_size: int = field(
+        default=1, metadata={"help": "Odd width of the median filter in time patches. Default: 1, no filter."}
+    )
+    segment_seconds: float = field(
+        default=1.0, metadata={"help": "Segment length of the segment-based scores. Default: 1."}
+    )
+    drop_unknown_labels: bool = field(
+        default=False, metadata={"help": "Drop evaluation events of classes that are not in the training events."}
+    )
+    strict: bool = field(default=False, metadata={"help": "Stop at the first unreadable file."})
 
 
 @dataclass
 class FrameTrainingArguments(TimeBudgetArguments, TrainingArguments):
-    """Trainer's arguments with other defaults."""
+    """TrainingArguments with other defaults."""
 
     eval_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Number of checkpoints to keep."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator reads them."})
 
 
@@ -95,31 +113,31 @@ def build_model(
     fields = {"drop_path_rate": args.drop_path_rate, "problem_type": "multi_label_classification"}
     fields |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     path = args.model_name_or_path
-    config = load_config(path, **fields) if path else ASiTConfig.from_size(args.size, **fields)
+    config = load_config(path, **fields) if path else ASiTConfig.from_size(args.size or "base", **fields)
     model = ASiTForAudioFrameClassification(config)
     if not args.random_init:
-        model.asit.load_state_dict(load_encoder(path, args.source).state_dict())
+        model.asit.load_state_dict(load_encoder(path, args.encoder or "teacher").state_dict())
     return model, load_feature_extractor(path) if path else ASiTFeatureExtractor()
 
 
 def known_events(events: dict[str, list[Event]], names: list[str], args: DataArguments) -> dict[str, list[Event]]:
-    """The evaluation events, of which AudioSet's have classes that training lacks."""
+    """The evaluation events; in AudioSet they have classes that training lacks."""
     unknown = [name for name in event_names(events) if name not in names]
     if not unknown:
         return events
     if not args.drop_unknown_labels:
         raise ValueError(
-            f"{args.eval_labels} has {len(unknown)} classes that {args.train_labels} lacks, first {unknown[0]!r}: "
-            "--drop_unknown_labels leaves their events out"
+            f"expected the classes of {args.train_labels} in {args.eval_labels}, got {len(unknown)} others, first "
+            f"{unknown[0]!r}: --drop_unknown_labels drops their events"
         )
     kept = {file: [event for event in of_file if event.label not in unknown] for file, of_file in events.items()}
     dropped = sum(map(len, events.values())) - sum(map(len, kept.values()))
-    logger.warning(f"left out {dropped} evaluation events of {len(unknown)} classes that training lacks: {unknown}")
+    logger.warning(f"dropped {dropped} evaluation events of {len(unknown)} classes that training lacks: {unknown}")
     return kept
 
 
 class Scorer:
-    """What the predictions for the evaluation clips, which come in their order, are worth."""
+    """Scores predictions for the evaluation clips, in their order."""
 
     def __init__(self, clips: StronglyLabelledClips, names: list[str], patch_size: int, args: DataArguments):
         self.names, self.args = names, args
@@ -128,12 +146,12 @@ class Scorer:
         self.durations = {name: audio_info(file).duration for name, file in zip(clips.names, clips.files)}
 
     def scores(self, predictions: np.ndarray, labels: np.ndarray) -> tuple[dict, dict]:
-        """Probabilities `(columns, classes)` and edges `(columns + 1,)` by file, without padding."""
+        """Probabilities `(time_patches, classes)` and edges `(time_patches + 1,)` by file, without padding."""
         scores, edges = {}, {}
         for logits, targets, (name, duration) in zip(predictions, labels, self.durations.items(), strict=True):
-            columns = int((targets[:, 0] != IGNORED).sum())
-            scores[name] = 1 / (1 + np.exp(-logits[:columns].astype(np.float64)))
-            edges[name] = time_patch_edges(columns, duration, self.rate, self.patch_size)
+            time_patches = int((targets[:, 0] != IGNORED).sum())
+            scores[name] = 1 / (1 + np.exp(-logits[:time_patches].astype(np.float64)))
+            edges[name] = time_patch_edges(time_patches, duration, self.rate, self.patch_size)
         return scores, edges
 
     def detect(self, scores: dict, edges: dict) -> dict:
@@ -144,11 +162,11 @@ class Scorer:
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         scores, edges = self.scores(prediction.predictions, prediction.label_ids)
         targets = np.concatenate([rows[rows[:, 0] != IGNORED] for rows in prediction.label_ids])
-        columns = multi_label_metrics(np.concatenate(list(scores.values())), targets)
+        metrics = multi_label_metrics(np.concatenate(list(scores.values())), targets)
         segments = segment_metrics(
             self.reference, self.detect(scores, edges), self.names, self.durations, self.args.segment_seconds
         )
-        return {**columns, **segments}
+        return {**metrics, **segments}
 
 
 class FrameTrainer(TimeBudgetMixin, PushMixin, Trainer):
@@ -167,9 +185,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     model, feature_extractor = build_model(model_args, names)
     rate = feature_extractor.sampling_rate
     train = StronglyLabelledClips(
-        train_events, data_args.audio, rate, data_args.max_seconds, train=True, seed=args.seed, strict=data_args.strict
+        train_events, data_args.data, rate, data_args.max_seconds, train=True, seed=args.seed, strict=data_args.strict
     )
-    evaluation = StronglyLabelledClips(eval_events, data_args.eval_audio or data_args.audio, rate)
+    evaluation = StronglyLabelledClips(eval_events, data_args.eval_data or data_args.data, rate)
     if not data_args.strict:
         train.drop_unreadable()
         evaluation.drop_unreadable()

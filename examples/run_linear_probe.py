@@ -1,6 +1,6 @@
 """
-What an encoder's frozen embeddings are worth: linear probes (`linear` is logistic regression, `ridge` least squares,
-which suits wide embeddings) and one of k nearest neighbors, on labelled audio.
+Probes the frozen embeddings of an encoder on labelled audio: logistic regression (`linear`), least squares (`ridge`,
+the faster one for wide embeddings) and k nearest neighbors (`knn`).
 
     python examples/run_linear_probe.py --model_name_or_path CHECKPOINT --train train.csv --test test.csv
     python examples/run_linear_probe.py --random_init --size tiny --train esc50.csv --root audio \
@@ -11,98 +11,108 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import HfArgumentParser
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTModel
 from asit_hf.configuration_asit import SIZES
-from asit_hf.data import CORPORA
 from asit_hf.data.audio import AudioReadError, source_name
 from asit_hf.data.clips import LabelledClips
-from asit_hf.data.labelled import load_labelled, problem_type_of
+from asit_hf.data.labelled import DatasetArguments, problem_type_of
 from asit_hf.data.labels import label_names
 from asit_hf.data.splits import find_group_column
 from asit_hf.evaluation.embeddings import POOLINGS, embed
 from asit_hf.evaluation.probes import knn_probe, linear_probe, ridge_probe
-from asit_hf.loading import load_config, load_encoder, load_feature_extractor
+from asit_hf.loading import ENCODERS, load_config, load_encoder, load_feature_extractor
 
-METHODS = {"linear": linear_probe, "ridge": ridge_probe, "knn": knn_probe}
+PROBES = {"linear": linear_probe, "ridge": ridge_probe, "knn": knn_probe}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model_name_or_path", help="encoder, classifier or pretraining checkpoint, folder or Hub name"
+    parser = HfArgumentParser(
+        DatasetArguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--source", choices=("teacher", "student"), default="teacher", help="of a pretraining checkpoint"
+        "--model_name_or_path", help="folder or Hub name of an encoder, classifier or pretraining checkpoint"
     )
+    parser.add_argument("--encoder", choices=ENCODERS, help="encoder of a pretraining checkpoint (default: teacher)")
     parser.add_argument(
         "--random_init",
         action="store_true",
-        help="fresh weights, in the checkpoint's architecture or in that of --size",
+        help="random weights, in the architecture of the checkpoint or of --size",
     )
-    parser.add_argument("--size", choices=tuple(SIZES), default="tiny", help="with --random_init and no checkpoint")
     parser.add_argument(
-        "--train", required=True, help="folder of class folders, csv or json manifest, or Hub data set"
+        "--size", choices=tuple(SIZES), help="model size with --random_init and no checkpoint (default: tiny)"
     )
-    parser.add_argument("--test", help="the same; by default --train")
     parser.add_argument(
-        "--corpus",
-        choices=tuple(CORPORA),
-        help="--train is the root of such a data set, whose splits are chosen by --train_split and --test_split",
+        "--train",
+        required=True,
+        help="folder of class folders, csv or json manifest, or Hub data set; with --corpus, its root folder",
     )
-    parser.add_argument("--train_split")
-    parser.add_argument("--test_split")
-    parser.add_argument("--train_filter", nargs="+", metavar="COLUMN=V1,V2", help="keep the rows with these values")
-    parser.add_argument("--test_filter", nargs="+", metavar="COLUMN=V1,V2", help="the same for the test set")
-    parser.add_argument("--audio_column")
-    parser.add_argument("--label_column")
-    parser.add_argument("--root", help="folder that a manifest's paths are relative to")
+    parser.add_argument("--test", help="test data in the same form (default: --train)")
+    parser.add_argument("--train_split", help="split of --train to fit on")
+    parser.add_argument("--test_split", help="split of --test to test on")
+    parser.add_argument(
+        "--train_filter", nargs="+", metavar="COLUMN=V1,V2", help="keep training rows with these values"
+    )
+    parser.add_argument("--test_filter", nargs="+", metavar="COLUMN=V1,V2", help="keep test rows with these values")
     parser.add_argument(
         "--group_column",
-        help="rows alike here are validated on together; by default speaker, source or fold if present",
+        help="column of groups that cross-validation does not split (default: speaker, source or fold, if present)",
     )
-    parser.add_argument("--strict", action="store_true", help="stop at a file that cannot be read")
     parser.add_argument("--max_seconds", type=float, help="use only the beginning of longer clips")
-    parser.add_argument("--pooling", choices=POOLINGS, default="cls")
-    parser.add_argument("--num_layers", type=int, default=1, help="concatenate this many last layers")
-    parser.add_argument("--window_seconds", type=float, help="hear longer clips in windows, pooled over all of them")
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="these probes")
-    parser.add_argument("--k", type=int, default=20, help="neighbors")
+    parser.add_argument("--pooling", choices=POOLINGS, default="cls", help="pooling of the tokens (default: cls)")
+    parser.add_argument("--num_layers", type=int, default=1, help="concatenate this many last layers (default: 1)")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of cross-validation and fresh weights"
+        "--window_seconds", type=float, help="embed longer clips in windows of this length and pool over them"
     )
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", help="json file to write")
+    parser.add_argument(
+        "--probes", nargs="+", choices=tuple(PROBES), default=list(PROBES), help="probes to fit (default: all)"
+    )
+    parser.add_argument("--k", type=int, help="number of neighbors of the knn probe (default: 20)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of cross-validation and random weights"
+    )
+    parser.add_argument("--batch_size", type=int, default=16, help="clips per batch (default: 16)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of the encoder"
+    )
+    parser.add_argument("--output", help="json file for the results")
     args = parser.parse_args(argv)
     if not args.model_name_or_path and not args.random_init:
-        parser.error("give --model_name_or_path, or --random_init")
+        parser.error("expected --model_name_or_path or --random_init")
     if args.test is None and args.test_split is None and args.test_filter is None:
-        parser.error(
-            "give --test, --test_split or --test_filter: the probe is tested on other clips than it is fitted on"
-        )
+        parser.error("expected --test, --test_split or --test_filter: the test clips must not be the training clips")
+    if args.size and args.model_name_or_path:
+        parser.error("--size has no effect with --model_name_or_path, whose architecture is used")
+    if args.encoder and args.random_init:
+        parser.error("--encoder has no effect with --random_init, which reads no weights")
+    if args.k is not None and "knn" not in args.probes:
+        parser.error("--k has no effect without the knn probe")
+    if args.group_column and set(args.probes) == {"knn"}:
+        parser.error("--group_column has no effect on the knn probe, which is not cross-validated")
+    args.encoder, args.size, args.k = args.encoder or "teacher", args.size or "tiny", 20 if args.k is None else args.k
     return args
 
 
 def main(argv: list[str] | None = None, known: dict[tuple, np.ndarray] | None = None) -> dict:
     """
-    Probes, prints and returns the scores. `known` keeps embeddings by (seed of fresh weights, file) for further calls
-    with the same model options, whose splits share clips.
+    Probes, prints and returns the scores. `known` caches embeddings by (seed of random weights, file) across calls
+    with the same model options.
     """
     args = parse_args(argv)
     known = {} if known is None else known
-    reading = {name: getattr(args, name) for name in ("audio_column", "label_column", "root", "strict")}
-    reading["corpus"] = args.corpus
-    train = load_labelled(args.train, args.train_filter or (), split=args.train_split, **reading)
+    reading = DatasetArguments(**{one.name: getattr(args, one.name) for one in fields(DatasetArguments)})
+    train = reading.load(args.train, args.train_filter or (), split=args.train_split)
     if problem_type_of(train) == "regression":
-        raise ValueError("a probe needs classes, the labels are floating-point numbers")
-    test = load_labelled(
-        args.test or args.train, args.test_filter or (), label_names(train), split=args.test_split, **reading
+        raise ValueError("expected classes to probe, got floating-point labels")
+    test = reading.load(
+        args.test or args.train, args.test_filter or (), names=label_names(train), split=args.test_split
     )
     group_column = find_group_column(train) if args.group_column is None else args.group_column
     groups = train[group_column][:] if group_column else None
@@ -122,11 +132,11 @@ def main(argv: list[str] | None = None, known: dict[tuple, np.ndarray] | None = 
             "knn": {"k": args.k},
         }
         sets = (train_x, train_y, test_x, test_y)
-        runs.append({"seed": seed, **{method: METHODS[method](*sets, **options[method]) for method in args.methods}})
+        runs.append({"seed": seed, **{probe: PROBES[probe](*sets, **options[probe]) for probe in args.probes}})
 
     results = {
         "model": args.model_name_or_path if not args.random_init else f"random {args.model_name_or_path or args.size}",
-        "source": args.source,
+        "encoder": args.encoder,
         "pooling": args.pooling,
         "num_layers": args.num_layers,
         "window_seconds": args.window_seconds,
@@ -136,7 +146,7 @@ def main(argv: list[str] | None = None, known: dict[tuple, np.ndarray] | None = 
         "classes": len(label_names(train)),
         "group_column": group_column,
         "embedding_seconds": round(seconds, 1),
-        "summary": {probe: summary([run[probe] for run in runs]) for probe in args.methods},
+        "summary": {probe: summary([run[probe] for run in runs]) for probe in args.probes},
         "runs": runs,
     }
     print_table(results)
@@ -149,18 +159,18 @@ def main(argv: list[str] | None = None, known: dict[tuple, np.ndarray] | None = 
 def embed_both(
     args: argparse.Namespace, train: Dataset, test: Dataset, seed: int, known: dict[tuple, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings `(clips, dim)` of both sets; only the files that are not in `known` are read."""
+    """Embeddings `(clips, dim)` of both sets; only files that are not in `known` are read."""
     path = args.model_name_or_path
     feature_extractor = load_feature_extractor(path) if path else ASiTFeatureExtractor()
     if args.random_init:
         torch.manual_seed(seed)
         model = ASiTModel(load_config(path) if path else ASiTConfig.from_size(args.size))
     else:
-        model = load_encoder(path, args.source)
+        model = load_encoder(path, args.encoder)
 
     def embed_set(dataset: Dataset) -> np.ndarray:
         names = [source_name(row["audio"]) for row in dataset.select_columns("audio")]
-        if len(set(names)) < len(names):  # bytes have no names
+        if len(set(names)) < len(names):  # encoded bytes have no names
             names = [object() for _ in names]
         keys = [(seed if args.random_init else None, name) for name in names]
         new = [index for index, key in enumerate(keys) if key not in known]
@@ -182,7 +192,7 @@ def embed_both(
 
 
 def targets(dataset: Dataset) -> np.ndarray:
-    """Class ids `(clips,)`, or 0-1 targets `(clips, classes)` where a clip has several labels."""
+    """Class ids `(clips,)`, or 0-1 targets `(clips, classes)` for multi-label clips."""
     labels = dataset["label"][:]
     if problem_type_of(dataset) == "single_label_classification":
         return np.asarray(labels)
@@ -216,4 +226,4 @@ if __name__ == "__main__":
     try:
         main()
     except AudioReadError as error:
-        sys.exit(f"error: {error}; repair this file or take it out of the data")
+        sys.exit(f"error: {error}; repair this file or remove it from the data")

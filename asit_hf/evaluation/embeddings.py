@@ -1,4 +1,4 @@
-"""Embeddings of whole clips and of every patch column, from any ASiT checkpoint."""
+"""Embeddings of whole clips and of every time patch, from any ASiT checkpoint."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..modeling_asit import ASiTModel, ASiTPreTrainedModel
 
 POOLINGS = ("cls", "mean", "cls_mean", "mean_time", "mean_std_time")
-# Clips are put in order of length within this many batches, so that a data set need not fit in memory.
+# Clips are sorted by length within this many batches, so that a data set need not fit in memory.
 _SORTED_BATCHES = 32
-# The same for windows of files, which are longer.
+# The same for windows of files, which may be longer.
 _SORTED_WINDOW_BATCHES = 4
 
 
@@ -35,7 +35,9 @@ def embed(
     window_seconds: float | None = None,
 ) -> np.ndarray:
     """
-    One embedding a clip. It does not depend on the other clips: batches are padded and masked.
+    One embedding per clip, independent of the other clips in its batch, which is padded and masked. For the most
+    accurate linear probe, concatenate several layers and keep the mel patches apart:
+    `embed(model, feature_extractor, clips, "mean_std_time", num_layers=6, window_seconds=1)`.
 
     Args:
         model ([`ASiTModel`], or a model that has one as `asit`).
@@ -43,14 +45,14 @@ def embed(
         clips: waveforms `(samples,)` at the extractor's rate, or items with such a `waveform`
             ([`~asit_hf.data.crops.LabelledClips`]).
         pooling (`str`): `"cls"`, `"mean"` of the patch tokens, `"cls_mean"` both concatenated, or `"mean_time"`: the
-            mean over time alone, mel rows concatenated, so `num_mel_bins / patch_size` times as wide; or
+            mean over time only, mel patches concatenated, so `num_mel_bins / patch_size` times as wide; or
             `"mean_std_time"`: that and the standard deviation over time, twice as wide again.
-        device: where to compute; by default where the model is.
+        device: device to compute on; by default the model's.
         sort_by_length (`bool`): batch clips of similar length together, which pads less.
         num_layers (`int`): concatenate the embeddings of this many last layers, each after the final layer norm.
-        window_seconds (`float`, *optional*): hear longer clips in windows of this length, cut to whole patch columns,
-            and pool over all of them; the CLS token is their mean. By default a clip is heard whole. An encoder knows
-            best the length that it was pretrained on.
+        window_seconds (`float`, *optional*): embed longer clips in windows of this length, cut to whole time patches,
+            and pool over all of them; the CLS tokens are averaged. By default clips are embedded whole. The length of
+            the pretraining crops often works best.
 
     Returns:
         `np.ndarray` of shape `(clips, dim)`, float32, in the order of `clips`.
@@ -60,9 +62,9 @@ def embed(
     encoder = _encoder_of(model)
     _check_layers(encoder, num_layers)
     rate, patch_size = feature_extractor.sampling_rate, encoder.config.patch_size
-    columns = None if window_seconds is None else window_time_patches(window_seconds, rate, patch_size)
+    time_patches = None if window_seconds is None else window_time_patches(window_seconds, rate, patch_size)
     embedded = _embed_windows(
-        _clip_windows(clips, rate, columns, patch_size),
+        _clip_windows(clips, rate, time_patches, patch_size),
         encoder,
         feature_extractor,
         pooling=pooling,
@@ -76,8 +78,8 @@ def embed(
     for _, parts in tqdm(
         groupby(embedded, key=itemgetter(0)), total=total, desc="Embedding", unit="clip", disable=not progress
     ):
-        scenes, columns_of = zip(*(part for _, part in parts))
-        embeddings.append(over_windows(scenes, [len(part) for part in columns_of], pooling, num_layers))
+        scenes, timestamps = zip(*(part for _, part in parts))
+        embeddings.append(over_windows(scenes, [len(part) for part in timestamps], pooling, num_layers))
     if not embeddings:
         raise ValueError("expected at least one clip, got none")
     return np.stack(embeddings)
@@ -90,18 +92,18 @@ def timestamp_embeddings(
     device: str | torch.device | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    One embedding for every patch column of a clip, the mean of its patches over mel. With patches of 16 frames of
-    10 ms the hop is 160 ms. The last frames short of a patch have none; a clip shorter than one patch has one.
+    One embedding per time patch of a clip, the mean over its mel patches. With patches of 16 frames of 10 ms the hop
+    is 160 ms. Last frames that do not fill a patch are dropped; a clip shorter than one patch gives one embedding.
 
     Args:
         model, feature_extractor, device: as in [`embed`].
         waveform (`np.ndarray` of shape `(samples,)`): at the extractor's rate.
 
     Returns:
-        embeddings `(columns, hidden_size)`, and the middles of the columns in milliseconds `(columns,)`; float32.
+        embeddings `(time_patches, hidden_size)` and the centers in milliseconds `(time_patches,)`; float32.
     """
     encoder = _encoder_of(model)
-    (tokens,), columns = _tokens(encoder, feature_extractor, [waveform], device)
+    (tokens,), _ = _tokens(encoder, feature_extractor, [waveform], device)
     embeddings = time_patch_means(tokens, encoder.config.position_grid[1])[0]
     times = time_patch_centers(len(embeddings), feature_extractor.sampling_rate, encoder.config.patch_size)
     return embeddings.float().cpu().numpy(), times
@@ -110,8 +112,8 @@ def timestamp_embeddings(
 @dataclass(frozen=True)
 class ClipEmbeddings:
     """
-    Of one clip: `scene` `(dim,)`; `timestamps` `(columns, hidden_size)` and the columns' middles, `milliseconds`
-    `(columns,)`; all float32.
+    One clip's `scene` `(dim,)`, `timestamps` `(time_patches, hidden_size)` and their centers `milliseconds`
+    `(time_patches,)`; all float32.
     """
 
     scene: np.ndarray
@@ -131,18 +133,18 @@ def embed_files(
     max_seconds: float | None = None,
 ) -> Iterator[ClipEmbeddings | AudioReadError]:
     """
-    Embeddings of files of any length, one after another in the order of `sources`: only a few windows are in memory.
+    Embeddings of files of any length, in the order of `sources`; only a few windows are in memory at a time.
 
     Args:
-        model, feature_extractor, pooling, batch_size, device, num_layers: as in [`embed`]; timestamps are those of the
+        model, feature_extractor, pooling, batch_size, device, num_layers: as in [`embed`]; timestamps come from the
             last layer.
         sources: see [`~asit_hf.data.audio.AudioReader`].
         window_seconds (`float`, defaults to 30): longer clips are read and embedded in windows of this length, cut to
-            whole patch columns. The scene embedding is pooled over all of them, the CLS token is their mean.
+            whole time patches, and pooled over all of them as in [`embed`].
         max_seconds (`float`, *optional*): use only the beginning of longer clips.
 
     Yields:
-        For every source [`ClipEmbeddings`], or the error that says why it cannot be read.
+        [`ClipEmbeddings`] for every source, or the error if it cannot be read.
     """
     check_pooling(pooling)
     _check_batch_size(batch_size)
@@ -168,119 +170,119 @@ def embed_files(
         if isinstance(parts[-1], AudioReadError):
             yield parts[-1]
             continue
-        scenes, columns = zip(*parts)
-        timestamps = np.concatenate(columns)
-        scene = over_windows(scenes, [len(part) for part in columns], pooling, num_layers)
+        scenes, of_windows = zip(*parts)
+        timestamps = np.concatenate(of_windows)
+        scene = over_windows(scenes, [len(part) for part in of_windows], pooling, num_layers)
         yield ClipEmbeddings(scene, timestamps, time_patch_centers(len(timestamps), rate, patch_size))
 
 
-def time_patch_means(tokens: torch.Tensor, rows: int) -> torch.Tensor:
-    """Tokens `(clips, 1 + columns * rows, hidden)` to one embedding a patch column, `(clips, columns, hidden)`."""
-    return tokens[:, 1:].unflatten(1, (-1, rows)).mean(2)
+def time_patch_means(tokens: torch.Tensor, mel_patches: int) -> torch.Tensor:
+    """Tokens `(clips, 1 + time_patches * mel_patches, hidden)` to means over mel `(clips, time_patches, hidden)`."""
+    return tokens[:, 1:].unflatten(1, (-1, mel_patches)).mean(2)
 
 
 def time_patch_centers(
     num_time_patches: int, sampling_rate: int, patch_size: int, hop_frames: int | None = None
 ) -> np.ndarray:
     """
-    The middles of patch columns in milliseconds, `(num_time_patches,)`, float32: 87.5, 247.5, ... at 16 kHz. `hop_frames`
-    is the distance between columns, by default `patch_size`.
+    Centers of time patches in milliseconds, `(num_time_patches,)`, float32: 87.5, 247.5, ... at 16 kHz. `hop_frames`
+    is their distance, by default `patch_size`.
     """
     window, hop = window_and_hop(sampling_rate)
     first_frames = np.arange(num_time_patches) * (patch_size if hop_frames is None else hop_frames)
-    middles = (first_frames + (patch_size - 1) / 2) * hop + window / 2
-    return (1000 * middles / sampling_rate).astype(np.float32)
+    centers = (first_frames + (patch_size - 1) / 2) * hop + window / 2
+    return (1000 * centers / sampling_rate).astype(np.float32)
 
 
 def check_pooling(pooling: str) -> None:
-    """Raises `ValueError` for a pooling that is not one of `POOLINGS`."""
+    """Raises `ValueError` for a pooling outside `POOLINGS`."""
     if pooling not in POOLINGS:
-        raise ValueError(f"pooling must be one of {POOLINGS}, got {pooling!r}")
+        raise ValueError(f"expected pooling to be one of {POOLINGS}, got {pooling!r}")
 
 
 def embedding_size(encoder: ASiTModel, pooling: str, num_layers: int = 1) -> int:
     """Width of the clip embeddings."""
-    rows = encoder.config.position_grid[1]
-    rows = {"cls_mean": 2, "mean_time": rows, "mean_std_time": 2 * rows}.get(pooling, 1)
-    return rows * encoder.config.hidden_size * num_layers
+    mel_patches = encoder.config.position_grid[1]
+    vectors = {"cls_mean": 2, "mean_time": mel_patches, "mean_std_time": 2 * mel_patches}.get(pooling, 1)
+    return vectors * encoder.config.hidden_size * num_layers
 
 
 def window_time_patches(window_seconds: float, sampling_rate: int, patch_size: int) -> int:
-    """Whole patch columns in a window. Raises `ValueError` where there is none."""
-    columns = int(window_seconds * sampling_rate) // (patch_size * window_and_hop(sampling_rate)[1])
-    if columns < 1:
-        raise ValueError(f"window_seconds must be at least one patch column, got {window_seconds}")
-    return columns
+    """Number of whole time patches in a window. Raises `ValueError` if there is none."""
+    time_patches = int(window_seconds * sampling_rate) // (patch_size * window_and_hop(sampling_rate)[1])
+    if time_patches < 1:
+        raise ValueError(f"expected window_seconds of at least one time patch, got {window_seconds}")
+    return time_patches
 
 
 def over_windows(
-    scenes: Sequence[np.ndarray], columns: Sequence[int], pooling: str, num_layers: int = 1
+    scenes: Sequence[np.ndarray], time_patches: Sequence[int], pooling: str, num_layers: int = 1
 ) -> np.ndarray:
     """
-    The embedding of a clip, as if all its patches were pooled at once, from those of its windows.
+    The embedding of a clip from those of its windows, equal to pooling all its patches at once.
 
     Args:
-        scenes: the windows' embeddings, each `(dim,)` as `pooling` and `num_layers` make it.
-        columns: how many patch columns each of them has.
+        scenes: the windows' embeddings with this `pooling` and `num_layers`, each `(dim,)`.
+        time_patches: number of time patches of each window.
 
     Returns:
         `np.ndarray` of shape `(dim,)`, float32.
     """
-    mean = np.average(scenes, axis=0, weights=columns)
+    mean = np.average(scenes, axis=0, weights=time_patches)
     if pooling == "mean_std_time":
-        # variance over all columns = variance within windows + variance of their means
+        # total variance = variance within windows + variance of their means
         means, deviations = np.moveaxis(np.reshape(scenes, (len(scenes), num_layers, 2, -1)), 2, 0)
         mean = mean.reshape(num_layers, 2, -1)
         squares = deviations**2 + (means - mean[:, 0]) ** 2
-        mean[:, 1] = np.sqrt(np.average(squares, axis=0, weights=columns))
+        mean[:, 1] = np.sqrt(np.average(squares, axis=0, weights=time_patches))
     return mean.reshape(-1).astype(np.float32)
 
 
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise ValueError(f"expected batch_size of at least 1, got {batch_size}")
 
 
 def _check_layers(encoder: ASiTModel, num_layers: int) -> None:
     if not 1 <= num_layers <= len(encoder.layers):
-        raise ValueError(f"num_layers must be from 1 to {len(encoder.layers)}, got {num_layers}")
+        raise ValueError(f"expected num_layers from 1 to {len(encoder.layers)}, got {num_layers}")
 
 
 def _clip_windows(
-    clips: Iterable, rate: int, columns: int | None, patch_size: int
+    clips: Iterable, rate: int, time_patches: int | None, patch_size: int
 ) -> Iterator[tuple[int, np.ndarray | torch.Tensor]]:
-    """(index of the clip, waveform of a window) of every window; without `columns` a clip is one window."""
+    """(index of the clip, waveform) of every window of `time_patches`; by default a clip is one window."""
     window, hop = window_and_hop(rate)
-    # by index where there is a length: a data set need not know where to stop
+    # by index if there is a length: a data set need not raise IndexError at its end
     items = (clips[index] for index in range(len(clips))) if hasattr(clips, "__len__") else clips
     for index, item in enumerate(items):
         waveform = _waveform(item, index)
-        if columns is None:
+        if time_patches is None:
             yield index, waveform
             continue
-        length, column = ((frames - 1) * hop + window for frames in (columns * patch_size, patch_size))
-        # the rest needs a whole column; the beginning is taken whatever its length
-        for start in range(0, max(1, len(waveform) - column + 1), columns * patch_size * hop):
+        length, shortest = ((frames - 1) * hop + window for frames in (time_patches * patch_size, patch_size))
+        # later windows need a whole time patch; the first may be shorter
+        for start in range(0, max(1, len(waveform) - shortest + 1), time_patches * patch_size * hop):
             yield index, waveform[start : start + length]
 
 
 def _file_windows(
     sources: Iterable, rate: int, window_frames: int, patch_size: int, max_seconds: float | None
 ) -> Iterator[tuple[int, np.ndarray | AudioReadError]]:
-    """(index of the source, waveform of a window) of every window, or an error, which ends the source."""
+    """(index of the source, waveform) of every window, or an error, which ends the source."""
     window, hop = window_and_hop(rate)
-    length, column = ((frames - 1) * hop + window for frames in (window_frames, patch_size))
+    length, shortest = ((frames - 1) * hop + window for frames in (window_frames, patch_size))
     limit = float("inf") if max_seconds is None else max(1, round(max_seconds * rate))
     for index, source in enumerate(sources):
         try:
             with AudioReader(source) as reader:
                 start = 0
-                # the rest needs a whole column; the beginning is taken whatever its length
-                while start == 0 or start + column <= min(reader.num_samples(rate), limit):
+                # later windows need a whole time patch; the first may be shorter
+                while start == 0 or start + shortest <= min(reader.num_samples(rate), limit):
                     try:
                         yield index, reader.read(rate, start, int(min(length, limit - start)))
                     except AudioReadError:
-                        if start < reader.num_samples(rate):  # else an mp3 was shorter than its header says
+                        if start < reader.num_samples(rate):  # otherwise an mp3 was shorter than its header claims
                             raise
                     start += window_frames * hop
         except AudioReadError as error:
@@ -297,7 +299,7 @@ def _embed_windows(
     num_layers: int,
     sorted_batches: int,
 ) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray] | AudioReadError]]:
-    """Scene `(dim,)` and columns `(columns, hidden)` of every window, in order; errors are passed on."""
+    """Scene `(dim,)` and timestamps `(time_patches, hidden)` of every window, in order; errors are passed on."""
     while buffer := list(islice(windows, batch_size * sorted_batches)):
         results: list[Any] = [item for _, item in buffer]
         order = [place for place, item in enumerate(results) if not isinstance(item, AudioReadError)]
@@ -307,9 +309,9 @@ def _embed_windows(
             waveforms = [results[place] for place in places]
             tokens, counts = _tokens(encoder, feature_extractor, waveforms, device, num_layers)
             scenes = torch.cat([pool_tokens(layer, counts, pooling) for layer in tokens], dim=-1).float().cpu().numpy()
-            columns = time_patch_means(tokens[-1], encoder.config.position_grid[1]).float().cpu().numpy()
-            for place, scene, of_clip, count in zip(places, scenes, columns, counts.tolist()):
-                results[place] = scene, of_clip[:count].copy()  # not a view, which would keep the batch
+            timestamps = time_patch_means(tokens[-1], encoder.config.position_grid[1]).float().cpu().numpy()
+            for place, scene, means, count in zip(places, scenes, timestamps, counts.tolist()):
+                results[place] = scene, means[:count].copy()  # not a view, which would keep the batch
         yield from ((index, result) for (index, _), result in zip(buffer, results))
 
 
@@ -321,7 +323,7 @@ def _waveform(clip: Any, index: int) -> np.ndarray | torch.Tensor:
     if not isinstance(clip, dict):
         return clip
     if "waveform" not in clip:
-        raise ValueError(f"clip {index} has no waveform: {clip.get('bad_files', sorted(clip))}")
+        raise ValueError(f"expected a waveform in clip {index}, got {clip.get('bad_files', sorted(clip))}")
     return clip["waveform"]
 
 
@@ -333,7 +335,7 @@ def _tokens(
     device: str | torch.device | None,
     num_layers: int = 1,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Tokens `(clips, 1 + patches, hidden)` of the last layers, in order, and each clip's columns `(clips,)`."""
+    """Tokens `(clips, 1 + patches, hidden)` of the last layers, in order, and time patches per clip `(clips,)`."""
     device = encoder.device if device is None else torch.device(device)
     encoder = encoder.to(device)
     was_training = encoder.training
@@ -349,22 +351,22 @@ def _tokens(
     tokens = [outputs.last_hidden_state]
     if num_layers > 1:
         tokens = [encoder.layernorm(hidden) for hidden in outputs.hidden_states[-num_layers:-1]] + tokens
-    columns = (features["attention_mask"].sum(-1) // encoder.config.patch_size).clamp_min(1)
-    return tokens, columns
+    time_patches = (features["attention_mask"].sum(-1) // encoder.config.patch_size).clamp_min(1)
+    return tokens, time_patches
 
 
-def pool_tokens(tokens: torch.Tensor, columns: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Tokens `(clips, 1 + patches, hidden)` to `(clips, dim)`, over each clip's own `columns` `(clips,)`."""
+def pool_tokens(tokens: torch.Tensor, time_patches: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Tokens `(clips, 1 + patches, hidden)` to `(clips, dim)`, over each clip's own `time_patches` `(clips,)`."""
     cls_token = tokens[:, 0]
     if pooling == "cls":
         return cls_token
-    num_time_patches = int(columns.max())
-    patches = tokens[:, 1:].unflatten(1, (num_time_patches, -1))
-    real = (torch.arange(num_time_patches, device=columns.device) < columns[:, None])[..., None, None]
-    rows = (patches * real).sum(1) / columns[:, None, None]
+    longest = int(time_patches.max())
+    patches = tokens[:, 1:].unflatten(1, (longest, -1))
+    real = (torch.arange(longest, device=time_patches.device) < time_patches[:, None])[..., None, None]
+    means = (patches * real).sum(1) / time_patches[:, None, None]
     if pooling == "mean_time":
-        return rows.flatten(1)
+        return means.flatten(1)
     if pooling == "mean_std_time":
-        variance = ((patches - rows[:, None]).square() * real).sum(1) / columns[:, None, None]
-        return torch.cat((rows, variance.sqrt()), dim=1).flatten(1)
-    return rows.mean(1) if pooling == "mean" else torch.cat((cls_token, rows.mean(1)), dim=-1)
+        variance = ((patches - means[:, None]).square() * real).sum(1) / time_patches[:, None, None]
+        return torch.cat((means, variance.sqrt()), dim=1).flatten(1)
+    return means.mean(1) if pooling == "mean" else torch.cat((cls_token, means.mean(1)), dim=-1)

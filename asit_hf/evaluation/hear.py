@@ -26,15 +26,15 @@ from .embeddings import (
 
 logger = logging.get_logger(__name__)
 
-# the rates that HEAR's data sets come in
+# sampling rates of HEAR's data sets
 SAMPLING_RATES = (16000, 22050, 32000, 44100, 48000)
-# Timestamps lie a quarter of a patch apart, 40 ms: HEAR asks for 50 ms at most.
+# Timestamps are a quarter of a patch apart, 40 ms; HEAR requires 50 ms at most.
 SHIFTS = 4
 
 
 class HearModel(nn.Module):
     """
-    An encoder and its feature extractor, with the attributes that HEAR asks for: `sample_rate` in Hz,
+    An encoder and its feature extractor, with the attributes that HEAR requires: `sample_rate` in Hz,
     `scene_embedding_size` and `timestamp_embedding_size`.
     """
 
@@ -48,8 +48,8 @@ class HearModel(nn.Module):
         check_pooling(pooling)
         if feature_extractor.sampling_rate not in SAMPLING_RATES:
             raise ValueError(
-                f"HEAR's audio is at {', '.join(map(str, SAMPLING_RATES))} Hz, the model's at "
-                f"{feature_extractor.sampling_rate} Hz"
+                f"expected a model for one of HEAR's sampling rates ({', '.join(map(str, SAMPLING_RATES))} Hz), "
+                f"got {feature_extractor.sampling_rate} Hz"
             )
         super().__init__()
         self.encoder = encoder.eval()
@@ -73,7 +73,7 @@ class HearModel(nn.Module):
         return features["input_values"].to(self.encoder.dtype)
 
     def windows(self, input_values: torch.Tensor) -> list[torch.Tensor]:
-        """Tokens `(sounds, 1 + patches, hidden)` of every window, cut to whole patch columns."""
+        """Tokens `(sounds, 1 + patches, hidden)` of every window, cut to whole time patches."""
         patch_size = self.encoder.config.patch_size
         pieces = [piece for piece in input_values.split(self.window_frames, dim=1) if piece.shape[1] >= patch_size]
         return [self.encoder(piece).last_hidden_state for piece in pieces or [input_values]]
@@ -86,18 +86,18 @@ def load_model(
     Args:
         model_file_path (`str`): folder or Hub name of an encoder, a classifier or a pretraining checkpoint (its
             teacher). Empty: a tiny encoder with random weights, the same ones every time.
-        pooling (`str`): of the scene embeddings, see [`~asit_hf.evaluation.embeddings.embed`]. The default keeps the
-            mel rows apart, which linear probes gain by.
-        window_seconds (`float`, *optional*): longer sounds are encoded in windows of this length, cut to whole patch
-            columns. By default the length that the encoder was pretrained on, `config.num_frames`.
+        pooling (`str`): pooling of the scene embeddings, see [`~asit_hf.evaluation.embeddings.embed`]. The default
+            concatenates mel patches, which improves linear probes.
+        window_seconds (`float`, *optional*): longer sounds are encoded in windows of this length, cut to whole time
+            patches. By default the length of the pretraining crops, `config.num_frames`.
 
     Raises:
-        ValueError: a model for a rate that HEAR has no audio at, or an unknown pooling.
+        ValueError: a model for a sampling rate that HEAR does not have, or an unknown pooling.
     """
     if model_file_path:
         encoder, extractor = load_encoder(model_file_path), load_feature_extractor(model_file_path)
         return HearModel(encoder, extractor, pooling, window_seconds)
-    logger.warning("no model_file_path was given: the encoder has random weights")
+    logger.warning("expected a model_file_path, got none: the encoder has random weights")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = ASiTModel(ASiTConfig.from_size("tiny"))
@@ -113,26 +113,26 @@ def get_scene_embeddings(audio: torch.Tensor, model: HearModel) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(sounds, scene_embedding_size)`, float32, pooled over all windows.
     """
-    rows = model.encoder.config.position_grid[1]
+    mel_patches = model.encoder.config.position_grid[1]
     windows = [tokens.float() for tokens in model.windows(model.log_mel(audio))]  # sums over minutes overflow fp16
-    columns = [(tokens.shape[1] - 1) // rows for tokens in windows]
+    time_patches = [(tokens.shape[1] - 1) // mel_patches for tokens in windows]
     patches = torch.cat([tokens[:, 1:] for tokens in windows], dim=1)
-    cls_token = sum(tokens[:, :1] * count for tokens, count in zip(windows, columns)) / sum(columns)
-    counts = torch.full((len(patches),), sum(columns), device=patches.device)
+    cls_token = sum(tokens[:, :1] * count for tokens, count in zip(windows, time_patches)) / sum(time_patches)
+    counts = torch.full((len(patches),), sum(time_patches), device=patches.device)
     return pool_tokens(torch.cat((cls_token, patches), dim=1), counts, model.pooling)
 
 
 @torch.no_grad()
 def get_timestamp_embeddings(audio: torch.Tensor, model: HearModel) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The mean of a patch column's patches over mel, every 40 ms: the spectrogram is encoded four times, each time
-    begun a quarter of a patch later.
+    The mean over mel of each time patch, every 40 ms: the spectrogram is encoded four times, each time shifted by a
+    quarter of a patch.
 
     Args:
         audio (`torch.Tensor` of shape `(sounds, samples)`): mono, at `model.sample_rate`, in [-1, 1].
 
     Returns:
-        embeddings `(sounds, timestamps, timestamp_embedding_size)`, and the milliseconds that they are centerd at,
+        embeddings `(sounds, timestamps, timestamp_embedding_size)` and their centers in milliseconds
         `(sounds, timestamps)`; float32.
     """
     config = model.encoder.config
@@ -143,10 +143,10 @@ def get_timestamp_embeddings(audio: torch.Tensor, model: HearModel) -> tuple[tor
         if shift == 0 or input_values.shape[1] - shift >= config.patch_size:
             windows = model.windows(input_values[:, shift:])
             shifted.append(torch.cat([time_patch_means(tokens, config.position_grid[1]) for tokens in windows], dim=1))
-    # taking turns; the later ones may have one column less
-    count = sum(columns.shape[1] for columns in shifted)
+    # interleaved; later shifts may have one time patch less
+    count = sum(means.shape[1] for means in shifted)
     embeddings = input_values.new_empty(len(input_values), count, config.hidden_size, dtype=torch.float32)
-    for turn, columns in enumerate(shifted):
-        embeddings[:, turn :: len(shifted)] = columns
+    for turn, means in enumerate(shifted):
+        embeddings[:, turn :: len(shifted)] = means
     times = torch.from_numpy(time_patch_centers(count, model.sample_rate, config.patch_size, hop_frames))
     return embeddings, times.to(embeddings.device).expand(len(embeddings), -1)

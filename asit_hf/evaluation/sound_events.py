@@ -1,4 +1,4 @@
-"""Sound event detection: from scores of patch columns to events, and what they are worth."""
+"""Sound event detection: events from scores of time patches, and their segment-based F1 and PSDS."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -10,7 +10,7 @@ from ..utils.extras import extra
 with extra("train"):
     from scipy.ndimage import median_filter
 
-# The DCASE challenge's two scenarios: timing matters, and confusion of classes matters.
+# The two scenarios of the DCASE challenge: the first stresses timing, the second confusion of classes.
 PSDS_SCENARIOS = {
     "psds1": {"dtc": 0.7, "gtc": 0.7, "cttc": 0.3, "alpha_ct": 0.0, "alpha_st": 1.0, "max_efpr": 100.0},
     "psds2": {"dtc": 0.1, "gtc": 0.1, "cttc": 0.3, "alpha_ct": 0.5, "alpha_st": 1.0, "max_efpr": 100.0},
@@ -23,21 +23,21 @@ def decode_events(
     scores: np.ndarray, names: Sequence[str], edges: np.ndarray, threshold: float = 0.5, median_filter_size: int = 1
 ) -> list[Event]:
     """
-    Runs of columns whose score is above a threshold, as events by onset.
+    Runs of time patches with scores above a threshold, as events sorted by onset.
 
     Args:
-        scores (`np.ndarray` of shape `(columns, classes)`): probabilities.
+        scores (`np.ndarray` of shape `(time_patches, classes)`): probabilities.
         names (`Sequence[str]`): the classes.
-        edges (`np.ndarray` of shape `(columns + 1,)`): seconds, see [`~asit_hf.data.events.time_patch_edges`].
-        threshold (`float`, defaults to 0.5): a column is on above it.
-        median_filter_size (`int`, defaults to 1): width, in columns, of a median filter over on and off; odd. It takes
-            away events, and fills gaps, of less than half of it; 1 leaves all as it is.
+        edges (`np.ndarray` of shape `(time_patches + 1,)`): seconds, see [`~asit_hf.data.events.time_patch_edges`].
+        threshold (`float`, defaults to 0.5): a class is active in time patches with a score above it.
+        median_filter_size (`int`, defaults to 1): odd width in time patches of a median filter over the activity,
+            which removes events and fills gaps shorter than half of it; 1 means no filter.
     """
     scores, edges = np.asarray(scores), np.asarray(edges)
     if scores.ndim != 2 or scores.shape != (len(edges) - 1, len(names)):
         raise ValueError(f"expected scores of shape {(len(edges) - 1, len(names))}, got {scores.shape}")
     if median_filter_size < 1 or median_filter_size % 2 == 0:
-        raise ValueError(f"median_filter_size must be an odd number of columns, got {median_filter_size}")
+        raise ValueError(f"expected an odd median_filter_size, got {median_filter_size}")
     on = median_filter((scores > threshold).astype(np.int8), size=(median_filter_size, 1), mode="nearest")
     changes = np.diff(on, axis=0, prepend=0, append=0)
     events = []
@@ -55,26 +55,29 @@ def segment_metrics(
     segment_seconds: float = 1.0,
 ) -> dict[str, float]:
     """
-    Segment-based scores: time is cut into segments, and a class is on in every segment that an event of it touches.
+    Segment-based scores: time is cut into segments, and a class is active in every segment that one of its events
+    overlaps.
 
     Args:
-        reference, estimated: events by file. Files are those of `reference`, one without events is an empty list.
-        names (`Sequence[str]`): the classes; events of others are an error.
-        durations (`Mapping[str, float]`, *optional*): seconds by file; events are cut to them. By default a file lasts
-            to its last event.
+        reference, estimated: events by file; `reference` has all files, with an empty list for one without events.
+        names (`Sequence[str]`): the classes; events of other classes are an error.
+        durations (`Mapping[str, float]`, *optional*): seconds by file, to which events are cut. By default a file ends
+            with its last event.
         segment_seconds (`float`, defaults to 1): length of a segment.
 
     Returns:
         `segment_f1`, `segment_precision`, `segment_recall` over all segments and classes (micro), `segment_f1_macro`,
         the mean over classes that occur in either, and `segment_error_rate`: substitutions, deletions and insertions
-        for each reference segment. NaN where there is nothing to divide by.
+        per reference segment. NaN where the denominator is 0.
 
     Raises:
         ValueError: an unknown label, or a file in `estimated` that is not in `reference`.
     """
     strangers = set(estimated) - set(reference)
     if strangers:
-        raise ValueError(f"{len(strangers)} estimated files have no reference, for instance {min(strangers)}")
+        raise ValueError(
+            f"expected estimates of reference files only, got {len(strangers)} others, first {min(strangers)}"
+        )
     hits, false_alarms, misses = (np.zeros(len(names)) for _ in range(3))
     errors = 0.0
     for file, events in reference.items():
@@ -86,7 +89,7 @@ def segment_metrics(
         hits += hit.sum(0)
         false_alarms += false_alarm.sum(0)
         misses += miss.sum(0)
-        # of a segment's false alarms and misses, pairs are substitutions
+        # pairs of a false alarm and a miss in one segment are substitutions
         errors += np.maximum(false_alarm.sum(1), miss.sum(1)).sum()
     total, wrong = hits.sum(), false_alarms.sum() + misses.sum()
     per_class = [_ratio(2 * hit, 2 * hit + bad) for hit, bad in zip(hits, false_alarms + misses) if hit + bad > 0]
@@ -109,22 +112,22 @@ def psds(
     thresholds: Sequence[float] = PSDS_THRESHOLDS,
 ) -> float:
     """
-    Polyphonic sound detection score (arXiv 1910.08440), from 0 to 1: the area under the curve of found events over
-    false alarms an hour, as events at many thresholds draw it.
+    Polyphonic sound detection score (arXiv 1910.08440), from 0 to 1: the area under the curve of detected events over
+    false alarms per hour, drawn by many thresholds.
 
     Args:
         reference: events by file; a file without events is an empty list.
-        scores: probabilities `(columns, classes)` by file, of the same files.
-        edges: `(columns + 1,)` by file, seconds; a file lasts to the last of them.
-        names, median_filter_size: as in `decode_events`. A class without reference events is left out.
+        scores: probabilities `(time_patches, classes)` of the same files.
+        edges: `(time_patches + 1,)` by file, seconds; the last one is the file's duration.
+        names, median_filter_size: as in `decode_events`. A class without reference events is excluded.
         scenario (`str`): `"psds1"` or `"psds2"` of the DCASE challenge.
-        thresholds (`Sequence[float]`): of the detection; the more, the finer the curve.
+        thresholds (`Sequence[float]`): detection thresholds; more of them give a finer curve.
 
     Raises:
-        ValueError: no reference event, an unknown label, or files that are not the same.
+        ValueError: no reference event, an unknown label, or different files.
     """
     if scenario not in PSDS_SCENARIOS:
-        raise ValueError(f"scenario must be one of {', '.join(PSDS_SCENARIOS)}, got {scenario!r}")
+        raise ValueError(f"expected scenario to be one of {', '.join(PSDS_SCENARIOS)}, got {scenario!r}")
     if set(reference) != set(scores) or set(reference) != set(edges):
         counts = f"{len(reference)}, {len(scores)}, {len(edges)}"
         raise ValueError(f"expected reference, scores and edges of the same files, got {counts}")
@@ -145,7 +148,7 @@ def psds(
         for file, of_file in scores.items():
             detected = _spans(decode_events(of_file, names, edges[file], threshold, median_filter_size), names)
             _count_detections(true[file], detected, settings, found, false_alarms, confused)
-        # confusions with each other class that occurs, an hour of that class
+        # confusions with each other class that occurs, per hour of that class
         rates = confused[:, present] / class_hours[present]
         num_others = np.maximum(present.sum() - present, 1)
         costs = false_alarms / hours + settings["alpha_ct"] * rates.sum(1) / num_others
@@ -154,7 +157,7 @@ def psds(
 
     limit = settings["max_efpr"]
     grid = np.unique(np.concatenate(([0.0, limit], costs[costs < limit])))
-    # of each class the best threshold that costs no more
+    # for each class the best threshold at this cost or less
     curves = np.stack([np.where(costs <= cost, ratios, 0.0).max(0) for cost in grid[:-1]])
     stable = np.maximum(curves.mean(1) - settings["alpha_st"] * curves.std(1), 0.0)
     return float((stable * np.diff(grid)).sum() / limit)
@@ -175,7 +178,7 @@ def _count_detections(
     false_alarms: np.ndarray,
     confused: np.ndarray,
 ) -> None:
-    """Adds one file's reference events found `(classes,)`, false alarms, and those that lie on another class."""
+    """Adds one file's detected reference events `(classes,)`, false alarms, and false alarms on another class."""
     (spans, classes), (guesses, guessed) = true, detected
     shared = np.minimum(guesses[:, None, 1], spans[:, 1]) - np.maximum(guesses[:, None, 0], spans[:, 0])
     shared = np.maximum(shared, 0.0)
@@ -193,7 +196,7 @@ def _count_detections(
 
 
 def _segments(events: Iterable[Event], names: Sequence[str], duration: float, seconds: float) -> np.ndarray:
-    """Which classes are on, `(segments, classes)`, bool."""
+    """Active classes `(segments, classes)`, bool."""
     # times are rounded first: 0.3 / 0.1 is 2.9999999999999996
     active = np.zeros((int(np.ceil(round(duration / seconds, 6))), len(names)), dtype=bool)
     ids = _ids(names)
@@ -209,7 +212,7 @@ def _ids(names: Sequence[str]) -> dict[str, int]:
 
 def _id(event: Event, ids: Mapping[str, int]) -> int:
     if event.label not in ids:
-        raise ValueError(f"unknown label {event.label!r}; the known labels are {', '.join(ids)}")
+        raise ValueError(f"unknown label {event.label!r}; expected one of {', '.join(ids)}")
     return ids[event.label]
 
 

@@ -1,15 +1,15 @@
 """
-Pretrains with every row of an ablation and several seeds, probes what came out, and writes a table and a plot.
+Pretrains every row of an ablation with several seeds, probes the encoders, and writes a table and a plot.
 
-    python -m examples.experiments.ablation --recipe examples/recipes/esc50-asc-ablations.yaml --output_dir runs/ablations
+    python -m examples.experiments.ablation --recipe examples/recipes/esc50-asc-ablations.yaml --output_dir runs
 
-A row is a recipe of `run_pretraining.py` that says what it changes in those of `--base`, or `random`: the same
-encoder, not trained. A probe is what `run_linear_probe.py` does, two linear ones and a kNN one. Stopped? The same
-command goes on: what is finished is not run again, and pretraining goes on from its last checkpoint.
+A row is a recipe of `run_pretraining.py` with the options that differ from `--base`, or `random`: the same encoder
+with random weights. A probe is a set of options of `run_linear_probe.py`. Repeat the command to resume: finished runs
+are not repeated, and pretraining resumes from its last checkpoint.
 
-The output folder holds `table.md`, `table.csv`, `results.json` and `plot.png`, written anew after every run, and a
-folder `ROW/seed-N` with the model of each. The spread is the standard deviation over seeds (n - 1), the cost the time
-of pretraining alone, on this machine.
+The output folder holds `table.md`, `table.csv`, `results.json` and `plot.png`, rewritten after every run, and
+`ROW/seed-N` with each model. `spread` is the standard deviation over seeds (n - 1), `seconds` the time of pretraining
+on this machine.
 """
 
 import csv
@@ -25,6 +25,7 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from asit_hf.loading import ENCODERS
 from asit_hf.plotting import plot_scores
 from asit_hf.utils.arguments import option_arguments, parse_arguments, recipe_arguments
 from asit_hf.utils.files import whole_file
@@ -44,22 +45,26 @@ PRETRAINING_GROUPS = (
 @dataclass
 class AblationArguments:
     base: list[str] = field(metadata={"help": "Recipes of run_pretraining.py that all rows share."})
-    rows: list[str] = field(metadata={"help": "Recipes with what a row changes, or 'random': not trained at all."})
+    rows: list[str] = field(
+        metadata={"help": "One recipe per row with the options it changes, or 'random' for random weights."}
+    )
     probes: list[str] = field(
         metadata={"help": 'JSON: {"name": "ESC-50", "train": "esc50.csv", ...}, options of run_linear_probe.py.'}
     )
-    output_dir: str = field(metadata={"help": "Folder of the runs and the table."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of pretraining and probes."})
-    source: str = field(default="teacher", metadata={"help": "Encoder that is probed: teacher, student."})
+    output_dir: str = field(metadata={"help": "Output folder of the runs and the table."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of pretraining and probes. Default: 0 1 2."}
+    )
+    encoder: str = field(default="teacher", metadata={"help": "Encoder to probe: teacher or student."})
 
     def __post_init__(self):
-        if self.source not in ("teacher", "student"):
-            raise ValueError(f"source must be 'teacher' or 'student', got {self.source!r}")
+        if self.encoder not in ENCODERS:
+            raise ValueError(f"expected encoder to be one of {', '.join(ENCODERS)}, got {self.encoder!r}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"expected seeds, each once, got {self.seeds}")
+            raise ValueError(f"expected distinct seeds, got {self.seeds}")
         names = [row_name(row) for row in self.rows]
         if len(set(names)) < len(names):
-            raise ValueError(f"expected rows of different names, got {', '.join(names)}")
+            raise ValueError(f"expected rows with distinct names, got {', '.join(names)}")
         read_probes(self.probes)
 
 
@@ -74,16 +79,16 @@ def read_probes(probes: list[str]) -> dict[str, list[str]]:
         options = json.loads(text)
         name = options.pop("name", None)
         if name is None or name in commands:
-            raise ValueError(f"every probe needs a name of its own, got {text}")
+            raise ValueError(f"expected a distinct name for every probe, got {text}")
         commands[name] = option_arguments(options)
     return commands
 
 
 def run_cell(args: AblationArguments, row: str, seed: int) -> dict[str, Any]:
-    """One row with one seed: pretrains and probes, or reads what an earlier run found."""
+    """Pretrains and probes one row with one seed, or reads the result of an earlier run."""
     folder = Path(args.output_dir) / row_name(row) / f"seed-{seed}"
     options = pretraining_options(args, row, seed)
-    check_settings(folder, {"options": options, "probes": read_probes(args.probes), "source": args.source})
+    check_settings(folder, {"options": options, "probes": read_probes(args.probes), "encoder": args.encoder})
     finished = folder / "result.json"
     if finished.is_file():
         return json.loads(finished.read_text())
@@ -96,7 +101,7 @@ def run_cell(args: AblationArguments, row: str, seed: int) -> dict[str, Any]:
     result = {"row": row_name(row), "seed": seed, **json.loads(pretrained.read_text()), "probes": {}}
     for name, command in probe_commands(args, folder, seed).items():
         (run,) = run_linear_probe.main(command)["runs"]
-        result["probes"][name] = {method: run[method] for method in run_linear_probe.METHODS if method in run}
+        result["probes"][name] = {method: run[method] for method in run_linear_probe.PROBES if method in run}
     write_json(finished, result)
     return result
 
@@ -107,12 +112,12 @@ def pretraining_options(args: AblationArguments, row: str, seed: int) -> list[st
 
 
 def probe_commands(args: AblationArguments, folder: Path, seed: int) -> dict[str, list[str]]:
-    model = ["--model_name_or_path", str(folder / "pretraining"), "--source", args.source, "--seeds", str(seed)]
+    model = ["--model_name_or_path", str(folder / "pretraining"), "--encoder", args.encoder, "--seeds", str(seed)]
     return {name: [*command, *model] for name, command in read_probes(args.probes).items()}
 
 
 def check_options(args: AblationArguments) -> None:
-    """A missing recipe or a wrong option of the last row is told now, not after hours of the others."""
+    """Raises for a missing recipe or a wrong option in any row before hours of pretraining."""
     for row in args.rows:
         folder = Path(args.output_dir) / row_name(row)
         options = pretraining_options(args, row, args.seeds[0])
@@ -122,7 +127,7 @@ def check_options(args: AblationArguments) -> None:
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Results of other settings are not taken for those of these."""
+    """Raises if `folder` holds results of other settings."""
     path = folder / "settings.json"
     if not path.is_file():
         write_json(path, settings)
@@ -131,7 +136,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def pretrain(options: list[str]) -> dict[str, float | None]:
-    """`steps`, and the `seconds` that they took; of a run that went on, at the pace of its last part."""
+    """`steps` and their `seconds`; for a resumed run, extrapolated from the pace after resuming."""
     output_dir = options[options.index("--output_dir") + 1]
     checkpoint = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
     first_step = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
@@ -143,7 +148,7 @@ def pretrain(options: list[str]) -> dict[str, float | None]:
 
 
 def make_untrained(options: list[str]) -> dict[str, float]:
-    """The model that a run with these options starts from."""
+    """Saves the initial model of a run with these options."""
     model_args, data_args, _, args = parse_arguments(PRETRAINING_GROUPS, options)
     set_seed(args.seed)
     model = run_pretraining.build_model(model_args, data_args, args)
@@ -154,7 +159,7 @@ def make_untrained(options: list[str]) -> dict[str, float]:
 
 
 def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for every row, probe and method: mean, spread and cost over the seeds that are there."""
+    """A line for every row, probe and method: mean, spread and cost over the finished seeds."""
     lines = []
     for row in dict.fromkeys(result["row"] for result in results):
         of_row = [result for result in results if result["row"] == row]
@@ -180,7 +185,7 @@ def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(lines: list[dict[str, Any]]) -> str:
-    """The table, scores in %."""
+    """The table with scores in %."""
     columns = list(dict.fromkeys((line["probe"], line["method"], line["metric"]) for line in lines))
     header = [
         "row",
@@ -236,7 +241,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     check_options(args)
     results: list[dict[str, Any]] = []
     order = [row_name(row) for row in args.rows]
-    for seed in args.seeds:  # the first table has all rows
+    for seed in args.seeds:  # so that the first seed already gives a full table
         for row in args.rows:
             results.append(run_cell(args, row, seed))
             results.sort(key=lambda result: (order.index(result["row"]), result["seed"]))

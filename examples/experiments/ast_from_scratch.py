@@ -1,7 +1,7 @@
 """
-transformers' ASTForAudioClassification from random weights on the data, the augmentation and the budget of
-examples/run_audio_classification.py, whose options it takes. `--model_name_or_path` is an ASiT whose width, depth and
-heads it gets; `--max_seconds` is the length of its input: AST has positions for one length only.
+Baseline: trains transformers' ASTForAudioClassification from random weights with the data, augmentation and options
+of examples/run_audio_classification.py. `--model_name_or_path` is the ASiT whose width, depth and heads it copies;
+`--max_seconds` is the length of its input, as AST has positions for one length only.
 
     python -m examples.experiments.ast_from_scratch --model_name_or_path CHECKPOINT --train_data train.csv \
         --eval_data test.csv --max_seconds 1 --output_dir runs/ast
@@ -19,7 +19,7 @@ from examples import run_audio_classification as finetuning
 
 
 class OneLength(ASiTFeatureExtractor):
-    """The same log-mel, which AST's own extractor computes too, always padded or cut to `num_frames`."""
+    """The same log-mel as AST's own extractor computes, always padded or cut to `num_frames`."""
 
     def __init__(self, num_frames: int = 1024, **kwargs: Any):
         super().__init__(**kwargs)
@@ -34,10 +34,12 @@ def build_ast(
     args: finetuning.ModelArguments, inputs: finetuning.InputArguments, problem_type: str, names: Sequence[str]
 ) -> tuple[ASTForAudioClassification, OneLength]:
     if not args.model_name_or_path or not inputs.max_seconds:
-        raise ValueError("give --model_name_or_path, for the size, and --max_seconds, for the length")
+        raise ValueError("expected --model_name_or_path, for the size, and --max_seconds, for the input length")
     like = load_config(args.model_name_or_path)
     extractor = OneLength.from_pretrained(args.model_name_or_path)
-    extractor.num_frames = round(inputs.max_seconds * 100) - 2  # from_pretrained drops options that no file has
+    extractor.num_frames = (
+        round(inputs.max_seconds * 100) - 2
+    )  # from_pretrained drops options that are not in the file
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_mel_bins")
     config = ASTConfig(
         **{name: getattr(like, name) for name in sizes},

@@ -1,14 +1,15 @@
 """
-MFCC statistics and a classical classifier: what any learned representation has to beat.
+Baseline of MFCC statistics and a classical classifier.
 
     python -m examples.experiments.mfcc --train train.csv --test test.csv
 
-A clip is the mean and the standard deviation over time of 20 MFCCs and of their first differences; a random forest and
-a logistic regression are fitted on the training clips. Options are those of examples/run_linear_probe.py.
+A clip is represented by the mean and standard deviation over time of 20 MFCCs and of their first differences; a random
+forest and a logistic regression are fitted on the training clips. Options are those of examples/run_linear_probe.py.
 """
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from asit_hf import ASiTFeatureExtractor
 from asit_hf.data import LabelledClips, label_names
-from asit_hf.data.labelled import load_labelled
+from asit_hf.data.labelled import DatasetArguments
 from examples import run_linear_probe as probe
 
 NUM_COEFFICIENTS = 20
@@ -29,7 +30,7 @@ TREES = 500
 
 
 def mfcc_statistics(clips: LabelledClips) -> np.ndarray:
-    """`(clips, 4 * 20)`: mean and deviation of MFCCs and of their differences."""
+    """`(clips, 4 * 20)`: mean and standard deviation of MFCCs and of their differences."""
     extractor = ASiTFeatureExtractor(num_mel_bins=40, mean=0.0, std=0.5)  # the log-mel itself
     rows = []
     for item in tqdm(clips, desc="MFCC", unit="clip"):
@@ -42,10 +43,10 @@ def mfcc_statistics(clips: LabelledClips) -> np.ndarray:
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     args = probe.parse_args(["--random_init", *(sys.argv[1:] if arguments is None else arguments)])
-    reading = {name: getattr(args, name) for name in ("audio_column", "label_column", "root", "strict")}
-    train = load_labelled(args.train, args.train_filter or (), split=args.train_split, **reading)
-    test = load_labelled(
-        args.test or args.train, args.test_filter or (), label_names(train), split=args.test_split, **reading
+    reading = DatasetArguments(**{one.name: getattr(args, one.name) for one in fields(DatasetArguments)})
+    train = reading.load(args.train, args.train_filter or (), split=args.train_split)
+    test = reading.load(
+        args.test or args.train, args.test_filter or (), names=label_names(train), split=args.test_split
     )
     train_x, test_x = (mfcc_statistics(LabelledClips(dataset, 16000)) for dataset in (train, test))
     train_y, test_y = probe.targets(train), probe.targets(test)

@@ -1,13 +1,13 @@
 """
-What an encoder is worth on a list of labelled tasks: linear probe, finetuning, and the baselines, as one table.
+Evaluates an encoder on a list of labelled tasks (probes, finetuning and baselines) and writes one table.
 
-    python -m examples.experiments.tasks --tasks examples/recipes/tasks-real-audio.yaml --model_name_or_path CHECKPOINT \
-        --output_dir runs/tasks
+    python -m examples.experiments.tasks --tasks examples/recipes/tasks-real-audio.yaml \
+        --model_name_or_path CHECKPOINT --output_dir runs/tasks
 
-The yaml file names the tasks, their data and splits; every split is a run of run_linear_probe.py (`probe`, and
-`probe-random` for random weights), run_audio_classification.py (`finetuned`, `finetuned-random`),
-baselines/ast_from_scratch.py (`ast`) or baselines/mfcc.py (`mfcc`). Results are kept in `--output_dir`, so what is
-there is not run again; `tasks.md` and `tasks.json` hold the table, mean over the splits and the spread over seeds.
+The yaml file names the tasks, their data and splits. Each split is a run of run_linear_probe.py (`probe`, and
+`probe-random` with random weights), run_audio_classification.py (`finetuned`, `finetuned-random`),
+ast_from_scratch.py (`ast`) or mfcc.py (`mfcc`). Results are cached in `--output_dir` and not computed again;
+`tasks.md` and `tasks.json` hold the table: mean over the splits ± std over seeds.
 """
 
 import argparse
@@ -32,7 +32,7 @@ METHODS = ("mfcc", "probe-random", "probe", "ast", "finetuned-random", "finetune
 
 
 def splits(task: dict[str, Any]) -> Iterator[tuple[str, list[str], list[str]]]:
-    """(name, filters of the training clips, filters of the test clips) of every split of a task."""
+    """(name, filters of the training clips, filters of the test clips) for every split of a task."""
     if "folds" not in task:
         yield "test", as_list(task.get("train_filter")), as_list(task.get("test_filter"))
         return
@@ -54,12 +54,12 @@ def expand(value: Any) -> Any:
         return value
     text = os.path.expandvars(value)
     if "$" in text:
-        raise ValueError(f"the tasks name an environment variable that is not set: {value}")
+        raise ValueError(f"expected every environment variable of the tasks to be set, got {value}")
     return text
 
 
 def manifest_of(name: str, task: dict[str, Any], folder: Path) -> str:
-    """Writes the manifest of a task whose labels stand in the file names, as `pattern` reads them."""
+    """Writes the manifest of a task whose labels are part of the file names, as matched by `pattern`."""
     pattern, root = re.compile(task["pattern"]), Path(task["folder"])
     files = sorted(path for path in root.rglob("*") if path.is_file())
     rows = [(path, pattern.fullmatch(path.name)) for path in files]
@@ -84,7 +84,7 @@ def run(
     out: Path,
     known: dict[tuple, np.ndarray],
 ) -> dict[str, list[float]]:
-    """The accuracies of one split, one a seed. `known` keeps embeddings for the task's other splits."""
+    """The accuracies of one split, one per seed. `known` caches embeddings for the task's other splits."""
     data = {name: task[name] for name in ("audio_column", "label_column", "root") if name in task}
     shared = [text for name, value in data.items() for text in (f"--{name}", str(value))]
     test_data = task.get("test") or task["train"]
@@ -96,9 +96,9 @@ def run(
         options += ["--model_name_or_path", args.model_name_or_path, "--batch_size", "32"]
         options += ["--pooling", args.probe_pooling or args.pooling, "--num_layers", str(args.num_layers)]
         options += ["--window_seconds", str(args.window_seconds)] if args.window_seconds is not None else []
-        options += ["--methods", *args.fits]
+        options += ["--probes", *args.probes]
         results = run_linear_probe.main([*options, *(["--random_init"] if method == "probe-random" else [])], known)
-        return {fit: [seed[fit]["accuracy"] for seed in results["runs"]] for fit in args.fits}
+        return {probe: [seed[probe]["accuracy"] for seed in results["runs"]] for probe in args.probes}
     options = [*shared, "--model_name_or_path", args.model_name_or_path, "--output_dir", str(out / "run")]
     options += ["--train_data", task["train"], "--eval_data", test_data, "--seed", str(args.seeds[0])]
     options += [*(["--train_filter", *train] if train else []), *(["--eval_filter", *test] if test else [])]
@@ -113,11 +113,11 @@ def run(
 
 
 def settings_of(method: str, task: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """What a method's results depend on."""
+    """The settings that a method's results depend on."""
     if method == "mfcc":
         names = ["seeds"]
     elif method in ("probe", "probe-random"):
-        names = ["model_name_or_path", "pooling", "probe_pooling", "num_layers", "window_seconds", "fits", "seeds"]
+        names = ["model_name_or_path", "pooling", "probe_pooling", "num_layers", "window_seconds", "probes", "seeds"]
     else:
         names = ["model_name_or_path", "pooling"]
     settings = {name: getattr(args, name) for name in names}
@@ -125,7 +125,7 @@ def settings_of(method: str, task: dict[str, Any], args: argparse.Namespace) -> 
 
 
 def summarize(task: str, method: str, results: list[dict[str, list[float]]]) -> dict[str, Any]:
-    """The best of a method's scores: the mean over splits, seed by seed, its mean and spread over seeds."""
+    """The best of a method's scores: mean and std over seeds of the mean over splits."""
     rows = []
     for name in results[0]:
         seeds = np.mean([result[name] for result in results], axis=0)
@@ -155,18 +155,28 @@ def _cell(row: dict[str, Any] | None) -> str:
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", required=True, help="yaml file of tasks")
-    parser.add_argument("--model_name_or_path", required=True, help="encoder, or pretraining checkpoint")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", metavar="TASK", help="these tasks; by default all")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--pooling", default="cls_mean", help="of probe and classifier")
-    parser.add_argument("--probe_pooling", choices=POOLINGS, help="of the probe, where it is another")
-    parser.add_argument("--num_layers", type=int, default=1, help="that the probe concatenates, the last ones")
-    parser.add_argument("--window_seconds", type=float, help="the probe hears longer clips in windows of this length")
+    parser.add_argument("--model_name_or_path", required=True, help="encoder or pretraining checkpoint")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the results and the table")
+    parser.add_argument("--only", nargs="+", metavar="TASK", help="tasks to run (default: all)")
     parser.add_argument(
-        "--fits", nargs="+", choices=("linear", "ridge"), default=["linear"], help="the better of these"
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to run (default: all)"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the probes; finetuning: the first")
+    parser.add_argument("--pooling", default="cls_mean", help="pooling of probe and classifier (default: cls_mean)")
+    parser.add_argument("--probe_pooling", choices=POOLINGS, help="pooling of the probe (default: --pooling)")
+    parser.add_argument(
+        "--num_layers", type=int, default=1, help="number of last layers that the probe concatenates (default: 1)"
+    )
+    parser.add_argument("--window_seconds", type=float, help="window length of the probe for longer clips")
+    parser.add_argument(
+        "--probes",
+        nargs="+",
+        choices=("linear", "ridge"),
+        default=["linear"],
+        help="probes to fit; the table has the better one (default: linear)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the probes; finetuning uses the first"
+    )
     return parser.parse_args(arguments)
 
 
@@ -176,7 +186,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     tasks = expand(yaml.safe_load(Path(args.tasks).read_text()))
     unknown = set(args.only or ()) - set(tasks)
     if unknown:
-        raise ValueError(f"{args.tasks} has no task {', '.join(sorted(unknown))}, but {', '.join(tasks)}")
+        raise ValueError(f"expected tasks of {args.tasks} ({', '.join(tasks)}), got {', '.join(sorted(unknown))}")
     chosen, rows = args.only or list(tasks), []
     for method in args.methods:
         for name in chosen:

@@ -31,7 +31,7 @@ def clips() -> list[np.ndarray]:
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("sort_by_length", [True, False])
-def test_a_clip_has_the_embedding_that_it_has_alone(model, feature_extractor, clips, pooling, sort_by_length):
+def test_embeddings_do_not_depend_on_the_batch(model, feature_extractor, clips, pooling, sort_by_length):
     options = {"pooling": pooling, "progress": False, "num_layers": 2}
     alone = np.concatenate([embed(model, feature_extractor, [clip], **options) for clip in clips])
     for batch_size in (2, 7):
@@ -54,7 +54,7 @@ def test_pooling_is_that_of_the_model(feature_extractor, clips, pooling):
     np.testing.assert_allclose(embed(model, feature_extractor, clips, pooling, progress=False), expected, atol=1e-5)
 
 
-def test_mean_over_time_keeps_the_mel_rows(model, feature_extractor, clips):
+def test_mean_over_time_keeps_mel_patches(model, feature_extractor, clips):
     by_row = embed(model, feature_extractor, clips, "mean_time", progress=False)
     mean = embed(model, feature_extractor, clips, "mean", progress=False)
     np.testing.assert_allclose(by_row.reshape(len(clips), 8, 32).mean(1), mean, atol=1e-5)
@@ -85,7 +85,7 @@ def test_items_and_streams_of_clips(model, feature_extractor, clips):
     np.testing.assert_array_equal(embed(model, feature_extractor, iter(clips), progress=False), expected)
 
 
-def test_the_model_is_left_as_it_was(model, feature_extractor, clips):
+def test_the_model_is_unchanged(model, feature_extractor, clips):
     classifier = ASiTForAudioClassification(ASiTConfig(**SMALL, drop_path_rate=0.5)).train()
     first = embed(classifier, feature_extractor, clips[:2], progress=False)
     assert classifier.training
@@ -94,16 +94,16 @@ def test_the_model_is_left_as_it_was(model, feature_extractor, clips):
 
 
 def test_wrong_input(model, feature_extractor, clips):
-    with pytest.raises(ValueError, match="pooling must be one of"):
+    with pytest.raises(ValueError, match="pooling to be one of"):
         embed(model, feature_extractor, clips, "max", progress=False)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size of at least 1, got 0"):
         embed(model, feature_extractor, clips, batch_size=0, progress=False)
-    with pytest.raises(ValueError, match="num_layers must be from 1 to 2"):
+    with pytest.raises(ValueError, match="num_layers from 1 to 2"):
         embed(model, feature_extractor, clips, num_layers=3, progress=False)
     with pytest.raises(ValueError, match="at least one clip"):
         embed(model, feature_extractor, [], progress=False)
     item = {"index": 0, "bad_files": [("a.wav", "cut short")]}
-    with pytest.raises(ValueError, match="clip 0 has no waveform: .*cut short"):
+    with pytest.raises(ValueError, match="clip 0, got .*cut short"):
         embed(model, feature_extractor, [item], progress=False)
 
 
@@ -120,14 +120,14 @@ def test_timestamp_embeddings(model, feature_extractor, clips):
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_long_clips_in_windows(model, feature_extractor, pooling):
-    """Pooled over the patches of all windows; the CLS token is the windows' mean; short clips are as without."""
+    """Pooled over the patches of all windows, the CLS tokens averaged; short clips are unchanged."""
     rng = np.random.default_rng(0)
     clips = [rng.normal(0, 0.1, samples).astype(np.float32) for samples in (16000, 40000, 41000, 9000)]
     options = {"pooling": pooling, "batch_size": 2, "num_layers": 2, "progress": False}
     found = embed(model, feature_extractor, iter(clips), window_seconds=1.3, **options)
     whole = embed(model, feature_extractor, clips, **options)
     np.testing.assert_allclose(found[[0, 3]], whole[[0, 3]], atol=1e-5)
-    for clip, embedding in zip(clips[1:3], found[1:3]):  # 2.5 s are 248 frames: a window of 8 columns, and 7 columns
+    for clip, embedding in zip(clips[1:3], found[1:3]):  # 2.5 s are 248 frames: windows of 8 and 7 time patches
         parts = [clip[: 127 * 160 + 400], clip[128 * 160 :]]
         inputs = [feature_extractor(part, sampling_rate=16000, return_tensors="pt").input_values for part in parts]
         with torch.no_grad():
@@ -148,7 +148,7 @@ def test_long_clips_in_windows(model, feature_extractor, pooling):
                 }[pooling]
             )
         np.testing.assert_allclose(embedding, torch.cat(layers), atol=1e-5)
-    with pytest.raises(ValueError, match="window_seconds must be at least one patch column, got 0.1"):
+    with pytest.raises(ValueError, match="at least one time patch, got 0.1"):
         embed(model, feature_extractor, clips, window_seconds=0.1, **options)
 
 
@@ -180,7 +180,7 @@ def test_files_of_any_length(model, feature_extractor, tmp_path):
         columns, times = timestamp_embeddings(model, feature_extractor, clip)
         np.testing.assert_allclose(found[index].timestamps, columns, atol=1e-5)
         np.testing.assert_array_equal(found[index].milliseconds, times)
-    # 2.5 s are 248 frames: a window of 8 columns, and 7 columns
+    # 2.5 s are 248 frames: windows of 8 and 7 time patches
     long, clip = found[3], read_audio(files[3], 16000)
     assert long.timestamps.shape == (15, 32)
     np.testing.assert_allclose(np.diff(long.milliseconds), 160)
@@ -195,7 +195,7 @@ def test_files_of_any_length(model, feature_extractor, tmp_path):
     )
 
 
-def test_files_are_read_as_they_are_asked_for(model, feature_extractor, tmp_path):
+def test_files_are_read_lazily(model, feature_extractor, tmp_path):
     file = write(tmp_path / "a.wav", 3000)
     asked = []
 
@@ -211,10 +211,10 @@ def test_files_are_read_as_they_are_asked_for(model, feature_extractor, tmp_path
 
 def test_embed_files_wrong_input(model, feature_extractor):
     for options, message in (
-        ({"pooling": "max"}, "pooling must be one of"),
-        ({"num_layers": 3}, "num_layers must be from 1 to 2"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"window_seconds": 0.1}, "at least one patch column"),
+        ({"pooling": "max"}, "pooling to be one of"),
+        ({"num_layers": 3}, "num_layers from 1 to 2"),
+        ({"batch_size": 0}, "batch_size of at least 1, got 0"),
+        ({"window_seconds": 0.1}, "at least one time patch"),
         ({"max_seconds": 0.0}, "max_seconds above 0"),
     ):
         with pytest.raises(ValueError, match=message):

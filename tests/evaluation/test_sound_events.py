@@ -7,7 +7,7 @@ from asit_hf.evaluation.sound_events import decode_events, psds, segment_metrics
 NAMES = ["dog", "rain"]
 
 
-def test_runs_of_columns_become_events():
+def test_runs_of_time_patches_become_events():
     scores = np.zeros((6, 2))
     scores[[0, 1, 4], 0] = 0.9
     scores[3:, 1] = 0.7
@@ -33,7 +33,7 @@ def test_events_survive_targets_and_decoding():
 def test_wrong_scores():
     with pytest.raises(ValueError, match=r"scores of shape \(3, 2\), got \(3, 1\)"):
         decode_events(np.zeros((3, 1)), NAMES, np.arange(4.0))
-    with pytest.raises(ValueError, match="odd number"):
+    with pytest.raises(ValueError, match="odd median_filter_size"):
         decode_events(np.zeros((3, 2)), NAMES, np.arange(4.0), median_filter_size=2)
 
 
@@ -71,7 +71,7 @@ def test_segments_of_a_tenth_of_a_second_are_not_rounded_apart():
 def test_segment_metrics_without_events_and_wrong_input():
     nothing = segment_metrics({"a": []}, {"a": []}, NAMES)
     assert all(np.isnan(value) for value in nothing.values())
-    with pytest.raises(ValueError, match="1 estimated files have no reference, for instance b"):
+    with pytest.raises(ValueError, match="got 1 others, first b"):
         segment_metrics({"a": []}, {"b": []}, NAMES)
     with pytest.raises(ValueError, match="unknown label 'cat'"):
         segment_metrics({"a": [Event(0, 1, "cat")]}, {}, NAMES)
@@ -96,7 +96,7 @@ def test_psds_by_hand():
 
 
 def crowd(seed: int) -> dict:
-    """Twelve minutes with events of three classes, and scores that hint at them."""
+    """Twelve minutes with events of three classes, and noisy scores of them."""
     generator = np.random.default_rng(seed)
     names = ["bird", "car", "dog"]
     reference, scores, edges = {}, {}, {}
@@ -122,12 +122,12 @@ def crowd(seed: int) -> dict:
     ],
 )
 def test_psds_equals_psds_eval(seed, median_filter_size, scenario, expected):
-    """Numbers of psds_eval 0.5.3 (with numpy 1.26 and pandas 2.2: it does not run with later ones)."""
+    """Reference values of psds_eval 0.5.3 with numpy 1.26 and pandas 2.2 (it does not run with later ones)."""
     score = psds(**crowd(seed), scenario=scenario, median_filter_size=median_filter_size)
     assert score == pytest.approx(expected, abs=1e-9)
 
 
-def test_psds_leaves_out_classes_that_never_occur():
+def test_psds_excludes_classes_without_events():
     options = crowd(0)
     wider = {**options, "names": [*options["names"], "zebra"]}
     wider["scores"] = {file: np.pad(scores, ((0, 0), (0, 1))) for file, scores in options["scores"].items()}

@@ -49,7 +49,9 @@ def expected(checkpoint, folder) -> dict:
 
 
 def options(checkpoint: Path, data: Path, *more: object) -> list[str]:
-    fixed = ["--model_name_or_path", checkpoint, "--data", data, "--device", "cpu", "--pooling", "cls_mean"]
+    fixed = ["--model_name_or_path", checkpoint, "--data", data, "--device", "cpu"]
+    if "--scenes" in more:
+        fixed += ["--pooling", "cls_mean"]
     return [str(option) for option in (*fixed, *more)]
 
 
@@ -121,8 +123,10 @@ def test_nothing_readable(checkpoint, tmp_path):
     ("more", "message"),
     [
         ([], "--scenes or --timestamps"),
-        (["--scenes", "a.csv"], "must end in .parquet or .npz"),
-        (["--scenes", "a.npz", "--timestamps", "a.npz"], "a file each"),
+        (["--scenes", "a.csv"], "ends in .parquet or .npz"),
+        (["--scenes", "a.npz", "--timestamps", "a.npz"], "different files"),
+        (["--timestamps", "a.npz", "--pooling", "mean"], "--pooling has no effect"),
+        (["--timestamps", "a.npz", "--num_layers", "2"], "--num_layers has no effect"),
     ],
 )
 def test_wrong_options(more, message, capsys):

@@ -28,7 +28,7 @@ def encoder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sounds(tmp_path_factory) -> Path:
-    """Clips of 1.5 to 2.5 s with noise, and a low and a high tone somewhere in it."""
+    """Clips of 1.5 to 2.5 s of noise with a low and a high tone at random times."""
     folder = tmp_path_factory.mktemp("sounds")
     generator = np.random.default_rng(0)
     tables: dict[str, dict[str, list[Event]]] = {"train": {}, "test": {}}
@@ -53,7 +53,7 @@ def arguments(sounds: Path, encoder: Path, output: Path, **options: object) -> l
         "model_name_or_path": encoder,
         "train_labels": sounds / "train.tsv",
         "eval_labels": sounds / "test.tsv",
-        "audio": sounds,
+        "data": sounds,
         "output_dir": output,
         "num_train_epochs": 12,
         "learning_rate": 1e-2,
@@ -67,7 +67,7 @@ def arguments(sounds: Path, encoder: Path, output: Path, **options: object) -> l
     return [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
 
 
-def test_it_learns_what_sounds_when(sounds, encoder, tmp_path):
+def test_it_learns_to_detect_events(sounds, encoder, tmp_path):
     metrics = script.main(arguments(sounds, encoder, tmp_path, segment_seconds=0.2, per_device_eval_batch_size=3))
     assert metrics["eval_mAP"] > 0.8
     assert metrics["eval_segment_f1"] > 0.7
@@ -106,17 +106,23 @@ def test_wrong_input(sounds, encoder, tmp_path, caplog):
     labels = tmp_path / "test.tsv"
     labels.write_text((sounds / "test.tsv").read_text().replace("low", "bell"))
     options = {"max_steps": 1, "eval_labels": labels}
-    with pytest.raises(ValueError, match=r"test\.tsv has 1 classes that .*train\.tsv lacks, first 'bell'"):
+    with pytest.raises(ValueError, match=r"train\.tsv in .*test\.tsv, got 1 others, first 'bell'"):
         script.main(arguments(sounds, encoder, tmp_path, **options))
     metrics = script.main(arguments(sounds, encoder, tmp_path, drop_unknown_labels=True, **options))
     assert metrics["eval_classes_without_positives"] == 1
-    assert "left out 8 evaluation events of 1 classes that training lacks: ['bell']" in caplog.text
+    assert "dropped 8 evaluation events of 1 classes that training lacks: ['bell']" in caplog.text
     with pytest.raises(ValueError, match="--random_init"):
         script.main(arguments(sounds, None, tmp_path))
+    with pytest.raises(ValueError, match="--size has no effect"):
+        script.main(arguments(sounds, encoder, tmp_path, size="tiny"))
+    with pytest.raises(ValueError, match="--encoder has no effect"):
+        script.main([*arguments(sounds, encoder, tmp_path, random_init=True), "--encoder", "student"])
 
 
 def test_a_run_by_minutes(sounds, encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr("asit_hf.utils.time_budget.now", itertools.count(0, 2).__next__)  # every look lasts 2 s
+    monkeypatch.setattr(
+        "asit_hf.utils.time_budget.now", itertools.count(0, 2).__next__
+    )  # every reading of the clock takes 2 s
     script.main(arguments(sounds, encoder, tmp_path, max_minutes=0.5))
     steps = json.loads((tmp_path / "trainer_state.json").read_text())["global_step"]
     assert 5 <= steps <= 15

@@ -107,7 +107,7 @@ def test_every_row_is_pretrained_probed_and_in_the_table(recipe, capsys):
     assert weights("reconstruction", 0)[1].local_loss_weight == 0
 
 
-def test_what_is_finished_is_not_run_again(recipe, monkeypatch):
+def test_finished_runs_are_not_repeated(recipe, monkeypatch):
     edit(recipe, rows=["random", str(RECIPES / "ablation-full.yaml")], seeds=[0])
     pretrained, probed = [], []
     pretrain, probe = script.run_pretraining.main, script.run_linear_probe.main
@@ -117,7 +117,7 @@ def test_what_is_finished_is_not_run_again(recipe, monkeypatch):
     assert (len(pretrained), len(probed)) == (1, 2)
     assert script.main(["--recipe", str(recipe)]) == first
     assert (len(pretrained), len(probed)) == (1, 2)
-    # stopped while it was probed, and one seed more
+    # interrupted while probing, and one more seed
     (recipe.parent / "out" / "full" / "seed-0" / "result.json").unlink()
     again = script.main(["--recipe", str(recipe), "--seeds", "0", "1"])
     assert (len(pretrained), len(probed)) == (2, 5)
@@ -128,7 +128,7 @@ def test_what_is_finished_is_not_run_again(recipe, monkeypatch):
         script.main(["--recipe", str(recipe)])
 
 
-def test_pretraining_goes_on_from_its_checkpoint(recipe):
+def test_pretraining_resumes_from_its_checkpoint(recipe):
     edit(recipe, rows=[str(RECIPES / "ablation-full.yaml")], seeds=[0])
     base = recipe.parent / "base.yaml"
     base.write_text(base.read_text().replace("max_steps: 1", "max_steps: 3"))
@@ -155,10 +155,10 @@ def test_pretraining_goes_on_from_its_checkpoint(recipe):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": "both"}, "source must be 'teacher' or 'student'"),
-        ({"rows": ["random", "random"]}, "rows of different names, got random, random"),
-        ({"probes": [{"train": "a.csv"}]}, "every probe needs a name"),
-        ({"seeds": [1, 1]}, r"expected seeds, each once, got \[1, 1\]"),
+        ({"encoder": "both"}, "teacher, student, got 'both'"),
+        ({"rows": ["random", "random"]}, "distinct names, got random, random"),
+        ({"probes": [{"train": "a.csv"}]}, "name for every probe"),
+        ({"seeds": [1, 1]}, r"distinct seeds, got \[1, 1\]"),
     ],
 )
 def test_wrong_options(recipe, options, message):
@@ -167,7 +167,7 @@ def test_wrong_options(recipe, options, message):
         script.main(["--recipe", str(recipe)])
 
 
-def test_what_is_wrong_with_the_last_row_is_told_before_the_first(recipe, tmp_path, monkeypatch, capsys):
+def test_errors_of_the_last_row_are_raised_before_the_first_runs(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "run_cell", lambda *_: pytest.fail("a row was run"))
     rows = yaml.safe_load(recipe.read_text())["rows"]
     edit(recipe, rows=[*rows, str(tmp_path / "gone.yaml")])
@@ -180,7 +180,7 @@ def test_what_is_wrong_with_the_last_row_is_told_before_the_first(recipe, tmp_pa
     edit(recipe, rows=rows, probes=[{"name": "tones", "train": "a.csv"}])
     with pytest.raises(SystemExit):
         script.main(["--recipe", str(recipe)])
-    assert "give --test, --test_split or --test_filter" in capsys.readouterr().err
+    assert "--test, --test_split or --test_filter" in capsys.readouterr().err
 
 
 def test_the_recipe_of_real_audio_is_whole(monkeypatch):

@@ -45,8 +45,8 @@ def test_the_input_is_as_long_as_the_clips(encoder, tmp_path, seconds):
     assert model(**inputs).logits.shape == (1, 3)
 
 
-def test_the_length_and_the_size_are_asked_for(encoder):
-    with pytest.raises(ValueError, match="for the length"):
+def test_length_and_size_are_required(encoder):
+    with pytest.raises(ValueError, match="--max_seconds"):
         build(encoder, None)
-    with pytest.raises(ValueError, match="for the size"):
+    with pytest.raises(ValueError, match="--model_name_or_path"):
         ast_from_scratch.build_ast(SimpleNamespace(model_name_or_path=None), SimpleNamespace(max_seconds=1), "", [])

@@ -7,6 +7,7 @@ from inspect import getdoc, signature
 from pathlib import Path
 
 import pytest
+import yaml
 
 import asit_hf
 from asit_hf import (
@@ -80,6 +81,10 @@ def test_the_versions_that_readme_names_are_those_of_the_project():
     assert f"with torch {torch_version}:" in readme
 
 
+def test_the_citation_file_has_the_version_of_the_package():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == asit_hf.__version__
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_all_that_is_needed(tmp_path):
     """Built from a copy of the sources, unpacked and used where these are not."""
@@ -98,6 +103,7 @@ def test_the_wheel_holds_all_that_is_needed(tmp_path):
         folders = {name.split("/")[0] for name in archive.namelist()}
         assert folders == {"asit_hf", f"{wheel.stem.split('-py')[0]}.dist-info"}
         archive.extractall(tmp_path / "installed")
+    assert (tmp_path / "installed" / "asit_hf" / "py.typed").is_file()
     installed = str(tmp_path / "installed")
     done = subprocess.run(
         [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {installed!r})\n{FIVE_LINES}", installed],

@@ -23,6 +23,7 @@ print(int(kept), *faults)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's setting")
+@pytest.mark.slow
 def test_memory_is_got_from_the_system_once():
     output = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True).stdout
     kept, first, *_, last = map(int, output.split())

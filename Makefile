@@ -77,7 +77,8 @@ $(REHEARSAL)/ready: constraints.txt Makefile
 gpu-rehearsal: $(REHEARSAL)/ready
 	rm -rf $(REHEARSAL)/results
 	for round in 1 2; do \
-		PYTHONPATH=. OMP_NUM_THREADS=1 $(REHEARSAL)/bin/python examples/benchmarks/gpu.py --quick --output_dir $(REHEARSAL)/results || exit 1; \
+		PYTHONPATH=. OMP_NUM_THREADS=1 $(REHEARSAL)/bin/python examples/benchmarks/gpu.py --quick --minutes 30 \
+			--output_dir $(REHEARSAL)/results || exit 1; \
 	done
 
 # the HEAR benchmark's validator, installed without its dependencies: it requires tensorflow but does not need it here

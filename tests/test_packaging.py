@@ -7,6 +7,7 @@ from inspect import getdoc, signature
 from pathlib import Path
 
 import pytest
+import yaml
 
 import asit_hf
 from asit_hf import (
@@ -82,6 +83,10 @@ def test_readme_names_the_supported_versions():
     assert re.search(rf"torch {re.escape(torch_version)}\b", readme)
 
 
+def test_the_citation_file_has_the_version_of_the_package():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == asit_hf.__version__
+
+
 @pytest.mark.slow
 def test_the_wheel_is_complete(tmp_path):
     """A wheel built from a copy of the sources, unpacked, and used without them."""
@@ -100,6 +105,7 @@ def test_the_wheel_is_complete(tmp_path):
         folders = {name.split("/")[0] for name in archive.namelist()}
         assert folders == {"asit_hf", f"{wheel.stem.split('-py')[0]}.dist-info"}
         archive.extractall(tmp_path / "installed")
+    assert (tmp_path / "installed" / "asit_hf" / "py.typed").is_file()
     installed = str(tmp_path / "installed")
     done = subprocess.run(
         [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {installed!r})\n{FIVE_LINES}", installed],

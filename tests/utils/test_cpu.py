@@ -23,6 +23,7 @@ print(int(kept), *faults)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's setting")
+@pytest.mark.slow
 def test_freed_memory_is_reused():
     output = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True).stdout
     kept, first, *_, last = map(int, output.split())

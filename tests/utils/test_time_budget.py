@@ -194,6 +194,7 @@ def test_data_without_a_length(make_trainer):
     assert trainer.args.max_steps == -1
 
 
+@pytest.mark.slow
 def test_the_time_is_not_shared_at_every_step(make_trainer, monkeypatch):
     moments = []
     trainer = make_trainer(FakeClock(0.05), max_minutes=0.5)

@@ -129,8 +129,9 @@ def test_psds_equals_psds_eval(seed, median_filter_size, scenario, expected):
 
 def test_psds_with_all_thresholds_equals_sed_scores_eval():
     """
-    Reference value of sed_scores_eval 0.0.4 (pandas 2.2.3): intersection_based.psds(scores, reference, durations,
-    dtc_threshold=0.7, gtc_threshold=0.7, alpha_st=1, unit_of_time="hour", max_efpr=100), which evaluates every score as a threshold.
+    Reference value of sed_scores_eval 0.0.4 (pandas 2.2.3), which evaluates every score as a threshold:
+    intersection_based.psds(scores, reference, durations, dtc_threshold=0.7, gtc_threshold=0.7, alpha_st=1,
+    unit_of_time="hour", max_efpr=100).
     """
     options = crowd(0)
     thresholds = np.unique(np.concatenate([scores.ravel() for scores in options["scores"].values()]))

@@ -35,7 +35,7 @@ from asit_hf.data.events import (
     time_patch_edges,
     write_strong_labels,
 )
-from asit_hf.evaluation.metrics import multi_label_metrics
+from asit_hf.evaluation.metrics import score
 from asit_hf.evaluation.sound_events import PSDS_SCENARIOS, decode_events, psds, segment_metrics
 from asit_hf.hub.cards import CardArguments, describe_run
 from asit_hf.hub.upload import PushMixin
@@ -162,7 +162,7 @@ class Scorer:
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         scores, edges = self.scores(prediction.predictions, prediction.label_ids)
         targets = np.concatenate([rows[rows[:, 0] != IGNORED] for rows in prediction.label_ids])
-        metrics = multi_label_metrics(np.concatenate(list(scores.values())), targets)
+        metrics = score(np.concatenate(list(scores.values())), targets)
         segments = segment_metrics(
             self.reference, self.detect(scores, edges), self.names, self.durations, self.args.segment_seconds
         )

@@ -1,4 +1,4 @@
-"""The metrics of `metrics` as `evaluate.Metric` classes."""
+"""The functions of `metrics` as `evaluate.Metric` classes, in a file of their own because they need evaluate."""
 
 from collections.abc import Callable
 
@@ -14,8 +14,7 @@ with extra("train"):
 
 class SingleLabelMetrics(evaluate.Metric):
     """
-    `single_label_metrics` as a metric of `evaluate`: `predictions` are scores, `references` class ids; `compute` also
-    takes `k`.
+    `single_label_metrics` of `predictions` (scores) and `references` (class ids); `compute` also accepts `k`.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -26,7 +25,7 @@ class SingleLabelMetrics(evaluate.Metric):
 
 
 class MultiLabelMetrics(evaluate.Metric):
-    """`multi_label_metrics` as a metric of `evaluate`: `predictions` are scores, `references` rows of 0 and 1."""
+    """`multi_label_metrics` of `predictions` (scores) and `references` (0-1 targets)."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _metric_info(multi_label_metrics, datasets.List(datasets.Value("int64")))

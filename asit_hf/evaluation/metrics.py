@@ -1,4 +1,8 @@
-"""Classification metrics computed on this machine: as functions, as `evaluate.Metric` classes, and for Trainer."""
+"""
+Classification metrics: as functions, and as `evaluate.Metric` classes, which score in Trainer.
+
+The functions need neither evaluate nor datasets: kNN accuracy during pretraining is computed without them.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -11,7 +15,7 @@ TOP_K = 5
 
 
 def __getattr__(name: str):
-    if name in ("SingleLabelMetrics", "MultiLabelMetrics"):  # their base class needs evaluate, the functions do not
+    if name in ("SingleLabelMetrics", "MultiLabelMetrics"):  # their base class needs evaluate
         from . import evaluate_metrics
 
         return getattr(evaluate_metrics, name)
@@ -20,24 +24,26 @@ def __getattr__(name: str):
 
 def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
     """
-    Share of clips whose class is among the `k` best-scored ones; of equal scores the lower class id comes first.
+    Share of clips whose class is among the `k` best-scored ones; among equal scores the lower class id comes first.
+    Unlike scikit-learn's `top_k_accuracy_score`, it breaks ties as `argmax` does, and pretraining needs it without
+    scikit-learn.
 
     Args:
         scores (`np.ndarray` of shape `(clips, classes)`): logits or probabilities.
         labels (`np.ndarray` of shape `(clips,)`): class ids.
-        k (`int`): at least 1; beyond the number of classes it takes them all.
+        k (`int`): at least 1; values above the number of classes count all of them.
     """
     scores, labels = _check_scores(scores), np.asarray(labels)
     _check_class_ids(labels, scores)
     if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+        raise ValueError(f"expected k of at least 1, got {k}")
     best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return float((best == labels[:, None]).any(axis=1).mean())
 
 
 def average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """
-    Average precision of every class, `(classes,)`; NaN for a class without positives.
+    Average precision of every class, `(classes,)`; NaN for a class without positives, where scikit-learn gives 0.
 
     Args:
         scores (`np.ndarray` of shape `(clips, classes)`): logits or probabilities.
@@ -59,8 +65,7 @@ def roc_aucs(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 def d_prime(auc: float) -> float:
     """
-    The sensitivity index d' that an area under the ROC curve stands for: infinite for a perfect 1, minus infinity for
-    0, NaN for NaN.
+    The sensitivity index d' of an area under the ROC curve: infinite for 1, minus infinity for 0, NaN for NaN.
     """
     with extra("train"):
         from scipy.special import ndtri
@@ -68,7 +73,7 @@ def d_prime(auc: float) -> float:
 
 
 def single_label_metrics(scores: np.ndarray, labels: np.ndarray, k: int = TOP_K) -> dict[str, float]:
-    """`accuracy` and, of more than `k` classes, `top{k}_accuracy`; arguments as in `top_k_accuracy`."""
+    """`accuracy` and, for more than `k` classes, `top{k}_accuracy`; arguments as in `top_k_accuracy`."""
     metrics = {"accuracy": top_k_accuracy(scores, labels)}
     if np.shape(scores)[-1] > k:
         metrics[f"top{k}_accuracy"] = top_k_accuracy(scores, labels, k)
@@ -78,11 +83,11 @@ def single_label_metrics(scores: np.ndarray, labels: np.ndarray, k: int = TOP_K)
 def multi_label_metrics(scores: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """
     `mAP` and `mAUC`, means over classes, and `d_prime` of mAUC, as AudioSet results are reported. Classes that cannot
-    be scored are left out of the means; `classes_without_positives` says how many. Arguments as in
+    be scored are excluded from the means; `classes_without_positives` counts them. Arguments as in
     `average_precisions`.
 
     Raises:
-        ValueError: no class has a positive, or shapes and values that do not fit.
+        ValueError: no class has a positive, or wrong shapes or values.
     """
     precisions = average_precisions(scores, targets)
     if np.isnan(precisions).all():
@@ -113,7 +118,7 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, float]]] = {
     "multi_label_classification": multi_label_metrics,
     "regression": regression_metrics,
 }
-# The one that chooses the best checkpoint, and whether more of it is better.
+# The metric that chooses the best checkpoint, and whether greater is better.
 MAIN_METRIC = {
     "single_label_classification": ("accuracy", True),
     "multi_label_classification": ("mAP", True),
@@ -121,26 +126,43 @@ MAIN_METRIC = {
 }
 
 
+def score(scores: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """
+    Scores with `SingleLabelMetrics` or `MultiLabelMetrics`, for class ids `(clips,)` or 0-1 targets
+    `(clips, classes)`. They work in memory, so that parallel runs share no cache file.
+    """
+    from .evaluate_metrics import MultiLabelMetrics, SingleLabelMetrics
+
+    scores, targets = _check_scores(scores), np.asarray(targets)
+    if targets.ndim == 1:
+        metric = SingleLabelMetrics(keep_in_memory=True)
+    else:
+        metric, targets = MultiLabelMetrics(keep_in_memory=True), _check_targets(targets, scores)
+    return metric.compute(predictions=scores, references=targets.astype(np.int64))
+
+
 def compute_metrics_for(problem_type: str, label_names: Sequence[str]) -> Callable[[EvalPrediction], dict[str, float]]:
     """
-    The `compute_metrics` of a Trainer. Where every clip has exactly one label, multi-label metrics come with those of
-    single labels: binary cross-entropy may train a task that is scored by accuracy.
+    The `compute_metrics` of a Trainer. If every clip has exactly one label, single-label metrics are added to the
+    multi-label ones: binary cross-entropy may train a task that is scored by accuracy.
 
     Args:
         problem_type (`str`): as in the model's config.
-        label_names (`Sequence[str]`): the classes, by id; scores of another width are an error.
+        label_names (`Sequence[str]`): the classes, by id; scores of another width raise `ValueError`.
     """
     if problem_type not in METRICS:
-        raise ValueError(f"problem_type must be one of {sorted(METRICS)}, got {problem_type!r}")
+        raise ValueError(f"expected problem_type to be one of {sorted(METRICS)}, got {problem_type!r}")
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         scores = prediction.predictions
         if scores.shape[-1] != len(label_names):
             raise ValueError(f"expected scores of {len(label_names)} classes, got shape {scores.shape}")
         targets = prediction.label_ids
-        metrics = METRICS[problem_type](scores, targets)
+        if problem_type == "regression":
+            return regression_metrics(scores, targets)
+        metrics = score(scores, targets)
         if problem_type == "multi_label_classification" and (targets.sum(-1) == 1).all():
-            metrics |= single_label_metrics(scores, targets.argmax(-1))
+            metrics |= score(scores, targets.argmax(-1))
         return metrics
 
     return compute_metrics
@@ -148,7 +170,7 @@ def compute_metrics_for(problem_type: str, label_names: Sequence[str]) -> Callab
 
 def confusion_counts(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """
-    Clips by class (rows) and best-scored class (columns), `(classes, classes)` int64, for
+    Number of clips by class (rows) and best-scored class (columns), `(classes, classes)` int64, for
     [`~asit_hf.plotting.plot_confusion`]. Arguments as in `top_k_accuracy`.
     """
     with extra("train"):
@@ -162,7 +184,7 @@ def per_class_report(
     scores: np.ndarray, targets: np.ndarray, label_names: Sequence[str]
 ) -> list[dict[str, str | int | float]]:
     """
-    One row a class, in the order of `label_names`; NaN where a number does not exist.
+    One row per class, in the order of `label_names`; NaN for undefined values.
 
     Args:
         scores (`np.ndarray` of shape `(clips, classes)`): logits or probabilities.
@@ -202,7 +224,7 @@ def _check_scores(scores: np.ndarray) -> np.ndarray:
     if scores.ndim != 2 or len(scores) == 0:
         raise ValueError(f"expected scores of shape (clips, classes), got {scores.shape}")
     if not np.isfinite(scores).all():
-        raise ValueError("scores hold values that are not finite (NaN or infinity)")
+        raise ValueError("expected finite scores, got NaN or infinity")
     return scores
 
 

@@ -13,6 +13,7 @@ from asit_hf.evaluation.metrics import (
     per_class_report,
     regression_metrics,
     roc_aucs,
+    score,
     single_label_metrics,
     top_k_accuracy,
 )
@@ -27,7 +28,7 @@ TARGETS = np.array([[1, 0, 1], [0, 0, 1], [1, 0, 1], [0, 0, 1]])
 def test_top_k_accuracy():
     assert top_k_accuracy(SCORES, LABELS) == 0.5
     assert top_k_accuracy(SCORES, LABELS, k=2) == top_k_accuracy(SCORES, LABELS, k=9) == 1.0
-    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="k of at least 1, got 0"):
         top_k_accuracy(SCORES, LABELS, k=0)
 
 
@@ -37,7 +38,7 @@ def test_equal_scores_do_not_count_as_right():
     assert top_k_accuracy(scores, np.full(10, 0)) == 1
 
 
-def test_top5_is_reported_only_where_it_says_something():
+def test_top5_needs_more_than_five_classes():
     assert set(single_label_metrics(SCORES, LABELS)) == {"accuracy"}
     assert single_label_metrics(np.eye(6), np.arange(6)) == {"accuracy": 1.0, "top5_accuracy": 1.0}
 
@@ -52,7 +53,7 @@ def test_average_precision_by_hand_and_classes_without_positives():
     assert np.isnan(areas[1:]).all()
 
 
-def test_multi_label_metrics_leave_out_and_count_what_cannot_be_scored():
+def test_multi_label_metrics_exclude_and_count_classes_without_positives():
     metrics = multi_label_metrics(TARGET_SCORES, TARGETS)
     assert metrics["mAP"] == pytest.approx((5 / 6 + 1) / 2)
     assert metrics["mAUC"] == pytest.approx(0.75)
@@ -82,7 +83,7 @@ def test_random_scores_are_at_chance():
     [
         (single_label_metrics, SCORES, np.array([0, 1, 2, 3]), "class ids from 0 to 2"),
         (single_label_metrics, SCORES, np.array([0, 1]), "for each of 4 clips"),
-        (single_label_metrics, SCORES * np.nan, LABELS, "not finite"),
+        (single_label_metrics, SCORES * np.nan, LABELS, "finite"),
         (single_label_metrics, SCORES[:0], LABELS[:0], "expected scores of shape"),
         (multi_label_metrics, TARGET_SCORES, TARGETS * 0, "at least one positive"),
         (multi_label_metrics, TARGET_SCORES, TARGETS * 0.5, "0 and 1 only"),
@@ -148,7 +149,14 @@ def test_evaluate_metrics_equal_the_functions_and_take_batches(tmp_path):
     assert metric.compute(predictions=SCORES, references=LABELS, k=2) == {"accuracy": 0.5, "top2_accuracy": 1.0}
 
 
-def test_one_label_a_clip_scored_by_binary_cross_entropys_model():
+def test_scoring_leaves_no_cache_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", str(tmp_path))
+    assert score(SCORES, LABELS) == single_label_metrics(SCORES, LABELS)
+    assert score(TARGET_SCORES, TARGETS.astype(np.float32)) == multi_label_metrics(TARGET_SCORES, TARGETS)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_multi_label_model_of_single_label_clips():
     one_hot = np.eye(3)[LABELS]
     metrics = compute_metrics_for("multi_label_classification", "abc")(EvalPrediction(SCORES, one_hot))
     assert metrics["accuracy"] == 0.5

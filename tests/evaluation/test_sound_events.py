@@ -127,6 +127,37 @@ def test_psds_equals_psds_eval(seed, median_filter_size, scenario, expected):
     assert score == pytest.approx(expected, abs=1e-9)
 
 
+def test_psds_with_all_thresholds_equals_sed_scores_eval():
+    """
+    Reference value of sed_scores_eval 0.0.4 (pandas 2.2.3), which evaluates every score as a threshold:
+    intersection_based.psds(scores, reference, durations, dtc_threshold=0.7, gtc_threshold=0.7, alpha_st=1,
+    unit_of_time="hour", max_efpr=100).
+    """
+    options = crowd(0)
+    thresholds = np.unique(np.concatenate([scores.ravel() for scores in options["scores"].values()]))
+    assert psds(**options, scenario="psds1", thresholds=thresholds) == pytest.approx(0.10863442999231729, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("seed", "f1", "f1_macro", "error_rate"),
+    [
+        (0, 0.637883008356546, 0.6416977190605239, 0.5558194774346793),
+        (3, 0.5371120107962213, 0.5295296860002742, 0.6704545454545454),
+    ],
+)
+def test_segment_metrics_equal_sed_eval(seed, f1, f1_macro, error_rate):
+    """
+    Reference values of sed_eval 0.2.1: SegmentBasedMetrics(names, time_resolution=1.0).evaluate(reference, estimated,
+    evaluated_length_seconds=180) for each file.
+    """
+    options = crowd(seed)
+    files, names = options["scores"], options["names"]
+    estimated = {file: decode_events(files[file], names, options["edges"][file]) for file in files}
+    found = segment_metrics(options["reference"], estimated, names, dict.fromkeys(files, 180.0))
+    expected = {"segment_f1": f1, "segment_f1_macro": f1_macro, "segment_error_rate": error_rate}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
 def test_psds_excludes_classes_without_events():
     options = crowd(0)
     wider = {**options, "names": [*options["names"], "zebra"]}

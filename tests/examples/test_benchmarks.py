@@ -150,3 +150,9 @@ def test_exported_models_are_compared(capsys):
     differences = {note.partition(":")[0]: float(note.split("most ")[1].split()[0]) for note in report.notes[-3:]}
     assert differences["onnxruntime"] < 1e-4
     assert all(1e-4 < differences[name] < 0.3 for name in ("onnxruntime int8", "torchao int8"))
+
+
+def test_probes_are_compared_with_scikit_learn():
+    rows = load("probes").main(["--quick", "--probes", "ridge", "knn"])
+    for row in rows:
+        assert row["accuracy"] == pytest.approx(row["their_accuracy"], abs=0.1)

@@ -65,7 +65,9 @@ def usage_of(script: str, subcommand: str | None = None) -> str:
         with pytest.raises(SystemExit):
             main.main()
     assert parsers, f"{script} has no command {subcommand}"
-    return parsers[0].format_usage() + (" [--recipe]" if "--recipe" in (parsers[0].epilog or "") else "")
+    parser = parsers[0]
+    takes_recipes, parser.usage = "--recipe" in (parser.usage or ""), None  # else the one that argparse makes
+    return parser.format_usage() + (" [--recipe]" if takes_recipes else "")
 
 
 def options_of(script: str, subcommand: str | None = None) -> set[str]:

@@ -17,7 +17,7 @@ MODEL ?= model_cards/asit-tiny-pool26h-esc50
 # for the main process; the tests and the loader workers set their own number
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: demo test test-fast oldest gpu gpu-rehearsal hear common space browser quality style clean
+.PHONY: demo test test-fast oldest gpu gpu-rehearsal hear int8 common space browser quality style clean
 
 # torch first, so that no other package pulls in another build of it
 $(VENV)/torch-ready: constraints.txt
@@ -85,6 +85,11 @@ gpu-rehearsal: $(REHEARSAL)/ready
 hear: $(VENV)/ready
 	$(PIP) --no-deps --upgrade --target $(VENV)/hear hearvalidator==2021.0.2
 	PYTHONPATH=$(VENV)/hear $(BIN)/python -m pytest tests/evaluation/test_hear.py -k validator
+
+# int8 weights by torchao, installed beside the environment: every import of transformers loads it, and prints warnings
+int8: $(VENV)/ready
+	$(PIP) --no-deps --upgrade --target $(VENV)/int8 torchao
+	PYTHONPATH=$(VENV)/int8 $(BIN)/python -m pytest tests/test_training_stack.py tests/examples/test_benchmarks.py -k "int8 or exported"
 
 # transformers' common model tests, which only its source distribution contains; they use marks unknown to our pytest
 common: SOURCE := $(VENV)/transformers-source

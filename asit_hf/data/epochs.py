@@ -47,12 +47,8 @@ class EpochCallback(TrainerCallback):
         stream.skip(num_batches, args.train_batch_size)
         num_shards = stream.dataset.num_shards
         if num_shards % args.world_size:
-            logger.warning(
-                "the stream has %d shards, not a multiple of the %d processes: each process reads all shards and "
-                "keeps its share of the clips",
-                num_shards,
-                args.world_size,
-            )
+            shards = f"the stream has {num_shards} shards, not a multiple of the {args.world_size} processes"
+            logger.warning("%s: each process reads all shards and keeps its share of the clips", shards)
         # accelerate would let every process read and crop all clips and discard the other processes' share
         whole = getattr(train_dataloader, "dataset", None)
         if isinstance(whole, IterableDatasetShard):

@@ -37,8 +37,7 @@ class LogMelStatistics:
 def log_mel_statistics(
     waveforms: Iterable[np.ndarray], sampling_rate: int = 16000, num_mel_bins: int = 128
 ) -> LogMelStatistics:
-    """
-    Statistics of the frames of all clips, without padding, one clip in memory at a time.
+    """Statistics of the frames of all clips, without padding, one clip in memory at a time.
 
     Args:
         waveforms: mono `(samples,)`, at `sampling_rate` Hz.

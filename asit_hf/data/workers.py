@@ -11,8 +11,7 @@ _DIED = "DataLoader worker (pid"
 
 @contextmanager
 def clear_worker_errors() -> Iterator[None]:
-    """
-    Turns the errors of torch for a killed `DataLoader` worker into one clear error. The error of torch depends on
+    """Turns the errors of torch for a killed `DataLoader` worker into one clear error. The error of torch depends on
     the moment (it may be a bare `ConnectionResetError`) and is raised by a signal handler, anywhere in the block.
 
     Raises:

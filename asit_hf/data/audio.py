@@ -25,6 +25,7 @@ _MPEG_LEAD_IN = 16 * 1152
 _VORBIS_PAGE = 255 * 1024
 # The last page of some intact files (Debian's naev-data) declares up to a block more than its packets hold.
 _VORBIS_BLOCK = 8192
+_BLOCK = 1 << 16  # libsndfile's Ogg encoder crashes on long blocks
 # clearer words for messages of libsndfile; it reports any damaged mp3 with the first one
 _REASONS = {
     "File does not exist or is not a regular file (possibly a pipe?)": "Format not recognised",
@@ -309,6 +310,17 @@ def resample(waveform: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     with extra():
         import soxr
     return soxr.resample(waveform, from_rate, to_rate, quality="HQ")
+
+
+def encode_audio(samples: np.ndarray, sampling_rate: int, format: str, subtype: str, **options: Any) -> bytes:
+    """Mono `(samples,)` as the content of a file in one of libsndfile's formats, for instance "OGG" and "OPUS"."""
+    with extra():
+        import soundfile
+    content = io.BytesIO()
+    with soundfile.SoundFile(content, "w", sampling_rate, 1, subtype, format=format, **options) as file:
+        for start in range(0, len(samples), _BLOCK):
+            file.write(samples[start : start + _BLOCK])
+    return content.getvalue()
 
 
 def source_name(source: Any) -> str:

@@ -112,7 +112,7 @@ class PretrainingCrops(Seeded, Dataset):
         return len(self.sources)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        epoch, index = self.epoch, index if index >= 0 else index + len(self)
+        epoch, index = self.epoch, range(len(self))[index]
         key, row = sample_key(self.seed, epoch, index), index
         bad_files: list[tuple[str, str]] = []
         while True:

@@ -15,9 +15,8 @@ logger = logging.getLogger(__name__)
 
 
 class EpochCallback(TrainerCallback):
-    """
-    Calls `dataset.set_epoch` at the start of every epoch; accelerate does so only in a run of one process that was not
-    resumed within an epoch.
+    """Calls `dataset.set_epoch` at the start of every epoch; accelerate does so only in a run of one process that was
+    not resumed within an epoch.
 
     A [`~asit_hf.data.StreamingCrops`] becomes one endless epoch: each process reads its own part of the stream, and a
     run resumed with the same numbers of processes and loader workers continues at the clip where it stopped.

@@ -103,9 +103,10 @@ def time_patch_edges(
 
 
 def frame_targets(events: Iterable[Event], names: Sequence[str], edges: np.ndarray) -> np.ndarray:
-    """
-    0-1 targets `(time_patches, classes)`, float32. A class is active in each time patch of which its event covers at
-    least half the usual width, and always in the one that the event covers most, so that no event is lost.
+    """0-1 targets `(time_patches, classes)`, float32.
+
+    A class is active in each time patch of which its event covers at least half the usual width, and always in the one
+    that the event covers most, so that no event is lost.
 
     Args:
         events: of one clip.

@@ -139,10 +139,7 @@ class PackedCrops(Seeded, Dataset):
         return self
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if index < 0:
-            index += len(self)
-        if not 0 <= index < len(self):
-            raise IndexError(f"expected an index below {len(self)}, got {index}")
+        index = range(len(self))[index]
         key = sample_key(self.seed, self.epoch, index)
         return {"sample_key": key, "index": index, "file": self.sources.names[index], "bad_files": []}
 
@@ -234,8 +231,7 @@ def write_index(path: Path, format: str, sampling_rate: int, names: list, parts:
 
 
 def read_index(path: Path, format: str) -> dict[str, Any]:
-    """
-    The index of `write_index`: `sampling_rate`, `num_samples`, `lengths`, `names`, `parts` if known, and other fields.
+    """The index of `write_index`: `sampling_rate`, `num_samples`, `lengths`, `names`, `parts` if any, other fields.
 
     Raises:
         FileNotFoundError: no such file.

@@ -9,7 +9,6 @@ keep their exact lengths and nearly their sound. Needs soundfile 0.13 or later, 
 """
 
 import argparse
-import io
 import os
 import sys
 from collections.abc import Iterator
@@ -20,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from ..utils.files import whole_file
+from .audio import encode_audio
 from .packed import INDEX, Clip, PackedAudio, new_folder, read_index, to_pcm, write_index, write_packed
 
 FORMAT = "asit opus parcels"
 RATES = (8000, 12000, 16000, 24000, 48000)
 FRAMES_PER_SECOND = 50  # of Opus as libsndfile writes it
-BLOCK = 1 << 16  # libsndfile's Ogg encoder crashes on long blocks
 
 
 def is_parcels(folder: str | os.PathLike) -> bool:
@@ -43,7 +42,7 @@ def encode_parcels(
     """Write a packed pool as Opus parcels, which cannot be decoded until all files are written.
 
     Args:
-        kilobits: average bit rate in kb/s that the encoder aims at, 6 to 256.
+        kilobits: average bit rate in kb/s that the encoder aims at, 6 to 256 (libsndfile's levels 1 to 0).
         max_megabytes: size of the largest file in MiB.
         num_threads: files encoded in parallel; 0 for the number of processors.
 
@@ -56,7 +55,7 @@ def encode_parcels(
             the size of a file.
     """
     if pool.sampling_rate not in RATES:
-        raise ValueError(f"expected a pool of one of Opus' sampling rates {RATES}, got {pool.sampling_rate} Hz")
+        raise ValueError(f"expected one of Opus' sampling rates {RATES}, got a pool of {pool.sampling_rate} Hz")
     if not 6 <= kilobits <= 256:
         raise ValueError(f"expected 6 to 256 kilobits per second, got {kilobits}")
     folder = new_folder(folder)
@@ -67,7 +66,8 @@ def encode_parcels(
     def encode(clips: range) -> list[tuple[str, int]]:
         name = f"{clips.start:09d}.opus"
         first, last = int(pool.offsets[clips[0]]), int(pool.offsets[clips[-1]] + pool.lengths[clips[-1]])
-        content = _encode(pool.audio[first:last].numpy(), pool.sampling_rate, kilobits)
+        samples = pool.audio[first:last].numpy()
+        content = encode_audio(samples, pool.sampling_rate, "OGG", "OPUS", compression_level=1 - (kilobits - 6) / 250)
         if len(content) <= max_bytes:
             with whole_file(folder / name) as unfinished:
                 unfinished.write_bytes(content)
@@ -124,17 +124,6 @@ def _split(pool: PackedAudio, max_samples: int) -> list[range]:
             samples = 0
         samples += length
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(pool)])]
-
-
-def _encode(samples: np.ndarray, sampling_rate: int, kilobits: float) -> bytes:
-    import soundfile
-
-    level = 1 - (kilobits - 6) / 250  # from 256 kb/s (0) to 6 kb/s (1)
-    content = io.BytesIO()
-    with soundfile.SoundFile(content, "w", sampling_rate, 1, "OPUS", format="OGG", compression_level=level) as file:
-        for start in range(0, len(samples), BLOCK):
-            file.write(samples[start : start + BLOCK])
-    return content.getvalue()
 
 
 def _decode(path: Path, lengths: list[int], sampling_rate: int) -> list[np.ndarray]:

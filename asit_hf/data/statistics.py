@@ -11,9 +11,8 @@ from ..feature_extraction_asit import ASiTFeatureExtractor
 
 @dataclass(frozen=True)
 class LogMelStatistics:
-    """
-    Sums over the log-mel values of some clips, in float64. Statistics of disjoint sets of clips are combined with `+`,
-    in any order, and equal those of all clips up to rounding.
+    """Sums over the log-mel values of some clips, in float64. `+` gives the statistics of two disjoint sets of clips,
+    equal in any order up to rounding.
     """
 
     clips: int = 0

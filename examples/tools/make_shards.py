@@ -32,12 +32,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet
-import soundfile
 from datasets import Audio, Dataset, Features, Value
 from tqdm.auto import tqdm
 
 from asit_hf.data import AudioReadError, read_audio
-from asit_hf.data.audio import source_name
+from asit_hf.data.audio import encode_audio, source_name
 from asit_hf.data.labelled import DatasetArguments
 from asit_hf.data.packed import Clip, to_pcm, write_packed
 from asit_hf.data.parcels import RATES as OPUS_RATES
@@ -54,13 +53,7 @@ CODEC, CLIPS_PER_SHARD = "flac", 2000
 
 def encode(source: Any, sampling_rate: int, codec: str) -> bytes:
     """The whole clip, mono, at `sampling_rate`; samples beyond [-1, 1] are clipped."""
-    _, format, subtype = CODECS[codec]
-    waveform = read_audio(source, sampling_rate)
-    content = io.BytesIO()
-    with soundfile.SoundFile(content, "w", sampling_rate, 1, subtype, format=format) as file:
-        for start in range(0, len(waveform), 1 << 16):  # libsndfile's ogg encoder crashes on long blocks
-            file.write(np.clip(waveform[start : start + (1 << 16)], -1, 1))
-    return content.getvalue()
+    return encode_audio(read_audio(source, sampling_rate).clip(-1, 1), sampling_rate, *CODECS[codec][1:])
 
 
 def encode_or_reason(source: Any, sampling_rate: int, codec: str) -> bytes | str:

@@ -1,14 +1,12 @@
 """Speech Commands (Warden 2018)."""
 
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...utils.extras import extra
-from ..audio import audio_info, read_audio
+from ..audio import audio_info, encode_audio, read_audio
 from .files import audio_files, build_dataset, check_folder, check_split, incomplete, published_file
 
 if TYPE_CHECKING:
@@ -118,8 +116,6 @@ def _speech_commands_test_archive(root: Path, split: str, names: Sequence[str], 
 
 def _silence_clips(files: list[Path], split: str, count: int) -> Iterator[dict[str, Any]]:
     """`count` windows of 1 s as wav bytes, from this split's share of every recording in turn."""
-    with extra():
-        import soundfile
     durations = [audio_info(file).duration for file in files]
     low, high = _NOISE_SHARES[split]
     generator = np.random.default_rng(0)
@@ -127,7 +123,5 @@ def _silence_clips(files: list[Path], split: str, count: int) -> Iterator[dict[s
         file, seconds = files[index % len(files)], durations[index % len(files)]
         length = min(1.0, (high - low) * seconds)
         start = generator.uniform(low * seconds, high * seconds - length)
-        content = io.BytesIO()
         window = read_audio(file, _SILENCE_RATE, start, length)
-        soundfile.write(content, window, _SILENCE_RATE, format="WAV", subtype="PCM_16")
-        yield {"path": f"{file}@{start:.3f}s", "bytes": content.getvalue()}
+        yield {"path": f"{file}@{start:.3f}s", "bytes": encode_audio(window, _SILENCE_RATE, "WAV", "PCM_16")}

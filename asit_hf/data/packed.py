@@ -80,7 +80,8 @@ class PackedAudio:
         index = read_index(folder / INDEX, FORMAT)
         rate = index["sampling_rate"]
         if sampling_rate not in (None, rate):
-            raise ValueError(f"expected {sampling_rate} Hz, got {rate} Hz in {folder}: pack it again at that rate")
+            what = f"expected {sampling_rate} Hz, got {rate} Hz in {folder}"
+            raise ValueError(f"{what}: packed audio cannot be resampled, pack it again at the expected rate")
         lengths = torch.tensor(index["lengths"], dtype=torch.int64)
         audio, offsets = _map(folder, int(lengths.sum())), lengths.cumsum(0) - lengths
         return cls(folder, rate, audio, offsets, lengths, index["names"], index.get("parts")).to(device)

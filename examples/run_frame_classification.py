@@ -184,9 +184,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     eval_events = known_events(eval_events, names, data_args)
     model, feature_extractor = build_model(model_args, names)
     rate = feature_extractor.sampling_rate
-    train = StronglyLabelledClips(
-        train_events, data_args.data, rate, data_args.max_seconds, train=True, seed=args.seed, strict=data_args.strict
-    )
+    crop = {"max_seconds": data_args.max_seconds, "train": True, "seed": args.seed}
+    train = StronglyLabelledClips(train_events, data_args.data, rate, strict=data_args.strict, **crop)
     evaluation = StronglyLabelledClips(eval_events, data_args.eval_data or data_args.data, rate)
     if not data_args.strict:
         train.drop_unreadable()

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from math import gcd
 from numbers import Real
@@ -22,8 +23,9 @@ _MPEG_LEAD_IN = 16 * 1152
 # A seek into the last page of an Ogg Vorbis stream can be some samples off. A page has at most 255 packets of 1024
 # samples (at the usual block size): a seek to before the last page is exact, and so is reading on from there.
 _VORBIS_PAGE = 255 * 1024
-# The last page of some intact files (Debian's naev-data) promises up to a block more than its packets hold.
+# The last page of some intact files (Debian's naev-data) declares up to a block more than its packets hold.
 _VORBIS_BLOCK = 8192
+_BLOCK = 1 << 16  # libsndfile's Ogg encoder crashes on long blocks
 # clearer words for messages of libsndfile; it reports any damaged mp3 with the first one
 _REASONS = {
     "File does not exist or is not a regular file (possibly a pipe?)": "Format not recognised",
@@ -57,13 +59,12 @@ class AudioInfo:
     num_channels: int
 
     @property
-    def duration(self) -> float:
-        """Length in seconds."""
+    def duration(self) -> float:  # in seconds
         return self.num_samples / self.sampling_rate
 
 
-class AudioReader:
-    """An open audio source, from which windows are read. A context manager.
+class AudioReader(AbstractContextManager):
+    """An open audio source, from which windows are read; a context manager.
 
     Args:
         source: a path, `bytes`, a `{"path", "bytes"}` row of `datasets.Audio(decode=False)`, an
@@ -72,7 +73,7 @@ class AudioReader:
 
     Raises:
         AudioReadError: missing, empty, damaged or truncated file, or no samples. Truncated mp3 and ogg files, whose
-            headers have no reliable length, are no error: they are read as far as possible.
+            headers have no reliable length, are read as far as possible.
         TypeError: a source of another type.
     """
 
@@ -90,9 +91,6 @@ class AudioReader:
             self.close()
             raise AudioReadError(self.name, "no samples")
 
-    def __enter__(self) -> "AudioReader":
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.close()
 
@@ -101,16 +99,13 @@ class AudioReader:
             self._file.close()
 
     def num_samples(self, sampling_rate: int) -> int:
-        """Samples of the whole source once resampled to `sampling_rate`.
-
-        For mp3 this is the header's estimate until a `read` finds fewer samples.
-        """
-        return _resampled_length(self.info.num_samples, self.info.sampling_rate, sampling_rate)
+        """Samples of the whole source at `sampling_rate`; of an mp3, an estimate until a `read` finds fewer."""
+        return (2 * self.info.num_samples * sampling_rate + self.info.sampling_rate) // (2 * self.info.sampling_rate)
 
     def read(self, sampling_rate: int, start: int = 0, length: int | None = None) -> np.ndarray:
-        """Mono float32 waveform `(samples,)`: `length` samples from `start`, both counted at `sampling_rate`.
+        """Mono float32 `(samples,)` from `start`, at `sampling_rate`: `length` samples, or fewer at the end.
 
-        The samples equal those of the whole source resampled, up to rounding; there are fewer at its end.
+        They equal, up to rounding, those of the whole source resampled.
 
         Raises:
             AudioReadError: no samples at `start`, a damaged file, or samples that are not finite.
@@ -119,8 +114,7 @@ class AudioReader:
         total = self.num_samples(sampling_rate)
         stop = total if length is None else min(start + length, total)
         if start >= stop:
-            seconds = f"{start / sampling_rate:.3f} s"
-            raise AudioReadError(self.name, f"nothing to read at {seconds}, it lasts {self.info.duration:.3f} s")
+            raise self._nothing_at(start / sampling_rate)
         if rate == sampling_rate:
             return self._decode(start, stop)
         # start at an instant that both rates share, so that the samples coincide with those of the whole source
@@ -131,8 +125,11 @@ class AudioReader:
         skipped = start - first * sampling_rate // rate
         waveform = resample(self._decode(first, last), rate, sampling_rate)[skipped : skipped + stop - start]
         if waveform.size == 0:
-            raise AudioReadError(self.name, f"nothing to read at {start / sampling_rate:.3f} s")
+            raise self._nothing_at(start / sampling_rate)
         return waveform
+
+    def _nothing_at(self, seconds: float) -> AudioReadError:
+        return AudioReadError(self.name, f"nothing to read at {seconds:.3f} s, it lasts {self.info.duration:.3f} s")
 
     def _open_decoder(self, decoder: Any) -> None:
         try:
@@ -161,10 +158,8 @@ class AudioReader:
         elif isinstance(source, dict):
             path, content = source.get("path"), source.get("bytes")
         elif source is not None and not isinstance(source, (str, os.PathLike)):
-            raise TypeError(
-                "expected a path, bytes, a dict with path or bytes, a dict with array and sampling_rate, or a decoder "
-                f"as audio, got {type(source).__name__}"
-            )
+            expected = "a path, bytes, a dict with path, bytes, or array and sampling_rate, or a decoder as audio"
+            raise TypeError(f"expected {expected}, got {type(source).__name__}")
         if path is None and content is None:
             keys = f" in {sorted(map(str, source))}, nor array and sampling_rate" if isinstance(source, dict) else ""
             raise AudioReadError(self.name, f"neither a path nor bytes{keys}")
@@ -174,7 +169,7 @@ class AudioReader:
         cut = _WAV_DATA_CHUNK.search(self._file.extra_info) if self._file.format.startswith(("WAV", "RF64")) else None
         if cut and int(cut[1]) < _UNKNOWN_WAV_SIZE and int(cut[1]) > int(cut[2]):
             self.close()
-            raise AudioReadError(self.name, f"truncated: its header promises {cut[1]} bytes of audio, it has {cut[2]}")
+            raise AudioReadError(self.name, f"truncated: its header declares {cut[1]} bytes of audio, it has {cut[2]}")
 
     def _open(self) -> "soundfile.SoundFile":
         with extra():
@@ -214,19 +209,18 @@ class AudioReader:
         return _checked(frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1), self.name)
 
     def _ended_early(self, first: int, count: int) -> None:
-        """Fewer samples than promised: an error, except in mp3 and vorbis' last block, where `info` is corrected."""
+        """Fewer samples than declared: an error, except in mp3 and vorbis' last block, where `info` is corrected."""
         missing = self.info.num_samples - first - count
         if not self._is_mpeg() and not (self._file.subtype == "VORBIS" and missing <= _VORBIS_BLOCK):
-            promise = f"its header promises {self.info.num_samples} samples"
-            raise AudioReadError(self.name, f"damaged or truncated: {promise}, got none from {first + count} on")
-        self.info = replace(self.info, num_samples=first + count if count else self._count())
+            declared = f"its header declares {self.info.num_samples} samples"
+            raise AudioReadError(self.name, f"damaged or truncated: {declared}, got none from {first + count} on")
+        total = first + count
         if count == 0:
-            seconds = f"{first / self.info.sampling_rate:.3f} s"
-            raise AudioReadError(self.name, f"nothing to read at {seconds}, it lasts {self.info.duration:.3f} s")
-
-    def _count(self) -> int:
-        self._seek(0)
-        return sum(iter(lambda: len(self._file.read(1 << 20, dtype="float32")), 0))
+            self._seek(0)
+            total = sum(iter(lambda: len(self._file.read(1 << 20, dtype="float32")), 0))
+        self.info = replace(self.info, num_samples=total)
+        if count == 0:
+            raise self._nothing_at(first / self.info.sampling_rate)
 
     def _lead_in(self, first: int) -> int:
         """Samples to decode before `first` so that those from `first` on are decoded as in the whole file."""
@@ -318,6 +312,17 @@ def resample(waveform: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     return soxr.resample(waveform, from_rate, to_rate, quality="HQ")
 
 
+def encode_audio(samples: np.ndarray, sampling_rate: int, format: str, subtype: str, **options: Any) -> bytes:
+    """Mono `(samples,)` as the content of a file in one of libsndfile's formats, for instance "OGG" and "OPUS"."""
+    with extra():
+        import soundfile
+    content = io.BytesIO()
+    with soundfile.SoundFile(content, "w", sampling_rate, 1, subtype, format=format, **options) as file:
+        for start in range(0, len(samples), _BLOCK):
+            file.write(samples[start : start + _BLOCK])
+    return content.getvalue()
+
+
 def source_name(source: Any) -> str:
     """Name of a source in messages and reports: its path, or "bytes", "array" or its type."""
     if isinstance(source, (str, os.PathLike)):
@@ -339,10 +344,6 @@ def _fetch(url: str) -> bytes:
         raise
     except Exception as error:  # each protocol has its own errors
         raise AudioReadError(url, f"{type(error).__name__}: {error}") from error
-
-
-def _resampled_length(num_samples: int, from_rate: int, to_rate: int) -> int:
-    return (2 * num_samples * to_rate + from_rate) // (2 * from_rate)
 
 
 def _positive_rate(rate: Any) -> int:

@@ -85,16 +85,15 @@ class LabelledClips(Seeded, Dataset):
 
 
 def draw_crops(reader: AudioReader, sampling_rate: int, draw: Callable[[int], Any]) -> Any:
-    """`draw(samples of the clip)`, repeated if reading shows that an mp3 is shorter than its header promises."""
+    """`draw(samples of the clip)`, repeated if reading shows that an mp3 is shorter than its header states."""
     total = reader.num_samples(sampling_rate)
     try:
         drawn = draw(total)
+        if reader.num_samples(sampling_rate) == total:
+            return drawn
     except AudioReadError:
         if reader.num_samples(sampling_rate) == total:
             raise
-        drawn = None
-    if drawn is not None and reader.num_samples(sampling_rate) == total:
-        return drawn
     return draw(reader.num_samples(sampling_rate))
 
 

@@ -75,8 +75,7 @@ class ClassificationCollator:
     """Batch the items of `LabelledClips` for a classifier.
 
     Args:
-        feature_extractor: called as `feature_extractor(waveforms, sampling_rate=..., padding=True,
-            return_tensors="pt")`.
+        feature_extractor: called as `(waveforms, sampling_rate=..., padding=True, return_tensors="pt")`.
         num_labels: number of classes; required for classification.
         problem_type: "single_label_classification", "multi_label_classification" or "regression".
         augment: called as `augment(values (frames, mel), numpy generator)` on the spectrograms of items with a
@@ -106,29 +105,19 @@ class ClassificationCollator:
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         readable = readable_items(items)
-        features = self.feature_extractor(
-            [item["waveform"] for item in readable],
-            sampling_rate=self.feature_extractor.sampling_rate,
-            padding=True,
-            return_tensors="pt",
-        )
-        batch = dict(features)
-        if self.augment is not None:
-            self._augment(batch, readable)
+        rate, waveforms = self.feature_extractor.sampling_rate, [item["waveform"] for item in readable]
+        batch = dict(self.feature_extractor(waveforms, sampling_rate=rate, padding=True, return_tensors="pt"))
+        for row, item in enumerate(readable):
+            if self.augment is not None and "sample_key" in item:
+                # each clip's frames in place, without its padding
+                frames = int(batch["attention_mask"][row].sum()) if "attention_mask" in batch else None
+                values = batch["input_values"][row, :frames]
+                values[:] = self.augment(values, np.random.default_rng([item["sample_key"], 2]))
         if "mixture" in readable[0]:
             batch["labels"] = self._mixed_labels([item["mixture"] for item in readable])
         elif "label" in readable[0]:
             batch["labels"] = self._labels([item["label"] for item in readable])
         return batch
-
-    def _augment(self, batch: dict[str, torch.Tensor], items: list[dict[str, Any]]) -> None:
-        """Augment each clip's frames in place, without its padding."""
-        for row, item in enumerate(items):
-            if "sample_key" in item:
-                frames = int(batch["attention_mask"][row].sum()) if "attention_mask" in batch else None
-                generator = np.random.default_rng([item["sample_key"], 2])
-                values = batch["input_values"][row, :frames]
-                values[:] = self.augment(values, generator)
 
     def _mixed_labels(self, mixtures: list[list[tuple[Any, float]]]) -> torch.Tensor:
         labels = [label for mixture in mixtures for label, _ in mixture]
@@ -146,8 +135,7 @@ class ClassificationCollator:
         if self.problem_type == "regression":
             return torch.tensor(labels, dtype=torch.float32)
         if self.problem_type == "single_label_classification":
-            ids = [self._checked(label) for label in labels]
-            return torch.tensor(ids, dtype=torch.int64)
+            return torch.tensor([self._checked(label) for label in labels])
         targets = torch.zeros(len(labels), self.num_labels)
         for row, label in enumerate(labels):
             for one in label if isinstance(label, (list, tuple)) else [label]:

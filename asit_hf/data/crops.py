@@ -37,13 +37,11 @@ class CropSettings:
 
     def __post_init__(self):
         if self.num_global_crops < 1 or self.num_local_crops < 0:
-            raise ValueError(
-                f"expected >= 1 global and >= 0 local crops, got {self.num_global_crops}, {self.num_local_crops}"
-            )
+            got = f"{self.num_global_crops} and {self.num_local_crops}"
+            raise ValueError(f"expected >= 1 global and >= 0 local crops, got {got}")
         if self.global_samples < 1 or (self.num_local_crops and self.local_samples < 1):
-            raise ValueError(
-                f"expected crops of at least one sample, got {self.global_seconds} and {self.local_seconds} seconds"
-            )
+            got = f"{self.global_seconds} and {self.local_seconds} seconds"
+            raise ValueError(f"expected crops of at least one sample, got {got}")
         if not 0 <= self.roll_probability <= 1:
             raise ValueError(f"expected a roll_probability in [0, 1], got {self.roll_probability}")
 
@@ -114,12 +112,9 @@ class PretrainingCrops(Seeded, Dataset):
         return len(self.sources)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        epoch = self.epoch
-        if index < 0:
-            index += len(self)
-        key = sample_key(self.seed, epoch, index)
+        epoch, index = self.epoch, range(len(self))[index]
+        key, row = sample_key(self.seed, epoch, index), index
         bad_files: list[tuple[str, str]] = []
-        row = index
         while True:
             source = audio_of(self.sources[row])
             try:

@@ -34,14 +34,13 @@ def load_audio_dataset(
     root: str | os.PathLike | None = None,
     labels_from_folders: bool = False,
 ) -> "Dataset | IterableDataset":
-    """Load audio with the columns `audio` (`datasets.Audio(decode=False)`), `label` if there are labels, and all other
-    columns unchanged.
+    """Load audio as a column `audio` (`datasets.Audio(decode=False)`), with `label` if there are labels.
 
     Args:
         data: an audio file; a folder of audio files (searched recursively, sorted, without hidden files); a csv, tsv,
             json or jsonl manifest, or a folder with `metadata.csv` or `metadata.jsonl`; a parquet file or folder; a
             tar file or a folder of tar files (webdataset's layout; only the audio is read, as a stream); a folder
-            written by `save_to_disk`; the name of a data set on the Hub; or a `datasets` object.
+            written by `save_to_disk`; the name of a data set on the Hub; or a `datasets` object. Other columns stay.
         split: the split of a Hub, parquet or saved data set; for a manifest, the value of its `split` column; for a
             folder of audio, the subfolder.
         audio_column, label_column: names of the columns; by default the first of the usual names. A manifest's audio
@@ -63,24 +62,18 @@ def load_audio_dataset(
     with extra("train"):
         from datasets import Audio, Dataset, IterableDataset
 
+    options = {"split": split, "config_name": config_name, "root": root, "labels_from_folders": labels_from_folders}
     if isinstance(data, (Dataset, IterableDataset)):
-        _refuse(
-            "a loaded data set",
-            split=split,
-            config_name=config_name,
-            root=root,
-            labels_from_folders=labels_from_folders,
-        )
+        _check_options("a loaded data set", options)
         dataset, name = data, "the data set"
     else:
-        dataset = _open(data, split, audio_column, label_column, streaming, config_name, root, labels_from_folders)
-        name = os.fspath(data)
+        dataset, name = _open(data, audio_column, label_column, streaming, options), os.fspath(data)
     columns = dataset.column_names or list(next(iter(dataset)))
     audio_column = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", name)
     label_column = find_column(columns, label_column, LABEL_COLUMNS, "label", name)
     dataset = _rename(dataset, columns, audio_column, "audio")
     dataset = _rename(dataset, columns, label_column, "label")
-    if not _is_tar_stream(dataset):
+    if isinstance(dataset, Dataset) or not isinstance((dataset.features or {}).get("audio"), dict):  # not a tar stream
         dataset = dataset.cast_column("audio", Audio(decode=False))
     if isinstance(dataset, Dataset):
         if label_column is not None:
@@ -91,8 +84,7 @@ def load_audio_dataset(
 
 
 def load_unlabelled(specs: "list[str | dict] | str | dict", **defaults: Any) -> "Dataset | IterableDataset":
-    """
-    Load and join the audio of several data sets, without their labels.
+    """Load and join the audio of several data sets, without their labels.
 
     Args:
         specs: one or a list of: a path or name; or a dictionary (or its JSON) with the key `data`, any keyword of
@@ -140,67 +132,50 @@ def find_audio_files(folder: str | os.PathLike) -> list[Path]:
         raise FileNotFoundError(f"no such folder: {folder}")
     files = _walk(folder)
     audio = [file for file in files if file.suffix.lower() in AUDIO_EXTENSIONS]
-    others = Counter(file.suffix.lower() or "(no extension)" for file in files) - Counter(
-        file.suffix.lower() for file in audio
-    )
+    counts = Counter(file.suffix.lower() or "(no extension)" for file in files)
     if not audio:
-        found = ", ".join(f"{count} {extension}" for extension, count in sorted(others.items())) or "no files at all"
+        found = ", ".join(f"{count} {extension}" for extension, count in sorted(counts.items())) or "no files at all"
         raise FileNotFoundError(f"no audio in {folder}: expected {' '.join(AUDIO_EXTENSIONS)}, got {found}")
-    unreadable = {extension: others[extension] for extension in _UNREADABLE_EXTENSIONS if others[extension]}
+    unreadable = {extension: counts[extension] for extension in _UNREADABLE_EXTENSIONS if counts[extension]}
     if unreadable:
         logger.warning("skipped audio of unsupported formats in %s (files by extension): %s", folder, unreadable)
     return audio
 
 
 def _open(
-    data: str | os.PathLike,
-    split: str | None,
-    audio_column: str | None,
-    label_column: str | None,
-    streaming: bool,
-    config_name: str | None,
-    root: str | os.PathLike | None,
-    labels_from_folders: bool,
+    data: str | os.PathLike, audio_column: str | None, label_column: str | None, streaming: bool, options: dict
 ) -> "Dataset | IterableDataset":
     from datasets import Dataset
 
-    path = Path(data).expanduser()
+    path, split = Path(data).expanduser(), options["split"]
     if path.is_dir():
-        manifest = next(
-            (path / f"metadata{ext}" for ext in (".csv", ".jsonl") if (path / f"metadata{ext}").exists()), None
-        )
+        manifests = [file for file in (path / "metadata.csv", path / "metadata.jsonl") if file.exists()]
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            _refuse("a saved data set", config_name=config_name, root=root, labels_from_folders=labels_from_folders)
+            _check_options("a saved data set", options, "split")
             return _load_saved(path, split)
-        if manifest is not None and not labels_from_folders:
-            path = manifest
+        if manifests and not options["labels_from_folders"]:
+            path = manifests[0]
         elif tars := _find_shards(path, ".tar"):
-            _refuse(
-                "tar files", split=split, config_name=config_name, root=root, labels_from_folders=labels_from_folders
-            )
-            return _load_tars(tars, streaming)
+            return _load_tars(tars, streaming, options)
         elif not _find_shards(path, ".parquet"):
-            _refuse("a folder of audio", config_name=config_name, root=root)
-            return _load_folder(path, split, labels_from_folders)
+            _check_options("a folder of audio", options, "split", "labels_from_folders")
+            return _load_folder(path, split, options["labels_from_folders"])
     extension = path.suffix.lower()
     if path.is_file() and extension in MANIFEST_EXTENSIONS:
-        _refuse("a manifest", config_name=config_name, labels_from_folders=labels_from_folders)
-        return load_manifest(path, split, audio_column, label_column, Path(root) if root else path.parent)
+        _check_options("a manifest", options, "split", "root")
+        return load_manifest(path, split, audio_column, label_column, Path(options["root"] or path.parent))
     if path.is_file() and extension in AUDIO_EXTENSIONS:
-        _refuse(
-            "one audio file", split=split, config_name=config_name, root=root, labels_from_folders=labels_from_folders
-        )
+        _check_options("one audio file", options)
         return Dataset.from_dict({"audio": [str(path)]})
     if path.is_file() and extension == ".tar":
-        _refuse("a tar file", split=split, config_name=config_name, root=root, labels_from_folders=labels_from_folders)
-        return _load_tars([path], streaming)
+        return _load_tars([path], streaming, options)
     if path.is_file() and extension != ".parquet":
         expected = " ".join((*AUDIO_EXTENSIONS, *MANIFEST_EXTENSIONS, ".parquet", ".tar"))
         raise ValueError(f"expected a file with one of the extensions {expected}; got {path}")
-    _refuse("a parquet or Hub data set", root=root, labels_from_folders=labels_from_folders)
+    _check_options("a parquet or Hub data set", options, "split", "config_name")
     if not path.exists() and not _HUB_NAME.fullmatch(os.fspath(data)):
         raise FileNotFoundError(f"no such file or folder: {path}")
-    return _load_hub(os.fspath(data), path, config_name, split, streaming)
+    return _load_hub(os.fspath(data), path, options["config_name"], split, streaming)
 
 
 def _load_hub(name: str, path: Path, config_name: str | None, split: str | None, streaming: bool) -> Any:
@@ -214,10 +189,8 @@ def _load_hub(name: str, path: Path, config_name: str | None, split: str | None,
     except (FileNotFoundError, ConnectionError) as error:
         if path.exists():
             raise
-        raise FileNotFoundError(
-            f"{name!r} is neither a local file or folder ({path.absolute()} does not exist) nor a data set on the Hub "
-            f"({type(error).__name__}: {error})"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise FileNotFoundError(f"{name!r} is neither a local file or folder nor on the Hub ({reason})") from error
     return _choose_split(loaded, split, name)
 
 
@@ -226,7 +199,7 @@ def _load_saved(path: Path, split: str | None) -> "Dataset":
 
     loaded = load_from_disk(str(path))
     if isinstance(loaded, Dataset):
-        _refuse("a saved data set without splits", split=split)
+        _check_options("a saved data set without splits", {"split": split})
         return loaded
     return _choose_split(loaded, split, str(path))
 
@@ -252,10 +225,8 @@ def _load_folder(folder: Path, split: str | None, labels_from_folders: bool) -> 
     if labels_from_folders:
         outside = [file for file in files if file.parent == folder]
         if outside:
-            raise ValueError(
-                f"expected every file in a class folder of {folder}, got {len(outside)} directly in it, first "
-                f"{outside[0].name}"
-            )
+            got = f"{len(outside)} directly in it, first {outside[0].name}"
+            raise ValueError(f"expected every file in a class folder of {folder}, got {got}")
         columns["label"] = [file.relative_to(folder).parts[0] for file in files]
     return Dataset.from_dict(columns)
 
@@ -265,9 +236,8 @@ def _walk(folder: Path) -> list[Path]:
     files, seen = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
-        folders[:] = sorted(name for name in folders if not name.startswith(".")) if real not in seen else []
-        if real not in seen:
-            files += [Path(parent, name) for name in names if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
+        files += [Path(parent, name) for name in names if not name.startswith(".") and real not in seen]
         seen.add(real)
     return sorted(files)
 
@@ -280,9 +250,10 @@ def _find_shards(folder: Path, extension: str) -> list[Path]:
     return [file for file in files if file.suffix.lower() == extension]
 
 
-def _load_tars(files: list[Path], streaming: bool) -> "IterableDataset":
+def _load_tars(files: list[Path], streaming: bool, options: dict) -> "IterableDataset":
     from datasets import Features, IterableDataset, Value
 
+    _check_options("tar files", options)
     if not streaming:
         raise ValueError(f"tar files can only be streamed: load {files[0]} with streaming=True")
     # not an Audio feature, which needs torchcodec in a stream of rows, even undecoded
@@ -320,10 +291,6 @@ def _matches(value: Any, wanted: set[str], names: list[str] | None) -> bool:
     return str(names[value] if names is not None else value) in wanted
 
 
-def _is_tar_stream(dataset: Any) -> bool:
-    return not hasattr(dataset, "__len__") and isinstance((dataset.features or {}).get("audio"), dict)
-
-
 def _rename(dataset: Any, columns: list[str], column: str | None, name: str) -> Any:
     if column is None or column == name:
         return dataset
@@ -332,7 +299,7 @@ def _rename(dataset: Any, columns: list[str], column: str | None, name: str) -> 
     return dataset.rename_column(column, name)
 
 
-def _refuse(kind: str, **options: Any) -> None:
-    given = [name for name, value in options.items() if value]
+def _check_options(kind: str, options: dict[str, Any], *allowed: str) -> None:
+    given = [name for name, value in options.items() if value and name not in allowed]
     if given:
         raise ValueError(f"{' and '.join(given)} cannot be used with {kind}")

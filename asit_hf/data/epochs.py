@@ -15,9 +15,8 @@ logger = logging.getLogger(__name__)
 
 
 class EpochCallback(TrainerCallback):
-    """
-    Calls `dataset.set_epoch` at the start of every epoch; accelerate does so only in a run of one process that was not
-    resumed within an epoch.
+    """Calls `dataset.set_epoch` at the start of every epoch; accelerate does so only in a run of one process that was
+    not resumed within an epoch.
 
     A [`~asit_hf.data.StreamingCrops`] becomes one endless epoch: each process reads its own part of the stream, and a
     run resumed with the same numbers of processes and loader workers continues at the clip where it stopped.
@@ -47,12 +46,8 @@ class EpochCallback(TrainerCallback):
         stream.skip(num_batches, args.train_batch_size)
         num_shards = stream.dataset.num_shards
         if num_shards % args.world_size:
-            logger.warning(
-                "the stream has %d shards, not a multiple of the %d processes: each process reads all shards and "
-                "keeps its share of the clips",
-                num_shards,
-                args.world_size,
-            )
+            shards = f"the stream has {num_shards} shards, not a multiple of the {args.world_size} processes"
+            logger.warning("%s: each process reads all shards and keeps its share of the clips", shards)
         # accelerate would let every process read and crop all clips and discard the other processes' share
         whole = getattr(train_dataloader, "dataset", None)
         if isinstance(whole, IterableDatasetShard):

@@ -15,13 +15,13 @@ from .clips import LabelledClips
 from .collators import readable_items
 from .labelled import readable_rows
 
-# column names of DCASE first, then of AudioSet's strong labels
-_COLUMNS = {
-    "file": ("filename", "segment_id", "file"),
-    "onset": ("onset", "start_time_seconds"),
-    "offset": ("offset", "end_time_seconds"),
-    "label": ("event_label", "label"),
-}
+# file, onset, offset and label: column names of DCASE first, then of AudioSet's strong labels
+_COLUMNS = (
+    ("filename", "segment_id", "file"),
+    ("onset", "start_time_seconds"),
+    ("offset", "end_time_seconds"),
+    ("event_label", "label"),
+)
 IGNORED = -100.0
 
 
@@ -34,32 +34,30 @@ class Event(NamedTuple):
 
 
 def read_strong_labels(path: str | os.PathLike) -> dict[str, list[Event]]:
-    """
-    Events by file, in the order of the table, sorted by onset within each file.
+    """Events by file, in the order of the table, sorted by onset within each file.
 
     Args:
         path: a tsv or csv table with a header: `filename onset offset event_label` (DCASE), or `segment_id
             start_time_seconds end_time_seconds label` (AudioSet's strong labels); other columns are ignored. A row
-            with only a file name stands for a clip without events.
+            with only a file name denotes a clip without events.
 
     Raises:
-        ValueError: a missing column, times that are not numbers, or an offset that is not after the onset; the
-            message has the line number.
+        ValueError: a missing column, or times that are not numbers or not in order; the message has the line.
     """
     events: dict[str, list[Event]] = {}
     with open(path, newline="", encoding="utf-8-sig") as file:
         header = file.readline()
         file.seek(0)
         reader = csv.DictReader(file, delimiter="\t" if "\t" in header else ",")
-        names = {kind: _column(reader.fieldnames or [], kind, path) for kind in _COLUMNS}
+        names = [_column(reader.fieldnames or [], usual, path) for usual in _COLUMNS]
         for row in reader:
-            values = {kind: (row[name] or "").strip() for kind, name in names.items()}
+            name, *event = ((row[column] or "").strip() for column in names)
             place = f"line {reader.line_num} of {path}"
-            if not values["file"]:
+            if not name:
                 raise ValueError(f"expected a file name in {place}, got an empty field")
-            of_file = events.setdefault(values["file"], [])
-            if values["onset"] or values["offset"] or values["label"]:
-                of_file.append(_event(values, place))
+            of_file = events.setdefault(name, [])
+            if any(event):
+                of_file.append(_event(*event, place))
     if not events:
         raise ValueError(f"no rows in {path}")
     return {name: sorted(of_file) for name, of_file in events.items()}
@@ -69,7 +67,7 @@ def write_strong_labels(path: str | os.PathLike, events: Mapping[str, Iterable[E
     """Writes events as a tsv with DCASE's columns and times in milliseconds, for `read_strong_labels` to read."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow([names[0] for names in _COLUMNS.values()])
+        writer.writerow([names[0] for names in _COLUMNS])
         for name, of_file in events.items():
             rows = [(name, f"{event.onset:.3f}", f"{event.offset:.3f}", event.label) for event in of_file]
             writer.writerows(rows or [(name, "", "", "")])
@@ -83,17 +81,16 @@ def event_names(events: Mapping[str, Iterable[Event]]) -> list[str]:
 def time_patch_edges(
     num_time_patches: int, duration: float | None = None, sampling_rate: int = 16000, patch_size: int = 16
 ) -> np.ndarray:
-    """
-    Boundaries in time of a clip's patches. A time patch has `patch_size` frames of 10 ms, 160 ms in all, and its
+    """Boundaries in time of a clip's patches. A time patch has `patch_size` frames of 10 ms, 160 ms in all, and its
     frames' windows are centered in it, so that the second one begins at 167.5 ms. The first begins at 0, and the last
     ends with the clip, because the few frames after it belong to no patch.
 
     Args:
-        num_time_patches (`int`): at least 1.
-        duration (`float`, *optional*): of the clip in seconds; by default the end of the last patch.
+        num_time_patches: at least 1.
+        duration: of the clip in seconds; by default the end of the last patch.
 
     Returns:
-        `np.ndarray` of shape `(num_time_patches + 1,)`: time patch `i` lasts from `edges[i]` to `edges[i + 1]` s.
+        `edges (num_time_patches + 1,)`: time patch `i` lasts from `edges[i]` to `edges[i + 1]` s.
     """
     if num_time_patches < 1:
         raise ValueError(f"expected at least one time patch, got {num_time_patches}")
@@ -106,14 +103,15 @@ def time_patch_edges(
 
 
 def frame_targets(events: Iterable[Event], names: Sequence[str], edges: np.ndarray) -> np.ndarray:
-    """
-    0-1 targets `(time_patches, classes)`, float32. A class is active in each time patch of which its event covers at
-    least half the usual width, and always in the one that the event covers most, so that no event is lost.
+    """0-1 targets `(time_patches, classes)`, float32.
+
+    A class is active in each time patch of which its event covers at least half the usual width, and always in the one
+    that the event covers most, so that no event is lost.
 
     Args:
         events: of one clip.
-        names (`Sequence[str]`): the classes.
-        edges (`np.ndarray` of shape `(time_patches + 1,)`): see `time_patch_edges`.
+        names: the classes.
+        edges (time_patches + 1,): see `time_patch_edges`.
 
     Raises:
         ValueError: a label that is not among `names`.
@@ -131,14 +129,13 @@ def frame_targets(events: Iterable[Event], names: Sequence[str], edges: np.ndarr
 
 
 class StronglyLabelledClips(LabelledClips):
-    """
-    Clips with their events, for frame classification.
+    """Clips with their events, for frame classification.
 
     Args:
         events: by file, as returned by `read_strong_labels`.
         root: folder that the file names are relative to. Tables of segment ids name no extensions: if a file does not
             exist, `.wav`, `.flac`, `.ogg` and `.mp3` are tried.
-        sampling_rate, max_seconds, options: as in `LabelledClips`; events are cut to the crop.
+        sampling_rate, options: as in `LabelledClips`; events are cut to the crop.
 
     Items: those of `LabelledClips`, with `events` in seconds from the waveform's first sample and its `duration` in
     seconds.
@@ -147,18 +144,11 @@ class StronglyLabelledClips(LabelledClips):
         FileNotFoundError: none of the files exists.
     """
 
-    def __init__(
-        self,
-        events: Mapping[str, Sequence[Event]],
-        root: str | os.PathLike,
-        sampling_rate: int,
-        max_seconds: float | None = None,
-        **options: Any,
-    ):
+    def __init__(self, events: Mapping[str, Sequence[Event]], root: str | Path, sampling_rate: int, **options: Any):
         files = [_find_file(Path(root), name) for name in events]
         if not any(file.exists() for file in files):
             raise FileNotFoundError(f"none of the {len(files)} files is in {root}, for instance {files[0]}")
-        super().__init__(files, sampling_rate, max_seconds, **options)
+        super().__init__(files, sampling_rate, **options)
         self.names = list(events)
         self.events = [list(of_file) for of_file in events.values()]
 
@@ -189,12 +179,10 @@ def cut_events(events: Iterable[Event], start: float, duration: float) -> list[E
 
 @dataclass
 class FrameCollator:
-    """
-    Batch the items of `StronglyLabelledClips` for [`ASiTForAudioFrameClassification`].
+    """Batch the items of `StronglyLabelledClips` for [`ASiTForAudioFrameClassification`].
 
     Args:
-        feature_extractor: called as `feature_extractor(waveforms, sampling_rate=..., padding=True,
-            return_tensors="pt")`.
+        feature_extractor: as in `ClassificationCollator`.
         names: the classes.
         patch_size: of the model.
 
@@ -223,24 +211,23 @@ class FrameCollator:
         return batch
 
 
-def _column(columns: Sequence[str], kind: str, path: str | os.PathLike) -> str:
-    found = next((name for name in _COLUMNS[kind] if name in columns), None)
-    if found is None:
-        raise ValueError(f"expected a column {' or '.join(_COLUMNS[kind])} in {path}, got {', '.join(columns)}")
-    return found
+def _column(columns: Sequence[str], usual: Sequence[str], path: str | os.PathLike) -> str:
+    for name in usual:
+        if name in columns:
+            return name
+    raise ValueError(f"expected a column {' or '.join(usual)} in {path}, got {', '.join(columns)}")
 
 
-def _event(values: dict[str, str], place: str) -> Event:
+def _event(onset: str, offset: str, label: str, place: str) -> Event:
     try:
-        onset, offset = float(values["onset"]), float(values["offset"])
+        event = Event(float(onset), float(offset), label)
     except ValueError:
-        got = f"{values['onset']!r} and {values['offset']!r}"
-        raise ValueError(f"expected an onset and an offset in seconds, got {got} in {place}") from None
-    if not 0 <= onset < offset < float("inf"):
+        raise ValueError(f"expected times in seconds, got {onset!r} and {offset!r} in {place}") from None
+    if not 0 <= event.onset < event.offset < float("inf"):
         raise ValueError(f"expected 0 <= onset < offset, got {onset} and {offset} in {place}")
-    if not values["label"]:
+    if not label:
         raise ValueError(f"expected a label for the event in {place}, got an empty field")
-    return Event(onset, offset, values["label"])
+    return event
 
 
 def _find_file(root: Path, name: str) -> Path:

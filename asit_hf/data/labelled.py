@@ -3,12 +3,13 @@
 import argparse
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from .audio import AudioReadError, audio_info
 from .corpora.registry import CORPORA, load_corpus
@@ -25,21 +26,11 @@ logger = logging.getLogger(__name__)
 class DatasetArguments:
     """How a data set is read, as options of a script."""
 
-    corpus: str | None = field(
-        default=None, metadata={"help": f"Published data set with its own splits and classes: {', '.join(CORPORA)}."}
-    )
-    audio_column: str | None = field(
-        default=None,
-        metadata={"help": "Column of the audio or its path. Default: audio, file, path or a similar one."},
-    )
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column of the labels. Default: label, class, category or a similar one."}
-    )
-    root: str | None = field(
-        default=None,
-        metadata={"help": "Folder that the paths of a manifest are relative to. Default: the manifest's folder."},
-    )
-    strict: bool = field(default=False, metadata={"help": "Stop at the first unreadable file instead of skipping it."})
+    corpus: str | None = HfArg(default=None, help=f"Published data set with splits and classes: {', '.join(CORPORA)}.")
+    audio_column: str | None = HfArg(default=None, help="Column of the audio or its path. Default: audio, file, ...")
+    label_column: str | None = HfArg(default=None, help="Column of the labels. Default: label, class, category, ...")
+    root: str | None = HfArg(default=None, help="Base folder of relative paths. Default: the manifest's folder.")
+    strict: bool = HfArg(default=False, help="Stop at the first unreadable file instead of skipping it.")
 
     @classmethod
     def parser(cls, description: str | None) -> HfArgumentParser:
@@ -78,20 +69,18 @@ def load_labelled(
     check_files: bool = True,
     **kwargs: Any,
 ) -> "Dataset":
-    """
-    Audio with labels, from anything that [`~asit_hf.data.datasets.load_audio_dataset`] reads or from a corpus. Files
-    of a folder without a manifest are labelled by the subfolder they are in.
+    """Audio with labels, from a corpus or anything that [`~asit_hf.data.datasets.load_audio_dataset`] reads.
+
+    Files of a folder without a manifest are labelled by their subfolder.
 
     Args:
-        data (`str`): folder, manifest, or Hub name; with `corpus` the root folder of that corpus.
-        filters (`Sequence[str]`): `"COLUMN=VALUE[,VALUE...]"`: keep the rows with one of these values, see
-            [`~asit_hf.data.datasets.filter_rows`].
-        names (`Sequence[str]`, *optional*): class names by id, for instance a model's; any other label is an error.
-            By default the sorted names of the labels in the filtered rows.
-        strict (`bool`): raise for a file that cannot be opened instead of reporting and skipping it.
-        corpus (`str`, *optional*): name of a published data set with its own classes, see
-            [`~asit_hf.data.corpora.registry.CORPORA`].
-        check_files (`bool`): open every file beforehand to find the unreadable ones.
+        data: folder, manifest, or Hub name; with `corpus` the root folder of that corpus.
+        filters: conditions that rows must meet, see [`~asit_hf.data.datasets.filter_rows`].
+        names: class names by id, for instance a model's; any other label is an error. By default the sorted names of
+            the labels in the filtered rows.
+        strict: raise for a file that cannot be opened instead of reporting and skipping it.
+        corpus: one of [`~asit_hf.data.corpora.registry.CORPORA`].
+        check_files: open every file beforehand to find the unreadable ones.
         kwargs: passed to `load_audio_dataset`; with `corpus` only `split` is accepted.
 
     Returns:
@@ -115,8 +104,12 @@ def load_labelled(
         # before anything counts rows, so that predictions stay aligned with their files
         dataset = dataset.select(readable_rows((row["audio"] for row in dataset.select_columns("audio")), strict))
     if names is None and problem_type_of(dataset) != "regression":
-        all_names = label_names(dataset)
-        names = [all_names[index] for index in sorted(_used_ids(dataset["label"][:]))]
+        all_names, labels = label_names(dataset), dataset["label"][:]
+        if None in labels:
+            missing = f"{labels.count(None)} have none, first row {labels.index(None)}"
+            raise ValueError(f"expected a label in every row, {missing}")
+        used = {one for label in labels for one in (label if isinstance(label, list) else [label])}
+        names = [all_names[index] for index in sorted(used)]
     return dataset if names is None else encode_labels(dataset, names)
 
 
@@ -129,8 +122,7 @@ def problem_type_of(dataset: "Dataset") -> str:
 
 
 def readable_rows(sources: Iterable[Any], strict: bool = False) -> list[int]:
-    """
-    The indices of audio sources that can be opened. The others are reported and counted.
+    """The indices of audio sources that can be opened. The others are reported and counted.
 
     Raises:
         AudioReadError: a source that cannot be opened, with `strict`.
@@ -166,14 +158,6 @@ def _load(data: str | PathLike, corpus: str | None, **kwargs: Any) -> "Dataset |
 
 def _filter(dataset: Any, filters: Sequence[str], label_column: str | None) -> Any:
     """`filter_rows` by the columns of the original data, whose label column has been renamed to `label`."""
-    renamed = f"{label_column}="
-    return filter_rows(
-        dataset, [f"label={one[len(renamed) :]}" if one.startswith(renamed) else one for one in filters]
-    )
-
-
-def _used_ids(labels: list) -> set[int]:
-    missing = [index for index, label in enumerate(labels) if label is None]
-    if missing:
-        raise ValueError(f"expected a label in every row, {len(missing)} have none, first row {missing[0]}")
-    return {one for label in labels for one in (label if isinstance(label, list) else [label])}
+    old = f"{label_column}="
+    filters = [f"label={one.removeprefix(old)}" if one.startswith(old) else one for one in filters]
+    return filter_rows(dataset, filters)

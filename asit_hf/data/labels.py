@@ -16,18 +16,16 @@ def label_names(dataset: "Dataset | IterableDataset") -> list[str]:
     """Class names of the `label` column, by class id."""
     names = _class_names((dataset.features or {}).get("label"))
     if names is None:
-        columns = dataset.column_names
-        raise ValueError(f"expected a label column with class names, got the columns {columns}: see encode_labels")
+        raise ValueError(f"expected a label column with class names among {dataset.column_names}: see encode_labels")
     return names
 
 
-def encode_labels(
-    dataset: "Dataset | IterableDataset", names: Sequence[str] | None = None
-) -> "Dataset | IterableDataset":
+def encode_labels(dataset: Any, names: Sequence[str] | None = None) -> "Dataset | IterableDataset":
     """Turn the `label` column into class ids: `ClassLabel`, or `List(ClassLabel)` if it holds lists.
 
     Args:
-        dataset: with strings, integers (the class named "7"), class ids, or lists of them as `label`.
+        dataset: `Dataset` or `IterableDataset` with strings, integers (the class named "7"), class ids, or lists of
+            them as `label`.
         names: class names by id, for instance a model's; by default the sorted labels of the data set. Required for a
             stream.
 
@@ -50,7 +48,8 @@ def encode_labels(
         return _encode_stream(dataset, names, own_names)
     labels = [_as_strings(label, own_names) for label in dataset["label"][:]]
     if names is None:
-        names = _sorted_names({name for label in labels for name in (label if isinstance(label, list) else [label])})
+        found = {name for label in labels for name in (label if isinstance(label, list) else [label])} - {None}
+        names = sorted(found, key=int if all(INTEGER.fullmatch(name) for name in found) else None)
     multiple = any(isinstance(label, list) for label in labels)
 
     def place(row: int) -> str:
@@ -61,8 +60,7 @@ def encode_labels(
 
 
 def _class_names(feature: Any) -> list[str] | None:
-    feature = getattr(feature, "feature", feature)
-    names = getattr(feature, "names", None)
+    names = getattr(getattr(feature, "feature", feature), "names", None)
     return None if names is None else list(names)
 
 
@@ -71,12 +69,6 @@ def _label_feature(names: Sequence[str], multiple: bool) -> Any:
 
     label = ClassLabel(names=list(names))
     return List(label) if multiple else label
-
-
-def _sorted_names(names: Iterable[str | None]) -> list[str]:
-    present = [name for name in names if name is not None]
-    numeric = all(INTEGER.fullmatch(name) for name in present)
-    return sorted(present, key=int) if numeric else sorted(present)
 
 
 def _as_strings(label: Any, names: list[str] | None) -> Any:
@@ -106,7 +98,7 @@ def _encode_stream(dataset: "IterableDataset", names: Sequence[str] | None, own_
     if names is None:
         raise ValueError("expected names, which cannot be collected from the labels of a stream; got None")
     if dataset.features is None:
-        raise ValueError("expected a stream with features, which tell labels from lists of labels; got None")
+        raise ValueError("expected a stream with features, which show whether rows have lists of labels; got None")
     multiple = hasattr(dataset.features["label"], "feature")
     features = Features({**dataset.features, "label": _label_feature(names, multiple)})
 

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,7 +20,7 @@ AUDIO_COLUMNS = ("audio", "file", "path", "filename", "file_name", "filepath", "
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
 _LABEL_SEPARATOR = ";"
 INTEGER = re.compile(r"-?(0|[1-9]\d*)")
-_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 
 
 def load_manifest(
@@ -35,9 +35,7 @@ def load_manifest(
         raise ValueError(f"no rows in {path}")
     if split is not None:
         if "split" not in columns:
-            raise ValueError(
-                f"no split {split!r} in {path}: expected a column 'split', got the columns {list(columns)}"
-            )
+            raise ValueError(f"no split {split!r} in {path}: expected a column 'split' among {list(columns)}")
         kept = [row for row in range(rows) if columns["split"][row] == split]
         if not kept:
             raise ValueError(f"no split {split!r} in {path}: expected one of {sorted(set(columns['split']), key=str)}")
@@ -46,7 +44,8 @@ def load_manifest(
     label = find_column(columns, label_column, LABEL_COLUMNS, "label", str(path))
     columns[audio] = _resolve_paths(columns[audio], root, path)
     if label is not None and any(isinstance(value, str) and _LABEL_SEPARATOR in value for value in columns[label]):
-        columns[label] = [_split_labels(value) for value in columns[label]]
+        lists = [[] if value is None else str(value).split(_LABEL_SEPARATOR) for value in columns[label]]
+        columns[label] = [[name.strip() for name in names if name.strip()] for names in lists]
     return Dataset.from_dict(columns)
 
 
@@ -79,14 +78,10 @@ def _typed(values: list[str | None]) -> list:
     """The column as numbers if all its values are ("007" is a name); an empty field is None."""
     values = [value or None for value in values]
     present = [value for value in values if value is not None]
-    for pattern, convert in ((INTEGER, int), (_NUMBER, float)):
+    for pattern, convert in ((INTEGER, int), (NUMBER, float)):
         if present and all(pattern.fullmatch(value) for value in present):
             return [None if value is None else convert(value) for value in values]
     return values
-
-
-def _split_labels(value: Any) -> list[str]:
-    return [] if value is None else [name.strip() for name in str(value).split(_LABEL_SEPARATOR) if name.strip()]
 
 
 def _resolve_paths(values: list, root: Path, manifest: Path) -> list[str]:
@@ -97,16 +92,12 @@ def _resolve_paths(values: list, root: Path, manifest: Path) -> list[str]:
         paths.append(str(value) if "://" in str(value) else os.path.join(root, str(value)))
     first = [path for path in paths[:20] if "://" not in path]
     if first and not any(os.path.exists(path) for path in first):
-        raise FileNotFoundError(
-            f"none of the first {len(first)} files of {manifest} exists, for instance {first[0]}: "
-            "set root to the folder that the paths are relative to"
-        )
+        what = f"none of the first {len(first)} files of {manifest} exists, for instance {first[0]}"
+        raise FileNotFoundError(f"{what}: set root to the folder that the paths are relative to")
     return paths
 
 
-def find_column(
-    columns: Iterable[str], wanted: str | None, usual: tuple[str, ...], kind: str, source: str
-) -> str | None:
+def find_column(columns: Iterable[str], wanted: str | None, usual: tuple, kind: str, source: str) -> str | None:
     """The column `wanted`, or else the first of the usual names; labels may be absent, audio may not."""
     columns = list(columns)
     if wanted is not None:
@@ -115,8 +106,6 @@ def find_column(
         return wanted
     found = next((name for name in usual if name in columns), None)
     if found is None and kind == "audio":
-        raise ValueError(
-            f"no audio column in {source}: expected one of {', '.join(usual)}; got {', '.join(columns)}; "
-            "set audio_column"
-        )
+        got = f"{', '.join(columns)}; set audio_column"
+        raise ValueError(f"no audio column in {source}: expected one of {', '.join(usual)}; got {got}")
     return found

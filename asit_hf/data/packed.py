@@ -2,10 +2,9 @@
 Packed audio: all clips of a pool in one raw file with an index, for pretraining without decoding.
 
 A folder holds `audio.int16` (16-bit little-endian mono PCM at one sampling rate, one clip after another) and
-`index.json` (format version, sampling rate, and for every clip its number of samples, its name and optionally the part
-of the pool that it comes from). The file is memory-mapped on a CPU and copied to an accelerator, which cuts the crops
-itself. `python -m examples.tools.make_shards --format packed` writes such a folder from any audio. Reading
-needs torch and numpy only.
+`index.json` (format version, sampling rate, and each clip's number of samples, name and optionally part of the pool).
+The file is memory-mapped on a CPU and copied to an accelerator, which cuts the crops itself.
+`python -m examples.tools.make_shards --format packed` writes such a folder. Reading needs torch and numpy only.
 """
 
 import json
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..utils.device import choices_for
@@ -44,8 +44,7 @@ def to_pcm(waveform: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PackedAudio:
-    """
-    The clips of a packed pool.
+    """The clips of a packed pool.
 
     Args:
         folder: folder it was loaded from.
@@ -58,9 +57,9 @@ class PackedAudio:
 
     folder: Path
     sampling_rate: int
-    audio: torch.Tensor
-    offsets: torch.Tensor
-    lengths: torch.Tensor
+    audio: Tensor
+    offsets: Tensor
+    lengths: Tensor
     names: list[str]
     parts: list[str] | None = None
 
@@ -68,8 +67,7 @@ class PackedAudio:
     def load(
         cls, folder: str | os.PathLike, device: str | torch.device = "cpu", sampling_rate: int | None = None
     ) -> "PackedAudio":
-        """
-        Open a folder of packed audio: memory-mapped on a CPU, copied to any other device.
+        """Open a folder of packed audio: memory-mapped on a CPU, copied to any other device.
 
         Args:
             sampling_rate: required rate in Hz; packed audio is never resampled.
@@ -80,28 +78,17 @@ class PackedAudio:
         """
         folder = Path(folder)
         index = read_index(folder / INDEX, FORMAT)
-        if sampling_rate not in (None, index["sampling_rate"]):
-            raise ValueError(
-                f"expected the sampling rate of {folder}, {index['sampling_rate']} Hz, got {sampling_rate} Hz: packed "
-                "audio is not resampled, pack it again at that rate"
-            )
+        rate = index["sampling_rate"]
+        if sampling_rate not in (None, rate):
+            what = f"expected {sampling_rate} Hz, got {rate} Hz in {folder}"
+            raise ValueError(f"{what}: packed audio cannot be resampled, pack it again at the expected rate")
         lengths = torch.tensor(index["lengths"], dtype=torch.int64)
-        audio = _map(folder, int(lengths.sum()))
-        pool = cls(
-            folder,
-            index["sampling_rate"],
-            audio,
-            lengths.cumsum(0) - lengths,
-            lengths,
-            index["names"],
-            index.get("parts"),
-        )
-        return pool.to(device)
+        audio, offsets = _map(folder, int(lengths.sum())), lengths.cumsum(0) - lengths
+        return cls(folder, rate, audio, offsets, lengths, index["names"], index.get("parts")).to(device)
 
     def to(self, device: str | torch.device) -> "PackedAudio":
         """The same pool with its tensors on `device`."""
-        moved = {name: getattr(self, name).to(device) for name in ("audio", "offsets", "lengths")}
-        return replace(self, **moved)
+        return replace(self, **{name: getattr(self, name).to(device) for name in ("audio", "offsets", "lengths")})
 
     @property
     def hours(self) -> float:
@@ -115,7 +102,7 @@ class PackedAudio:
         return len(self.names)
 
     def __getstate__(self) -> dict[str, Any]:
-        # a spawned loader worker maps the file itself, whatever device the audio is on
+        # a spawned loader worker maps the file itself, even if the audio is on an accelerator
         return {**vars(self), "audio": None, "offsets": self.offsets.cpu(), "lengths": self.lengths.cpu()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -123,11 +110,10 @@ class PackedAudio:
 
 
 class PackedCrops(Seeded, Dataset):
-    """
-    Random crops of a packed pool: item `i` of an epoch depends only on (seed, epoch, i) and the audio.
+    """Random crops of a packed pool: item `i` of an epoch depends only on (seed, epoch, i) and the audio.
 
-    Items hold no audio, only what `gather` needs to cut the crops of a whole batch: the numbers `sample_key` and
-    `index`, the clip's name `file`, and `bad_files`, an empty list. `collate_crops` batches them.
+    Items have no audio, only what `gather` needs to cut a batch's crops: `sample_key` and `index`, the clip's name
+    `file`, and `bad_files`, an empty list. `collate_crops` batches them.
 
     Args:
         pool: packed audio, or a folder of it.
@@ -154,10 +140,7 @@ class PackedCrops(Seeded, Dataset):
         return self
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if index < 0:
-            index += len(self)
-        if not 0 <= index < len(self):
-            raise IndexError(f"expected an index below {len(self)}, got {index}")
+        index = range(len(self))[index]
         key = sample_key(self.seed, self.epoch, index)
         return {"sample_key": key, "index": index, "file": self.sources.names[index], "bad_files": []}
 
@@ -167,18 +150,15 @@ class PackedCrops(Seeded, Dataset):
         return batch | self.gather(batch["indices"], batch["sample_keys"])
 
     @torch.no_grad()
-    def gather(self, indices: torch.Tensor, sample_keys: torch.Tensor) -> dict[str, torch.Tensor]:
-        """
-        The crops of a batch, cut on the audio's device and bit-identical on every device.
+    def gather(self, indices: Tensor, sample_keys: Tensor) -> dict[str, Tensor]:
+        """The crops of a batch, cut on the audio's device and bit-identical on every device.
 
         Args:
             indices (batch,): int64, the clips.
             sample_keys (batch,): int64, the seeds of their crops.
 
         Returns:
-            `global_waveforms` (batch, num_global_crops, samples) int16 PCM; `global_lengths` (batch,
-            num_global_crops) int64, the samples before the zero padding of clips shorter than a crop; and the same
-            with `local_` if there are local crops.
+            As `CropSettings.read`, with a batch dimension first and the waveforms as int16 PCM.
         """
         settings, pool = self.settings, self.sources
         device = pool.audio.device
@@ -202,11 +182,11 @@ class PackedCrops(Seeded, Dataset):
         return crops
 
 
-def write_packed(
-    folder: str | os.PathLike, clips: Iterable[tuple[str, str | None, np.ndarray]], sampling_rate: int
-) -> None:
-    """
-    Write clips as packed audio, which cannot be loaded until all clips are written.
+Clip = tuple[str, str | None, np.ndarray]  # name, part and samples
+
+
+def write_packed(folder: str | os.PathLike, clips: Iterable[Clip], sampling_rate: int) -> None:
+    """Write clips as packed audio, which cannot be loaded until all clips are written.
 
     Args:
         clips: name, part of the pool (`None` if there are no parts) and int16 PCM `(samples,)` of each clip.
@@ -216,17 +196,13 @@ def write_packed(
         FileExistsError: `folder` already holds packed audio.
         ValueError: no clips, or one that is empty or not int16.
     """
-    folder = Path(folder)
-    if (folder / INDEX).exists():
-        raise FileExistsError(f"{folder} already holds {INDEX}: remove it or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(folder)
     names, parts, lengths = [], [], []
     with whole_file(folder / AUDIO) as unfinished, unfinished.open("wb") as file:
         for name, part, samples in clips:
             if samples.dtype != np.int16 or samples.ndim != 1 or len(samples) == 0:
-                raise ValueError(
-                    f"expected int16 samples of shape (samples,), got {samples.dtype} {samples.shape} of {name}"
-                )
+                got = f"{samples.dtype} {samples.shape} of {name}"
+                raise ValueError(f"expected int16 samples of shape (samples,), got {got}")
             file.write(samples.astype("<i2", copy=False).tobytes())
             names.append(name)
             parts.append(part)
@@ -236,25 +212,19 @@ def write_packed(
     write_index(folder / INDEX, FORMAT, sampling_rate, names, parts, lengths)
 
 
-def write_index(
-    path: Path,
-    format: str,
-    sampling_rate: int,
-    names: list[str],
-    parts: list[str | None] | None,
-    lengths: list[int],
-    **fields: Any,
-) -> None:
+def new_folder(folder: str | os.PathLike) -> Path:
+    """Creates the folder, which must not have an index yet."""
+    folder = Path(folder)
+    if (folder / INDEX).exists():
+        raise FileExistsError(f"{folder} already holds {INDEX}: remove it or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_index(path: Path, format: str, sampling_rate: int, names: list, parts: list | None, lengths: list, **fields):
     """Writes an index for `read_index`, completely or not at all."""
-    index = {
-        "format": format,
-        "version": VERSION,
-        "sampling_rate": sampling_rate,
-        "num_samples": sum(lengths),
-        "lengths": lengths,
-        "names": names,
-        **fields,
-    }
+    index = {"format": format, "version": VERSION, "sampling_rate": sampling_rate, "num_samples": sum(lengths)}
+    index |= {"lengths": lengths, "names": names, **fields}
     if parts is not None and None not in parts:
         index["parts"] = parts
     with whole_file(path) as unfinished:
@@ -262,8 +232,7 @@ def write_index(
 
 
 def read_index(path: Path, format: str) -> dict[str, Any]:
-    """
-    The index of `write_index`: `sampling_rate`, `num_samples`, `lengths`, `names`, `parts` if known, and other fields.
+    """The index of `write_index`: `sampling_rate`, `num_samples`, `lengths`, `names`, `parts` if any, other fields.
 
     Raises:
         FileNotFoundError: no such file.
@@ -278,10 +247,8 @@ def read_index(path: Path, format: str) -> dict[str, Any]:
     if not isinstance(index, dict) or index.get("format") != format:
         raise ValueError(f"expected an index of {format} in {path}, got another kind of file")
     if index.get("version") != VERSION:
-        raise ValueError(
-            f"expected version {VERSION} of the format, got {index.get('version')} in {path}: "
-            "update asit_hf or write the folder again"
-        )
+        expected = f"expected version {VERSION} of the format, got {index.get('version')} in {path}"
+        raise ValueError(f"{expected}: update asit_hf or write the folder again")
     missing = {"sampling_rate", "num_samples", "lengths", "names"} - index.keys()
     if missing:
         raise ValueError(f"{path} is damaged: expected the keys {', '.join(sorted(missing))} too")
@@ -294,27 +261,22 @@ def read_index(path: Path, format: str) -> dict[str, Any]:
     return index
 
 
-def _map(folder: Path, num_samples: int) -> torch.Tensor:
+def _map(folder: Path, num_samples: int) -> Tensor:
     """`(samples,)` int16, read lazily and never written to."""
     path = folder / AUDIO
     if not path.is_file():
         raise FileNotFoundError(f"no {FORMAT} in {folder}: expected a file {AUDIO} there")
-    if path.stat().st_size != 2 * num_samples:
-        raise ValueError(
-            f"{path} is truncated or does not match its index: expected {2 * num_samples} bytes, got "
-            f"{path.stat().st_size}"
-        )
+    if (size := path.stat().st_size) != 2 * num_samples:
+        raise ValueError(f"{path} is truncated or damaged: expected {2 * num_samples} bytes, got {size}")
     return torch.from_numpy(np.memmap(path, "<i2", mode="c"))  # "c", as torch warns of read-only arrays
 
 
-def _below(numbers: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+def _below(numbers: Tensor, limits: Tensor) -> Tensor:
     """Hashes as uniform numbers in [0, limit); in integers, which are exact on every device."""
     return (numbers & (2**63 - 1)) % limits
 
 
-def _cut_by_slices(
-    audio: torch.Tensor, offsets: torch.Tensor, totals: torch.Tensor, starts: torch.Tensor, size: int
-) -> torch.Tensor:
+def _cut_by_slices(audio: Tensor, offsets: Tensor, totals: Tensor, starts: Tensor, size: int) -> Tensor:
     """Crops `(batch, crops, size)` at `starts` (batch, crops), wrapping around at the end of a clip."""
     samples = audio.numpy()
     waveforms = np.empty((*starts.shape, size), np.int16)
@@ -329,9 +291,7 @@ def _cut_by_slices(
     return torch.from_numpy(waveforms)
 
 
-def _cut_by_index(
-    audio: torch.Tensor, offsets: torch.Tensor, totals: torch.Tensor, starts: torch.Tensor, size: int
-) -> torch.Tensor:
+def _cut_by_index(audio: Tensor, offsets: Tensor, totals: Tensor, starts: Tensor, size: int) -> Tensor:
     """The same in a few operations that do not synchronize the device."""
     place = torch.arange(size, device=audio.device)
     totals = totals[:, None, None]

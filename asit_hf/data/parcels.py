@@ -9,7 +9,6 @@ keep their exact lengths and nearly their sound. Needs soundfile 0.13 or later, 
 """
 
 import argparse
-import io
 import os
 import sys
 from collections.abc import Iterator
@@ -20,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from ..utils.files import whole_file
-from .packed import INDEX, PackedAudio, read_index, to_pcm, write_index, write_packed
+from .audio import encode_audio
+from .packed import INDEX, Clip, PackedAudio, new_folder, read_index, to_pcm, write_index, write_packed
 
 FORMAT = "asit opus parcels"
 RATES = (8000, 12000, 16000, 24000, 48000)
 FRAMES_PER_SECOND = 50  # of Opus as libsndfile writes it
-BLOCK = 1 << 16  # libsndfile's Ogg encoder crashes on long blocks
 
 
 def is_parcels(folder: str | os.PathLike) -> bool:
@@ -38,19 +37,14 @@ def is_parcels(folder: str | os.PathLike) -> bool:
 
 
 def encode_parcels(
-    pool: PackedAudio,
-    folder: str | os.PathLike,
-    kilobits: float = 16.0,
-    max_megabytes: float = 16.0,
-    num_threads: int | None = None,
+    pool: PackedAudio, folder: str | Path, kilobits: float = 16.0, max_megabytes: float = 16.0, num_threads: int = 0
 ) -> int:
-    """
-    Write a packed pool as Opus parcels, which cannot be decoded until all files are written.
+    """Write a packed pool as Opus parcels, which cannot be decoded until all files are written.
 
     Args:
-        kilobits: average bit rate in kb/s that the encoder aims at, 6 to 256.
+        kilobits: average bit rate in kb/s that the encoder aims at, 6 to 256 (libsndfile's levels 1 to 0).
         max_megabytes: size of the largest file in MiB.
-        num_threads: files encoded in parallel; by default the number of processors.
+        num_threads: files encoded in parallel; 0 for the number of processors.
 
     Returns:
         The total size in bytes.
@@ -60,14 +54,11 @@ def encode_parcels(
         ValueError: a sampling rate that Opus does not support, a bit rate out of range, or a clip that alone exceeds
             the size of a file.
     """
-    folder = Path(folder)
-    if (folder / INDEX).exists():
-        raise FileExistsError(f"{folder} already holds {INDEX}: remove it or choose another folder")
     if pool.sampling_rate not in RATES:
-        raise ValueError(f"expected a pool of one of Opus' sampling rates {RATES}, got {pool.sampling_rate} Hz")
+        raise ValueError(f"expected one of Opus' sampling rates {RATES}, got a pool of {pool.sampling_rate} Hz")
     if not 6 <= kilobits <= 256:
         raise ValueError(f"expected 6 to 256 kilobits per second, got {kilobits}")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(folder)
     max_bytes = int(max_megabytes * 2**20)
     # files that exceed the limit even so, at more than twice the bit rate, are split in half
     ranges = _split(pool, max_samples=int(max_bytes * 8 / (2000 * kilobits) * pool.sampling_rate))
@@ -75,16 +66,15 @@ def encode_parcels(
     def encode(clips: range) -> list[tuple[str, int]]:
         name = f"{clips.start:09d}.opus"
         first, last = int(pool.offsets[clips[0]]), int(pool.offsets[clips[-1]] + pool.lengths[clips[-1]])
-        content = _encode(pool.audio[first:last].numpy(), pool.sampling_rate, kilobits)
+        samples = pool.audio[first:last].numpy()
+        content = encode_audio(samples, pool.sampling_rate, "OGG", "OPUS", compression_level=1 - (kilobits - 6) / 250)
         if len(content) <= max_bytes:
             with whole_file(folder / name) as unfinished:
                 unfinished.write_bytes(content)
             return [(name, len(clips))]
         if len(clips) == 1:
-            raise ValueError(
-                f"expected files of at most {max_megabytes:.3g} MiB, got {len(content) / 2**20:.3g} MiB for the clip "
-                f"{pool.names[clips[0]]}: raise max_megabytes or lower kilobits"
-            )
+            got = f"{len(content) / 2**20:.3g} MiB for the clip {pool.names[clips[0]]}"
+            raise ValueError(f"expected at most {max_megabytes:.3g} MiB, got {got}: raise max_megabytes")
         middle = len(clips) // 2
         return encode(clips[:middle]) + encode(clips[middle:])
 
@@ -94,14 +84,8 @@ def encode_parcels(
     return sum((folder / name).stat().st_size for name, _ in files)
 
 
-def decode_parcels(
-    parcels: str | os.PathLike, folder: str | os.PathLike, num_threads: int | None = None
-) -> PackedAudio:
-    """
-    Write parcels as a packed pool, and open it.
-
-    Args:
-        num_threads: files decoded in parallel; by default the number of processors.
+def decode_parcels(parcels: str | Path, folder: str | Path, num_threads: int = 0) -> PackedAudio:
+    """Write parcels as a packed pool, decoding `num_threads` files in parallel, and open it.
 
     Raises:
         FileNotFoundError: no parcels, or a missing file.
@@ -116,11 +100,9 @@ def decode_parcels(
         raise ValueError(f"{parcels / INDEX} is damaged: expected files with {len(names)} clips in total")
     parts = index.get("parts") or [None] * len(names)
     stops = np.cumsum([count for _, count in index["files"]])
-    jobs = [
-        (parcels / name, lengths[stop - count : stop]) for (name, count), stop in zip(index["files"], stops.tolist())
-    ]
+    jobs = [(parcels / name, lengths[stop - count : stop]) for (name, count), stop in zip(index["files"], stops)]
 
-    def clips() -> Iterator[tuple[str, str | None, np.ndarray]]:
+    def clips() -> Iterator[Clip]:
         at_once = num_threads or os.cpu_count() or 1
         with ThreadPoolExecutor(at_once) as threads:
             # in groups, as decoded files wait in memory until they are written
@@ -144,17 +126,6 @@ def _split(pool: PackedAudio, max_samples: int) -> list[range]:
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(pool)])]
 
 
-def _encode(samples: np.ndarray, sampling_rate: int, kilobits: float) -> bytes:
-    import soundfile
-
-    level = 1 - (kilobits - 6) / 250  # from 256 kb/s (0) to 6 kb/s (1)
-    content = io.BytesIO()
-    with soundfile.SoundFile(content, "w", sampling_rate, 1, "OPUS", format="OGG", compression_level=level) as file:
-        for start in range(0, len(samples), BLOCK):
-            file.write(samples[start : start + BLOCK])
-    return content.getvalue()
-
-
 def _decode(path: Path, lengths: list[int], sampling_rate: int) -> list[np.ndarray]:
     """The clips of one file, int16."""
     import soundfile
@@ -169,9 +140,8 @@ def _decode(path: Path, lengths: list[int], sampling_rate: int) -> list[np.ndarr
         raise ValueError(f"{path} is damaged: {error.error_string}") from error
     expected = sum(lengths)
     if rate != sampling_rate or abs(len(samples) - expected) > sampling_rate // FRAMES_PER_SECOND:
-        raise ValueError(
-            f"{path} is damaged: expected {expected} samples at {sampling_rate} Hz, got {len(samples)} at {rate}"
-        )
+        got = f"{len(samples)} at {rate} Hz"
+        raise ValueError(f"{path} is damaged: expected {expected} samples at {sampling_rate} Hz, got {got}")
     samples = np.pad(samples[:expected], (0, max(0, expected - len(samples))))
     return np.split(samples, np.cumsum(lengths)[:-1])
 
@@ -188,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     decode.add_argument("parcels", help="folder of parcels")
     decode.add_argument("pool", help="folder to write")
     for command in (encode, decode):
-        command.add_argument("--num_threads", type=int, help="files in parallel (default: number of processors)")
+        command.add_argument("--num_threads", type=int, default=0, help="files in parallel; 0: one per processor")
     options = vars(parser.parse_args(arguments))
     command, folder, parcels = (options.pop(name) for name in ("command", "pool", "parcels"))
     if command == "encode":

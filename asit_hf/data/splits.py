@@ -10,7 +10,6 @@ import numpy as np
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
 logger = logging.getLogger(__name__)
 
 _GROUP_COLUMNS = ("speaker", "speaker_id", "src_file", "source", "source_id", "recording", "recording_id", "fold")
@@ -58,10 +57,7 @@ def split_dataset(
 
 
 def _draw_test_groups(groups: Sequence[Hashable], labels: Sequence[Any], fraction: float, seed: int) -> set[Hashable]:
-    """
-    Groups for the test side: first those that bring each label closer to its share, then, while the total is too
-    small, those that disturb the shares least.
-    """
+    """Groups that bring each label closer to its share; while they are too few, those that disturb it least."""
     # Not scikit-learn: at 30 % of ESC-50 by source file, labels deviate from their share by 1.5 points on average, but
     # by 8.3 with GroupShuffleSplit and 3.4 with StratifiedGroupKFold, which is limited to shares of 1/k and needs k
     # groups. Neither takes lists of labels.

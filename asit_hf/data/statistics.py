@@ -11,9 +11,8 @@ from ..feature_extraction_asit import ASiTFeatureExtractor
 
 @dataclass(frozen=True)
 class LogMelStatistics:
-    """
-    Sums over the log-mel values of some clips, in float64. Statistics of disjoint sets of clips are combined with `+`,
-    in any order, and equal those of all clips up to rounding.
+    """Sums over the log-mel values of some clips, in float64. `+` gives the statistics of two disjoint sets of clips,
+    equal in any order up to rounding.
     """
 
     clips: int = 0
@@ -37,8 +36,7 @@ class LogMelStatistics:
 def log_mel_statistics(
     waveforms: Iterable[np.ndarray], sampling_rate: int = 16000, num_mel_bins: int = 128
 ) -> LogMelStatistics:
-    """
-    Statistics of the frames of all clips, without padding, one clip in memory at a time.
+    """Statistics of the frames of all clips, without padding, one clip in memory at a time.
 
     Args:
         waveforms: mono `(samples,)`, at `sampling_rate` Hz.

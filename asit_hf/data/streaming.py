@@ -51,9 +51,8 @@ class StreamingCrops(Seeded, IterableDataset):
             raise ValueError(f"expected a rank from 0 to {world_size - 1}, got {rank}")
         self.settings = CropSettings(sampling_rate, **crops)
         self.dataset = select_audio(dataset)
-        self.strict = strict
+        self.strict, self.repeat = strict, repeat
         self.rank, self.world_size = rank, world_size
-        self.repeat = repeat
         self._skipped = (0, 1)
 
     def skip(self, num_batches: int, batch_size: int) -> None:

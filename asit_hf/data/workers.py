@@ -11,8 +11,7 @@ _DIED = "DataLoader worker (pid"
 
 @contextmanager
 def clear_worker_errors() -> Iterator[None]:
-    """
-    Turns the errors of torch for a killed `DataLoader` worker into one clear error. The error of torch depends on
+    """Turns the errors of torch for a killed `DataLoader` worker into one clear error. The error of torch depends on
     the moment (it may be a bare `ConnectionResetError`) and is raised by a signal handler, anywhere in the block.
 
     Raises:
@@ -22,17 +21,12 @@ def clear_worker_errors() -> Iterator[None]:
         try:
             yield
         except (OSError, EOFError) as error:  # the signal may still arrive while this is handled
-            if not _comes_from_unpacking(error):
+            if not any(frame.filename.endswith(_UNPACKING) for frame in traceback.extract_tb(error.__traceback__)):
                 raise
             raise RuntimeError(f"{_DIED} unknown): {type(error).__name__}: {error}") from error
     except RuntimeError as error:
         if not str(error).startswith(_DIED):
             raise
-        raise RuntimeError(
-            "a DataLoader worker was killed by the system, usually for lack of memory: lower dataloader_num_workers "
-            f"and resume from the last checkpoint ({error})"
-        ) from error
-
-
-def _comes_from_unpacking(error: Exception) -> bool:
-    return any(frame.filename.endswith(_UNPACKING) for frame in traceback.extract_tb(error.__traceback__))
+        cause = "a DataLoader worker was killed by the system, usually for lack of memory"
+        remedy = "lower dataloader_num_workers and resume from the last checkpoint"
+        raise RuntimeError(f"{cause}: {remedy} ({error})") from error

@@ -22,9 +22,8 @@ from asit_hf.utils.files import whole_file
 
 def main(argv: list[str] | None = None) -> list[dict[str, int | str | float]]:
     parser = DatasetArguments.parser(__doc__)
-    parser.add_argument(
-        "--filter", nargs="+", default=[], metavar="COLUMN=V1,V2", help="keep rows with one of these values"
-    )
+    help = "keep rows with one of these values"
+    parser.add_argument("--filter", nargs="+", default=[], metavar="COLUMN=V1,V2", help=help)
     parser.add_argument("--output", type=Path, help="csv file to write; default: standard output")
     args = parser.parse_args(argv)
     if args.strict:

@@ -7,8 +7,8 @@ Builds an unlabelled pool of audio for pretraining from labelled data sets and D
 
 AUDIO_FOLDER holds `esc50-16k`, `asc-16k` and `fsdd-8k`. Packages are downloaded with `apt-get download` and unpacked
 with `dpkg-deb -x`; nothing is installed. Each file is decoded at 16 kHz, its silence is removed, and the rest is cut
-into clips of at most `--seconds`. Duplicates are skipped whatever their format, and so are copies of the folds and
-speakers that are held out for evaluation.
+into clips of at most `--seconds`. Duplicates in any format are skipped, and so are copies of the folds and speakers
+that are held out for evaluation.
 
 Shards `PART-00000.parquet`, ... have the columns `audio` (16-bit flac), `source` (the part), `original_path`, `start`
 and `seconds`. `pool.md` and `pool.json` list hours, licenses and the number of skipped files by reason,
@@ -71,7 +71,7 @@ FEATURES = Features(
 )
 REASONS = ("unreadable", "silent", "short", "duplicate", "held out")
 
-# Content and license of the audio, or of the package if its audio has none of its own; see `licenses/` for the texts.
+# Content and license of the audio, or of the package if its audio has no separate license; texts are in `licenses/`.
 PACKAGES = {
     # effects, animals, machines, surroundings
     "sonic-pi-samples": ("samples, loops, field recordings", "CC0, MIT"),
@@ -218,8 +218,7 @@ def cut_clips(waveform: np.ndarray, seconds: float, seconds_per_file: float) -> 
 
 
 def fetch(package: str, work_dir: Path) -> tuple[Path, str]:
-    """
-    The folder of the unpacked `package`, and its version. Packages in `work_dir` are not downloaded again.
+    """The folder of the unpacked `package`, and its version. Packages in `work_dir` are not downloaded again.
 
     Raises:
         FileNotFoundError: a package that cannot be found or downloaded.
@@ -268,27 +267,13 @@ def labelled_parts(real_audio: Path, esc50_folds: Sequence[int]) -> list[Part]:
     train, val = ([asc / name for name in pandas.read_csv(asc / f"{split}.csv")["file"]] for split in ("train", "val"))
     by_nc, by, by_sa = "CC BY-NC 3.0", "CC BY 4.0", "CC BY-SA 4.0"
     asc_name, esc50_name = "Arabic Speech Commands (Ghandoura et al. 2021)", "ESC-50 (Piczak 2015)"
-    others = sorted(set(folds) - set(esc50_folds))
+    chosen, others = sorted(esc50_folds), sorted(set(folds) - set(esc50_folds))
+    used, held_out = ([path for fold in some for path in folds[fold]] for some in (chosen, others))
+    sounds = f"50 kinds of sound, folds {chosen}"
     parts = [
-        Part(
-            "esc50-kept-back",
-            esc50,
-            [path for fold in others for path in folds[fold]],
-            f"folds {others}",
-            by_nc,
-            esc50_name,
-            kept_back=True,
-        ),
+        Part("esc50-kept-back", esc50, held_out, f"folds {others}", by_nc, esc50_name, kept_back=True),
         Part("asc-kept-back", asc, val, "val speakers", by, asc_name, kept_back=True),
-        Part(
-            "esc50",
-            esc50,
-            [path for fold in sorted(esc50_folds) for path in folds[fold]],
-            f"50 kinds of sound, folds {sorted(esc50_folds)}",
-            by_nc,
-            esc50_name,
-            (esc50 / "LICENSE",),
-        ),
+        Part("esc50", esc50, used, sounds, by_nc, esc50_name, (esc50 / "LICENSE",)),
         Part("asc", asc, train, "keywords, Arabic, train speakers", by, asc_name, (asc / "LICENSE",)),
         Part("fsdd", fsdd, find_audio_files(fsdd), "digits, English", by_sa, "Free Spoken Digit Dataset"),
     ]
@@ -314,7 +299,6 @@ def add_part(part: Part, recordings: Recordings, output_dir: Path, seconds: floa
 
     for path in tqdm(part.files, desc=part.name, unit="file", disable=not sys.stderr.isatty()):
         name = path.relative_to(part.root).as_posix()
-
         counts["files"] += 1
         try:
             decoded = read_audio(path, SAMPLING_RATE)
@@ -325,11 +309,8 @@ def add_part(part: Part, recordings: Recordings, output_dir: Path, seconds: floa
         waveform = cut_silence(decoded)
         counts["sound"] += len(waveform)
         if len(waveform) < SHORTEST:
-            leave_out(
-                name,
-                "short" if len(waveform) or len(decoded) < SHORTEST else "silent",
-                f"{len(waveform) / SAMPLING_RATE:.2f} s",
-            )
+            reason = "short" if len(waveform) or len(decoded) < SHORTEST else "silent"
+            leave_out(name, reason, f"{len(waveform) / SAMPLING_RATE:.2f} s")
             continue
         known = (digest(waveform), len(waveform), fingerprint(waveform))
         if same := recordings.find(*known):
@@ -447,8 +428,7 @@ def make_pool(
     seconds_per_file: float = 120.0,
     strict: bool = False,
 ) -> dict:
-    """
-    Writes the pool to `output_dir` and returns the content of `pool.json`.
+    """Writes the pool to `output_dir` and returns the content of `pool.json`.
 
     Args:
         work_dir: folder of the downloaded and unpacked packages.
@@ -463,10 +443,8 @@ def make_pool(
         ValueError: an `output_dir` with a pool of other settings, or numbers out of range.
     """
     if seconds * SAMPLING_RATE < SHORTEST or seconds_per_file < seconds:
-        raise ValueError(
-            f"expected seconds of at least {SHORTEST / SAMPLING_RATE} and seconds_per_file of at least seconds, got "
-            f"seconds {seconds} and seconds_per_file {seconds_per_file}"
-        )
+        got = f"seconds {seconds} and seconds_per_file {seconds_per_file}"
+        raise ValueError(f"expected {SHORTEST / SAMPLING_RATE} <= seconds <= seconds_per_file, got {got}")
     output_dir.mkdir(parents=True, exist_ok=True)
     work_dir.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -511,28 +489,15 @@ def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the pool")
     parser.add_argument("--work_dir", type=Path, required=True, help="folder of the downloaded and unpacked packages")
-    parser.add_argument(
-        "--real_audio",
-        type=Path,
-        default=os.environ.get("ASIT_REAL_AUDIO"),
-        help="folder of the labelled data sets (default: $ASIT_REAL_AUDIO; if unset, only packages are used)",
-    )
-    parser.add_argument(
-        "--esc50_folds",
-        type=int,
-        nargs="*",
-        default=[1, 2, 3],
-        help="folds of ESC-50 to use, or none, as its license is non-commercial (default: 1 2 3)",
-    )
-    parser.add_argument(
-        "--packages", nargs="*", choices=tuple(PACKAGES), default=list(PACKAGES), help="Debian packages (default: all)"
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=10.0, help="length of the longest clip (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seconds_per_file", type=float, default=120.0, help="most seconds taken from one file (default: %(default)s)"
-    )
+    help = "folder of the labelled data sets (default: $ASIT_REAL_AUDIO; if unset, only packages are used)"
+    parser.add_argument("--real_audio", type=Path, default=os.environ.get("ASIT_REAL_AUDIO"), help=help)
+    help = "folds of ESC-50 to use, or none, as its license is non-commercial (default: 1 2 3)"
+    parser.add_argument("--esc50_folds", type=int, nargs="*", default=[1, 2, 3], help=help)
+    help = "Debian packages (default: all)"
+    parser.add_argument("--packages", nargs="*", choices=tuple(PACKAGES), default=list(PACKAGES), help=help)
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of the longest clip (default: 10)")
+    help = "most seconds taken from one file (default: 120)"
+    parser.add_argument("--seconds_per_file", type=float, default=120.0, help=help)
     parser.add_argument("--strict", action="store_true", help="stop at a package that cannot be downloaded")
     parser.add_argument("--packed_dir", type=Path, help="also write the pool to this folder as packed audio")
     options = vars(parser.parse_args(arguments))

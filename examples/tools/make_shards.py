@@ -32,19 +32,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet
-import soundfile
 from datasets import Audio, Dataset, Features, Value
 from tqdm.auto import tqdm
 
 from asit_hf.data import AudioReadError, read_audio
-from asit_hf.data.audio import source_name
+from asit_hf.data.audio import encode_audio, source_name
 from asit_hf.data.labelled import DatasetArguments
-from asit_hf.data.packed import to_pcm, write_packed
+from asit_hf.data.packed import Clip, to_pcm, write_packed
+from asit_hf.data.parcels import RATES as OPUS_RATES
 from asit_hf.utils.files import whole_file
 
 # File extension, libsndfile's format and subtype.
 CODECS = {"flac": (".flac", "FLAC", "PCM_16"), "opus": (".opus", "OGG", "OPUS"), "vorbis": (".ogg", "OGG", "VORBIS")}
-OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
 BAD_FILES = "bad_files.jsonl"
 SETTINGS = ".make_shards.json"
 ROWS_IN_MEMORY = 100  # when a parquet shard is read
@@ -54,13 +53,7 @@ CODEC, CLIPS_PER_SHARD = "flac", 2000
 
 def encode(source: Any, sampling_rate: int, codec: str) -> bytes:
     """The whole clip, mono, at `sampling_rate`; samples beyond [-1, 1] are clipped."""
-    _, format, subtype = CODECS[codec]
-    waveform = read_audio(source, sampling_rate)
-    content = io.BytesIO()
-    with soundfile.SoundFile(content, "w", sampling_rate, 1, subtype, format=format) as file:
-        for start in range(0, len(waveform), 1 << 16):  # libsndfile's ogg encoder crashes on long blocks
-            file.write(np.clip(waveform[start : start + (1 << 16)], -1, 1))
-    return content.getvalue()
+    return encode_audio(read_audio(source, sampling_rate).clip(-1, 1), sampling_rate, *CODECS[codec][1:])
 
 
 def encode_or_reason(source: Any, sampling_rate: int, codec: str) -> bytes | str:
@@ -75,15 +68,14 @@ def make_shards(
     dataset: Dataset,
     output_dir: Path,
     format: str = "parquet",
-    codec: str = "flac",
+    codec: str = CODEC,
     sampling_rate: int = 16000,
-    clips_per_shard: int = 2000,
+    clips_per_shard: int = CLIPS_PER_SHARD,
     num_workers: int = 0,
     progress: bool = True,
     strict: bool = False,
 ) -> dict[str, int]:
-    """
-    Writes `clips-00000-of-N.parquet` (or `.tar`), ...; existing shards are kept.
+    """Writes `clips-00000-of-N.parquet` (or `.tar`), ...; existing shards are kept.
 
     Args:
         dataset: with an `audio` column, see `load_audio_dataset`.
@@ -102,9 +94,7 @@ def make_shards(
     if codec == "opus" and sampling_rate not in OPUS_RATES:
         raise ValueError(f"expected one of the sampling rates {OPUS_RATES} of opus, got {sampling_rate}")
     if clips_per_shard < 1 or len(dataset) == 0:
-        raise ValueError(
-            f"expected at least 1 clip and 1 per shard, got {len(dataset)} and {clips_per_shard} per shard"
-        )
+        raise ValueError(f"expected at least 1 clip and 1 per shard, got {len(dataset)} and {clips_per_shard}")
     output_dir.mkdir(parents=True, exist_ok=True)
     settings = {"format": format, "codec": codec, "sampling_rate": sampling_rate, "clips_per_shard": clips_per_shard}
     check_settings(output_dir, dataset, **settings)
@@ -147,14 +137,11 @@ def make_packed(
     progress: bool = True,
     strict: bool = False,
 ) -> dict[str, int]:
-    """
-    Writes a packed pool, see `asit_hf.data.packed`.
+    """Writes a packed pool, see `asit_hf.data.packed`.
 
     Args:
-        dataset: with an `audio` column, see `load_audio_dataset`.
+        dataset, num_workers, strict: as in `make_shards`.
         part_column: column with the name of the part of the pool that a clip comes from.
-        num_workers: processes that decode; 0 for this one.
-        strict: raise for an unreadable file.
 
     Returns:
         The numbers of `clips` written, of `bad` files, and of `clipped` clips, with samples beyond [-1, 1].
@@ -168,7 +155,7 @@ def make_packed(
         raise ValueError(f"expected part_column to be one of {dataset.column_names}, got {part_column!r}")
     counts = {"clips": 0, "bad": 0, "clipped": 0}
 
-    def clips() -> Iterator[tuple[str, str | None, np.ndarray]]:
+    def clips() -> Iterator[Clip]:
         output_dir.mkdir(parents=True, exist_ok=True)
         work = partial(decode_or_reason, sampling_rate=sampling_rate)
         with mapper(num_workers) as map_in_order, tqdm(total=len(dataset), unit="clip", disable=not progress) as bar:
@@ -227,10 +214,9 @@ def mapper(num_workers: int) -> Iterator[Callable]:
 
 def write_parquet(path: Path, rows: Dataset, contents: list[bytes], names: list[str], extension: str) -> None:
     """A row for each clip, with the other columns of `rows`."""
-    original = [source_name(row["audio"]) for row in rows]
     columns = {name: rows[name][:] for name in rows.column_names}
     columns["audio"] = [{"bytes": content, "path": name + extension} for name, content in zip(names, contents)]
-    columns["original_path"] = original
+    columns["original_path"] = [source_name(row["audio"]) for row in rows]
     features = Features({**rows.features, "audio": Audio(decode=False), "original_path": Value("string")})
     table = pyarrow.Table.from_pydict(columns, features.arrow_schema)
     with pyarrow.parquet.ParquetWriter(path, table.schema) as writer:
@@ -263,32 +249,17 @@ def report(path: Path, bad_files: list[tuple[str, str]]) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = DatasetArguments.parser(__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--format",
-        choices=("parquet", "tar", "packed"),
-        default="parquet",
-        help="shards in parquet or tar files, or one packed pool (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--codec",
-        choices=tuple(CODECS),
-        help=f"codec of shards: flac keeps 16 bits, others are lossy (default: {CODEC})",
-    )
-    parser.add_argument(
-        "--sampling_rate",
-        type=int,
-        default=16000,
-        help=f"rate in Hz that audio is resampled to; for opus one of {OPUS_RATES} (default: %(default)s)",
-    )
+    help = "shards in parquet or tar files, or one packed pool (default: parquet)"
+    parser.add_argument("--format", choices=("parquet", "tar", "packed"), default="parquet", help=help)
+    help = f"codec of shards: flac keeps 16 bits, others are lossy (default: {CODEC})"
+    parser.add_argument("--codec", choices=tuple(CODECS), help=help)
+    help = f"rate in Hz to resample to; for opus one of {OPUS_RATES} (default: 16000)"
+    parser.add_argument("--sampling_rate", type=int, default=16000, help=help)
     parser.add_argument("--clips_per_shard", type=int, help=f"clips in each shard (default: {CLIPS_PER_SHARD})")
-    parser.add_argument(
-        "--part_column",
-        help="column with the part of a packed pool that a clip comes from, for instance `source` in the pools of "
-        "make_pool; default: no parts",
-    )
-    parser.add_argument(
-        "--num_workers", type=int, default=0, help="processes that decode and encode (default: 0, the main process)"
-    )
+    help = "column with a clip's part of a packed pool, for instance `source` in make_pool's pools; default: no parts"
+    parser.add_argument("--part_column", help=help)
+    help = "processes that decode and encode (default: 0, the main process)"
+    parser.add_argument("--num_workers", type=int, default=0, help=help)
     args = parser.parse_args(argv)
     if args.format == "packed" and (args.codec, args.clips_per_shard) != (None, None):
         parser.error("--codec and --clips_per_shard have no effect with --format packed")
@@ -302,25 +273,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, int]:
     args = parse_args(argv)
     dataset = DatasetArguments.of(args).load_audio(args.data, split=args.split)
+    options = {"sampling_rate": args.sampling_rate, "num_workers": args.num_workers, "strict": args.strict}
     if args.format == "packed":
-        counts = make_packed(
-            dataset, args.output_dir, args.sampling_rate, args.num_workers, args.part_column, strict=args.strict
-        )
+        counts = make_packed(dataset, args.output_dir, part_column=args.part_column, **options)
         print(
             f"{counts['clips']} clips in {args.output_dir}, {counts['clipped']} of them clipped at full scale; "
             f"{counts['bad']} unreadable files"
         )
         return counts
-    counts = make_shards(
-        dataset,
-        args.output_dir,
-        args.format,
-        CODEC if args.codec is None else args.codec,
-        args.sampling_rate,
-        CLIPS_PER_SHARD if args.clips_per_shard is None else args.clips_per_shard,
-        args.num_workers,
-        strict=args.strict,
-    )
+    options |= {name: value for name in ("codec", "clips_per_shard") if (value := getattr(args, name)) is not None}
+    counts = make_shards(dataset, args.output_dir, args.format, **options)
     print(
         f"{counts['shards']} shards in {args.output_dir}; this call wrote {counts['clips']} clips and skipped "
         f"{counts['bad']} unreadable files"

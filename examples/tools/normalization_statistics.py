@@ -29,17 +29,15 @@ logger = logging.getLogger(__name__)
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = DatasetArguments.parser(__doc__)
-    parser.add_argument(
-        "--filter", nargs="+", default=[], metavar="COLUMN=V1,V2", help="keep rows with one of these values"
-    )
+    help = "keep rows with one of these values"
+    parser.add_argument("--filter", nargs="+", default=[], metavar="COLUMN=V1,V2", help=help)
     parser.add_argument("--streaming", action="store_true", help="read the data as a stream")
     parser.add_argument("--max_clips", type=int, help="number of clips, drawn at random; the first ones of a stream")
     parser.add_argument("--max_seconds", type=float, help="use only the beginning of longer clips")
     parser.add_argument("--sampling_rate", type=int, default=16000, help="rate in Hz to resample to (default: 16000)")
     parser.add_argument("--num_mel_bins", type=int, default=128, help="mel bins (default: 128)")
-    parser.add_argument(
-        "--num_workers", type=int, default=0, help="processes that read files (default: 0, the main process)"
-    )
+    help = "processes that read files (default: 0, the main process)"
+    parser.add_argument("--num_workers", type=int, default=0, help=help)
     parser.add_argument("--output", type=Path, help="json file to write")
     args = parser.parse_args(argv)
     if args.corpus and (args.audio_column or args.label_column or args.root or args.streaming):

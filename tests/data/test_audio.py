@@ -154,7 +154,7 @@ def promising(ogg: bytes, samples: int) -> bytes:
     return ogg[:start] + page
 
 
-def test_vorbis_that_promises_a_little_more_than_it_has(tmp_path):
+def test_vorbis_that_declares_a_little_more_than_it_has(tmp_path):
     ogg = write(tmp_path / "a.ogg", sweep(20, 44100), 44100, "ogg").read_bytes()
     whole, longer = read_audio(ogg, 44100), promising(ogg, 1105)
     with AudioReader(longer) as reader:
@@ -180,9 +180,9 @@ def damaged_sources(tmp_path):
         "empty$": b"",
         "ormat": noise,
         "no samples": empty.getvalue(),
-        "its header promises 64000 bytes of audio, it has 31978": wav[: len(wav) // 2],
+        "64000 bytes of audio, it has 31978": wav[: len(wav) // 2],
         "lost sync": flac[: len(flac) // 2],
-        "its header promises 882000 samples": ogg[:middle] + noise + ogg[middle + len(noise) :],
+        "882000 samples": ogg[:middle] + noise + ogg[middle + len(noise) :],
         "not finite": broken.getvalue(),
         "neither a path nor bytes": {"path": None, "bytes": None},
         "a sampling_rate": {"array": [0.0, 0.1]},
@@ -312,11 +312,11 @@ def test_errors_survive_pickling():
 def test_a_loader_raises_its_workers_error_as_it_was(tmp_path):
     wav = write(tmp_path / "a.wav", sweep(2, 16000), 16000)
     wav.write_bytes(wav.read_bytes()[:32044])
-    expected = f"cannot read {wav}: truncated: its header promises 64000 bytes of audio, it has 32000"
     for num_workers in (0, 1):
         with pytest.raises(AudioReadError) as caught:
             next(iter(DataLoader(LabelledClips([str(wav)], 16000), num_workers=num_workers)))
-        assert str(caught.value) == expected
+        assert str(caught.value).startswith(f"cannot read {wav}: truncated")
+        assert "64000" in str(caught.value)
         assert caught.value.source == str(wav)
 
 

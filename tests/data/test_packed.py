@@ -100,7 +100,7 @@ def test_what_is_not_a_whole_pool_is_a_clear_error(tmp_path, change, error, said
 
 
 def test_another_rate_is_an_error_that_names_both(folder):
-    with pytest.raises(ValueError, match=r"1000 Hz.*16000 Hz"):
+    with pytest.raises(ValueError, match=r"16000 Hz.*1000 Hz"):
         PackedCrops(folder, 16000)
     with pytest.raises(ValueError, match=r"16000 Hz.*1000 Hz"):
         PackedCrops(PackedAudio.load(folder), 16000)
@@ -217,7 +217,7 @@ def test_an_accelerator_cuts_the_same_crops_bit_for_bit(folder, monkeypatch, rol
 
 
 def test_on_an_accelerator_no_size_depends_on_the_data(folder):
-    """Tensors without data: whatever would have to wait for the device raises."""
+    """Tensors without data: any operation that waits for the device raises."""
     crops = PackedCrops(folder, RATE, **SETTINGS, roll_probability=0.5)
     shapes = {name: value.shape for name, value in batch(crops, range(4)).items()}
     found = batch(crops.to("meta"), range(4))

@@ -4,12 +4,11 @@ import csv
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from ..manifests import NUMBER
 from .files import audio_files, build_dataset, check_folder, published_file, read_table
 
 if TYPE_CHECKING:
@@ -18,11 +17,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 AUDIOSET_URL = "https://research.google.com/audioset/download.html"
-_SEGMENTS = {
-    "balanced_train": "balanced_train_segments.csv",
-    "unbalanced_train": "unbalanced_train_segments.csv",
-    "eval": "eval_segments.csv",
-}
+_PARTS = ("balanced_train", "unbalanced_train", "eval")
 _CLASSES = "class_labels_indices.csv"
 # the first match decides: unbalanced/train-00.parquet is unbalanced
 _SHARDS = {
@@ -49,9 +44,8 @@ def load_audioset(root: str | os.PathLike, parts: Sequence[str]) -> "Dataset":
     Raises:
         FileNotFoundError: a missing list, or no clip of these parts at all.
     """
-    unknown = [part for part in parts if part not in _SEGMENTS]
-    if unknown or not parts:
-        raise ValueError(f"expected parts of AudioSet, {', '.join(_SEGMENTS)}; got {parts!r}")
+    if not parts or not set(parts).issubset(_PARTS):
+        raise ValueError(f"expected parts of AudioSet, {', '.join(_PARTS)}; got {parts!r}")
     root = check_folder(root)
     classes = read_table(published_file(root, _CLASSES, AUDIOSET_URL), ("index", "mid", "display_name"))
     classes.sort(key=lambda row: int(row["index"]))
@@ -61,22 +55,20 @@ def load_audioset(root: str | os.PathLike, parts: Sequence[str]) -> "Dataset":
     if shards:
         return _audioset_shards(root, shards, parts, ids, names)
 
-    rows = [row for part in parts for row in _segments(published_file(root, _SEGMENTS[part], AUDIOSET_URL))]
+    lists = [published_file(root, f"{part}_segments.csv", AUDIOSET_URL) for part in parts]
+    rows = [row for segments in lists for row in _segments(segments)]
     files = {file.stem: file for file in reversed(audio_files(root, AUDIOSET_URL))}
     found = [(row, file) for row in rows if (file := _segment_file(row, files)) is not None]
-    missing = len(rows) - len(found)
+    missing, joined = len(rows) - len(found), " and ".join(parts)
     if not found:
-        raise FileNotFoundError(
-            f"none of the {len(rows)} clips of AudioSet's {' and '.join(parts)} is in {root}: expected files like "
-            f"{rows[0][0]}.wav or {rows[0][0]}_{float(rows[0][1]):.0f}.flac; the lists are published at {AUDIOSET_URL}"
-        )
+        files_like = f"{rows[0][0]}.wav or {rows[0][0]}_{float(rows[0][1]):.0f}.flac"
+        what = f"none of the {len(rows)} clips of AudioSet's {joined} is in {root}"
+        raise FileNotFoundError(f"{what}: expected files like {files_like}")
     if missing:
-        logger.warning(
-            "AudioSet %s: skipped %d of %d listed clips, which are not on disk", "+".join(parts), missing, len(rows)
-        )
+        logger.warning("AudioSet's %s: skipped %d of %d listed clips, not on disk", joined, missing, len(rows))
     return build_dataset(
         audio=[str(file) for _, file in found],
-        labels=[_ids([mid.strip() for mid in row[3].split(",")], ids, root / _CLASSES) for row, _ in found],
+        labels=[_ids(map(str.strip, row[3].split(",")), ids, root / _CLASSES) for row, _ in found],
         names=names,
         video_id=[row[0] for row, _ in found],
     )
@@ -93,17 +85,10 @@ def _segments(path: Path) -> list[list[str]]:
     with open(path, newline="", encoding="utf-8-sig") as file:
         lines = (line for line in file if line.strip() and not line.startswith("#"))
         rows = list(csv.reader(lines, skipinitialspace=True))
-    wrong = next((row for row in rows if len(row) != 4 or not (_is_number(row[1]) and _is_number(row[2]))), None)
+    wrong = next((row for row in rows if len(row) != 4 or not all(map(NUMBER.fullmatch, row[1:3]))), None)
     if wrong or not rows:
         raise ValueError(f"expected lines of id, start, end and labels in {path}, got {wrong or 'none'}")
     return rows
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return np.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def _segment_file(row: list[str], files: dict[str, Path]) -> Path | None:
@@ -122,16 +107,13 @@ def _audioset_shards(
 
     chosen = [str(shard) for shard in shards if _part_of(shard.relative_to(root).as_posix()) in parts]
     if not chosen:
-        raise FileNotFoundError(
-            f"none of the {len(shards)} parquet files in {root} belongs to AudioSet's {' and '.join(parts)}: expected "
-            "paths that begin with bal or train, unbal, and eval or test"
-        )
+        what = f"none of the {len(shards)} parquet files in {root} belongs to AudioSet's {' and '.join(parts)}"
+        raise FileNotFoundError(f"{what}: expected paths that begin with bal or train, unbal, and eval or test")
     dataset = load_dataset("parquet", data_files=chosen, split="train")
     column = next((name for name in ("labels", "human_labels") if name in dataset.column_names), None)
     if column is None or "audio" not in dataset.column_names:
-        raise ValueError(
-            f"expected the columns audio and labels or human_labels in {chosen[0]}, got {dataset.column_names}"
-        )
+        expected = "the columns audio and labels or human_labels"
+        raise ValueError(f"expected {expected} in {chosen[0]}, got {dataset.column_names}")
     labels = [_ids(row or (), ids, root / _CLASSES) for row in dataset[column][:]]
     kept = [name for name in ("audio", "video_id") if name in dataset.column_names]
     dataset = dataset.select_columns(kept).cast_column("audio", Audio(decode=False))
@@ -142,8 +124,8 @@ def _part_of(shard: str) -> str | None:
     return next((part for part, pattern in _SHARDS.items() if pattern.search(shard)), None)
 
 
-def _ids(labels: Sequence[str], ids: dict[str, int], table: Path) -> list[int]:
-    unknown = [label for label in labels if label not in ids]
-    if unknown:
-        raise ValueError(f"expected a label of {table}, got {unknown[0]!r}")
-    return [ids[label] for label in labels]
+def _ids(labels: Iterable[str], ids: dict[str, int], table: Path) -> list[int]:
+    try:
+        return [ids[label] for label in labels]
+    except KeyError as error:
+        raise ValueError(f"expected a label of {table}, got {error}") from None

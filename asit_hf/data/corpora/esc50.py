@@ -30,9 +30,8 @@ def load_esc50(root: str | os.PathLike) -> "Dataset":
     files = {file.stem: file for file in audio_files(root / "audio", ESC50_URL)}
     absent = [row["filename"] for row in rows if Path(row["filename"]).stem not in files]
     if absent:
-        raise incomplete(
-            f"{len(absent)} of {len(rows)} clips of ESC-50 are missing in {root / 'audio'}", absent, ESC50_URL
-        )
+        what = f"{len(absent)} of {len(rows)} clips of ESC-50 are missing in {root / 'audio'}"
+        raise incomplete(what, absent, ESC50_URL)
     return build_dataset(
         audio=[str(files[Path(row["filename"]).stem]) for row in rows],
         labels=[ids[int(row["target"])] for row in rows],

@@ -11,16 +11,11 @@ from ..datasets import find_audio_files
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
 SPLITS = ("train", "validation", "test")
 
 
 def check_folder(root: str | os.PathLike) -> Path:
-    """The root folder of a corpus.
-
-    Raises:
-        FileNotFoundError: no such folder.
-    """
+    """The root folder of a corpus, which must exist."""
     root = Path(root).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"no such folder: {root}")
@@ -42,11 +37,7 @@ def audio_files(folder: Path, url: str) -> list[Path]:
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a csv file with a header.
-
-    Raises:
-        ValueError: no rows, or a missing column.
-    """
+    """The rows of a csv file with a header; no rows, or a missing one of `columns`, is an error."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         rows, found = list(reader), reader.fieldnames or []
@@ -57,11 +48,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def published_file(root: Path, name: str, url: str) -> Path:
-    """The path of a file of the corpus.
-
-    Raises:
-        FileNotFoundError: no such file; the message has its `url`.
-    """
+    """The path of a file of the corpus, which must exist; the error has its `url`."""
     if not (root / name).is_file():
         raise FileNotFoundError(f"{root / name} is missing: download it from {url}")
     return root / name

@@ -1,6 +1,5 @@
 """Published corpora by name."""
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from .voxceleb1 import load_voxceleb1
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

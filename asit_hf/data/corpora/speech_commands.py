@@ -1,15 +1,12 @@
 """Speech Commands (Warden 2018)."""
 
-import io
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...utils.extras import extra
-from ..audio import audio_info, read_audio
+from ..audio import audio_info, encode_audio, read_audio
 from .files import audio_files, build_dataset, check_folder, check_split, incomplete, published_file
 
 if TYPE_CHECKING:
@@ -34,9 +31,7 @@ _NOISE_SHARES = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.
 _SILENCE_RATE = 16000
 
 
-def load_speech_commands(
-    root: str | os.PathLike, split: str, version: int = 2, num_classes: int | None = None
-) -> "Dataset":
+def load_speech_commands(root: str | Path, split: str, version: int = 2, num_classes: int | None = None) -> "Dataset":
     """Speech Commands: a folder for each word, `validation_list.txt` and `testing_list.txt`.
 
     Args:
@@ -65,9 +60,8 @@ def load_speech_commands(
     num_classes = len(words) if num_classes is None else num_classes
     names = {len(words): words, 11: (*KEYWORDS, UNKNOWN), 12: (*KEYWORDS, UNKNOWN, SILENCE)}.get(num_classes)
     if names is None:
-        raise ValueError(
-            f"expected {len(words)}, 12 or 11 classes of Speech Commands V{version}, got num_classes={num_classes}"
-        )
+        got = f"got num_classes={num_classes}"
+        raise ValueError(f"expected {len(words)}, 12 or 11 classes of Speech Commands V{version}, {got}")
     if (root / f"_{UNKNOWN}_").is_dir():
         return _speech_commands_test_archive(root, split, names, SPEECH_COMMANDS_TEST_URL.format(version=version))
 
@@ -85,18 +79,14 @@ def load_speech_commands(
     absent = sorted(listed.get(split, set()).difference(clips))
     if absent:
         raise incomplete(f"{len(absent)} clips of the {split} list are missing in {root}", absent, url)
-    clips = [clip for clip in clips if clip in listed[split]] if split in listed else _not_in(clips, listed.values())
+    wanted = listed[split] if split in listed else set(clips).difference(*listed.values())
+    clips = [clip for clip in clips if clip in wanted]
     if not clips:
-        raise FileNotFoundError(
-            f"no clips of the {split} split in {root}: download Speech Commands V{version} from {url}"
-        )
-    words_of = [clip.split("/")[0] for clip in clips]
-    if num_classes == len(words):
-        chosen = list(zip(clips, words_of))
-        silence = []
-    else:
-        keywords = [(clip, word) for clip, word in zip(clips, words_of) if word in KEYWORDS]
-        others = [clip for clip, word in zip(clips, words_of) if word not in KEYWORDS]
+        raise FileNotFoundError(f"no clips of the {split} split in {root}: download V{version} from {url}")
+    chosen, silence = [(clip, clip.split("/")[0]) for clip in clips], []
+    if num_classes != len(words):
+        keywords = [(clip, word) for clip, word in chosen if word in KEYWORDS]
+        others = [clip for clip, word in chosen if word not in KEYWORDS]
         count = round(len(keywords) / len(KEYWORDS))
         drawn = np.random.default_rng(0).permutation(len(others))[:count]
         chosen = keywords + [(others[index], UNKNOWN) for index in sorted(drawn)]
@@ -110,17 +100,10 @@ def load_speech_commands(
     )
 
 
-def _not_in(clips: list[str], lists: Any) -> list[str]:
-    listed = set().union(*lists)
-    return [clip for clip in clips if clip not in listed]
-
-
 def _speech_commands_test_archive(root: Path, split: str, names: Sequence[str], url: str) -> "Dataset":
     if split != "test" or UNKNOWN not in names:
-        raise ValueError(
-            f"expected split test with 12 or 11 classes, got {split} with {len(names)}: {root} is the test archive of "
-            "the 12-class task"
-        )
+        got = f"got {split} with {len(names)}"
+        raise ValueError(f"{root} is the test archive: expected split test with 12 or 11 classes, {got}")
     folders = {name: root / (f"_{name}_" if name in (UNKNOWN, SILENCE) else name) for name in names}
     files = [(file, name) for name, folder in folders.items() for file in audio_files(folder, url)]
     return build_dataset(
@@ -133,8 +116,6 @@ def _speech_commands_test_archive(root: Path, split: str, names: Sequence[str], 
 
 def _silence_clips(files: list[Path], split: str, count: int) -> Iterator[dict[str, Any]]:
     """`count` windows of 1 s as wav bytes, from this split's share of every recording in turn."""
-    with extra():
-        import soundfile
     durations = [audio_info(file).duration for file in files]
     low, high = _NOISE_SHARES[split]
     generator = np.random.default_rng(0)
@@ -142,7 +123,5 @@ def _silence_clips(files: list[Path], split: str, count: int) -> Iterator[dict[s
         file, seconds = files[index % len(files)], durations[index % len(files)]
         length = min(1.0, (high - low) * seconds)
         start = generator.uniform(low * seconds, high * seconds - length)
-        content = io.BytesIO()
         window = read_audio(file, _SILENCE_RATE, start, length)
-        soundfile.write(content, window, _SILENCE_RATE, format="WAV", subtype="PCM_16")
-        yield {"path": f"{file}@{start:.3f}s", "bytes": content.getvalue()}
+        yield {"path": f"{file}@{start:.3f}s", "bytes": encode_audio(window, _SILENCE_RATE, "WAV", "PCM_16")}

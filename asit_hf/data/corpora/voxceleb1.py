@@ -16,11 +16,11 @@ _VOXCELEB1_SPLITS = {"train": "1", "validation": "2", "test": "3"}
 
 
 def load_voxceleb1(root: str | os.PathLike, split: str) -> "Dataset":
-    """VoxCeleb1 for speaker identification: `iden_split.txt`, and clips `id10001/VIDEO/00001.wav` in `root`, its
-    subfolder `wav`, or those of the archives (`dev/wav` and `test/wav`, `vox1_dev_wav/wav` and `vox1_test_wav/wav`).
+    """VoxCeleb1 for speaker identification.
 
     Args:
-        root: folder of the corpus.
+        root: folder with `iden_split.txt`, and clips `id10001/VIDEO/00001.wav` in it, its subfolder `wav`, or those of
+            the archives (`dev/wav` and `test/wav`, `vox1_dev_wav/wav` and `vox1_test_wav/wav`).
         split: "train", "validation" or "test", which the list marks with 1, 2 or 3.
 
     Returns:

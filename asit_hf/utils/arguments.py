@@ -86,7 +86,7 @@ def refuse_without_effect(options: Any, names: Sequence[str], condition: str) ->
 
 
 def start_run(args: TrainingArguments) -> None:
-    """Sets the seed, and prints the package's decisions; of transformers only warnings, unless `--log_level info`."""
+    """Sets the seed, and logs the package's decisions; transformers logs warnings only, unless `--log_level info`."""
     logging.basicConfig(format="%(message)s", handlers=[_ConsoleHandler()])
     if not are_progress_bars_disabled():
         transformers_logging.disable_progress_bar()  # of saving and loading weights, but of downloads too

@@ -19,13 +19,8 @@ holds `eval_results.json`, `predictions.csv`, `per_class.csv` and, for up to 100
 `--folds 1,2,3,4,5` cross-validates, with an output folder for each fold and `fold_results.json`.
 """
 
-import logging
-
-if __name__ == "__main__":  # transformers imports torchao where it is installed, which logs kernels it cannot load
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -90,14 +85,13 @@ class DataArguments(DatasetArguments):
     validation_split: str | None = HfArg(default=None, help="Split of --train_data to select the best checkpoint.")
     eval_split: str | None = HfArg(default=None, help="Split of the evaluation data.")
     train_filter: list[str] = HfArg(default_factory=list, help="COLUMN=VALUE[,VALUE...]: training rows to keep.")
-    eval_filter: list[str] = HfArg(default_factory=list, help="Evaluation rows to keep, likewise.")
+    eval_filter: list[str] = HfArg(default_factory=list, help="COLUMN=VALUE[,VALUE...]: evaluation rows to keep.")
     validation_fraction: float = HfArg(default=0.0, help="Share of --train_data held out as validation data.")
     group_column: str | None = HfArg(default=None, help="Column whose groups are not split (default: speaker, ...).")
     folds: str | None = HfArg(default=None, help="Cross-validation folds: 1,2,3,4 evaluates on each in turn.")
     fold_column: str = HfArg(default="fold", help="Column of the folds.")
     problem_type: str | None = HfArg(
-        default=None,
-        help="single_label_classification, multi_label_classification or regression (default: from the labels).",
+        default=None, help="single_label_ or multi_label_classification, or regression (default: from the labels)."
     )
     balanced_sampling: bool = HfArg(default=False, help="Sample training clips by inverse class frequency.")
     check_train_files: bool = HfArg(default=True, help="Check at the start that all training files can be opened.")
@@ -112,9 +106,7 @@ class DataArguments(DatasetArguments):
             if self.eval_data is None and (self.eval_split or self.eval_filter):
                 self.eval_data = self.train_data
         if not (self.folds or self.eval_data or self.validation_split or self.validation_fraction):
-            raise ValueError(
-                "no evaluation data: set --eval_data, --eval_split, --eval_filter, --validation_* or --folds"
-            )
+            raise ValueError("no evaluation data: set --eval_data, --eval_split, --validation_* or --folds")
         if self.validation_split and self.validation_fraction:
             raise ValueError("validation_split and validation_fraction exclude each other: unset one of them")
         if not self.validation_fraction:
@@ -151,7 +143,7 @@ class DataArguments(DatasetArguments):
 @dataclass
 class InputArguments:
     mean: float | None = HfArg(default=None, help="Mean of log-mel values (default: checkpoint's or AudioSet's).")
-    std: float | None = HfArg(default=None, help="Standard deviation of log-mel values, likewise.")
+    std: float | None = HfArg(default=None, help="Standard deviation of log-mel values (default: as for mean).")
     max_seconds: float | None = HfArg(default=None, help="Train on random crops of this length in seconds.")
     max_eval_seconds: float | None = HfArg(default=None, help="Evaluate only the first seconds of each clip.")
 
@@ -185,8 +177,7 @@ def build_model(
     if names is None:
         fields["num_labels"] = 1
     else:
-        fields["id2label"] = dict(enumerate(names))
-        fields["label2id"] = {name: index for index, name in enumerate(names)}
+        fields |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if args.pooling_mode:
         fields["pooling_mode"] = args.pooling_mode
     if args.freeze_encoder:  # whose features must not vary
@@ -208,9 +199,8 @@ def build_model(
 def check_problem_type(wanted: str | None, dataset: Dataset) -> str:
     """The problem type: by default that of the labels; single labels can also be trained as multi-label."""
     of_labels = problem_type_of(dataset)
-    possible = [of_labels]
-    if of_labels == "single_label_classification":
-        possible.append("multi_label_classification")
+    single = of_labels == "single_label_classification"
+    possible = [of_labels, "multi_label_classification"] if single else [of_labels]
     if wanted not in (None, *possible):
         raise ValueError(f"problem_type must be {' or '.join(possible)} for these labels, got {wanted!r}")
     return wanted or of_labels
@@ -226,10 +216,7 @@ def finetune(
     arguments: list[str],
     build: Callable = build_model,
 ) -> tuple[dict[str, float], list[dict]]:
-    """
-    The metrics on the evaluation data and the log history. `arguments` is the command line, for the model card;
-    `build` makes the model and its feature extractor.
-    """
+    """The metrics on the evaluation data and the log history. `arguments` is the command line, for the model card."""
     start_run(args)
     if model_args.freeze_encoder:
         refuse_without_effect(args, ["layer_decay"], "with freeze_encoder")

@@ -10,11 +10,6 @@ patches above `--threshold` after a median filter of `--median_filter_size`. The
 """
 
 import logging
-
-if __name__ == "__main__":  # transformers imports torchao where it is installed, which logs kernels it cannot load
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -17,10 +17,8 @@ from ..data.clips import LabelledClips
 from ..data.randomness import sample_key
 from ..utils.arguments import refuse_without_effect
 
-# Audio-MAE: a gain of 0.5 to 1.5, mostly near 1
-_GAIN_BETA, _GAIN_OFFSET = 10.0, 0.5
-# AST: noise of up to 0.1 on the normalized scale, and a shift of up to 10 frames
-_NOISE_LEVEL, _NOISE_ROLL = 0.1, 10
+_GAIN_BETA, _GAIN_OFFSET = 10.0, 0.5  # Audio-MAE: a gain of 0.5 to 1.5, mostly near 1
+_NOISE_LEVEL, _NOISE_ROLL = 0.1, 10  # AST: noise of up to 0.1 on the normalized scale, shifts of up to 10 frames
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,6 @@ class Augmentation:
         Args:
             values (`torch.Tensor` of shape `(frames, mel)`): without padding. Masked values become 0, the mean of the
                 data; AST masks with 0 before normalization.
-            generator (`np.random.Generator`): source of all random draws.
             patch_size (`int`): side of the patches masked by `patch_mask_rate`.
         """
         values = values.clone()
@@ -87,8 +84,7 @@ class TrainingClips(Dataset):
     The labelled clips of an epoch: sampled by weight, augmented and mixed.
 
     Args:
-        clips ([`~asit_hf.data.LabelledClips`]): the clips, with labels.
-        augmentation ([`Augmentation`]): applied to their waveforms.
+        clips ([`~asit_hf.data.LabelledClips`]), augmentation ([`Augmentation`]): the clips, and how they vary.
         weights (`np.ndarray` of shape `(clips,)`, *optional*): non-negative. With weights, an epoch samples as many
             clips as there are with replacement; without, it has each clip once. The clip at a position is a function
             of (seed, epoch, position) only, so that all processes share one sequence.
@@ -115,17 +111,15 @@ class TrainingClips(Dataset):
         position = range(len(self))[position]
         key = sample_key(self.clips.seed, self.clips.epoch, position)
         generator = np.random.default_rng([key, 1])
-        row = position if self._cumulative is None else self._draw(generator)
+        row = position
+        if self._cumulative is not None:
+            row = int(np.searchsorted(self._cumulative, generator.random() * self._cumulative[-1], side="right"))
         item = {**self._clip(row, key, generator), "sample_key": key}
         if self.augmentation.mixup_rate:
             item["mixture"] = [(item["label"], 1.0)]
             if "waveform" in item and generator.random() < self.augmentation.mixup_rate:
                 self._mix(item, sample_key(self.clips.seed, self.clips.epoch, position, 1), generator)
         return item
-
-    def _draw(self, generator: np.random.Generator) -> int:
-        total = self._cumulative[-1]
-        return int(np.searchsorted(self._cumulative, generator.random() * total, side="right"))
 
     def _clip(self, row: int, key: int, generator: np.random.Generator) -> dict[str, Any]:
         item = self.clips.item(row, key)
@@ -165,7 +159,5 @@ def _stretch(size: int, longest: int, generator: np.random.Generator) -> slice:
 def _patch_mask(size: int, patch_size: int, rate: float, generator: np.random.Generator) -> torch.Tensor:
     """Boolean `(size,)`: true in a share `rate` of the patches."""
     patches = size // patch_size
-    masked = torch.zeros(size, dtype=torch.bool)
-    for patch in generator.permutation(patches)[: round(rate * patches)]:
-        masked[patch * patch_size : (patch + 1) * patch_size] = True
-    return masked
+    masked = generator.permutation(patches)[: round(rate * patches)]
+    return torch.from_numpy(np.isin(np.arange(size) // patch_size, masked))

@@ -38,11 +38,11 @@ def param_groups_layer_decay(
             groups.setdefault((_depth(name, num_layers), decays), []).append(parameter)
     return [
         {
-            "params": parameters,
+            "params": groups[depth, decays],
             "lr_scale": layer_decay ** (num_layers + 1 - depth),
             "weight_decay": weight_decay if decays else 0.0,
         }
-        for (depth, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for depth, decays in sorted(groups)
     ]
 
 
@@ -67,21 +67,14 @@ def smooth_labels(labels: torch.Tensor, num_labels: int, factor: float) -> torch
     if not labels.is_floating_point():
         labels = nn.functional.one_hot(labels, num_labels)
     if labels.dim() != 2:
-        raise ValueError(
-            f"label smoothing expected class ids or targets (batch, {num_labels}), got {tuple(labels.shape)}"
-        )
+        raise ValueError(f"expected class ids or targets (batch, {num_labels}), got {tuple(labels.shape)}")
     return (1 - factor) * labels.float() + factor / num_labels
 
 
 def average_checkpoints(folders: Sequence[str | PathLike]) -> dict[str, torch.Tensor]:
     """
-    The mean of the weights of several checkpoints of one model, summed in float64, as a state dict.
-
-    Args:
-        folders: checkpoints written by `save_pretrained`.
-
-    Raises:
-        ValueError: no folders, or weights whose names or shapes differ.
+    The mean of the weights of several checkpoints of one model, summed in float64, as a state dict. `folders` were
+    written by `save_pretrained`; `ValueError` without any, or if names or shapes of the weights differ.
     """
     from safetensors.torch import load_file
 
@@ -90,9 +83,8 @@ def average_checkpoints(folders: Sequence[str | PathLike]) -> dict[str, torch.Te
     sums: dict[str, torch.Tensor] = {}
     for folder in folders:
         weights = load_file(Path(folder) / "model.safetensors")
-        if sums and {name: value.shape for name, value in sums.items()} != {
-            name: value.shape for name, value in weights.items()
-        }:
+        before, shapes = ({name: value.shape for name, value in one.items()} for one in (sums, weights))
+        if before and before != shapes:
             raise ValueError(f"cannot average {folders[0]} and {folder}: names or shapes of their weights differ")
         for name, value in weights.items():
             sums[name] = sums.get(name, 0) + value.double()

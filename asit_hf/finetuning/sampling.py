@@ -10,14 +10,8 @@ _NUMERATOR, _OFFSET = 1000.0, 0.01
 
 def class_weights(labels: Sequence[int | Sequence[int]], num_classes: int) -> np.ndarray:
     """
-    1000 / (count + 0.01) for each class, about the inverse of its frequency, `(num_classes,)` float64.
-
-    Args:
-        labels: the class id of each clip, or a list of class ids.
-        num_classes (`int`): number of classes.
-
-    Raises:
-        ValueError: a label is missing or not in [0, num_classes).
+    1000 / (count + 0.01) for each class, about the inverse of its frequency, `(num_classes,)` float64. `labels` are
+    the class id of each clip, or a list of them; one that is missing or not in [0, num_classes) is a `ValueError`.
     """
     counts = np.bincount([one for label in labels for one in _ids(label, num_classes)], minlength=num_classes)
     return _NUMERATOR / (counts + _OFFSET)
@@ -26,8 +20,8 @@ def class_weights(labels: Sequence[int | Sequence[int]], num_classes: int) -> np
 def balanced_weights(labels: Sequence[int | Sequence[int]], num_classes: int) -> np.ndarray:
     """
     Sampling weight of each clip, `(clips,)` float64: the sum of `class_weights` over its labels. Sampling by it with
-    replacement makes classes about equally frequent. Arguments and errors are those of `class_weights`; in addition
-    `ValueError` if no clip has a label.
+    replacement makes classes about equally frequent. Arguments and errors as in `class_weights`; also a `ValueError`
+    if no clip has a label.
     """
     weights = class_weights(labels, num_classes)
     summed = np.array([weights[_ids(label, num_classes)].sum() for label in labels])

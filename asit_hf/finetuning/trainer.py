@@ -4,11 +4,13 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.hf_argparser import HfArg
 
@@ -28,12 +30,8 @@ class FinetuningArguments(TimeBudgetArguments, TrainingArguments):
     eval_strategy: str = HfArg(default="epoch", help="When to evaluate: no, steps or epoch.")
     save_strategy: str = HfArg(default="epoch", help="When to save: no, steps, epoch or best.")
     save_total_limit: int | None = HfArg(default=1, help="Checkpoints to keep besides the best.")
-    load_best_model_at_end: bool = HfArg(
-        default=True, help="Keep the best checkpoint (the first of ties), not the last."
-    )
-    metric_for_best_model: str | None = HfArg(
-        default="auto", help="Metric that selects it (auto: accuracy, mAP or mse)."
-    )
+    load_best_model_at_end: bool = HfArg(default=True, help="Keep the best checkpoint (first of ties), not the last.")
+    metric_for_best_model: str | None = HfArg(default="auto", help="Metric of the best (auto: accuracy, mAP or mse).")
     remove_unused_columns: bool = HfArg(default=False, help="Must stay false: the collator needs them.")
     label_smoothing: float = HfArg(default=0.0, help="Share of each target divided among all classes.")
     layer_decay: float = HfArg(default=1.0, help="Factor of the learning rate from each layer to the one below.")
@@ -80,13 +78,14 @@ class FinetuningTrainer(TimeBudgetMixin, PushMixin, Trainer):
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple:
         values = super().set_initial_training_values(args, dataloader)
-        self._steps_per_epoch = values[1]
+        decay = {"start": args.lr_decay_start, "every": args.lr_decay_step, "gamma": args.lr_decay_gamma}
+        self._step_decay = partial(step_decay, steps_per_epoch=values[1], **decay)
         return values
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            model = self.model if model is None else model
             args = self.args
+            model = self.model if model is None else model
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, model)
             groups = param_groups_layer_decay(model, args.weight_decay, args.layer_decay)
             for group in groups:
@@ -94,29 +93,19 @@ class FinetuningTrainer(TimeBudgetMixin, PushMixin, Trainer):
             self.optimizer = optimizer_class(groups, **kwargs)
         return self.optimizer
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        args = self.args
-        if self.budget is None and self.lr_scheduler is None and args.lr_decay_start is not None:
-            warmup_steps = args.get_warmup_steps(num_training_steps)
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, lambda step: self._step_decay(step, warmup_steps)
-            )
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        if self.budget is None and self.lr_scheduler is None and self.args.lr_decay_start is not None:
+            decay = partial(self._step_decay, warmup_steps=self.args.get_warmup_steps(num_training_steps))
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: decay(step))
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
     def lr_factor(self, step: int) -> float:
-        plan = self.budget.plan
         if self.args.lr_decay_start is None:
             return super().lr_factor(step)
+        plan = self.budget.plan
         warmup = min(1.0, float(plan.units(step))) if plan.warmup else 1.0
         return warmup * self._step_decay(step)
-
-    def _step_decay(self, step: int, warmup_steps: int = 0) -> float:
-        args = self.args
-        decay = (args.lr_decay_start, args.lr_decay_step, args.lr_decay_gamma)
-        return step_decay(step, self._steps_per_epoch, *decay, warmup_steps)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         factor = self.args.label_smoothing
@@ -142,13 +131,11 @@ class _EpochWeights(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         epoch = math.ceil(round(state.epoch, 6))
-        if args.max_minutes is not None:  # the number of epochs is not known
+        timed = args.max_minutes is not None  # so the number of epochs is not known
+        if timed or epoch > state.num_train_epochs - args.average_checkpoints:
             self.save(epoch_folder(args.output_dir, epoch))
-            if args.should_save:
-                before = epoch_folder(args.output_dir, epoch - args.average_checkpoints)
-                shutil.rmtree(before, ignore_errors=True)
-        elif epoch > state.num_train_epochs - args.average_checkpoints:
-            self.save(epoch_folder(args.output_dir, epoch))
+        if timed and args.should_save:
+            shutil.rmtree(epoch_folder(args.output_dir, epoch - args.average_checkpoints), ignore_errors=True)
 
 
 def epoch_folder(output_dir: str, epoch: int) -> Path:

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
@@ -78,20 +79,14 @@ def _check_names(arguments: list[str], parser: _Parser) -> None:
 
 
 def refuse_without_effect(options: Any, names: Sequence[str], condition: str) -> None:
-    """
-    Raises a `ValueError` if one of these fields of a dataclass is not at its default although it has no effect under
-    `condition`, such as "without folds".
-    """
+    """Raises a `ValueError` if a named field is not at its default, when `condition` ("without folds") disables it."""
     changed = [one.name for one in fields(options) if one.name in names and getattr(options, one.name) != one.default]
     if changed:
         raise ValueError(f"{' and '.join(changed)} cannot be used {condition}")
 
 
 def start_run(args: TrainingArguments) -> None:
-    """
-    Sets the seed, and prints what the package decides on the console of the process that logs. transformers prints its
-    warnings only; `--log_level info` adds the rest.
-    """
+    """Sets the seed, and logs the package's decisions; transformers logs warnings only, unless `--log_level info`."""
     logging.basicConfig(format="%(message)s", handlers=[_ConsoleHandler()])
     if not are_progress_bars_disabled():
         transformers_logging.disable_progress_bar()  # of saving and loading weights, but of downloads too
@@ -117,10 +112,8 @@ def run_script(main: Callable[[], Any]) -> None:
 
 def _is_deliberate(error: Exception) -> bool:
     """Whether an error is of the package's own types, or was raised by its code or by a script."""
-    frame = error.__traceback__
-    while frame.tb_next is not None:
-        frame = frame.tb_next
-    modules = (type(error).__module__, frame.tb_frame.f_globals.get("__name__", ""))
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    modules = (type(error).__module__, frame.f_globals.get("__name__", ""))
     return any(module.split(".")[0] in ("asit_hf", "examples", "__main__") for module in modules)
 
 
@@ -137,10 +130,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
 
 
 def finished_run(args: TrainingArguments) -> TrainerState | None:
-    """
-    The state of the run in `output_dir` if it ended and is as long as `args` ask for, so that `resume_from_checkpoint
-    True` has nothing to do; otherwise `None`.
-    """
+    """The state of the run in `output_dir` if `resume_from_checkpoint True` has nothing left to do, or `None`."""
     path = Path(args.output_dir) / TRAINER_STATE_NAME  # written after training, unlike those of checkpoints
     if args.resume_from_checkpoint not in (True, "True", "true") or not path.is_file():
         return None

@@ -8,10 +8,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# mallopt's parameters, from glibc's malloc.h
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-# bfloat16 matrix instructions of x86 and Arm, as named by torch.cpu.get_capabilities
-_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # mallopt's parameters, from glibc's malloc.h
+_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # instructions of x86 and Arm, as torch.cpu names them
 
 
 def keep_freed_memory() -> bool:
@@ -42,7 +40,5 @@ def has_bf16_instructions() -> bool:
 def warn_of_emulated_bf16(args: TrainingArguments) -> None:
     """Warns if a run uses bf16 on a CPU without instructions for it."""
     if args.bf16 and args.device.type == "cpu" and not has_bf16_instructions():
-        logger.warning(
-            f"this CPU ({torch.backends.cpu.get_cpu_capability()}) has no bf16 instructions, so matrix products in "
-            "bf16 will be many times slower than in fp32: set bf16 to False"
-        )
+        capability = torch.backends.cpu.get_cpu_capability()
+        logger.warning(f"this CPU ({capability}) has no bf16 instructions; set bf16 to False, which is much faster")

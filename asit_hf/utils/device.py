@@ -15,10 +15,11 @@ import torch
 @dataclass(frozen=True)
 class DeviceChoices:
     """
+    The defaults are a CPU's choices.
+
     Args:
         loss_rows (`int`): patches in each chunk of the local loss. The logits of 256 patches fit a CPU's cache; on an
-            accelerator each chunk costs a dozen kernel launches, so few and large ones are better (16384 rows of 8192
-            logits are 0.5 GiB in float32).
+            accelerator each chunk costs a dozen kernel launches (16384 x 8192 logits are 0.5 GiB in float32).
         bf16_attention (`str`): attention implementation of bf16 training that asks for sdpa. torch's fused CPU kernel
             is slow in bfloat16, so a CPU uses `pretraining.attention_cpu`.
         equal_chunks (`bool`): chunks of the local loss have equal sizes where possible, so that a compiled body sees
@@ -31,22 +32,15 @@ class DeviceChoices:
             the bus. On a CPU the conversion would only cost time.
     """
 
-    loss_rows: int
-    bf16_attention: str
-    equal_chunks: bool
-    masks_block_by_block: bool
-    crops_by_slices: bool
-    int16_batches: bool
+    loss_rows: int = 256
+    bf16_attention: str = "blockwise"
+    equal_chunks: bool = False
+    masks_block_by_block: bool = True
+    crops_by_slices: bool = True
+    int16_batches: bool = False
 
 
-CPU = DeviceChoices(
-    loss_rows=256,
-    bf16_attention="blockwise",
-    equal_chunks=False,
-    masks_block_by_block=True,
-    crops_by_slices=True,
-    int16_batches=False,
-)
+CPU = DeviceChoices()
 ACCELERATOR = DeviceChoices(
     loss_rows=16384,
     bf16_attention="sdpa",

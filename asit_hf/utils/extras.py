@@ -14,10 +14,6 @@ def extra(name: str | None = None) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or str(error)).split(".")[0]
-        if name is None:
-            command = f"pip install asit-hf, or pip install {package}"
-        else:
-            command = f"pip install 'asit-hf[{name}]'"
-        raise ModuleNotFoundError(
-            f"{package} is not installed; install it with: {command}", name=error.name
-        ) from error
+        command = f"pip install 'asit-hf[{name}]'" if name else f"pip install asit-hf, or pip install {package}"
+        message = f"{package} is not installed; install it with: {command}"
+        raise ModuleNotFoundError(message, name=error.name) from error

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.optimization import get_scheduler
@@ -19,28 +20,16 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Key in trainer_state.json, among the states of callbacks.
-STATE_KEY = "max_minutes"
-# The first steps compile, tune kernels and start the data loader, so they are not timed.
-UNTIMED_STEPS = 3
-# Timed steps before the first plan, and before it is logged.
-TIMED_STEPS = 2
-ANNOUNCED_STEPS = 8
-# Relative error of the number of remaining steps above which the plan is revised.
-TOLERANCE = 0.03
-# Largest share of the run for a warm-up given in steps or epochs.
-MAX_WARMUP_SHARE = 0.2
-# Assumed length of the run until the first plan.
-_PROVISIONAL_STEPS = 1000
-# Upper bound on the speed of any machine; bounds Trainer's loops until the first plan.
-_STEPS_PER_SECOND = 1000
-# Learning rate schedules that do not depend on the number of steps.
-_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+STATE_KEY = "max_minutes"  # in trainer_state.json, among the states of callbacks
+UNTIMED_STEPS = 3  # first steps, which compile, tune kernels and start the data loader
+TIMED_STEPS, ANNOUNCED_STEPS = 2, 8  # timed steps before the first plan, and before it is logged
+TOLERANCE = 0.03  # relative error of the number of remaining steps above which the plan is revised
+MAX_WARMUP_SHARE = 0.2  # largest share of the run for a warm-up given in steps or epochs
+_PROVISIONAL_STEPS = 1000  # assumed length of the run until the first plan
+_STEPS_PER_SECOND = 1000  # faster than any machine; bounds Trainer's loops until the first plan
+_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that do not depend on the number of steps
 
-
-def now() -> float:
-    """Time in seconds from an arbitrary origin."""
-    return time.perf_counter()
+now = time.perf_counter
 
 
 @dataclass
@@ -60,10 +49,7 @@ class TimeBudgetArguments:
         if not (math.isfinite(self.max_minutes) and self.max_minutes > 0):
             raise ValueError(f"expected max_minutes above 0 and finite, got {self.max_minutes}")
         if self.max_steps > 0:
-            raise ValueError(
-                f"max_minutes {self.max_minutes} and max_steps {self.max_steps} exclude each other: unset one of them "
-                "(max_steps -1 overrides that of a recipe)"
-            )
+            raise ValueError(f"max_minutes {self.max_minutes} and max_steps {self.max_steps} exclude each other")
         if self.num_train_epochs != type(self).num_train_epochs and self.should_log:
             logger.warning_once(f"num_train_epochs {self.num_train_epochs:g} is ignored: max_minutes ends the run")
 
@@ -73,20 +59,13 @@ class Plan:
     """
     Progress of a run at each optimizer step from step `start` on. All measures are continuous at `start`, so that no
     schedule jumps when the plan is revised.
-
-    Args:
-        steps (`int`): length of the whole run.
-        unit (`float`): optimizer steps per unit of the warm-up, such as an epoch.
-        warmup (`float`): length of the warm-up in units.
-        start (`int`): first step of the plan.
-        units_done, decay_done, done: the measures at `start`.
     """
 
-    steps: int
-    unit: float
-    warmup: float
-    start: int = 0
-    units_done: float = 0.0
+    steps: int  # length of the whole run
+    unit: float  # optimizer steps per unit of the warm-up, such as an epoch
+    warmup: float  # length of the warm-up in units
+    start: int = 0  # first step of the plan
+    units_done: float = 0.0  # this and the following: the measures at `start`
     decay_done: float = 0.0
     done: float = 0.0
 
@@ -125,24 +104,17 @@ class TimeBudget(TrainerCallback):
 
     def __init__(self, trainer: "TimeBudgetMixin"):
         self.trainer = trainer
-        self.began = now()
         self.seconds = 60 * trainer.args.max_minutes
-        self.due = False
-        self.last_evaluation = self.evaluations = 0.0  # seconds
+        self.most_steps = math.ceil(self.seconds * _STEPS_PER_SECOND)
 
     def reset(self) -> None:
         """Starts a run whose length is not known yet."""
         self.planned = self.announced = self.noted = self.due = False
-        self.spent_before = self.last_evaluation = self.evaluations = 0.0
+        self.spent_before = self.last_evaluation = self.evaluations = 0.0  # seconds
         self.first_step = self.next_check = 0
         self.timed_from: tuple[int, float] | None = None
         self.plan = Plan(_PROVISIONAL_STEPS, *self.trainer.pace(None))
         self.trainer.follow_plan(self.plan)
-
-    @property
-    def most_steps(self) -> int:
-        """A number of steps that no machine exceeds in the time."""
-        return math.ceil(self.seconds * _STEPS_PER_SECOND)
 
     def spent(self) -> float:
         """Seconds used, including those before a resume."""
@@ -154,13 +126,12 @@ class TimeBudget(TrainerCallback):
         return {"minutes": self.trainer.args.max_minutes, "seconds": self.spent(), "plan": plan}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        ended = Path(args.output_dir) / TRAINER_STATE_NAME  # written when a run ends
+        if state.global_step == 0 and state.is_world_process_zero:
+            ended.unlink(missing_ok=True)  # the time of an earlier run does not count
         saved = state.stateful_callbacks.get(STATE_KEY) if state.global_step else None
-        if state.global_step == 0 and state.is_world_process_zero:  # the time of an earlier run does not count
-            (Path(args.output_dir) / TRAINER_STATE_NAME).unlink(missing_ok=True)
         if saved is not None:
-            self.spent_before = max(saved["seconds"], self._spent_by(args.output_dir))
-            if saved["plan"] is not None:
-                self._resume_plan(Plan(**saved["plan"]), args.max_minutes / saved["minutes"])
+            self._resume(args, saved, ended)
         self.first_step = state.global_step
         self.next_check = state.global_step + 1
         spent = self._agree(args)[0]
@@ -170,8 +141,7 @@ class TimeBudget(TrainerCallback):
         self._set_steps(args, state, state.global_step if spent >= self.seconds else steps)
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        # not on_step_end, where Trainer's own callback compares with max_steps
-        done = state.global_step + 1
+        done = state.global_step + 1  # not in on_step_end, where Trainer's own callback compares with max_steps
         if done >= state.max_steps:
             return
         over = args.world_size == 1 and self.spent() >= self.seconds
@@ -186,57 +156,53 @@ class TimeBudget(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         state.stateful_callbacks[STATE_KEY] = self.state()
 
-    @staticmethod
-    def _spent_by(output_dir: str) -> float:
-        """Seconds used by a run that ended, also after the last checkpoint that it kept."""
-        path = Path(output_dir) / TRAINER_STATE_NAME
-        if not path.is_file():
-            return 0.0
-        return TrainerState.load_from_json(str(path)).stateful_callbacks.get(STATE_KEY, {}).get("seconds", 0.0)
-
     def _check(self, args: TrainingArguments, state: TrainerState, done: int) -> None:
         spent, last_evaluation, evaluations = self._agree(args)
+        training = spent - evaluations  # including checkpoints and plots
         if spent >= self.seconds:
             if not self.planned and state.is_world_process_zero:
                 logger.warning(
                     f"max_minutes {args.max_minutes:g}: the time was used up at step {done}, before a step could be "
-                    f"timed, so the schedules have hardly begun. The first {UNTIMED_STEPS} steps also compile and "
-                    "start the data loader: increase max_minutes"
+                    f"timed (the first {UNTIMED_STEPS} include compilation) and the schedules planned: increase it"
                 )
             self._set_steps(args, state, done)
-            return
-        if done - self.first_step < UNTIMED_STEPS:
+        elif done - self.first_step < UNTIMED_STEPS:
             self.next_check = done + 1
-            return
-        training = spent - evaluations  # including checkpoints and plots
-        if self.timed_from is None:
+        elif self.timed_from is None:
             self.timed_from = (done, training)
             self.next_check = done + TIMED_STEPS
-            return
-        timed = done - self.timed_from[0]
-        step_seconds = max((training - self.timed_from[1]) / timed, 1 / _STEPS_PER_SECOND)
-        interval = {"steps": state.eval_steps, "epoch": self.trainer.steps_per_pass}.get(args.eval_strategy)
-        left = steps_left(self.seconds - spent, step_seconds, done, interval, last_evaluation)
-        if timed >= TIMED_STEPS:
-            self._replan(args, state, done, left)
-            self._announce(args, state, step_seconds, timed >= ANNOUNCED_STEPS or left <= ANNOUNCED_STEPS)
-        self.next_check = done + max(1, min(timed, (self.plan.steps - done) // 10))
+        else:
+            timed = done - self.timed_from[0]
+            step_seconds = max((training - self.timed_from[1]) / timed, 1 / _STEPS_PER_SECOND)
+            interval = {"steps": state.eval_steps, "epoch": self.trainer.steps_per_pass}.get(args.eval_strategy)
+            left = steps_left(self.seconds - spent, step_seconds, done, interval, last_evaluation)
+            if timed >= TIMED_STEPS:
+                self._replan(args, state, done, left)
+                if state.is_world_process_zero and (timed >= ANNOUNCED_STEPS or left <= ANNOUNCED_STEPS):
+                    self._announce(args, step_seconds)
+            self.next_check = done + max(1, min(timed, (self.plan.steps - done) // 10))
 
     def _replan(self, args: TrainingArguments, state: TrainerState, done: int, left: int) -> None:
-        if self.planned and left and abs(done + left - self.plan.steps) <= TOLERANCE * (self.plan.steps - done):
-            return
-        logger.debug(f"step {done}: {done + left} steps fit the time, {self.plan.steps} were planned")
         steps = done + left
-        self.plan = self.plan.replan(done, steps, *self.trainer.pace(steps))
-        self.planned = True
-        self.trainer.follow_plan(self.plan)
+        if self.planned and left and abs(steps - self.plan.steps) <= TOLERANCE * (self.plan.steps - done):
+            return
+        logger.debug(f"step {done}: {steps} steps fit the time, {self.plan.steps} were planned")
+        self._follow(self.plan.replan(done, steps, *self.trainer.pace(steps)))
         self._set_steps(args, state, steps)
 
-    def _resume_plan(self, plan: Plan, ratio: float) -> None:
-        """`ratio`: of max_minutes to that of the plan; unless it is 1, schedules are recomputed for the new length."""
-        if ratio != 1:
-            steps = max(1, round(plan.steps * ratio))
-            plan = Plan(steps, *self.trainer.pace(steps))
+    def _resume(self, args: TrainingArguments, saved: dict[str, Any], ended: Path) -> None:
+        self.spent_before = saved["seconds"]
+        if ended.is_file():  # includes the time after the last checkpoint that was kept
+            states = TrainerState.load_from_json(str(ended)).stateful_callbacks
+            self.spent_before = max(self.spent_before, states.get(STATE_KEY, {}).get("seconds", 0.0))
+        if saved["plan"] is not None:
+            plan = Plan(**saved["plan"])
+            if args.max_minutes != saved["minutes"]:  # the schedules are recomputed for the new length
+                steps = max(1, round(plan.steps * (args.max_minutes / saved["minutes"])))
+                plan = Plan(steps, *self.trainer.pace(steps))
+            self._follow(plan)
+
+    def _follow(self, plan: Plan) -> None:
         self.plan, self.planned = plan, True
         self.trainer.follow_plan(plan)
 
@@ -251,14 +217,10 @@ class TimeBudget(TrainerCallback):
                 bar.total = steps if self.planned else None
                 bar.refresh()
 
-    def _announce(self, args: TrainingArguments, state: TrainerState, step_seconds: float, measured: bool) -> None:
-        if not measured or not state.is_world_process_zero:
-            return
+    def _announce(self, args: TrainingArguments, step_seconds: float) -> None:
         if not self.announced:
             self.announced = True
-            logger.warning(
-                f"max_minutes {args.max_minutes:g}: {self.plan.steps} steps are planned, {step_seconds:.3g} s each"
-            )
+            logger.warning(f"max_minutes {args.max_minutes:g}: {self.plan.steps} steps of {step_seconds:.3g} s fit")
         if self.trainer.pace_note and not self.noted:
             self.noted = True
             logger.warning(self.trainer.pace_note)
@@ -324,13 +286,11 @@ class TimeBudgetMixin:
         Args:
             steps (`int`, *optional*): length of the run, which limits the warm-up; `None`: not known yet.
         """
-        asked = self.args.get_warmup_steps(steps or _PROVISIONAL_STEPS)
-        cut = asked
-        if steps is not None and self.args.warmup_steps >= 1:
-            cut = min(asked, MAX_WARMUP_SHARE * steps)
-        self.pace_note = (
-            f"the warm-up of {asked} steps is too long for this run: it is cut to {cut:.0f}" if cut < asked else ""
-        )
+        self.pace_note = ""
+        asked = cut = self.args.get_warmup_steps(steps or _PROVISIONAL_STEPS)
+        if steps is not None and self.args.warmup_steps >= 1 and asked > MAX_WARMUP_SHARE * steps:
+            cut = MAX_WARMUP_SHARE * steps
+            self.pace_note = f"the warm-up of {asked} steps is too long for this run: it is cut to {cut:.0f}"
         return max(1.0, cut), float(asked > 0)
 
     def follow_plan(self, plan: Plan) -> None:
@@ -338,32 +298,23 @@ class TimeBudgetMixin:
         if self.args.lr_scheduler_type in _BY_METRIC:
             return
         unused = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=self.args.learning_rate)
-        scheduler = get_scheduler(
-            self.args.lr_scheduler_type,
-            optimizer=unused,
-            num_warmup_steps=plan.warmup * plan.unit,
-            num_training_steps=plan.steps,
-            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
-        )
+        options = (plan.warmup * plan.unit, plan.steps, self.args.lr_scheduler_kwargs)
+        scheduler = get_scheduler(self.args.lr_scheduler_type, unused, *options)
         self._factor_at = scheduler.lr_lambdas[0]
 
     def lr_factor(self, step: int) -> float:
         """Factor of the peak learning rates at an optimizer step."""
         plan = self.budget.plan
-        warmup_steps = plan.warmup * plan.unit
         if plan.units(step) < plan.warmup:
             return self._factor_at(plan.units(step) * plan.unit)
+        warmup_steps = plan.warmup * plan.unit
         return self._factor_at(warmup_steps + plan.decay(step) * (plan.steps - warmup_steps))
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         if self.budget is not None:
             self.budget.reset()
             if self.lr_scheduler is None and self.args.lr_scheduler_type not in _BY_METRIC:
-                self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                    optimizer or self.optimizer, lambda step: self.lr_factor(step)
-                )
+                self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: self.lr_factor(step))
                 self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -398,9 +349,7 @@ class TimeBudgetMixin:
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.budget is not None and self.state.global_step >= self.state.max_steps:
-            logger.warning(
-                f"nothing to do: the {self.args.max_minutes:g} minutes were used up at step {self.state.global_step}"
-            )
+            logger.warning(f"nothing to do: max_minutes was used up at step {self.state.global_step}")
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)

@@ -113,12 +113,13 @@ def machine_facts() -> dict[str, str | int]:
     facts: dict[str, str | int] = {
         "date": time.strftime("%Y-%m-%d %H:%M %Z"),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "processor": _processor(),
+        "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "load at the start": f"{os.getloadavg()[0]:.1f} processes",
-        "memory": f"{_memory_bytes() / 2**30:.0f} GiB",
-        "capability": torch.backends.cpu.get_cpu_capability() + (", avx512_bf16" if "avx512_bf16" in _flags() else ""),
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
+        "capability": torch.backends.cpu.get_cpu_capability()
+        + (", avx512_bf16" if "avx512_bf16" in _cpuinfo("flags").split() else ""),
         "system": platform.platform(),
         "python": platform.python_version(),
     }
@@ -174,21 +175,8 @@ def run_alone(measure: Callable[[bool], Report]) -> None:
     print(to_markdown([measure(parser.parse_args().quick)], machine_facts()))
 
 
-def _processor() -> str:
-    for line in _cpuinfo():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _flags() -> list[str]:
-    return next((line.split() for line in _cpuinfo() if line.startswith("flags")), [])
-
-
-def _cpuinfo() -> list[str]:
+def _cpuinfo(field: str) -> str:
+    """A field of the first processor on Linux, or an empty string."""
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")

@@ -21,11 +21,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from transformers import PrinterCallback
+from training_step import TOY, build_trainer
 
-from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
+from asit_hf import ASiTConfig, ASiTForPreTraining
 from asit_hf.data import AudioReadError, PretrainingCrops, load_audio_dataset
-from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
 from asit_hf.pretraining.trainer import ASiTPreTrainer
 
 RATE = 16000
@@ -110,42 +109,21 @@ class RecordingTrainer(ASiTPreTrainer):
 
 def make_trainer(folder: Path, output_dir: Path, num_workers: int, batch_size: int, strict: bool) -> RecordingTrainer:
     torch.manual_seed(0)
-    config = ASiTConfig(
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        num_mel_bins=16,
-        num_frames=48,
-        distillation_hidden_size=8,
-        distillation_bottleneck_size=8,
-        num_prototypes=16,
-    )
-    args = ASiTPreTrainingArguments(
-        output_dir=str(output_dir),
+    model = ASiTForPreTraining(ASiTConfig(**TOY | {"num_frames": 48}))
+    lengths = {"global_seconds": CROP_SECONDS, "local_seconds": 0.25}
+    return build_trainer(
+        model,
+        PretrainingCrops(load_audio_dataset(folder), RATE, **lengths, num_local_crops=1, strict=strict),
+        output_dir,
+        RecordingTrainer,
         per_device_train_batch_size=batch_size,
         num_train_epochs=1,
         warmup_epochs=0.5,
         dataloader_num_workers=num_workers,
         dataloader_drop_last=False,
+        logging_strategy="steps",
         logging_steps=1,
-        plot_steps=0,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
     )
-    dataset = load_audio_dataset(folder)
-    trainer = RecordingTrainer(
-        model=ASiTForPreTraining(config),
-        args=args,
-        processing_class=ASiTFeatureExtractor(num_mel_bins=16),
-        train_dataset=PretrainingCrops(
-            dataset, RATE, global_seconds=CROP_SECONDS, local_seconds=0.25, num_local_crops=1, strict=strict
-        ),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def train(folder: Path, output_dir: Path, num_workers: int, batch_size: int = 50) -> dict:

@@ -17,61 +17,39 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+import soundfile
+import torch
+from training_step import TOY, build_trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
+from asit_hf.data import PretrainingCrops
+
+SIZES = TOY | {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_frames": 48,
+    "drop_path_rate": 0.1,
+    "distillation_hidden_size": 64,
+    "distillation_bottleneck_size": 32,
+    "num_prototypes": 256,
+}
 PRELOADED = ["asit_hf.pretraining.trainer", "asit_hf.data"]  # imported once, not after every kill
 
 
 def train(clips: list[str], output_dir: str, steps: int) -> None:
-    import torch
-    from transformers.trainer_utils import get_last_checkpoint
-
-    from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
-    from asit_hf.data import PretrainingCrops
-    from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
-    from asit_hf.pretraining.trainer import ASiTPreTrainer
-
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model = ASiTForPreTraining(
-        ASiTConfig(
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=128,
-            num_mel_bins=32,
-            num_frames=48,
-            distillation_hidden_size=64,
-            distillation_bottleneck_size=32,
-            num_prototypes=256,
-            drop_path_rate=0.1,
-        )
-    )
-    args = ASiTPreTrainingArguments(
-        output_dir=output_dir,
-        per_device_train_batch_size=4,
-        max_steps=steps,
-        warmup_epochs=1,
-        learning_rate=1e-3,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="steps",
-        save_steps=1,
-        save_total_limit=2,
-        logging_steps=10**6,
-        plot_steps=0,
-        disable_tqdm=True,
-    )
     data = PretrainingCrops(clips, 16000, global_seconds=0.5, local_seconds=0.25, num_local_crops=2)
-    trainer = ASiTPreTrainer(model, args, processing_class=ASiTFeatureExtractor(num_mel_bins=32), train_dataset=data)
+    options = {"per_device_train_batch_size": 4, "max_steps": steps, "warmup_epochs": 1, "learning_rate": 1e-3}
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    trainer = build_trainer(ASiTForPreTraining(ASiTConfig(**SIZES)), data, output_dir, **options, **saving)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir))
 
 
 def check_checkpoint(folder: str) -> None:
     """Raises an error unless all files needed to resume load from the last checkpoint."""
-    import torch
-    from transformers.trainer_utils import get_last_checkpoint
-
-    from asit_hf import ASiTFeatureExtractor, ASiTForPreTraining
-
     last = get_last_checkpoint(folder)
     if last is None:
         return
@@ -83,9 +61,6 @@ def check_checkpoint(folder: str) -> None:
 
 
 def make_clips(folder: Path, count: int = 16) -> list[str]:
-    import numpy as np
-    import soundfile
-
     generator = np.random.default_rng(0)
     for index in range(count):
         soundfile.write(folder / f"{index:02d}.wav", generator.uniform(-0.3, 0.3, 16000), 16000)

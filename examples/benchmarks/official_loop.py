@@ -309,9 +309,8 @@ def restate_weights(encoder: nn.Module, heads: nn.Module) -> dict[str, torch.Ten
             parts = [getattr(part, kind) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
             state[f"{block}.attention.qkv.{kind}"] = torch.cat(parts)
         state |= _prefixed(f"{block}.attention.output", attention.o_proj)
-        state |= _prefixed(f"{block}.norm_1", layer.layernorm_before) | _prefixed(
-            f"{block}.norm_2", layer.layernorm_after
-        )
+        state |= _prefixed(f"{block}.norm_1", layer.layernorm_before)
+        state |= _prefixed(f"{block}.norm_2", layer.layernorm_after)
         state |= _prefixed(f"{block}.mlp.0", layer.mlp.fc1) | _prefixed(f"{block}.mlp.2", layer.mlp.fc2)
     for name, mlp in (("distillation.mlp", heads.distillation), ("reconstruction.mlp.0", heads.reconstruction)):
         for index, linear in enumerate((mlp.fc1, mlp.fc2, mlp.fc3)):

@@ -26,8 +26,8 @@ import torch
 from common import Report, Row, medians, ranges, run_alone, time_interleaved
 from official_loop import replace_in_python, zeros_in_python
 from torch.utils.data import DataLoader, Dataset, default_collate
-from training_step import PRESETS, build_model
-from transformers import PrinterCallback, TrainerCallback
+from training_step import PRESETS, build_model, build_trainer
+from transformers import TrainerCallback
 from transformers.audio_utils import mel_filter_bank
 
 from asit_hf import ASiTFeatureExtractor
@@ -35,10 +35,8 @@ from asit_hf.data import PackedCrops, PretrainingCrops
 from asit_hf.data.audio import read_audio
 from asit_hf.data.collators import collate_crops
 from asit_hf.data.packed import to_pcm, write_packed
-from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
 from asit_hf.pretraining.masking import corrupt
 from asit_hf.pretraining.presets import get_preset
-from asit_hf.pretraining.trainer import ASiTPreTrainer
 from asit_hf.utils.cpu import keep_freed_memory
 
 RATE = 16000
@@ -250,42 +248,17 @@ class WaitingTime(TrainerCallback):
 
 def _measure_waiting(report: Report, files: list[str], folder: str, quick: bool) -> None:
     """Steps of the small model, preset 2023, batch 4, with loader workers."""
-    args = ASiTPreTrainingArguments(
-        output_dir=folder,
-        preset="2023",
-        per_device_train_batch_size=4,
-        max_steps=2 if quick else 8,
-        bf16=True,
-        dataloader_num_workers=WORKERS,
-        warmup_epochs=0,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        plot_steps=0,
-        disable_tqdm=True,
-    )
     model = build_model("2023", quick)
     seconds = 6.0 * model.config.num_frames / 592
-    trainer = ASiTPreTrainer(
-        model=model,
-        args=args,
-        train_dataset=PretrainingCrops(files, RATE, global_seconds=seconds + 0.025, num_local_crops=0),
-        processing_class=ASiTFeatureExtractor(num_mel_bins=model.config.num_mel_bins),
-    )
+    crops = PretrainingCrops(files, RATE, global_seconds=seconds + 0.025, num_local_crops=0)
+    options = {"preset": "2023", "bf16": True, "warmup_epochs": 0, "max_steps": 2 if quick else 8}
+    loading = {"per_device_train_batch_size": 4, "dataloader_num_workers": WORKERS}
+    trainer = build_trainer(model, crops, folder, **options, **loading)
     waiting = WaitingTime()
-    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(waiting)
     trainer.train()
-    report.add(
-        Row(
-            f"waiting for data against the step, {WORKERS} workers",
-            median(waiting.waits),
-            median(waiting.steps),
-            target=WAITING_TARGET,
-            at_most=True,
-        )
-    )
+    name = f"waiting for data against the step, {WORKERS} workers"
+    report.add(Row(name, median(waiting.waits), median(waiting.steps), target=WAITING_TARGET, at_most=True))
 
 
 if __name__ == "__main__":

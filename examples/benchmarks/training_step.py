@@ -99,31 +99,17 @@ class Batches(IterableDataset):
 
 
 def build_trainer(
-    model: ASiTForPreTraining, preset: str, batches: Batches, folder: str, **options: Any
+    model: ASiTForPreTraining,
+    dataset: Any,
+    folder: str | Path,
+    trainer_class: type[ASiTPreTrainer] = ASiTPreTrainer,
+    **options: Any,
 ) -> ASiTPreTrainer:
-    """Our trainer on prepared batches, without logs or checkpoints. `options` go to its arguments."""
-    args = ASiTPreTrainingArguments(
-        output_dir=folder,
-        preset=preset,
-        per_device_train_batch_size=1,  # one item is a batch
-        steps_per_epoch=1000,
-        **{"max_steps": 1000, **options},
-        learning_rate=1e-6,
-        freeze_last_layer_epochs=0,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        plot_steps=0,
-        disable_tqdm=True,
-    )
-    trainer = ASiTPreTrainer(
-        model=model,
-        args=args,
-        train_dataset=batches,
-        processing_class=ASiTFeatureExtractor(num_mel_bins=model.config.num_mel_bins),
-        data_collator=itemgetter(0),
-    )
+    """Our trainer on a CPU, without logs, plots or checkpoints unless `options` of its arguments ask for them."""
+    quiet = {"report_to": "none", "logging_strategy": "no", "save_strategy": "no", "plot_steps": 0}
+    args = ASiTPreTrainingArguments(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **{**quiet, **options})
+    extractor = ASiTFeatureExtractor(num_mel_bins=model.config.num_mel_bins)
+    trainer = trainer_class(model=model, args=args, train_dataset=dataset, processing_class=extractor)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -131,7 +117,7 @@ def build_trainer(
 class Contestant:
     """
     A process that makes one training step per call: "ours" inside `ASiTPreTrainer.train`, "theirs" in
-    [`OfficialLoop`]. In a process of its own, its idle threads do not compete with the other side's.
+    [`OfficialLoop`]. Threads of separate processes do not compete while one side is idle.
 
     Args:
         side (`str`): "ours" or "theirs", a space, and "bf16" or "fp32".
@@ -170,8 +156,11 @@ def _compete(
         model = build_model(preset, quick)
         batches = Batches(*(build_batch(model.config, preset, size) for size in sizes))
         if side == "ours":
+            options |= {"preset": preset, "bf16": precision == "bf16", "learning_rate": 1e-6}
+            options |= {"max_steps": 1000, "steps_per_epoch": 1000, "freeze_last_layer_epochs": 0}
             with tempfile.TemporaryDirectory() as folder:
-                trainer = build_trainer(model, preset, batches, folder, bf16=precision == "bf16", **options)
+                trainer = build_trainer(model, batches, folder, per_device_train_batch_size=1, **options)
+                trainer.data_collator = itemgetter(0)  # one item is a batch
                 trainer.add_callback(_OnCommand(connection))
                 trainer.train()
         else:

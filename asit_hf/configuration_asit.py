@@ -129,23 +129,17 @@ class ASiTConfig(PreTrainedConfig):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
-                f"{self.num_attention_heads}"
-            )
+            got = f"{self.hidden_size} and {self.num_attention_heads}"
+            raise ValueError(f"hidden_size must be a multiple of num_attention_heads, got {got}")
         for name in ("num_frames", "num_mel_bins"):
             if getattr(self, name) < self.patch_size:
                 raise ValueError(f"{name} must be at least patch_size {self.patch_size}, got {getattr(self, name)}")
         if self.num_mel_bins % self.patch_size:
-            raise ValueError(
-                f"num_mel_bins must be a multiple of patch_size {self.patch_size}, got {self.num_mel_bins}"
-            )
-        if self.pooling_mode not in POOLING_MODES:
-            raise ValueError(f"pooling_mode must be one of {POOLING_MODES}, got {self.pooling_mode!r}")
-        if self.local_loss_patches not in LOCAL_LOSS_PATCHES:
-            raise ValueError(
-                f"local_loss_patches must be one of {LOCAL_LOSS_PATCHES}, got {self.local_loss_patches!r}"
-            )
+            got = f"{self.num_mel_bins} and {self.patch_size}"
+            raise ValueError(f"num_mel_bins must be a multiple of patch_size, got {got}")
+        for name, allowed in {"pooling_mode": POOLING_MODES, "local_loss_patches": LOCAL_LOSS_PATCHES}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
 

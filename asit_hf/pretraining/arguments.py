@@ -26,18 +26,15 @@ def by_preset(value: Callable[[Preset], float]) -> str:
 
 # Options of TrainingArguments that have no effect in pretraining, by the reason.
 _NO_EFFECT = {
-    "ASiT has its own schedules and losses": (
-        *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "label_smoothing_factor"),
-    ),
+    "ASiT has its own schedules and losses": "lr_scheduler_type lr_scheduler_kwargs warmup_steps "
+    "label_smoothing_factor",
     "pretraining has no evaluation; KnnProbeCallback (knn_train in run_pretraining.py) measures kNN accuracy": (
-        *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps"),
-        *("eval_use_gather_object", "eval_do_concat_batches", "per_device_eval_batch_size", "batch_eval_metrics"),
-        *("prediction_loss_only", "bf16_full_eval", "fp16_full_eval", "do_eval", "do_predict"),
-        *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+        "eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps eval_use_gather_object "
+        "eval_do_concat_batches per_device_eval_batch_size batch_eval_metrics prediction_loss_only bf16_full_eval "
+        "fp16_full_eval do_eval do_predict load_best_model_at_end metric_for_best_model greater_is_better"
     ),
     "batches are crops without labels, columns or tokens": (
-        *("label_names", "length_column_name", "neftune_noise_alpha", "use_cache"),
-        *("use_liger_kernel", "liger_kernel_config"),
+        "label_names length_column_name neftune_noise_alpha use_cache use_liger_kernel liger_kernel_config"
     ),
 }
 # Options of which only some values work.
@@ -51,18 +48,14 @@ _ALLOWED = {
 @dataclass
 class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
     """
-    TrainingArguments with ASiT's schedules. `None` means: set by `preset`.
-
-    The learning rate is `base_learning_rate * global batch size / 256` unless `learning_rate` is given. Options of
-    TrainingArguments that have no effect are refused.
+    TrainingArguments with ASiT's schedules. `None` means: set by `preset`. The learning rate is
+    `base_learning_rate * global batch size / 256` by default. Options without effect are refused.
     """
 
     preset: str = option(
         "2024", "Release of the authors' code whose settings are the defaults.", choices=sorted(PRESETS)
     )
-    base_learning_rate: float = option(
-        5e-4, "Peak learning rate per 256 clips of the global batch: the learning rate grows with the batch."
-    )
+    base_learning_rate: float = option(5e-4, "Peak learning rate per 256 clips of the global batch.")
     learning_rate: float | None = option(None, "Peak learning rate; overrides base_learning_rate.")
     encoder_learning_rate_scale: float = option(
         1.0,
@@ -84,8 +77,7 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
         f"Epochs of the teacher temperature's warm-up {by_preset(lambda p: p.warmup_teacher_temperature_epochs)}.",
     )
     freeze_last_layer_epochs: int | None = option(
-        None,
-        f"First epochs, in which the prototypes are frozen {by_preset(lambda p: p.freeze_last_layer_epochs)}.",
+        None, f"First epochs, in which the prototypes are frozen {by_preset(lambda p: p.freeze_last_layer_epochs)}."
     )
     max_tensor_grad_norm: float = option(
         3.0, "Largest gradient norm of a parameter tensor, each clipped separately; 0: no clipping."
@@ -128,9 +120,7 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
         "With several processes: average the reconstruction loss over the masked pixels of all processes. False: "
         "average within each process first, as the authors' code does.",
     )
-    keep_freed_memory: bool = option(
-        True, "On a CPU: keep the memory that a step frees for the next one, which is faster (glibc only)."
-    )
+    keep_freed_memory: bool = option(True, "On a CPU with glibc: reuse the memory that a step frees, which is faster.")
     compile_layers: bool = option(
         False,
         "Compile the layers of student and teacher and the body of the local loss: faster steps after minutes of "
@@ -147,30 +137,26 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
 
     def __post_init__(self):
         preset = get_preset(self.preset)
-        self._refuse_options_without_effect()
+        self._check_inherited_options()
         if self.accelerator_config is None and self.dataloader_pin_memory and not self.use_cpu:
             self.accelerator_config = {"non_blocking": True}  # copy from pinned memory while the device computes
         super().__post_init__()
-        if self.warmup_teacher_temperature_epochs is None:
-            self.warmup_teacher_temperature_epochs = preset.warmup_teacher_temperature_epochs
-        if self.freeze_last_layer_epochs is None:
-            self.freeze_last_layer_epochs = preset.freeze_last_layer_epochs
+        for name in ("warmup_teacher_temperature_epochs", "freeze_last_layer_epochs"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(preset, name))
         if self.learning_rate is None:
             self.learning_rate = self.base_learning_rate * self.global_batch_size / 256
         if not self.encoder_learning_rate_scale > 0:
             raise ValueError(f"expected encoder_learning_rate_scale above 0, got {self.encoder_learning_rate_scale}")
         self.gmml  # noqa: B018  raises if no mask can be drawn with these values
 
-    def _refuse_options_without_effect(self) -> None:
+    def _check_inherited_options(self) -> None:
         defaults = {one.name: one.default for one in fields(TrainingArguments)}
         for reason, names in _NO_EFFECT.items():
-            if changed := [name for name in names if getattr(self, name) != defaults[name]]:
+            if changed := [name for name in names.split() if getattr(self, name) != defaults[name]]:
                 raise ValueError(f"no effect in pretraining: {', '.join(changed)}; {reason}")
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
-            raise ValueError(
-                "torch_compile is not supported: it compiles the whole model and unrolls the loop of its local loss. "
-                "Set compile_layers instead"
-            )
+            raise ValueError("torch_compile unrolls the loop of the local loss: set compile_layers instead")
         for name, allowed in _ALLOWED.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"expected {name} {' or '.join(map(str, allowed))} in pretraining, got {value}")
@@ -187,14 +173,7 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
         low, high = default.mask_ratio
         low = low if self.mask_ratio_min is None else self.mask_ratio_min
         high = max(low, high) if self.mask_ratio_max is None else self.mask_ratio_max
-        chosen = {
-            "replace_ratio": self.replace_ratio,
-            "replace_probability": self.replace_probability,
-            "max_block_ratio": self.max_block_ratio,
-            "alignment": self.mask_alignment,
-            "pattern": self.mask_pattern,
-            "fill": self.mask_fill,
-        }
-        return replace(
-            default, mask_ratio=(low, high), **{name: value for name, value in chosen.items() if value is not None}
-        )
+        chosen = {name: getattr(self, name) for name in ("replace_ratio", "replace_probability", "max_block_ratio")}
+        chosen |= {"alignment": self.mask_alignment, "pattern": self.mask_pattern, "fill": self.mask_fill}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        return replace(default, mask_ratio=(low, high), **chosen)

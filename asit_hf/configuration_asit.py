@@ -46,8 +46,22 @@ def copy_hub_files(folder: str | PathLike) -> None:
             shutil.copyfile(source / name, target / name)
 
 
+class SavesHubFiles:
+    """For a configuration or feature extractor."""
+
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Saves the settings with the full `auto_map`, and the code files that it names."""
+        self.auto_map = dict(AUTO_MAP)
+        copy_hub_files(save_directory)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def _get_files_timestamps(self, working_dir: str | PathLike) -> dict[str, float]:
+        # a push uploads files without a timestamp, and the code files are copied before it takes them
+        return {k: v for k, v in super()._get_files_timestamps(working_dir).items() if k not in HUB_FILES}
+
+
 @strict
-class ASiTConfig(PreTrainedConfig):
+class ASiTConfig(SavesHubFiles, PreTrainedConfig):
     r"""
     Configuration of the ASiT models ([arXiv 2211.13189](https://arxiv.org/abs/2211.13189)). The defaults are the base
     size and the objective of the official 2024 release. `ASiTConfig.from_size("tiny")` gives a named size.
@@ -159,16 +173,6 @@ class ASiTConfig(PreTrainedConfig):
     def pooled_size(self) -> int:
         """Width of the pooled output."""
         return 2 * self.hidden_size if self.pooling_mode == "cls_mean" else self.hidden_size
-
-    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Saves `config.json` with the full `auto_map` and the code files that it names."""
-        self.auto_map = dict(AUTO_MAP)
-        copy_hub_files(save_directory)
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-    def _get_files_timestamps(self, working_dir: str | PathLike) -> dict[str, float]:
-        # a push uploads files without a timestamp, and the code files are copied before it takes them
-        return {k: v for k, v in super()._get_files_timestamps(working_dir).items() if k not in HUB_FILES}
 
 
 __all__ = ["ASiTConfig"]

@@ -1,7 +1,6 @@
 """ASiT feature extractor: waveforms to normalized log-mel spectrograms, in batch, on the waveforms' device."""
 
 from numbers import Integral
-from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import PaddingStrategy, TensorType, logging
 
-from .configuration_asit import AUTO_MAP, HUB_FILES, copy_hub_files
+from .configuration_asit import SavesHubFiles
 from .fbank_asit import log_mel_spectrogram, num_fbank_frames, window_and_hop
 
 logger = logging.get_logger(__name__)
@@ -21,7 +20,7 @@ MAX_CHANNELS = 8
 RawSpeech = np.ndarray | torch.Tensor | list[float] | list[np.ndarray] | list[torch.Tensor] | list[list[float]]
 
 
-class ASiTFeatureExtractor(SequenceFeatureExtractor):
+class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
     r"""
     Turns waveforms into `input_values`: Kaldi log-mel filter banks normalized as `(x - mean) / (2 * std)`.
 
@@ -152,24 +151,17 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
             features = [feature[:num_frames] for feature in features]
         longest = max(len(feature) for feature in features)
         target = num_frames if strategy == PaddingStrategy.MAX_LENGTH else longest
-        target = -(-target // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
-        target = 0 if strategy == PaddingStrategy.DO_NOT_PAD else target
+        if pad_to_multiple_of is not None:
+            target = -(-target // pad_to_multiple_of) * pad_to_multiple_of
+        if strategy == PaddingStrategy.DO_NOT_PAD:
+            target = 0
 
         outputs = {"input_values": [_pad(feature, target, self.padding_value) for feature in features]}
-        if self.return_attention_mask if return_attention_mask is None else return_attention_mask:
+        wants_mask = self.return_attention_mask if return_attention_mask is None else return_attention_mask
+        if wants_mask:
             masks = [torch.ones(len(feature), dtype=torch.long, device=feature.device) for feature in features]
             outputs["attention_mask"] = [_pad(mask, target, 0) for mask in masks]
         return _to_batch_feature(outputs, return_tensors)
-
-    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Saves `preprocessor_config.json` with the full `auto_map` and the code files that it names."""
-        self.auto_map = dict(AUTO_MAP)
-        copy_hub_files(save_directory)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-    def _get_files_timestamps(self, working_dir: str | PathLike) -> dict[str, float]:
-        # a push uploads files without a timestamp, and the code files are copied before it takes them
-        return {k: v for k, v in super()._get_files_timestamps(working_dir).items() if k not in HUB_FILES}
 
     def _check_rate(self, sampling_rate: int | None) -> None:
         if sampling_rate is None:

@@ -33,7 +33,7 @@ from .checkpoints import CompleteCheckpointsMixin, on_termination
 from .fsdp import configure_fsdp
 from .gradients import clip_tensor_norms, gradient_norms
 from .masking import corrupt
-from .modeling import ASiTForPreTraining, ASiTForPreTrainingOutput
+from .modeling import ASiTForPreTraining
 from .monitoring import BadFilesReport, CollapseCallback, PlotCallback
 from .presets import differences_from_preset
 from .schedules import Schedules, epoch_schedules, fitting_epoch, planned_schedules
@@ -84,7 +84,7 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
         if isinstance(kwargs.get("train_dataset"), IterableDataset):
             # dispatched batches are concatenated tensor by tensor, which does not work for the list of bad files
             args.accelerator_config.dispatch_batches = False
-        super().__init__(model, args, data_collator, processing_class=processing_class, **kwargs)
+        super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
         self._check_data()
         if differing := differences_from_preset(model.config, args.preset):
             listed = ", ".join(f"{name} {mine} ({theirs})" for name, (mine, theirs) in differing.items())
@@ -212,12 +212,9 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
     # --- forward pass ------------------------------------------------------------------------------------------
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, ASiTForPreTrainingOutput]:
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ):
+        """The loss of one forward pass, and with `return_outputs` the [`ASiTForPreTrainingOutput`]."""
         self.bad_files.add(inputs.pop("bad_files", []))
         views = self.prepare_views(inputs)
         temperature = self.schedules.at(self.state.global_step)["teacher_temperature"]

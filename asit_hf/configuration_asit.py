@@ -26,14 +26,8 @@ SIZES = {
 POOLING_MODES = ("cls", "mean", "cls_mean")
 LOCAL_LOSS_PATCHES = ("all", "corrupted")
 POSITIVE_FIELDS = (
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "patch_size",
-    "distillation_hidden_size",
-    "distillation_bottleneck_size",
-    "num_prototypes",
-    "student_temperature",
+    *("hidden_size", "num_attention_heads", "intermediate_size", "patch_size", "student_temperature"),
+    *("distillation_hidden_size", "distillation_bottleneck_size", "num_prototypes"),
 )
 
 

@@ -156,13 +156,10 @@ class ASiTAttention(nn.Module):
             projection(hidden_states).view(heads_shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attention(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
+        implementation = self.config._attn_implementation
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        output, weights = attention(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
@@ -482,17 +479,16 @@ class ASiTForAudioFrameClassification(ASiTPreTrainedModel):
             raise ValueError(
                 f"expected labels for (batch, time_patches) {tuple(logits.shape[:2])}, got shape {tuple(labels.shape)}"
             )
-        multi_label = labels.dim() == 3
-        real = torch.ones_like(logits[..., 0], dtype=torch.bool) if multi_label else labels != -100
+        logits = logits.float()
+        if labels.dim() == 3:
+            losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(-1)
+            real = torch.ones_like(losses, dtype=torch.bool)
+        else:
+            losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+            real = labels != -100
         if attention_mask is not None:
             num_time_patches = self.asit._num_time_patches(attention_mask)
             real = real & (torch.arange(logits.shape[1], device=logits.device) < num_time_patches[:, None])
-        if multi_label:
-            losses = nn.functional.binary_cross_entropy_with_logits(
-                logits.float(), labels.float(), reduction="none"
-            ).mean(-1)
-        else:
-            losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
         return (losses * real).sum() / real.sum().clamp_min(1)  # 0 instead of NaN if no frame is labelled
 
 

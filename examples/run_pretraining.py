@@ -137,7 +137,6 @@ class ModelArguments:
         "sdpa", "Attention implementation of transformers: eager, sdpa, flash_attention_2, ..."
     )
 
-
     def __post_init__(self):
         if self.model_name_or_path:
             refuse_without_effect(self, ["size"], "with a checkpoint, which has its own size")

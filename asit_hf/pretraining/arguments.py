@@ -58,9 +58,7 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
     base_learning_rate: float = option(5e-4, "Peak learning rate per 256 clips of the global batch.")
     learning_rate: float | None = option(None, "Peak learning rate; overrides base_learning_rate.")
     encoder_learning_rate_scale: float = option(
-        1.0,
-        "Factor on the learning rate of the student's encoder, above 0. Use a value below 1, such as 0.02, for a "
-        "trained encoder with new heads.",
+        1.0, "Factor on the learning rate of the student's encoder, such as 0.02 for a trained encoder with new heads."
     )
     min_learning_rate: float = option(1e-6, "Learning rate at the end of the cosine decay.")
     warmup_epochs: float = option(10.0, "Length of the learning rate's linear warm-up, in epochs.")
@@ -79,9 +77,7 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
     freeze_last_layer_epochs: int | None = option(
         None, f"First epochs, in which the prototypes are frozen {by_preset(lambda p: p.freeze_last_layer_epochs)}."
     )
-    max_tensor_grad_norm: float = option(
-        3.0, "Largest gradient norm of a parameter tensor, each clipped separately; 0: no clipping."
-    )
+    max_tensor_grad_norm: float = option(3.0, "Largest gradient norm of each parameter tensor; 0: no clipping.")
     max_grad_norm: float = option(0.0, "Largest gradient norm of all parameters together; 0: no clipping.")
     mask_ratio_min: float | None = option(
         None,
@@ -97,9 +93,7 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
     replace_probability: float | None = option(
         None, "Probability that a view has pixels replaced instead of masked (default: 0.5)."
     )
-    max_block_ratio: float | None = option(
-        None, "Longest side of a block, as a share of the frames or mel bins (default: 0.3)."
-    )
+    max_block_ratio: float | None = option(None, "Longest side of a block, as a share of its axis (default: 0.3).")
     mask_alignment: int | None = option(None, "Blocks start and end at multiples of this many pixels (default: 1).")
     mask_pattern: str = option(
         "blocks",
@@ -107,14 +101,10 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
         choices=list(PATTERNS),
     )
     mask_fill: str = option("zeros", "Fill value for masked pixels that are not replaced.", choices=list(FILLS))
-    steps_per_epoch: int | None = option(
-        None, "Optimizer steps that count as an epoch in the schedules; required for data without a length."
-    )
+    steps_per_epoch: int | None = option(None, "Steps per epoch in the schedules; required for data without a length.")
     plot_steps: int = option(500, "Optimizer steps between plots of a reconstruction and the curves; 0: no plots.")
     dataloader_drop_last: bool = option(True, "Drop the last batch of an epoch if it is incomplete.")
-    max_skipped_steps: int = option(
-        20, "Stop after this many steps in a row were skipped because a loss or gradient was not finite."
-    )
+    max_skipped_steps: int = option(20, "Stop after this many steps in a row with a non-finite loss or gradient.")
     mean_over_all: bool = option(
         True,
         "With several processes: average the reconstruction loss over the masked pixels of all processes. False: "

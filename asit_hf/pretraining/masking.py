@@ -153,7 +153,7 @@ def draw_masks(
         got = f"{tuple(keys.shape)} keys and {tuple(ratios.shape)} ratios"
         raise ValueError(f"expected one ratio for each key, got {got}")
     if gmml.pattern == "patches":
-        return _draw_patches(keys, num_frames, num_mel_bins, ratios, gmml.patch_size)
+        return _draw_patches(keys, num_frames, num_mel_bins, ratios, gmml)
     if choices_for(keys.device).masks_block_by_block:
         return _draw_block_by_block(keys, num_frames, num_mel_bins, ratios, gmml)[0]
     return _draw_at_once(keys, num_frames, num_mel_bins, ratios, gmml, max_ratio or ratios.max().item())
@@ -166,10 +166,9 @@ def _gaussian_noise(keys: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return (torch.special.ndtri(uniform) * NOISE_STD).view(like.shape).to(like.dtype)
 
 
-def _draw_patches(
-    keys: torch.Tensor, num_frames: int, num_mel_bins: int, ratios: torch.Tensor, patch_size: int
-) -> torch.Tensor:
+def _draw_patches(keys: torch.Tensor, num_frames: int, num_mel_bins: int, ratios: torch.Tensor, gmml: GMML):
     """Squares of the patch grid chosen uniformly; those at the far edges may be cut."""
+    patch_size = gmml.patch_size
     time_patches, mel_patches = -(-num_frames // patch_size), -(-num_mel_bins // patch_size)
     noise = uniform_noise(keys, time_patches * mel_patches)
     ranks = noise.argsort(stable=True, dim=-1).argsort(-1)  # stable: equal numbers in the same order on every device

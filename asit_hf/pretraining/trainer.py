@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
@@ -190,9 +191,8 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
             views["drop_path_keys"] = mix_keys(keys, self.state.global_step)
         if "corrupted_values" not in views:
             if keys is None:
-                raise ValueError(
-                    f"expected corrupted_values or sample_keys, to draw masks from, in the batch; got {sorted(inputs)}"
-                )
+                expected = "corrupted_values, or sample_keys of shape (batch,) to draw masks from"
+                raise ValueError(f"expected {expected}, in the batch, got {sorted(inputs)}")
             seed, step, number = torch.tensor(self.args.seed), self.state.global_step, len(self._passes_in_step)
             donor_key = int(mix_keys(seed, step, number, self.args.process_index))
             gmml = replace(self.args.gmml, patch_size=self.model.config.patch_size)
@@ -211,9 +211,7 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
 
     # --- forward pass ------------------------------------------------------------------------------------------
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
-    ):
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         """The loss of one forward pass, and with `return_outputs` the [`ASiTForPreTrainingOutput`]."""
         self.bad_files.add(inputs.pop("bad_files", []))
         views = self.prepare_views(inputs)
@@ -248,6 +246,8 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
         Clips the gradients and sets the weight decay of the step. A step is skipped in all processes if a loss or
         gradient of any is not finite: without gradients the optimizer changes nothing.
         """
+        step = self.state.global_step
+        epochs = step / self._steps_per_epoch if self.budget is None else self.budget.plan.units(step)
         norm = clip_tensor_norms(self.model, self.args.max_tensor_grad_norm, self._gradient_norms)
         self._skips_step, self._stops_after_step = self._agree(~torch.isfinite(norm), self.terminated)
         if self._skips_step:
@@ -258,14 +258,13 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
             if self.accelerator.scaler is None:  # the gradient scaler of fp16 skips the step itself
                 for parameter in self.model.parameters():
                     parameter.grad = None
-        elif self._freezes_last_layer():
+        elif epochs < self.args.freeze_last_layer_epochs:
             for name, parameter in self.model.heads.named_parameters():  # looked up each time: FSDP replaces them
                 if "prototypes" in name:
                     parameter.grad = None
-        weight_decay = self.schedules.at(self.state.global_step)["weight_decay"]
         for group in self.optimizer.param_groups:
             if group["decays"]:
-                group["weight_decay"] = weight_decay
+                group["weight_decay"] = self.schedules.at(step)["weight_decay"]
 
     def after_optimizer_step(self) -> None:
         """Updates the centers and then the teacher, and adds the step's values to the next log."""
@@ -285,11 +284,6 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
             logger.warning(f"termination requested: saving at step {self.state.global_step + 1}")
             self.terminated = True  # also if another process received the signal
             self.control.should_save = self.control.should_training_stop = True
-
-    def _freezes_last_layer(self) -> bool:
-        step = self.state.global_step
-        epochs = step / self._steps_per_epoch if self.budget is None else self.budget.plan.units(step)
-        return epochs < self.args.freeze_last_layer_epochs
 
     def _agree(self, *flags: bool | torch.Tensor) -> list[bool]:
         """Each flag, true if it is true in any process."""
@@ -347,12 +341,10 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
             self.optimizer = optimizer_class(groups, weight_decay=self.args.weight_decay, **kwargs)
         return self.optimizer
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         if self.lr_scheduler is None:
             peak = self.args.learning_rate
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.lr_scheduler = LambdaLR(
                 optimizer or self.optimizer, lambda step: self.schedules.at(step)["learning_rate"] / peak
             )
             self._created_lr_scheduler = True

@@ -26,14 +26,8 @@ SIZES = {
 POOLING_MODES = ("cls", "mean", "cls_mean")
 LOCAL_LOSS_PATCHES = ("all", "corrupted")
 POSITIVE_FIELDS = (
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "patch_size",
-    "distillation_hidden_size",
-    "distillation_bottleneck_size",
-    "num_prototypes",
-    "student_temperature",
+    *("hidden_size", "num_attention_heads", "intermediate_size", "patch_size", "student_temperature"),
+    *("distillation_hidden_size", "distillation_bottleneck_size", "num_prototypes"),
 )
 
 
@@ -46,8 +40,22 @@ def copy_hub_files(folder: str | PathLike) -> None:
             shutil.copyfile(source / name, target / name)
 
 
+class SavesHubFiles:
+    """For a configuration or feature extractor."""
+
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Saves the settings with the full `auto_map`, and the code files that it names."""
+        self.auto_map = dict(AUTO_MAP)
+        copy_hub_files(save_directory)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def _get_files_timestamps(self, working_dir: str | PathLike) -> dict[str, float]:
+        # a push uploads files without a timestamp, and the code files are copied before it takes them
+        return {k: v for k, v in super()._get_files_timestamps(working_dir).items() if k not in HUB_FILES}
+
+
 @strict
-class ASiTConfig(PreTrainedConfig):
+class ASiTConfig(SavesHubFiles, PreTrainedConfig):
     r"""
     Configuration of the ASiT models ([arXiv 2211.13189](https://arxiv.org/abs/2211.13189)). The defaults are the base
     size and the objective of the official 2024 release. `ASiTConfig.from_size("tiny")` gives a named size.
@@ -129,23 +137,17 @@ class ASiTConfig(PreTrainedConfig):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
-                f"{self.num_attention_heads}"
-            )
+            got = f"{self.hidden_size} and {self.num_attention_heads}"
+            raise ValueError(f"hidden_size must be a multiple of num_attention_heads, got {got}")
         for name in ("num_frames", "num_mel_bins"):
             if getattr(self, name) < self.patch_size:
                 raise ValueError(f"{name} must be at least patch_size {self.patch_size}, got {getattr(self, name)}")
         if self.num_mel_bins % self.patch_size:
-            raise ValueError(
-                f"num_mel_bins must be a multiple of patch_size {self.patch_size}, got {self.num_mel_bins}"
-            )
-        if self.pooling_mode not in POOLING_MODES:
-            raise ValueError(f"pooling_mode must be one of {POOLING_MODES}, got {self.pooling_mode!r}")
-        if self.local_loss_patches not in LOCAL_LOSS_PATCHES:
-            raise ValueError(
-                f"local_loss_patches must be one of {LOCAL_LOSS_PATCHES}, got {self.local_loss_patches!r}"
-            )
+            got = f"{self.num_mel_bins} and {self.patch_size}"
+            raise ValueError(f"num_mel_bins must be a multiple of patch_size, got {got}")
+        for name, allowed in {"pooling_mode": POOLING_MODES, "local_loss_patches": LOCAL_LOSS_PATCHES}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
 
@@ -165,16 +167,6 @@ class ASiTConfig(PreTrainedConfig):
     def pooled_size(self) -> int:
         """Width of the pooled output."""
         return 2 * self.hidden_size if self.pooling_mode == "cls_mean" else self.hidden_size
-
-    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Saves `config.json` with the full `auto_map` and the code files that it names."""
-        self.auto_map = dict(AUTO_MAP)
-        copy_hub_files(save_directory)
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-    def _get_files_timestamps(self, working_dir: str | PathLike) -> dict[str, float]:
-        # a push uploads files without a timestamp, and the code files are copied before it takes them
-        return {k: v for k, v in super()._get_files_timestamps(working_dir).items() if k not in HUB_FILES}
 
 
 __all__ = ["ASiTConfig"]

@@ -85,10 +85,8 @@ def log_mel_spectrogram(waveforms: torch.Tensor, sampling_rate: int, num_mel_bin
     """
     window_size, hop = window_and_hop(sampling_rate)
     if waveforms.shape[-1] < window_size:
-        raise ValueError(
-            f"expected waveforms of at least one window, {window_size} samples at {sampling_rate} Hz, "
-            f"got {waveforms.shape[-1]}"
-        )
+        expected = f"{window_size} samples at {sampling_rate} Hz"
+        raise ValueError(f"expected waveforms of at least one window, {expected}, got {waveforms.shape[-1]}")
     device = waveforms.device
     with torch.autocast(device.type, enabled=False):
         fft_size = 2 ** math.ceil(math.log2(window_size))
@@ -107,13 +105,7 @@ def log_mel_spectrogram(waveforms: torch.Tensor, sampling_rate: int, num_mel_bin
     return outputs.view(*shape, num_mel_bins)
 
 
-def _log_mel_of_frames(
-    frames: torch.Tensor,
-    window: torch.Tensor,
-    fft_size: int,
-    filters: list[tuple[slice, torch.Tensor]],
-    output: torch.Tensor,
-) -> None:
+def _log_mel_of_frames(frames: torch.Tensor, window: torch.Tensor, fft_size: int, filters: list, output: torch.Tensor):
     """Frames `(frames, samples)` to `output` of shape `(frames, mel)`."""
     frames = frames - frames.mean(-1, keepdim=True)
     size = frames.shape[-1]

@@ -1,7 +1,6 @@
 """ASiT feature extractor: waveforms to normalized log-mel spectrograms, in batch, on the waveforms' device."""
 
 from numbers import Integral
-from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import PaddingStrategy, TensorType, logging
 
-from .configuration_asit import AUTO_MAP, HUB_FILES, copy_hub_files
+from .configuration_asit import SavesHubFiles
 from .fbank_asit import log_mel_spectrogram, num_fbank_frames, window_and_hop
 
 logger = logging.get_logger(__name__)
@@ -21,7 +20,7 @@ MAX_CHANNELS = 8
 RawSpeech = np.ndarray | torch.Tensor | list[float] | list[np.ndarray] | list[torch.Tensor] | list[list[float]]
 
 
-class ASiTFeatureExtractor(SequenceFeatureExtractor):
+class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
     r"""
     Turns waveforms into `input_values`: Kaldi log-mel filter banks normalized as `(x - mean) / (2 * std)`.
 
@@ -60,11 +59,7 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         super().__init__(
-            feature_size=feature_size,
-            sampling_rate=sampling_rate,
-            padding_value=padding_value,
-            return_attention_mask=return_attention_mask,
-            **kwargs,
+            feature_size, sampling_rate, padding_value, return_attention_mask=return_attention_mask, **kwargs
         )
         self.num_mel_bins = num_mel_bins
         self.mean = mean
@@ -143,7 +138,10 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
         for name, value in {"num_frames": num_frames, "pad_to_multiple_of": pad_to_multiple_of}.items():
             if value is not None and not (isinstance(value, Integral) and value >= 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        strategy = self._padding_strategy(padding, truncation, num_frames)
+        named = {True: PaddingStrategy.LONGEST, False: PaddingStrategy.DO_NOT_PAD}
+        strategy = named[padding] if isinstance(padding, bool) else PaddingStrategy(padding)
+        if num_frames is None and (truncation or strategy == PaddingStrategy.MAX_LENGTH):
+            raise ValueError("padding='max_length' and truncation=True need num_frames, the target length")
         clips = [self._to_tensor(clip, index) for index, clip in enumerate(self._to_clips(raw_speech))]
 
         # one clip fits a CPU's cache; an accelerator is fastest with all at once
@@ -151,72 +149,38 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
         features = [feature for group in groups for feature in self._extract_clips(group)]
         if truncation:
             features = [feature[:num_frames] for feature in features]
-        target = {
-            PaddingStrategy.LONGEST: max(len(feature) for feature in features),
-            PaddingStrategy.MAX_LENGTH: num_frames,
-            PaddingStrategy.DO_NOT_PAD: None,
-        }[strategy]
-        if target is not None and pad_to_multiple_of:
+        longest = max(len(feature) for feature in features)
+        target = num_frames if strategy == PaddingStrategy.MAX_LENGTH else longest
+        if pad_to_multiple_of is not None:
             target = -(-target // pad_to_multiple_of) * pad_to_multiple_of
+        if strategy == PaddingStrategy.DO_NOT_PAD:
+            target = 0
 
-        outputs = {
-            "input_values": [_pad(feature, target, self.padding_value, self.padding_side) for feature in features]
-        }
+        outputs = {"input_values": [_pad(feature, target, self.padding_value) for feature in features]}
         wants_mask = self.return_attention_mask if return_attention_mask is None else return_attention_mask
         if wants_mask:
             masks = [torch.ones(len(feature), dtype=torch.long, device=feature.device) for feature in features]
-            outputs["attention_mask"] = [_pad(mask, target, 0, self.padding_side) for mask in masks]
+            outputs["attention_mask"] = [_pad(mask, target, 0) for mask in masks]
         return _to_batch_feature(outputs, return_tensors)
-
-    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Saves `preprocessor_config.json` with the full `auto_map` and the code files that it names."""
-        self.auto_map = dict(AUTO_MAP)
-        copy_hub_files(save_directory)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-    def _get_files_timestamps(self, working_dir: str | PathLike) -> dict[str, float]:
-        # a push uploads files without a timestamp, and the code files are copied before it takes them
-        return {k: v for k, v in super()._get_files_timestamps(working_dir).items() if k not in HUB_FILES}
 
     def _check_rate(self, sampling_rate: int | None) -> None:
         if sampling_rate is None:
             logger.warning_once(
-                f"{type(self).__name__} got no sampling_rate and assumes {self.sampling_rate} Hz. Pass it to get an "
-                "error for waveforms at another rate."
+                f"{type(self).__name__} assumes {self.sampling_rate} Hz; pass sampling_rate to have the rate checked"
             )
         elif sampling_rate != self.sampling_rate:
-            raise ValueError(
-                f"expected waveforms at {self.sampling_rate} Hz, got {sampling_rate} Hz; resample them first"
-            )
-
-    def _padding_strategy(
-        self, padding: bool | str | PaddingStrategy, truncation: bool, num_frames: int | None
-    ) -> PaddingStrategy:
-        if padding is True:
-            strategy = PaddingStrategy.LONGEST
-        elif padding is False:
-            strategy = PaddingStrategy.DO_NOT_PAD
-        else:
-            strategy = PaddingStrategy(padding)
-        if num_frames is None and (truncation or strategy == PaddingStrategy.MAX_LENGTH):
-            raise ValueError("padding='max_length' and truncation=True need num_frames, the target length")
-        return strategy
+            raise ValueError(f"expected waveforms at {self.sampling_rate} Hz, got {sampling_rate} Hz: resample them")
 
     @staticmethod
     def _to_clips(raw_speech: RawSpeech) -> list:
         if isinstance(raw_speech, (np.ndarray, torch.Tensor)):
+            got = f"got an array of shape {tuple(raw_speech.shape)}"
             if raw_speech.ndim not in (1, 2):
-                raise ValueError(
-                    "expected one waveform (samples,) or a batch (batch, samples) of mono audio, "
-                    f"got an array of shape {tuple(raw_speech.shape)}"
-                )
+                raise ValueError(f"expected mono audio (samples,) or a batch (batch, samples), {got}")
             if raw_speech.shape[0] > MAX_CHANNELS >= raw_speech.shape[-1] and raw_speech.ndim == 2:
-                raise ValueError(
-                    "expected mono audio (samples,) or a batch (batch, samples), got an array of shape "
-                    f"{tuple(raw_speech.shape)}, which looks like (samples, channels)"
-                )
+                raise ValueError(f"expected mono audio, {got}, which looks like (samples, channels)")
             if raw_speech.ndim == 2 and len(raw_speech) == 0:
-                raise ValueError(f"expected at least one waveform, got an array of shape {tuple(raw_speech.shape)}")
+                raise ValueError(f"expected at least one waveform, {got}")
             return [raw_speech] if raw_speech.ndim == 1 else list(raw_speech)
         if not isinstance(raw_speech, (list, tuple)):
             raise ValueError(f"expected a numpy array, a torch tensor or a list, got {type(raw_speech).__name__}")
@@ -230,16 +194,13 @@ class ASiTFeatureExtractor(SequenceFeatureExtractor):
             clip = _to_array(clip, index)
         if clip.ndim != 1:
             raise ValueError(f"waveform {index} must be mono, of shape (samples,), got shape {tuple(clip.shape)}")
-        # torch has no read-only tensors and warns of read-only arrays, so only those are copied ("W": writable)
-        clip = (
-            clip.detach() if isinstance(clip, torch.Tensor) else torch.from_numpy(np.require(clip, None, ["C", "W"]))
-        )
+        if isinstance(clip, np.ndarray):  # torch warns of read-only arrays, so only those are copied ("W": writable)
+            clip = torch.from_numpy(np.require(clip, None, ["C", "W"]))
+        clip = clip.detach()
         if clip.dtype in (torch.int16, torch.int32):  # PCM
             clip = clip.float() / -torch.iinfo(clip.dtype).min
         if not clip.is_floating_point():
-            raise ValueError(
-                f"waveform {index} must be floating point in [-1, 1], or PCM as int16 or int32, got {clip.dtype}"
-            )
+            raise ValueError(f"waveform {index} must be floating point, or PCM as int16 or int32, got {clip.dtype}")
         if clip.numel() == 0:
             raise ValueError(f"waveform {index} is empty")
         # a cheap test first: if the sum is finite, so are all values
@@ -273,21 +234,17 @@ def _to_array(clip: Any, index: int) -> np.ndarray:
     return array.astype(np.float32 if array.dtype.kind == "f" else array.dtype.newbyteorder("="), copy=False)
 
 
-def _pad(values: torch.Tensor, length: int | None, value: float, side: str) -> torch.Tensor:
-    """Pads the first axis to `length` with `value`."""
-    if length is None or len(values) >= length:
-        return values
-    padding = values.new_full((length - len(values), *values.shape[1:]), value)
-    return torch.cat([values, padding] if side == "right" else [padding, values])
+def _pad(values: torch.Tensor, length: int, value: float) -> torch.Tensor:
+    """Pads the first axis on the right to `length`, if it is shorter, with `value`."""
+    padding = values.new_full((max(length - len(values), 0), *values.shape[1:]), value)
+    return torch.cat([values, padding]) if len(padding) else values
 
 
 def _to_batch_feature(outputs: dict[str, list[torch.Tensor]], return_tensors: str | TensorType | None) -> BatchFeature:
     if return_tensors is not None and TensorType(return_tensors) == TensorType.PYTORCH:
         lengths = {len(value) for value in outputs["input_values"]}
         if len(lengths) > 1:
-            raise ValueError(
-                f"clips of {sorted(lengths)} frames cannot be stacked: use padding=True or truncation=True"
-            )
+            raise ValueError(f"clips of {sorted(lengths)} frames cannot be stacked: use padding=True")
         return BatchFeature({name: torch.stack(values) for name, values in outputs.items()})
     arrays = {name: [value.cpu().numpy() for value in values] for name, values in outputs.items()}
     return BatchFeature(arrays, tensor_type=return_tensors)

@@ -1,6 +1,7 @@
 """PyTorch ASiT encoder and its classifiers ([arXiv 2211.13189](https://arxiv.org/abs/2211.13189))."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,25 +25,16 @@ def bicubic_resize_matrix(
     source_size: int, target_sizes: torch.Tensor, num_targets: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """
-    Matrices of one-dimensional bicubic resizes to many sizes at once, equal to `torch.nn.functional.interpolate` with
-    `mode="bicubic", align_corners=False` (a = -0.75, half-pixel centers, clamped borders).
-
-    Args:
-        source_size (`int`): number of source points.
-        target_sizes (`torch.Tensor` of shape `(batch,)`): number of target points of each matrix.
-        num_targets (`int`): number of rows of every matrix; those past its own target size repeat the border.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, num_targets, source_size)`, whose rows sum to 1.
+    Matrices `(batch, num_targets, source_size)` of one-dimensional bicubic resizes to `target_sizes`, `(batch,)`,
+    equal to `torch.nn.functional.interpolate` with `mode="bicubic", align_corners=False` (a = -0.75, half-pixel
+    centers, clamped borders). Rows past a matrix's own target size repeat the border.
     """
     device = target_sizes.device
     # number / tensor would be a product with a rounded reciprocal
     scales = torch.full_like(target_sizes, source_size, dtype=dtype) / target_sizes.to(dtype)
     coordinates = (torch.arange(num_targets, device=device, dtype=dtype) + 0.5) * scales[:, None] - 0.5
-    first = coordinates.floor()
-    taps = torch.arange(-1, 3, device=device)
+    first, taps, a = coordinates.floor(), torch.arange(-1, 3, device=device), -0.75
     x = ((coordinates - first)[..., None] - taps).abs()
-    a = -0.75
     near, far = ((a + 2) * x - (a + 3)) * x * x + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
     index = (first.long()[..., None] + taps).clamp(0, source_size - 1)
     weights = torch.where(x <= 1, near, far)[..., None] * nn.functional.one_hot(index, source_size).to(dtype)
@@ -76,15 +68,12 @@ class ASiTPatchEmbeddings(nn.Module):
 
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
         if input_values.dim() != 3 or input_values.shape[-1] != self.num_mel_bins or input_values.shape[0] == 0:
-            raise ValueError(
-                f"expected input_values of shape (batch, frames, {self.num_mel_bins} mel bins), "
-                f"got {tuple(input_values.shape)}"
-            )
+            expected = f"(batch, frames, {self.num_mel_bins} mel bins)"
+            raise ValueError(f"expected input_values of shape {expected}, got {tuple(input_values.shape)}")
         dtype = self.projection.weight.dtype
         if input_values.dtype != dtype and not torch.is_autocast_enabled(input_values.device.type):
             raise ValueError(f"expected input_values of the weights' dtype, {dtype}, got {input_values.dtype}")
-        missing = self.patch_size - input_values.shape[1]
-        if missing > 0:
+        if (missing := self.patch_size - input_values.shape[1]) > 0:
             input_values = nn.functional.pad(input_values, (0, 0, 0, missing))
         return self.projection(input_values.unsqueeze(1)).permute(0, 2, 3, 1)
 
@@ -113,15 +102,8 @@ class ASiTEmbeddings(nn.Module):
 
     def patch_positions(self, time_patches: int, num_time_patches: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Position embeddings, resized bicubically along time.
-
-        Args:
-            time_patches (`int`): time patches of the batch.
-            num_time_patches (`torch.Tensor` of shape `(batch,)`, *optional*): time patches of each clip. Positions are
-                then resized to each clip's own length, so that padding does not change them.
-
-        Returns:
-            `torch.Tensor` of shape `(batch or 1, time_patches, mel_patches, hidden_size)`.
+        Position embeddings `(batch or 1, time_patches, mel_patches, hidden_size)`, resized bicubically along time: to
+        `num_time_patches` of each clip, `(batch,)`, if given, so that padding does not change them.
         """
         learned_time_patches, mel_patches = self.config.position_grid
         positions = self.position_embeddings[0, 1:].view(learned_time_patches, mel_patches, -1)
@@ -136,17 +118,11 @@ class ASiTEmbeddings(nn.Module):
         return resized.unflatten(-1, (mel_patches, -1))
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention as matrix products; also returns the weights, of shape `(batch, heads, tokens, tokens)`."""
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """
+    Attention as matrix products: queries, keys and values `(batch, heads, tokens, head_dim)` to the output
+    `(batch, tokens, heads, head_dim)` and the weights `(batch, heads, tokens, tokens)`.
+    """
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -165,16 +141,12 @@ class ASiTAttention(nn.Module):
         self.attention_dropout = config.attention_probs_dropout_prob
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        width, bias = config.hidden_size, config.qkv_bias
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width, bias=bias) for _ in range(3))
+        self.o_proj = nn.Linear(width, width)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         device_type = hidden_states.device.type
         if torch.is_autocast_enabled(device_type):  # cast once instead of in each projection
@@ -184,13 +156,10 @@ class ASiTAttention(nn.Module):
             projection(hidden_states).view(heads_shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attention(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
+        implementation = self.config._attn_implementation
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        output, weights = attention(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
@@ -221,7 +190,7 @@ class ASiTLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         drop_path_scale: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> torch.Tensor:
         def attend(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
             return self.dropout(self.attention(self.layernorm_before(states), mask, **kwargs)[0])
@@ -229,10 +198,9 @@ class ASiTLayer(GradientCheckpointingLayer):
         def transform(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
             return self.dropout(self.mlp(self.layernorm_after(states)))
 
-        scales = (None, None) if drop_path_scale is None else drop_path_scale.unbind()
-        for branch, scale in zip((attend, transform), scales):
-            hidden_states = _add_branch(hidden_states, attention_mask, branch, scale)
-        return hidden_states
+        scales = (None, None) if drop_path_scale is None else drop_path_scale
+        hidden_states = _add_branch(hidden_states, attention_mask, attend, scales[0])
+        return _add_branch(hidden_states, attention_mask, transform, scales[1])
 
 
 def _add_branch(
@@ -291,7 +259,12 @@ class ASiTPreTrainedModel(PreTrainedModel):
 
 
 class ASiTModel(ASiTPreTrainedModel):
-    """The ASiT encoder: a vision transformer on 16 x 16 patches of a normalized log-mel spectrogram."""
+    """
+    The ASiT encoder: a vision transformer on 16 x 16 patches of a normalized log-mel spectrogram.
+
+    Args:
+        config ([`ASiTConfig`]): the architecture.
+    """
 
     def __init__(self, config: ASiTConfig):
         super().__init__(config)
@@ -333,39 +306,29 @@ class ASiTModel(ASiTPreTrainedModel):
             self._check_mask(attention_mask, input_values)
         num_time_patches = None if attention_mask is None else self._num_time_patches(attention_mask)
         hidden_states = self.embeddings(input_values, num_time_patches)
-        num_tokens = hidden_states.shape[1]
-        token_mask = None if num_time_patches is None else self._token_mask(num_time_patches, num_tokens)
+        token_mask = None  # (batch, tokens): true for the CLS token and the patches of real frames
+        if num_time_patches is not None:
+            num_real = 1 + num_time_patches * self.config.position_grid[1]
+            token_mask = torch.arange(hidden_states.shape[1], device=num_real.device) < num_real[:, None]
         layer_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=token_mask
         )
-        scales = self._drop_path_scales(hidden_states, drop_path_noise)
-        for layer, scale in zip(self.layers, scales):
+        for layer, scale in zip(self.layers, self._drop_path_scales(hidden_states, drop_path_noise)):
             hidden_states = layer(hidden_states, layer_mask, scale, **kwargs)
         hidden_states = self.layernorm(hidden_states)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=hidden_states, pooler_output=self._pool(hidden_states, token_mask)
-        )
+        return BaseModelOutputWithPooling(hidden_states, self._pool(hidden_states, token_mask))
 
     @torch.compiler.disable
     def _check_mask(self, attention_mask: torch.Tensor, input_values: torch.Tensor) -> None:
         if attention_mask.dim() != 2 or attention_mask.shape[0] != input_values.shape[0]:
-            raise ValueError(
-                f"expected an attention_mask of shape (batch, frames) {tuple(input_values.shape[:2])}, "
-                f"got {tuple(attention_mask.shape)}"
-            )
-        logger.warning_once(
-            f"attention_mask has {attention_mask.shape[1]} entries per clip for {input_values.shape[1]} frames; its "
-            "number of ones is used as the clip's length in frames."
-        )
+            expected = f"expected an attention_mask of shape (batch, frames) {tuple(input_values.shape[:2])}"
+            raise ValueError(f"{expected}, got {tuple(attention_mask.shape)}")
+        entries = f"{attention_mask.shape[1]} entries per clip for {input_values.shape[1]} frames"
+        logger.warning_once(f"attention_mask has {entries}; its number of ones is used as the clip's length in frames")
 
     def _num_time_patches(self, attention_mask: torch.Tensor) -> torch.Tensor:
         """Time patches of real frames, at least one: `(batch, frames)` to `(batch,)`."""
         return (attention_mask.sum(-1) // self.config.patch_size).clamp_min(1)
-
-    def _token_mask(self, num_time_patches: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """True for the CLS token and the patches of real frames: boolean `(batch, tokens)`."""
-        num_real = 1 + num_time_patches * self.config.position_grid[1]
-        return torch.arange(num_tokens, device=num_time_patches.device) < num_real[:, None]
 
     def _drop_path_scales(self, hidden_states: torch.Tensor, noise: torch.Tensor | None) -> list:
         """Factors of each layer's two branches, `(2, batch, 1, 1)`, or `None` without stochastic depth."""
@@ -394,10 +357,13 @@ class ASiTModel(ASiTPreTrainedModel):
 
 class ASiTForAudioClassification(ASiTPreTrainedModel):
     """
-    ASiT with a linear classifier on the pooled output. `config.problem_type` chooses the loss:
-    `"single_label_classification"` (cross-entropy with class ids or class probabilities),
-    `"multi_label_classification"` (binary cross-entropy) or `"regression"` (mean squared error). If it is `None`, it
-    is set from the first labels: regression for a single class, multi-label for floats, single-label for integers.
+    ASiT with a linear classifier on the pooled output.
+
+    Args:
+        config ([`ASiTConfig`]): the architecture. `problem_type` chooses the loss: `"single_label_classification"`
+            (cross-entropy with class ids or probabilities), `"multi_label_classification"` (binary cross-entropy) or
+            `"regression"` (mean squared error). `None` is set from the first labels: regression for a single class,
+            multi-label for floats, single-label for integers.
     """
 
     def __init__(self, config: ASiTConfig):
@@ -426,17 +392,13 @@ class ASiTForAudioClassification(ASiTPreTrainedModel):
             [`SequenceClassifierOutput`] with `logits` of shape `(batch, num_labels)` and, with `labels`, `loss`.
         """
         outputs: BaseModelOutputWithPooling = self.asit(input_values, attention_mask=attention_mask, **kwargs)
-        logits = self.classifier(outputs.pooler_output)
-        loss = None if labels is None else self._loss(logits, labels)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if self.config.problem_type is None:
-            kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-            self.config.problem_type = "regression" if self.num_labels == 1 else kind
-        return classification_loss(logits, labels, self.config.problem_type)
+        logits, loss = self.classifier(outputs.pooler_output), None
+        if labels is not None:
+            if self.config.problem_type is None:
+                kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+                self.config.problem_type = "regression" if self.num_labels == 1 else kind
+            loss = classification_loss(logits, labels, self.config.problem_type)
+        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 LOSSES = {
@@ -448,22 +410,16 @@ LOSSES = {
 
 def classification_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str) -> torch.Tensor:
     """
-    Mean classification loss over all leading dimensions, computed in float32.
-
-    Args:
-        logits (`torch.Tensor` of shape `(..., num_labels)`).
-        labels (`torch.Tensor` of shape `(...)` or `(..., num_labels)`).
-        problem_type (`str`): see [`ASiTForAudioClassification`].
+    Mean loss over all leading dimensions, in float32, of logits `(..., num_labels)` and labels `(...)` or
+    `(..., num_labels)`. For `problem_type`, see [`ASiTForAudioClassification`].
     """
     logits, labels = logits.float(), labels.to(logits.device)
     if problem_type not in LOSSES:
         raise ValueError(f"expected a problem_type of {sorted(LOSSES)}, got {problem_type!r}")
     if problem_type == "single_label_classification" and not labels.is_floating_point():
         if labels.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"{problem_type} expects class ids of shape {tuple(logits.shape[:-1])} or floats of shape "
-                f"{tuple(logits.shape)}, got ids of shape {tuple(labels.shape)}"
-            )
+            expected = f"class ids of shape {tuple(logits.shape[:-1])} or floats of shape {tuple(logits.shape)}"
+            raise ValueError(f"{problem_type} expects {expected}, got ids of shape {tuple(labels.shape)}")
         return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
     if logits.shape[-1] == 1 and labels.shape == logits.shape[:-1]:
         labels = labels[..., None]
@@ -479,6 +435,9 @@ class ASiTForAudioFrameClassification(ASiTPreTrainedModel):
     """
     ASiT with a linear classifier on every time patch, averaged over mel: one prediction for every `patch_size` frames
     (160 ms).
+
+    Args:
+        config ([`ASiTConfig`]): the architecture.
     """
 
     def __init__(self, config: ASiTConfig):
@@ -512,9 +471,7 @@ class ASiTForAudioFrameClassification(ASiTPreTrainedModel):
         patches = outputs.last_hidden_state[:, 1:].unflatten(1, (-1, self.config.position_grid[1]))
         logits = self.classifier(patches.mean(2))
         loss = None if labels is None else self._loss(logits, labels, attention_mask)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         labels = labels.to(logits.device)
@@ -522,17 +479,16 @@ class ASiTForAudioFrameClassification(ASiTPreTrainedModel):
             raise ValueError(
                 f"expected labels for (batch, time_patches) {tuple(logits.shape[:2])}, got shape {tuple(labels.shape)}"
             )
-        multi_label = labels.dim() == 3
-        real = torch.ones_like(logits[..., 0], dtype=torch.bool) if multi_label else labels != -100
+        logits = logits.float()
+        if labels.dim() == 3:
+            losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(-1)
+            real = torch.ones_like(losses, dtype=torch.bool)
+        else:
+            losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+            real = labels != -100
         if attention_mask is not None:
             num_time_patches = self.asit._num_time_patches(attention_mask)
             real = real & (torch.arange(logits.shape[1], device=logits.device) < num_time_patches[:, None])
-        if multi_label:
-            losses = nn.functional.binary_cross_entropy_with_logits(
-                logits.float(), labels.float(), reduction="none"
-            ).mean(-1)
-        else:
-            losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
         return (losses * real).sum() / real.sum().clamp_min(1)  # 0 instead of NaN if no frame is labelled
 
 

@@ -13,19 +13,11 @@ run in `--output_dir` from its last checkpoint.
 """
 
 import logging
-
-if __name__ == "__main__":  # transformers imports torchao where it is installed, which logs kernels it cannot load
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
 import signal
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import yaml
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.configuration_asit import LOCAL_LOSS_PATCHES, SIZES
@@ -53,7 +45,14 @@ from asit_hf.pretraining.initialization import encoder_from_vit
 from asit_hf.pretraining.monitoring import KnnProbeCallback
 from asit_hf.pretraining.presets import get_preset
 from asit_hf.pretraining.trainer import ASiTPreTrainer
-from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments, run_script, start_run
+from asit_hf.utils.arguments import (
+    checkpoint_to_resume,
+    finished_run,
+    parse_arguments,
+    refuse_without_effect,
+    run_script,
+    start_run,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +71,12 @@ class DataArguments:
     streaming: bool = option(
         False, "Read the data as a stream; needs --steps_per_epoch, and --max_steps or --max_minutes."
     )
-    shuffle_buffer: int | None = option(None, "With --streaming: clips in the shuffle buffer (default: 1000).")
+    shuffle_buffer: int = option(1000, "With --streaming: clips in the shuffle buffer.")
     sampling_rate: int | None = option(
         None, "Sampling rate in Hz that audio is resampled to (default: the checkpoint's, or 16000)."
     )
     global_seconds: float = option(6.0, "Length of the two global crops of a clip, in seconds.")
-    local_seconds: float | None = option(None, "Length of the local crops, in seconds (default: 2).")
+    local_seconds: float = option(2.0, "Length of the local crops, in seconds.")
     num_local_crops: int | None = option(
         None,
         f"Local crops per clip {by_preset(lambda p: p.num_local_crops)}; none with --global_loss_weight 0.",
@@ -93,7 +92,15 @@ class DataArguments:
         None, "Labelled clips for a kNN probe during training: csv with columns file and label. Needs --knn_test."
     )
     knn_test: str | None = option(None, "Labelled clips that the kNN probe classifies: csv as for --knn_train.")
-    knn_steps: int | None = option(None, "Optimizer steps between two kNN probes (default: 1000).")
+    knn_steps: int = option(1000, "Optimizer steps between two kNN probes.")
+
+    def __post_init__(self):
+        if not self.streaming:
+            refuse_without_effect(self, ["shuffle_buffer"], "without streaming")
+        if not self.knn_train:
+            refuse_without_effect(self, ["knn_test", "knn_steps"], "without knn_train")
+        elif not self.knn_test:
+            raise ValueError("knn_train needs knn_test, the clips to classify")
 
 
 @dataclass
@@ -102,8 +109,8 @@ class ModelArguments:
         None,
         "Checkpoint to start a new run from (default: random initialization): an ASiT encoder (new heads; the teacher "
         "is a copy), an ASiT pretraining checkpoint (heads, teacher and centers are kept) or an image ViT (as an "
-        "encoder). An ASiT keeps its position embeddings, whatever --global_seconds is. To continue an interrupted "
-        "run, use --resume_from_checkpoint True instead.",
+        "encoder). An ASiT keeps its position embeddings for any --global_seconds. To continue an interrupted run, "
+        "use --resume_from_checkpoint True instead.",
     )
     size: str | None = option(
         None, "Model size when training from random initialization (default: base).", choices=list(SIZES)
@@ -130,20 +137,19 @@ class ModelArguments:
         "sdpa", "Attention implementation of transformers: eager, sdpa, flash_attention_2, ..."
     )
 
+    def __post_init__(self):
+        if self.model_name_or_path:
+            refuse_without_effect(self, ["size"], "with a checkpoint, which has its own size")
 
-def refuse_options_without_effect(model: ModelArguments, data: DataArguments, args: ASiTPreTrainingArguments) -> None:
-    num_local_crops = get_preset(args.preset).num_local_crops if data.num_local_crops is None else data.num_local_crops
-    for name, given, effective, condition in (
-        ("shuffle_buffer", data.shuffle_buffer, data.streaming, "without --streaming"),
-        ("steps_per_epoch", args.steps_per_epoch, data.streaming, "without --streaming"),
-        ("knn_test", data.knn_test, data.knn_train, "without --knn_train"),
-        ("knn_steps", data.knn_steps, data.knn_train, "without --knn_train"),
-        ("local_seconds", data.local_seconds, num_local_crops, "without local crops (--num_local_crops)"),
-        ("num_local_crops", data.num_local_crops, model.global_loss_weight != 0, "with --global_loss_weight 0"),
-        ("size", model.size, not model.model_name_or_path, "with --model_name_or_path, whose checkpoint decides"),
-    ):
-        if given and not effective:
-            raise ValueError(f"--{name} has no effect {condition}: remove it, also from recipes")
+
+def check_options(model: ModelArguments, data: DataArguments, args: ASiTPreTrainingArguments) -> None:
+    """Refuses options that have no effect because of an option in another group."""
+    if not data.streaming:
+        refuse_without_effect(args, ["steps_per_epoch"], "without streaming")
+    if data.num_local_crops == 0 or (data.num_local_crops is None and not get_preset(args.preset).num_local_crops):
+        refuse_without_effect(data, ["local_seconds"], "without local crops (num_local_crops)")
+    elif model.global_loss_weight == 0:
+        refuse_without_effect(data, ["num_local_crops"], "with global_loss_weight 0")
 
 
 def build_dataset(
@@ -152,30 +158,24 @@ def build_dataset(
     settings = {
         "sampling_rate": sampling_rate,
         "global_seconds": data.global_seconds,
-        "local_seconds": 2.0 if data.local_seconds is None else data.local_seconds,
+        "local_seconds": data.local_seconds,
         "num_local_crops": num_local_crops,
         "roll_probability": get_preset(args.preset).roll_probability,
         "seed": args.seed,
     }
     if packed := [source for source in data.train_data if is_packed(source)]:
         if len(data.train_data) > 1:
-            raise ValueError(
-                f"expected packed audio to be the only train_data, got {data.train_data}: pack all of the audio into "
-                "one folder (examples/tools/make_shards.py --format packed)"
-            )
+            raise ValueError(f"expected packed audio to be the only train_data, got {data.train_data}: pack all of it")
         if data.streaming:
             raise ValueError(f"--streaming does not work with packed audio, got {packed[0]}: remove it")
         return PackedCrops(packed[0], **settings)
     if parcels := [source for source in data.train_data if is_parcels(source)]:
         raise ValueError(
-            f"expected audio or packed audio, got the Opus parcels {parcels[0]}: decode them first "
-            f"(python -m asit_hf.data.parcels decode {parcels[0]} POOL)"
+            f"expected decoded audio, got Opus parcels: run python -m asit_hf.data.parcels decode {parcels[0]} POOL"
         )
     dataset = load_unlabelled(data.train_data, streaming=data.streaming)
     if data.streaming:
-        dataset = dataset.shuffle(
-            seed=args.seed, buffer_size=1000 if data.shuffle_buffer is None else data.shuffle_buffer
-        )
+        dataset = dataset.shuffle(seed=args.seed, buffer_size=data.shuffle_buffer)
     crops = StreamingCrops if data.streaming else PretrainingCrops
     return crops(dataset, **settings, strict=data.strict)
 
@@ -188,13 +188,14 @@ def build_model(model: ModelArguments, data: DataArguments, args: ASiTPreTrainin
     if name and is_asit(name):
         name = resolve_checkpoint(name)
         config = load_config(name)
-        if is_pretraining_checkpoint(config):  # its heads and loss weights go on as they are
+        if is_pretraining_checkpoint(config):  # keeps its heads and loss weights
             if (config.num_patch_prototypes is None) != (fields["num_patch_prototypes"] is None):
-                logger.warning("%s has not the heads of the %s objective; it keeps its own", name, args.preset)
+                logger.warning("%s does not have the heads of the %s objective; it keeps its own", name, args.preset)
             fields = overrides
         config = load_config(name, **fields)
         return ASiTForPreTraining.from_pretrained(name, config=config, attn_implementation=model.attn_implementation)
-    fields.setdefault("num_frames", position_frames(data.global_seconds))
+    # frames of a crop in whole patches: 592 of the 598 of 6 s
+    fields.setdefault("num_frames", (round(data.global_seconds * 100) - 2) // 16 * 16)
     encoder = encoder_from_vit(name, **fields) if name else None
     config = encoder.config if encoder else ASiTConfig.from_size(model.size or "base", **fields)
     config._attn_implementation = model.attn_implementation
@@ -229,24 +230,10 @@ def build_feature_extractor(model: ModelArguments, data: DataArguments, num_mel_
 
 
 def build_knn_probe(data: DataArguments, trainer: ASiTPreTrainer) -> KnnProbeCallback:
-    if not data.knn_test:
-        raise ValueError("--knn_train needs --knn_test, the clips to classify")
     train = load_labelled(data.knn_train)
     test = load_labelled(data.knn_test, names=label_names(train))
     rate = trainer.processing_class.sampling_rate
-    every_steps = 1000 if data.knn_steps is None else data.knn_steps
-    return KnnProbeCallback(trainer, LabelledClips(train, rate), LabelledClips(test, rate), every_steps)
-
-
-def position_frames(seconds: float) -> int:
-    """Frames of a crop, in whole patches: of the 598 frames of 6 s, 592."""
-    return (round(seconds * 100) - 2) // 16 * 16
-
-
-def saved_step(folder: str) -> int | None:
-    """The step of the state saved in a run's folder or checkpoint, if there is one."""
-    path = Path(folder) / TRAINER_STATE_NAME
-    return TrainerState.load_from_json(str(path)).global_step if path.is_file() else None
+    return KnnProbeCallback(trainer, LabelledClips(train, rate), LabelledClips(test, rate), data.knn_steps)
 
 
 def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
@@ -255,7 +242,7 @@ def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
     model_args, data_args, card_args, args = parse_arguments(groups, arguments)
     start_run(args)
 
-    refuse_options_without_effect(model_args, data_args, args)
+    check_options(model_args, data_args, args)
     model = build_model(model_args, data_args, args)
     feature_extractor = build_feature_extractor(model_args, data_args, model.config.num_mel_bins)
     num_local_crops = data_args.num_local_crops
@@ -263,21 +250,21 @@ def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
         num_local_crops = get_preset(args.preset).num_local_crops if model.config.global_loss_weight else 0
     dataset = build_dataset(data_args, args, feature_extractor.sampling_rate, num_local_crops)
     trainer = ASiTPreTrainer(model=model, args=args, train_dataset=dataset, processing_class=feature_extractor)
-    checkpoint = checkpoint_to_resume(args)
+    checkpoint, is_finished = checkpoint_to_resume(args), finished_run(args) is not None
     if data_args.knn_train:
         trainer.add_callback(build_knn_probe(data_args, trainer))
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.terminated:
         logger.warning(f"terminated at step {trainer.state.global_step}: continue with --resume_from_checkpoint True")
         sys.exit(128 + signal.SIGTERM)
-    if checkpoint and saved_step(checkpoint) == saved_step(args.output_dir) == trainer.state.global_step:
-        logger.warning(f"nothing to do: the run is complete at step {trainer.state.global_step}")
+    if checkpoint and is_finished:
+        logger.warning(f"the run was complete at step {trainer.state.global_step}: its files stay unchanged")
     else:
         trainer.save_model()
         if trainer.is_world_process_zero():
             sources = None if data_args.streaming else dataset.sources
             describe_run(trainer, ["examples/run_pretraining.py", *arguments], card_args, sources)
-        trainer.save_state()  # last: `saved_step` reads it to see that the other files are complete
+        trainer.save_state()  # last: `finished_run` takes it as the sign that the other files are complete
     if args.push_to_hub:
         trainer.push_to_hub()
     return trainer

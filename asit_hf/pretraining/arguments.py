@@ -26,18 +26,15 @@ def by_preset(value: Callable[[Preset], float]) -> str:
 
 # Options of TrainingArguments that have no effect in pretraining, by the reason.
 _NO_EFFECT = {
-    "ASiT has its own schedules and losses": (
-        *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "label_smoothing_factor"),
-    ),
+    "ASiT has its own schedules and losses": "lr_scheduler_type lr_scheduler_kwargs warmup_steps "
+    "label_smoothing_factor",
     "pretraining has no evaluation; KnnProbeCallback (knn_train in run_pretraining.py) measures kNN accuracy": (
-        *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps"),
-        *("eval_use_gather_object", "eval_do_concat_batches", "per_device_eval_batch_size", "batch_eval_metrics"),
-        *("prediction_loss_only", "bf16_full_eval", "fp16_full_eval", "do_eval", "do_predict"),
-        *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+        "eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps eval_use_gather_object "
+        "eval_do_concat_batches per_device_eval_batch_size batch_eval_metrics prediction_loss_only bf16_full_eval "
+        "fp16_full_eval do_eval do_predict load_best_model_at_end metric_for_best_model greater_is_better"
     ),
     "batches are crops without labels, columns or tokens": (
-        *("label_names", "length_column_name", "neftune_noise_alpha", "use_cache"),
-        *("use_liger_kernel", "liger_kernel_config"),
+        "label_names length_column_name neftune_noise_alpha use_cache use_liger_kernel liger_kernel_config"
     ),
 }
 # Options of which only some values work.
@@ -51,23 +48,17 @@ _ALLOWED = {
 @dataclass
 class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
     """
-    TrainingArguments with ASiT's schedules. `None` means: set by `preset`.
-
-    The learning rate is `base_learning_rate * global batch size / 256` unless `learning_rate` is given. Options of
-    TrainingArguments that have no effect are refused.
+    TrainingArguments with ASiT's schedules. `None` means: set by `preset`. The learning rate is
+    `base_learning_rate * global batch size / 256` by default. Options without effect are refused.
     """
 
     preset: str = option(
         "2024", "Release of the authors' code whose settings are the defaults.", choices=sorted(PRESETS)
     )
-    base_learning_rate: float = option(
-        5e-4, "Peak learning rate per 256 clips of the global batch: the learning rate grows with the batch."
-    )
+    base_learning_rate: float = option(5e-4, "Peak learning rate per 256 clips of the global batch.")
     learning_rate: float | None = option(None, "Peak learning rate; overrides base_learning_rate.")
     encoder_learning_rate_scale: float = option(
-        1.0,
-        "Factor on the learning rate of the student's encoder, above 0. Use a value below 1, such as 0.02, for a "
-        "trained encoder with new heads.",
+        1.0, "Factor on the learning rate of the student's encoder, such as 0.02 for a trained encoder with new heads."
     )
     min_learning_rate: float = option(1e-6, "Learning rate at the end of the cosine decay.")
     warmup_epochs: float = option(10.0, "Length of the learning rate's linear warm-up, in epochs.")
@@ -84,12 +75,9 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
         f"Epochs of the teacher temperature's warm-up {by_preset(lambda p: p.warmup_teacher_temperature_epochs)}.",
     )
     freeze_last_layer_epochs: int | None = option(
-        None,
-        f"First epochs, in which the prototypes are frozen {by_preset(lambda p: p.freeze_last_layer_epochs)}.",
+        None, f"First epochs, in which the prototypes are frozen {by_preset(lambda p: p.freeze_last_layer_epochs)}."
     )
-    max_tensor_grad_norm: float = option(
-        3.0, "Largest gradient norm of a parameter tensor, each clipped separately; 0: no clipping."
-    )
+    max_tensor_grad_norm: float = option(3.0, "Largest gradient norm of each parameter tensor; 0: no clipping.")
     max_grad_norm: float = option(0.0, "Largest gradient norm of all parameters together; 0: no clipping.")
     mask_ratio_min: float | None = option(
         None,
@@ -105,9 +93,7 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
     replace_probability: float | None = option(
         None, "Probability that a view has pixels replaced instead of masked (default: 0.5)."
     )
-    max_block_ratio: float | None = option(
-        None, "Longest side of a block, as a share of the frames or mel bins (default: 0.3)."
-    )
+    max_block_ratio: float | None = option(None, "Longest side of a block, as a share of its axis (default: 0.3).")
     mask_alignment: int | None = option(None, "Blocks start and end at multiples of this many pixels (default: 1).")
     mask_pattern: str = option(
         "blocks",
@@ -115,22 +101,16 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
         choices=list(PATTERNS),
     )
     mask_fill: str = option("zeros", "Fill value for masked pixels that are not replaced.", choices=list(FILLS))
-    steps_per_epoch: int | None = option(
-        None, "Optimizer steps that count as an epoch in the schedules; required for data without a length."
-    )
+    steps_per_epoch: int | None = option(None, "Steps per epoch in the schedules; required for data without a length.")
     plot_steps: int = option(500, "Optimizer steps between plots of a reconstruction and the curves; 0: no plots.")
     dataloader_drop_last: bool = option(True, "Drop the last batch of an epoch if it is incomplete.")
-    max_skipped_steps: int = option(
-        20, "Stop after this many steps in a row were skipped because a loss or gradient was not finite."
-    )
+    max_skipped_steps: int = option(20, "Stop after this many steps in a row with a non-finite loss or gradient.")
     mean_over_all: bool = option(
         True,
         "With several processes: average the reconstruction loss over the masked pixels of all processes. False: "
         "average within each process first, as the authors' code does.",
     )
-    keep_freed_memory: bool = option(
-        True, "On a CPU: keep the memory that a step frees for the next one, which is faster (glibc only)."
-    )
+    keep_freed_memory: bool = option(True, "On a CPU with glibc: reuse the memory that a step frees, which is faster.")
     compile_layers: bool = option(
         False,
         "Compile the layers of student and teacher and the body of the local loss: faster steps after minutes of "
@@ -147,30 +127,26 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
 
     def __post_init__(self):
         preset = get_preset(self.preset)
-        self._refuse_options_without_effect()
+        self._check_inherited_options()
         if self.accelerator_config is None and self.dataloader_pin_memory and not self.use_cpu:
             self.accelerator_config = {"non_blocking": True}  # copy from pinned memory while the device computes
         super().__post_init__()
-        if self.warmup_teacher_temperature_epochs is None:
-            self.warmup_teacher_temperature_epochs = preset.warmup_teacher_temperature_epochs
-        if self.freeze_last_layer_epochs is None:
-            self.freeze_last_layer_epochs = preset.freeze_last_layer_epochs
+        for name in ("warmup_teacher_temperature_epochs", "freeze_last_layer_epochs"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(preset, name))
         if self.learning_rate is None:
             self.learning_rate = self.base_learning_rate * self.global_batch_size / 256
         if not self.encoder_learning_rate_scale > 0:
             raise ValueError(f"expected encoder_learning_rate_scale above 0, got {self.encoder_learning_rate_scale}")
         self.gmml  # noqa: B018  raises if no mask can be drawn with these values
 
-    def _refuse_options_without_effect(self) -> None:
+    def _check_inherited_options(self) -> None:
         defaults = {one.name: one.default for one in fields(TrainingArguments)}
         for reason, names in _NO_EFFECT.items():
-            if changed := [name for name in names if getattr(self, name) != defaults[name]]:
+            if changed := [name for name in names.split() if getattr(self, name) != defaults[name]]:
                 raise ValueError(f"no effect in pretraining: {', '.join(changed)}; {reason}")
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
-            raise ValueError(
-                "torch_compile is not supported: it compiles the whole model and unrolls the loop of its local loss. "
-                "Set compile_layers instead"
-            )
+            raise ValueError("torch_compile unrolls the loop of the local loss: set compile_layers instead")
         for name, allowed in _ALLOWED.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"expected {name} {' or '.join(map(str, allowed))} in pretraining, got {value}")
@@ -187,14 +163,7 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
         low, high = default.mask_ratio
         low = low if self.mask_ratio_min is None else self.mask_ratio_min
         high = max(low, high) if self.mask_ratio_max is None else self.mask_ratio_max
-        chosen = {
-            "replace_ratio": self.replace_ratio,
-            "replace_probability": self.replace_probability,
-            "max_block_ratio": self.max_block_ratio,
-            "alignment": self.mask_alignment,
-            "pattern": self.mask_pattern,
-            "fill": self.mask_fill,
-        }
-        return replace(
-            default, mask_ratio=(low, high), **{name: value for name, value in chosen.items() if value is not None}
-        )
+        chosen = {name: getattr(self, name) for name in ("replace_ratio", "replace_probability", "max_block_ratio")}
+        chosen |= {"alignment": self.mask_alignment, "pattern": self.mask_pattern, "fill": self.mask_fill}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        return replace(default, mask_ratio=(low, high), **chosen)

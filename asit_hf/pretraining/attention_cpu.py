@@ -6,8 +6,6 @@ in the backward pass. With torch's fused kernel (sdpa), a bf16 training step tak
 preset 2023, one thread).
 """
 
-from typing import Any
-
 import torch
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -60,21 +58,13 @@ def _blocks(query: torch.Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, batch, size)]
 
 
-def blockwise_attention_forward(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+def blockwise_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Blockwise attention where it applies (bfloat16 on a CPU, no mask, dropout or compiler), else sdpa."""
     applies = query.device.type == "cpu" and query.dtype == torch.bfloat16 and attention_mask is None and dropout == 0
     if not applies or torch.compiler.is_compiling():
-        options = {"dropout": dropout, "scaling": scaling, **kwargs}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     return BlockwiseAttention.apply(query, key, value, scaling).transpose(1, 2), None
 
 

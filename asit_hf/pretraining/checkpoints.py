@@ -1,8 +1,9 @@
-"""Checkpoints that are complete or absent, whatever stops the run."""
+"""Checkpoints that are complete or absent, also if the run is killed."""
 
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,8 @@ class CompleteCheckpointsMixin:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # every process has written its random state
             if self.args.should_save:
-                _publish(self._staging / name, run_dir / name)
+                replace_folder(self._staging / name, run_dir / name)
+                shutil.rmtree(self._staging)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(self._staging, ignore_errors=True)
             raise OSError(_describe_failed_save(error, run_dir, step)) from error
@@ -52,12 +54,6 @@ class CompleteCheckpointsMixin:
             self._push_from_checkpoint(str(run_dir / name))
         if self.args.should_save:
             rotate_checkpoints(str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
-
-
-def _publish(staged: Path, final: Path) -> None:
-    """Moves a complete checkpoint to its final name; an earlier one of that name is replaced."""
-    replace_folder(staged, final)
-    shutil.rmtree(staged.parent)
 
 
 def _describe_failed_save(error: Exception, run_dir: Path, step: int) -> str:
@@ -79,11 +75,10 @@ def on_termination(ask_to_stop: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    try:
-        previous = signal.signal(signal.SIGTERM, handle)
-    except ValueError:  # not the main thread, which alone may handle signals
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield
         return
+    previous = signal.signal(signal.SIGTERM, handle)
     try:
         yield
     finally:

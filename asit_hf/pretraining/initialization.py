@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import logging
 
-from ..configuration_asit import ASiTConfig
+from ..configuration_asit import SIZES, ASiTConfig
 from ..loading import read_model_type
 from ..modeling_asit import ASiTModel
 
@@ -16,15 +16,7 @@ logger = logging.get_logger(__name__)
 
 VIT_MODEL_TYPES = ("vit", "deit", "vit_mae", "vit_msn")
 # Fields that the weights determine; both configurations have them under the same names.
-_SHARED_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "qkv_bias",
-)
+_SHARED_FIELDS = (*SIZES["base"], "hidden_act", "layer_norm_eps", "qkv_bias")
 
 
 def encoder_from_vit(
@@ -75,15 +67,8 @@ def encoder_from_vit(
 
 def resize_positions(positions: torch.Tensor, grid: tuple[int, int], target: tuple[int, int]) -> torch.Tensor:
     """
-    Resizes the position embeddings of patches bicubically; that of the CLS token, the first, is kept.
-
-    Args:
-        positions (`torch.Tensor` of shape `(1, 1 + time_patches * mel_patches, hidden_size)`): time-major.
-        grid (`tuple[int, int]`): their `(time_patches, mel_patches)`.
-        target (`tuple[int, int]`): the new `(time_patches, mel_patches)`.
-
-    Returns:
-        `torch.Tensor` of shape `(1, 1 + time_patches * mel_patches, hidden_size)` of the target.
+    Resizes the position embeddings of patches, `(1, 1 + time_patches * mel_patches, hidden_size)`, bicubically from
+    `grid` to `target`, both `(time_patches, mel_patches)`; that of the CLS token, the first, is kept.
 
     Raises:
         ValueError: the number of positions does not match `grid`.

@@ -112,10 +112,9 @@ def patch_distillation_loss(
         student_features (`torch.Tensor` of shape `(patches, bottleneck)`): L2-normalized.
         student_prototypes (`torch.Tensor` of shape `(prototypes, bottleneck)`): logits are their dot products.
         teacher_features, teacher_prototypes: the teacher's, of the same shapes; they get no gradient.
-        center (`torch.Tensor` of shape `(prototypes,)`): subtracted from the teacher's logits.
+        center, student_temperature, teacher_temperature: as in [`view_distillation_loss`].
         weights (`torch.Tensor` of shape `(patches,)`, *optional*): weight of each patch; 0 excludes it.
-        count (`torch.Tensor` of shape `()`, *optional*): divisor of the sum; by default the number of patches, or the
-            sum of their weights.
+        count (`torch.Tensor` of shape `()`, *optional*): divisor of the sum instead of the sum of the weights.
         distill (`Callable`, *optional*): a compiled [`distill_rows`].
 
     ```python
@@ -147,17 +146,9 @@ def distill_rows(
     weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Sum of the cross-entropies of a chunk of patches, and its gradients.
-
-    Args:
-        student, teacher (`torch.Tensor` of shape `(rows, bottleneck)`): features.
-        student_matrix, teacher_matrix (`torch.Tensor` of shape `(prototypes, bottleneck)`): prototypes divided by the
-            temperature.
-        bias (`torch.Tensor` of shape `(prototypes,)`): subtracted from the teacher's logits.
-        weights (`torch.Tensor` of shape `(rows,)`, *optional*): weight of each patch.
-
-    Returns:
-        The sum in float32, and its gradients with respect to `student` and `student_matrix`.
+    Sum of the cross-entropies of a chunk of patches in float32, and its gradients with respect to `student` and
+    `student_matrix`. Features are `(rows, bottleneck)`, matrices the prototypes divided by the temperature,
+    `(prototypes, bottleneck)`; `bias`, `(prototypes,)`, is subtracted from the teacher's logits.
     """
     # softmax and cross-entropy in float32, because half precision loses the tail of 8192 prototypes
     targets = (teacher @ teacher_matrix.T).float().sub_(bias).softmax(-1)
@@ -182,22 +173,19 @@ class _PatchDistillation(torch.autograd.Function):
         teacher_matrix = (teacher_prototypes / teacher_temp).to(dtype)
         bias = (center / teacher_temp).float()
         loss = torch.zeros((), device=student.device, dtype=torch.float32)
-        features_grad = torch.empty_like(student)
-        prototypes_grad = torch.zeros_like(student_prototypes, dtype=torch.float32)
+        ctx.features_grad = torch.empty_like(student)
+        ctx.prototypes_grad = torch.zeros_like(student_prototypes, dtype=torch.float32)
+        ctx.student_temp, ctx.dtype = student_temp, student_prototypes.dtype
         size = chunk_rows(len(student), student.device)
         with torch.autocast(device_type, enabled=False):
             for start in range(0, len(student), size):
                 rows = slice(start, start + size)
                 factors = None if weights is None else weights[rows]
-                terms, features_grad[rows], matrix_grad = distill(
+                terms, ctx.features_grad[rows], matrix_grad = distill(
                     student[rows], teacher[rows], student_matrix, teacher_matrix, bias, factors
                 )
                 loss += terms
-                prototypes_grad += matrix_grad.float()
-        ctx.features_grad = features_grad
-        ctx.prototypes_grad = prototypes_grad
-        ctx.student_temp = student_temp
-        ctx.dtype = student_prototypes.dtype
+                ctx.prototypes_grad += matrix_grad.float()
         return loss
 
     @staticmethod
@@ -213,10 +201,7 @@ class _PatchDistillation(torch.autograd.Function):
 
 
 def chunk_rows(num_rows: int, device: torch.device) -> int:
-    """
-    Number of rows in each chunk: at most the device's maximum, and on an accelerator the same for all chunks if
-    `num_rows` has such a divisor.
-    """
+    """Rows of each chunk: the device's maximum, or on an accelerator the same for all chunks if possible."""
     choices = choices_for(device)
     most = choices.loss_rows if CHUNK_ROWS is None else CHUNK_ROWS
     if not choices.equal_chunks:

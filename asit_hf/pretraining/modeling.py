@@ -61,9 +61,9 @@ class ASiTForPreTrainingOutput(ModelOutput):
 class ASiTPrototypes(nn.Module):
     """Weight-normalized linear layer without bias: `weight` of shape `(prototypes, bottleneck)`."""
 
-    def __init__(self, num_prototypes: int, bottleneck_size: int, trainable_gain: bool):
+    def __init__(self, num_prototypes: int, bottleneck_size: int):
         super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=trainable_gain)
+        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1))
         self.weight_v = nn.Parameter(torch.empty(num_prototypes, bottleneck_size))
 
     @property
@@ -80,15 +80,14 @@ class ASiTDistillationHead(nn.Module):
     def __init__(self, config: ASiTConfig):
         super().__init__()
         hidden, bottleneck = config.distillation_hidden_size, config.distillation_bottleneck_size
-        shared = config.num_patch_prototypes is None
+        self.shared = config.num_patch_prototypes is None
         self.activation = ACT2FN[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
         self.fc3 = nn.Linear(hidden, bottleneck)
-        self.cls_prototypes = ASiTPrototypes(config.num_prototypes, bottleneck, trainable_gain=shared)
-        if not shared:
-            self.patch_prototypes = ASiTPrototypes(config.num_patch_prototypes, bottleneck, trainable_gain=False)
-        self.shared = shared
+        self.cls_prototypes = ASiTPrototypes(config.num_prototypes, bottleneck)
+        if not self.shared:
+            self.patch_prototypes = ASiTPrototypes(config.num_patch_prototypes, bottleneck)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         features = self.fc3(self.activation(self.fc2(self.activation(self.fc1(hidden_states)))))
@@ -106,8 +105,7 @@ class ASiTReconstructionHead(nn.Module):
         super().__init__()
         hidden = config.reconstruction_hidden_size or config.hidden_size
         bottleneck = config.reconstruction_bottleneck_size or config.hidden_size
-        self.mel_patches = config.position_grid[1]
-        self.patch_size = config.patch_size
+        self.mel_patches, self.patch_size = config.position_grid[1], config.patch_size
         self.activation = ACT2FN[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
@@ -142,9 +140,7 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
     def __init__(self, config: ASiTConfig):
         super().__init__(config)
         if not (self.distills or config.reconstruction_loss_weight > 0):
-            raise ValueError(
-                "expected at least one loss, got a weight of 0 for global_loss, local_loss and reconstruction_loss"
-            )
+            raise ValueError("expected at least one loss, got a weight of 0 for global, local and reconstruction loss")
         self.asit = ASiTModel(config)
         self.heads = ASiTPreTrainingHeads(config)
         self.teacher = nn.ModuleDict({"asit": ASiTModel(config), "heads": ASiTPreTrainingHeads(config)})
@@ -193,10 +189,7 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         """
         Compiles, in place, every layer of student and teacher and the body of the local loss. The loops between them
         would be unrolled or break the graph. All layers share three graphs: the student's global views, its local
-        views, and the teacher's views.
-
-        Args:
-            options: arguments of `torch.compile`; the defaults are `fullgraph=True` and `dynamic=False`.
+        views, and the teacher's views. `options` of `torch.compile`: `fullgraph=True` and `dynamic=False` by default.
         """
         options = {"fullgraph": True, "dynamic": False, **options}
         for encoder in (self.asit, self.teacher["asit"]):
@@ -239,11 +232,11 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
                 the local loss on corrupted patches) over the corrupted pixels of all of them; `False` averages per
                 process, as the official code does.
         """
-        shape = input_values.shape
-        if input_values.dim() != 4 or corrupted_values.shape != shape or corruption_mask.shape != shape:
+        shapes = [tuple(values.shape) for values in (input_values, corrupted_values, corruption_mask)]
+        if len(set(shapes)) > 1 or len(shapes[0]) != 4:
             raise ValueError(
                 "expected input_values, corrupted_values and corruption_mask of one shape (batch, views, frames, mel),"
-                f" got {tuple(shape)}, {tuple(corrupted_values.shape)} and {tuple(corruption_mask.shape)}"
+                f" got {', '.join(map(str, shapes))}"
             )
         teacher = self.get_teacher_output(input_values)  # first, while no activations are kept for the backward pass
         student = self.get_student_output(corrupted_values, local_values, drop_path_keys)
@@ -280,8 +273,8 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         drop_path_keys: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
-        The student's `cls_logits` (local crops after global views), `patch_features` and `patch_prototypes`, as for
-        the teacher, and its `reconstruction`, `(batch, views, frames, mel)`; each only if its loss is used.
+        As for the teacher, without `cls_tokens`, plus the `reconstruction`, `(batch, views, frames, mel)`; each only
+        if its loss is used. In `cls_logits`, local crops follow the global views.
         """
         head, output = self.heads.distillation, {}
         views = corrupted_values.shape[:2]
@@ -321,16 +314,9 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
             if config.local_loss_patches == "corrupted":
                 weights = corrupted_patches(corruption_mask, config.patch_size).flatten().float()
                 count = mean_over_processes(weights.sum()) if mean_over_all else None
+            patches = [output[f"patch_{part}"] for output in (student, teacher) for part in ("features", "prototypes")]
             losses["local_loss"] = patch_distillation_loss(
-                student["patch_features"],
-                student["patch_prototypes"],
-                teacher["patch_features"],
-                teacher["patch_prototypes"],
-                self.patch_center.center,
-                *temperatures,
-                weights=weights,
-                count=count,
-                distill=self._distill,
+                *patches, self.patch_center.center, *temperatures, weights, count, self._distill
             )
         if config.reconstruction_loss_weight > 0:
             frames = student["reconstruction"].shape[2]  # without trailing frames that do not fill a patch
@@ -352,15 +338,13 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         """Freezes parameters that no loss reaches, so that neither the optimizer nor DDP expects their gradients."""
         self.teacher.requires_grad_(False)
         head = self.heads.distillation
-        if not head.shared:
-            for prototypes in (head.cls_prototypes, head.patch_prototypes):
-                prototypes.weight_g.requires_grad_(False)
         if not self.distills:
             head.requires_grad_(False)
-        elif not head.shared and not self.config.global_loss_weight > 0:
-            head.cls_prototypes.requires_grad_(False)
-        elif not head.shared and not self.config.local_loss_weight > 0:
-            head.patch_prototypes.requires_grad_(False)
+        elif not head.shared:
+            used = self.config.global_loss_weight > 0, self.config.local_loss_weight > 0
+            for prototypes, is_used in zip((head.cls_prototypes, head.patch_prototypes), used):
+                prototypes.weight_g.requires_grad_(False)
+                prototypes.weight_v.requires_grad_(is_used)
         if not self.config.reconstruction_loss_weight > 0:
             self.heads.reconstruction.requires_grad_(False)
 
@@ -427,8 +411,7 @@ def _entropy(logits: torch.Tensor, center: torch.Tensor, temperature: float) -> 
     return -(log_probabilities.exp() * log_probabilities).sum(-1).mean()
 
 
-def _logit_std(logits: torch.Tensor) -> torch.Tensor:
-    # subtracting the center would not change it
+def _logit_std(logits: torch.Tensor) -> torch.Tensor:  # the center would not change it
     return logits.float().flatten(0, -2).std(0, correction=0).mean()
 
 

@@ -22,17 +22,8 @@ logger = logging.get_logger(__name__)
 # Consecutive logs that must look collapsed before the warning.
 PATIENCE = 3
 NEIGHBORS = 20
-CURVES = (
-    "loss",
-    "global_loss",
-    "local_loss",
-    "reconstruction_loss",
-    "cls_entropy",
-    "patch_entropy",
-    "feature_std",
-    "learning_rate",
-    "grad_norm",
-)
+CURVES = ("loss", "global_loss", "local_loss", "reconstruction_loss", "cls_entropy", "patch_entropy", "feature_std")
+CURVES += ("learning_rate", "grad_norm")
 
 
 def collapsed_losses(logs: dict[str, float], config: Any) -> dict[str, str]:
@@ -43,9 +34,7 @@ def collapsed_losses(logs: dict[str, float], config: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     sizes = {"cls": config.num_prototypes, "patch": config.num_patch_prototypes or config.num_prototypes}
     for loss, kind in (("global_loss", "cls"), ("local_loss", "patch")):
-        if f"{kind}_entropy" not in logs:
-            continue
-        entropy, deviation = logs[f"{kind}_entropy"], logs[f"{kind}_logit_std"]
+        entropy, deviation = logs.get(f"{kind}_entropy", 0.0), logs.get(f"{kind}_logit_std", math.inf)
         highest = math.log(sizes[kind])
         if deviation < 0.02 * logs["teacher_temperature"]:
             found[loss] = f"the teacher's distribution is the same for every input (logit std {deviation:.2g})"
@@ -78,8 +67,7 @@ class CollapseCallback(TrainerCallback):
 
 class KnnProbeCallback(TrainerCallback):
     """
-    Measures the kNN accuracy of the teacher's embeddings on labelled clips; the next log reports it as
-    `knn_accuracy`.
+    Logs the kNN accuracy of the teacher's embeddings on labelled clips, as `knn_accuracy`.
 
     Args:
         trainer ([`ASiTPreTrainer`]): the run.

@@ -61,19 +61,13 @@ class Schedules:
 
 def epoch_schedules(args: "ASiTPreTrainingArguments", steps: int, steps_per_epoch: int) -> Schedules:
     """The schedules of a run of a known number of steps."""
+    warmup_steps, warmup_epochs = round(args.warmup_epochs * steps_per_epoch), args.warmup_teacher_temperature_epochs
+    temperatures = args.warmup_teacher_temperature, args.teacher_temperature
     return Schedules(
-        learning_rate=cosine_schedule(
-            args.learning_rate, args.min_learning_rate, steps, round(args.warmup_epochs * steps_per_epoch)
-        ),
+        learning_rate=cosine_schedule(args.learning_rate, args.min_learning_rate, steps, warmup_steps),
         weight_decay=cosine_schedule(args.weight_decay, args.weight_decay_end, steps),
         teacher_momentum=cosine_schedule(args.teacher_momentum, args.teacher_momentum_end, steps),
-        teacher_temperature=stepwise_schedule(
-            args.warmup_teacher_temperature,
-            args.teacher_temperature,
-            steps,
-            steps_per_epoch,
-            args.warmup_teacher_temperature_epochs,
-        ),
+        teacher_temperature=stepwise_schedule(*temperatures, steps, steps_per_epoch, warmup_epochs),
     )
 
 
@@ -84,13 +78,13 @@ def planned_schedules(args: "ASiTPreTrainingArguments", plan: Plan) -> Schedules
     rising = args.learning_rate * epochs / max(plan.warmup, 1e-9)
     falling = half_cosine(args.learning_rate, args.min_learning_rate, plan.decay(steps))
     progress, warmup_epochs = plan.progress(steps), args.warmup_teacher_temperature_epochs
-    temperatures = np.linspace(args.warmup_teacher_temperature, args.teacher_temperature, warmup_epochs)
-    temperatures = np.append(temperatures, args.teacher_temperature)
+    temperatures = args.warmup_teacher_temperature, args.teacher_temperature
+    temperature_by_epoch = stepwise_schedule(*temperatures, warmup_epochs + 1, 1, warmup_epochs)
     return Schedules(
         learning_rate=np.where(epochs < plan.warmup, rising, falling),
         weight_decay=half_cosine(args.weight_decay, args.weight_decay_end, progress),
         teacher_momentum=half_cosine(args.teacher_momentum, args.teacher_momentum_end, progress),
-        teacher_temperature=temperatures[np.minimum(epochs.astype(int), warmup_epochs)],
+        teacher_temperature=temperature_by_epoch[np.minimum(epochs.astype(int), warmup_epochs)],
     )
 
 
@@ -109,9 +103,9 @@ def fitting_epoch(args: "ASiTPreTrainingArguments", steps: int | None, steps_per
             length = min(length, share * steps / epochs)
     if length == steps_per_epoch:
         return length, ""
+    names = ("warmup_epochs", "warmup_teacher_temperature_epochs", "freeze_last_layer_epochs")
     return length, (
         f"{steps} steps are {steps / steps_per_epoch:.3g} epochs, too few for schedules given in epochs: "
-        f"warmup_epochs {args.warmup_epochs:g}, warmup_teacher_temperature_epochs "
-        f"{args.warmup_teacher_temperature_epochs} and "
-        f"freeze_last_layer_epochs {args.freeze_last_layer_epochs} are shortened to {length / steps_per_epoch:.0%}"
+        f"{', '.join(f'{name} {getattr(args, name):g}' for name in names)} are shortened to "
+        f"{length / steps_per_epoch:.0%}"
     )

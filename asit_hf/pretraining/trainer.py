@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
@@ -33,7 +34,7 @@ from .checkpoints import CompleteCheckpointsMixin, on_termination
 from .fsdp import configure_fsdp
 from .gradients import clip_tensor_norms, gradient_norms
 from .masking import corrupt
-from .modeling import ASiTForPreTraining, ASiTForPreTrainingOutput
+from .modeling import ASiTForPreTraining
 from .monitoring import BadFilesReport, CollapseCallback, PlotCallback
 from .presets import differences_from_preset
 from .schedules import Schedules, epoch_schedules, fitting_epoch, planned_schedules
@@ -42,16 +43,7 @@ logger = logging.get_logger(__name__)
 
 BAD_FILES_REPORT = "bad_files.jsonl"
 LARGEST_RESIDENT_SHARE = 0.5  # of an accelerator's free memory, for packed audio; training needs the rest
-_LOGGED = (
-    "global_loss",
-    "local_loss",
-    "reconstruction_loss",
-    "cls_entropy",
-    "patch_entropy",
-    "cls_logit_std",
-    "patch_logit_std",
-    "feature_std",
-)
+_NOT_LOGGED = ("loss", "reconstruction")  # of the model's output: Trainer logs the loss
 
 
 class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Trainer):
@@ -64,8 +56,7 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
     used unchanged.
 
     Args:
-        model ([`ASiTForPreTraining`]): the model.
-        args ([`ASiTPreTrainingArguments`]): the arguments.
+        model, args ([`ASiTForPreTraining`], [`ASiTPreTrainingArguments`]): as in Trainer.
         processing_class ([`ASiTFeatureExtractor`]): sampling rate and normalization; saved with every checkpoint.
         data_collator (`Callable`, *optional*): by default [`~asit_hf.data.collate_crops`], on an accelerator with
             `int16=True`.
@@ -94,9 +85,7 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
         if isinstance(kwargs.get("train_dataset"), IterableDataset):
             # dispatched batches are concatenated tensor by tensor, which does not work for the list of bad files
             args.accelerator_config.dispatch_batches = False
-        super().__init__(
-            model=model, args=args, processing_class=processing_class, data_collator=data_collator, **kwargs
-        )
+        super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
         self._check_data()
         if differing := differences_from_preset(model.config, args.preset):
             listed = ", ".join(f"{name} {mine} ({theirs})" for name, (mine, theirs) in differing.items())
@@ -130,10 +119,8 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
             raise ValueError("the training data contain no clips")
         batch = self.args.train_batch_size * self.args.world_size
         if self.args.dataloader_drop_last and num_clips < batch:
-            raise ValueError(
-                f"the training data contain {num_clips} clips, fewer than one batch of {batch}: lower "
-                "per_device_train_batch_size or set dataloader_drop_last to False"
-            )
+            advice = "lower per_device_train_batch_size or set dataloader_drop_last to False"
+            raise ValueError(f"the training data contain {num_clips} clips, less than one batch of {batch}: {advice}")
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -179,9 +166,8 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
         else:
             self.data_collator = crops.collate
             decision = (
-                f"{size} stay on the CPU, because they exceed {LARGEST_RESIDENT_SHARE:.0%} of the {free / 1e9:.2f} GB "
-                f"free on {device}: {self.args.dataloader_num_workers} loader workers cut the crops "
-                "(dataloader_num_workers)"
+                f"{size} exceed {LARGEST_RESIDENT_SHARE:.0%} of the {free / 1e9:.2f} GB free on {device} and stay on "
+                f"the CPU: {self.args.dataloader_num_workers} loader workers cut the crops (dataloader_num_workers)"
             )
         if self.is_world_process_zero():
             logger.warning(decision)
@@ -189,11 +175,8 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
     @torch.no_grad()
     def prepare_views(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Turns waveform crops into the model's inputs: clean and corrupted spectrograms, masks, local views."""
-        views = {
-            name: inputs[name]
-            for name in ("input_values", "corrupted_values", "corruption_mask", "local_values")
-            if name in inputs
-        }
+        names = ("input_values", "corrupted_values", "corruption_mask", "local_values")
+        views = {name: inputs[name] for name in names if name in inputs}
         extract = self.processing_class.extract
         if "input_values" not in views:
             if "global_waveforms" not in inputs:
@@ -208,57 +191,39 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
             views["drop_path_keys"] = mix_keys(keys, self.state.global_step)
         if "corrupted_values" not in views:
             if keys is None:
-                raise ValueError(
-                    "expected corrupted_values in the batch, or sample_keys of shape (batch,) to draw masks from; got "
-                    f"{sorted(inputs)}"
-                )
+                expected = "corrupted_values, or sample_keys of shape (batch,) to draw masks from"
+                raise ValueError(f"expected {expected}, in the batch, got {sorted(inputs)}")
+            seed, step, number = torch.tensor(self.args.seed), self.state.global_step, len(self._passes_in_step)
+            donor_key = int(mix_keys(seed, step, number, self.args.process_index))
             gmml = replace(self.args.gmml, patch_size=self.model.config.patch_size)
-            views["corrupted_values"], views["corruption_mask"] = corrupt(
-                views["input_values"], keys, self._donor_key(), gmml
-            )
+            corrupted, mask = corrupt(views["input_values"], keys, donor_key, gmml)
+            views |= {"corrupted_values": corrupted, "corruption_mask": mask}
         return views
 
     def _gather_crops(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The crops of a batch that contains only their keys."""
         gather = getattr(self.train_dataset, "gather", None)
         if gather is None or "indices" not in inputs or "sample_keys" not in inputs:
-            raise ValueError(
-                "expected a batch with input_values or global_waveforms, or with indices and sample_keys if the "
-                f"training data are PackedCrops; got {sorted(inputs)}"
-            )
+            expected = "input_values or global_waveforms, or indices and sample_keys of PackedCrops"
+            raise ValueError(f"expected {expected} in the batch, got {sorted(inputs)}")
         crops = gather(inputs["indices"], inputs["sample_keys"])
         return {name: values.to(self.args.device) for name, values in crops.items()}
 
-    def _donor_key(self) -> int:
-        """A key of (seed, step, pass within the step, process)."""
-        key = mix_keys(
-            torch.tensor(self.args.seed), self.state.global_step, len(self._passes_in_step), self.args.process_index
-        )
-        return int(key)
-
     # --- forward pass ------------------------------------------------------------------------------------------
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, ASiTForPreTrainingOutput]:
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+        """The loss of one forward pass, and with `return_outputs` the [`ASiTForPreTrainingOutput`]."""
         self.bad_files.add(inputs.pop("bad_files", []))
         views = self.prepare_views(inputs)
         temperature = self.schedules.at(self.state.global_step)["teacher_temperature"]
         with self.accelerator.autocast():  # Accelerate adds none under FSDP2
             output = model(**views, teacher_temperature=temperature, mean_over_all=self.args.mean_over_all)
-        values = {name: output[name].detach().float() for name in _LOGGED if output.get(name) is not None}
+        values = {name: value.detach().float() for name, value in output.items() if name not in _NOT_LOGGED}
         self._passes_in_step.append(_Pass(output.loss.detach(), values, inputs.get("files", [])))
         if self.args.plot_steps > 0 and output.reconstruction is not None:
-            self.last_example = {
-                "clean": views["input_values"][0, 0],
-                "corrupted": views["corrupted_values"][0, 0],
-                "mask": views["corruption_mask"][0, 0],
-                "reconstruction": output.reconstruction[0, 0].detach(),
-            }
+            batches = views["input_values"], views["corrupted_values"], views["corruption_mask"], output.reconstruction
+            names = ("clean", "corrupted", "mask", "reconstruction")
+            self.last_example = {name: batch[0, 0].detach() for name, batch in zip(names, batches)}
         return (output.loss, output) if return_outputs else output.loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -281,6 +246,8 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
         Clips the gradients and sets the weight decay of the step. A step is skipped in all processes if a loss or
         gradient of any is not finite: without gradients the optimizer changes nothing.
         """
+        step = self.state.global_step
+        epochs = step / self._steps_per_epoch if self.budget is None else self.budget.plan.units(step)
         norm = clip_tensor_norms(self.model, self.args.max_tensor_grad_norm, self._gradient_norms)
         self._skips_step, self._stops_after_step = self._agree(~torch.isfinite(norm), self.terminated)
         if self._skips_step:
@@ -291,14 +258,13 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
             if self.accelerator.scaler is None:  # the gradient scaler of fp16 skips the step itself
                 for parameter in self.model.parameters():
                     parameter.grad = None
-        elif self._freezes_last_layer():
+        elif epochs < self.args.freeze_last_layer_epochs:
             for name, parameter in self.model.heads.named_parameters():  # looked up each time: FSDP replaces them
                 if "prototypes" in name:
                     parameter.grad = None
-        weight_decay = self.schedules.at(self.state.global_step)["weight_decay"]
         for group in self.optimizer.param_groups:
             if group["decays"]:
-                group["weight_decay"] = weight_decay
+                group["weight_decay"] = self.schedules.at(step)["weight_decay"]
 
     def after_optimizer_step(self) -> None:
         """Updates the centers and then the teacher, and adds the step's values to the next log."""
@@ -319,33 +285,22 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
             self.terminated = True  # also if another process received the signal
             self.control.should_save = self.control.should_training_stop = True
 
-    def _freezes_last_layer(self) -> bool:
-        step = self.state.global_step
-        epochs = step / self._steps_per_epoch if self.budget is None else self.budget.plan.units(step)
-        return epochs < self.args.freeze_last_layer_epochs
-
     def _agree(self, *flags: bool | torch.Tensor) -> list[bool]:
         """Each flag, true if it is true in any process."""
         device = self.args.device  # torch.full, because copying a flag from the host would wait for the device
-        values = torch.stack(
-            [
-                flag.float() if isinstance(flag, torch.Tensor) else torch.full((), float(flag), device=device)
-                for flag in flags
-            ]
-        )
+        flags = [one if torch.is_tensor(one) else torch.full((), one, device=device) for one in flags]
+        values = torch.stack(flags).float()
         if self.args.world_size > 1:
             torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
         return [value > 0 for value in values.tolist()]
 
     def _describe_skipped_steps(self) -> str:
-        files = [name for done in self._passes_in_step if not torch.isfinite(done.loss) for name in done.files] or [
-            name for done in self._passes_in_step for name in done.files
-        ]
+        failed = [one for one in self._passes_in_step if not torch.isfinite(one.loss)] or self._passes_in_step
+        files = ", ".join(name for one in failed for name in one.files) or "not named by the data"
         return (
             f"{self.args.max_skipped_steps} steps in a row had a non-finite loss or gradient, up to step "
-            f"{self.state.global_step}; files in the last batch of process {self.args.process_index}: "
-            f"{', '.join(files) or 'not named by the data'}. No checkpoint was saved since these steps began: check "
-            "the files, or resume from the last checkpoint with a lower learning rate."
+            f"{self.state.global_step}; files in the last batch of process {self.args.process_index}: {files}. Check "
+            "the files, or resume from the last checkpoint, saved before these steps, with a lower learning rate."
         )
 
     # --- logging -----------------------------------------------------------------------------------------------
@@ -386,12 +341,10 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
             self.optimizer = optimizer_class(groups, weight_decay=self.args.weight_decay, **kwargs)
         return self.optimizer
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         if self.lr_scheduler is None:
             peak = self.args.learning_rate
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.lr_scheduler = LambdaLR(
                 optimizer or self.optimizer, lambda step: self.schedules.at(step)["learning_rate"] / peak
             )
             self._created_lr_scheduler = True

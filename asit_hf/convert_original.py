@@ -166,9 +166,7 @@ def convert(
         ValueError: the file cannot be read safely or is not an ASiT, or options contradict each other or the file.
     """
     if pretraining and (encoder is not None or position_grid is not None):
-        raise ValueError(
-            "pretraining keeps both encoders and the file's own grid: set neither encoder nor position_grid"
-        )
+        raise ValueError("pretraining keeps both encoders and their grid: set neither encoder nor position_grid")
     if (position_grid is None) != (num_frames is None):
         raise ValueError(f"expected position_grid and num_frames together, got {position_grid} and {num_frames}")
     checkpoint, output_dir = Path(checkpoint), Path(output_dir).resolve()
@@ -308,8 +306,7 @@ def _infer_config(
     patches = tensors[prefix + PATCHES]
     if patches.dim() != 4 or patches.shape[1] != 1 or patches.shape[2] != patches.shape[3]:
         raise ValueError(
-            f"{prefix}{PATCHES} must have shape (width, 1, patch, patch), for one channel and square patches, got "
-            f"{tuple(patches.shape)}"
+            f"{prefix}{PATCHES} must be (width, 1, patch, patch), one channel and square, got {tuple(patches.shape)}"
         )
     hidden_size, patch_size = patches.shape[0], patches.shape[2]
     positions = _tensor(tensors, f"{prefix}pos_embed", 3).shape[1] - 1
@@ -489,16 +486,11 @@ def _grid(text: str) -> tuple[int, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m asit_hf.convert_original",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m asit_hf.convert_original", description=__doc__, formatter_class=raw)
     parser.add_argument("--checkpoint", required=True, help="file of the ASiT authors")
     parser.add_argument("--output_dir", required=True, help="folder to write")
-    parser.add_argument(
-        "--encoder", choices=ENCODERS, help="which encoder of a training checkpoint (default: teacher)"
-    )
+    parser.add_argument("--encoder", choices=ENCODERS, help="encoder of a training checkpoint (default: teacher)")
     parser.add_argument("--pretraining", action="store_true", help="write student, teacher, heads and centers")
     parser.add_argument("--num_attention_heads", type=int, help="default: from the file's args.arch, else width / 64")
     parser.add_argument("--num_mel_bins", type=int, help="mel bins (default: from the file's args, else 128)")

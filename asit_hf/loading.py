@@ -80,8 +80,7 @@ def load_config(path: str | PathLike, **kwargs: Any) -> ASiTConfig:
     Loads the configuration of any ASiT checkpoint, whose weights need not be there.
 
     Args:
-        path: as in `load_encoder`.
-        kwargs: passed to `from_pretrained`; fields of the configuration override those that were saved.
+        path, kwargs: as in `load_feature_extractor`.
 
     Raises:
         FileNotFoundError: no such folder or Hub name, or no model in it.
@@ -140,8 +139,7 @@ def find_checkpoint(folder: str | PathLike) -> Path:
     steps = sorted((step for step in steps if step.isdigit()), key=int, reverse=True)
     reasons = []
     for candidate in [folder, *(folder / f"checkpoint-{step}" for step in steps)]:
-        reason = why_incomplete(candidate)
-        if reason is None:
+        if (reason := why_incomplete(candidate)) is None:
             for skipped in reasons[1:]:
                 logger.warning("skipped %s", skipped)
             return candidate

@@ -332,7 +332,7 @@ def swap_block(weights: dict) -> dict:
     [
         (replace("patch_embed.proj.weight", 64, 3, 16, 16), r"one channel.*\(64, 3, 16, 16\)"),
         (replace("patch_embed.proj.weight", 64, 1, 16, 8), r"square.*\(64, 1, 16, 8\)"),
-        (replace("patch_embed.proj.weight", 64, 256), "patch_embed.proj.weight must have shape"),
+        (replace("patch_embed.proj.weight", 64, 256), "patch_embed.proj.weight must be"),
         (replace("pos_embed", 1, 10, 64), "9 patch positions do not fit 128 mel bins"),
         (replace("pos_embed", 1, 1, 64), "0 patch positions"),
         (replace("pos_embed", 9, 64), "pos_embed must have 3 dimensions"),

@@ -208,13 +208,9 @@ class CardArguments:
 
     card_license: str | None = HfArg(default=None, help="License of the weights as the Hub spells it (cc-by-4.0).")
     card_datasets: list[str] = HfArg(default_factory=list, help="Hub names of the training data.")
-    card_training_data: str | None = HfArg(
-        default=None, help="Description of the training data; default: number of clips and hours."
-    )
+    card_training_data: str | None = HfArg(default=None, help="Training data in words; default: clips and hours.")
     card_limitations: str | None = HfArg(default=None, help="Known limitations of the model.")
-    card_widget: list[str] = HfArg(
-        default_factory=list, help="Example sounds for the model's page: URLs, or files in its repository."
-    )
+    card_widget: list[str] = HfArg(default_factory=list, help="Example sounds: URLs, or files in the repository.")
     card_emissions: float | None = HfArg(default=None, help="CO2 emissions of the training in grams.")
 
     def facts(self) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from .configuration_asit import ASiTConfig
 from .feature_extraction_asit import ASiTFeatureExtractor
 from .hub.cards import write_model_card
 from .hub.export import check_replaceable
+from .hub.run_record import is_number
+from .loading import ENCODERS
 from .modeling_asit import ASiTModel
 from .pretraining.initialization import resize_positions
 from .pretraining.modeling import ASiTForPreTraining
@@ -51,27 +53,25 @@ ENCODER_NAMES = (
     (".attention.o_proj.", ".attn.proj."),
     ("layernorm.", "norm."),
 )
-_RECONSTRUCTION_NAMES = (
+HEAD_NAMES = (
+    ("distillation.fc1.", "head.mlp.0."),
+    ("distillation.fc2.", "head.mlp.2."),
+    ("distillation.fc3.", "head.mlp.4."),
+    ("distillation.cls_prototypes.", "head.last_layer."),
     ("reconstruction.fc1.", "head_recons.mlp.0."),
     ("reconstruction.fc2.", "head_recons.mlp.2."),
     ("reconstruction.fc3.", "head_recons.mlp.4."),
     ("reconstruction.projection.", "head_recons.convTrans."),
 )
-HEAD_NAMES = {
+NAMES = {
+    None: ENCODER_NAMES,
+    "2024": (*ENCODER_NAMES, *HEAD_NAMES),
     "2023": (
-        ("distillation.fc1.", "head_cls.mlp.0."),
-        ("distillation.fc2.", "head_cls.mlp.2."),
-        ("distillation.fc3.", "head_cls.mlp.4."),
-        ("distillation.cls_prototypes.", "head_cls.cls_layer."),
+        *ENCODER_NAMES,
+        *HEAD_NAMES,
+        ("head.mlp.", "head_cls.mlp."),
+        ("head.last_layer.", "head_cls.cls_layer."),
         ("distillation.patch_prototypes.", "head_cls.data_layer."),
-        *_RECONSTRUCTION_NAMES,
-    ),
-    "2024": (
-        ("distillation.fc1.", "head.mlp.0."),
-        ("distillation.fc2.", "head.mlp.2."),
-        ("distillation.fc3.", "head.mlp.4."),
-        ("distillation.cls_prototypes.", "head.last_layer."),
-        *_RECONSTRUCTION_NAMES,
     ),
 }
 CENTERS = {
@@ -87,40 +87,22 @@ HEAD_WIDTHS = {
     "reconstruction_bottleneck_size": "reconstruction.fc3.weight",
 }
 # The run options that the model card lists; paths and host names are private.
-HYPERPARAMETERS = (
-    "epochs",
-    "batch_size",
-    "lr",
-    "min_lr",
-    "warmup_epochs",
-    "weight_decay",
-    "weight_decay_end",
-    "clip_grad",
-    "drop_path_rate",
-    "momentum_teacher",
-    "warmup_teacher_temp",
-    "teacher_temp",
-    "warmup_teacher_temp_epochs",
-    "freeze_last_layer",
-    "drop_perc",
-    "drop_replace",
-    "num_crops_local",
-    "fromINet",
-)
+HYPERPARAMETERS = """
+epochs batch_size lr min_lr warmup_epochs weight_decay weight_decay_end clip_grad drop_path_rate freeze_last_layer
+momentum_teacher warmup_teacher_temp teacher_temp warmup_teacher_temp_epochs drop_perc drop_replace num_crops_local
+fromINet
+"""
 
 
 @dataclass(frozen=True)
 class Conversion:
     """
-    Report of a conversion.
+    Report of a conversion: the configuration and the feature extractor that were written, and
 
-    Args:
-        config ([`ASiTConfig`]): configuration of the written model.
-        feature_extractor ([`ASiTFeatureExtractor`]): feature extractor written with it.
-        release (`str`, *optional*): `"2023"` or `"2024"`, inferred from the heads; `None` for a file without heads.
-        written (`str`): which of the file's weights were written.
-        decisions (`list[str]`): settings that the tensors do not determine, each with its origin.
-        unused (`list[str]`): keys of the file that were not written; a completely unused dictionary is one key.
+    - `release` (`str`, *optional*): `"2023"` or `"2024"`, inferred from the heads; `None` for a file without heads.
+    - `written` (`str`): which of the file's weights were written.
+    - `decisions` (`list[str]`): settings that the tensors do not determine, each with its origin.
+    - `unused` (`list[str]`): keys of the file that were not written; a completely unused dictionary is one key.
     """
 
     config: ASiTConfig
@@ -169,13 +151,11 @@ def convert(
         num_attention_heads (`int`, *optional*): number of attention heads, which the tensors do not determine;
             default: that of the file's `args.arch` if it divides the width, else width / 64.
         num_mel_bins (`int`, *optional*): default: the file's `args.num_mel_bins`, else 128.
-        sampling_rate (`int`, *optional*): sampling rate of the feature extractor in Hz; default: the file's
-            `args.sample_rate`, else 16000. The 2023 release has no such option and always configures its filter bank
-            for 32000 Hz, so 32000 with audio at that rate reproduces its input.
+        sampling_rate (`int`, *optional*): rate in Hz; default: the file's `args.sample_rate`, else 16000. The 2023
+            release has no such option: its filter bank is for 32000 Hz, so 32000 reproduces its input.
         position_grid (`tuple[int, int]`, *optional*): time and mel patches of the grid as which the weights were
             trained to read their positions, if it is not the file's own. PretrainedSED reads the 37 x 8 grid of
-            `ASIT_weak_1.pt` and `ASIT_strong_1.pt` as `(8, 37)` and resizes it to every length but 592 frames; the
-            files do not record that.
+            `ASIT_weak_1.pt` and `ASIT_strong_1.pt` as `(8, 37)` at all lengths but 592; the files do not record that.
         num_frames (`int`, *optional*): with `position_grid`, the length that positions are resized to and stored for,
             cut to whole patches; the converted model is correct at this length only.
         overwrite (`bool`, defaults to `False`): whether to replace any other content of `output_dir`.
@@ -185,21 +165,27 @@ def convert(
         FileExistsError: `output_dir` holds something other than an earlier export.
         ValueError: the file cannot be read safely or is not an ASiT, or options contradict each other or the file.
     """
-    _check_options(encoder, pretraining, position_grid, num_frames)
+    if pretraining and (encoder is not None or position_grid is not None):
+        raise ValueError("pretraining keeps both encoders and their grid: set neither encoder nor position_grid")
+    if (position_grid is None) != (num_frames is None):
+        raise ValueError(f"expected position_grid and num_frames together, got {position_grid} and {num_frames}")
     checkpoint, output_dir = Path(checkpoint), Path(output_dir).resolve()
     check_replaceable(output_dir, checkpoint.resolve(), overwrite)
-    content = read_checkpoint(checkpoint)
-    args = _run_options(content)
+    content = _read_checkpoint(checkpoint)
+    args = content.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
     tensors = _flatten(content)
     backbones = _find_backbones(tensors)
-    prefix = backbones[_choose(backbones, encoder)]
+    chosen = encoder or ("backbone" if list(backbones) == ["backbone"] else "teacher")
+    if chosen not in backbones:
+        raise ValueError(f"expected a file with a {chosen}, got {' and '.join(sorted(backbones))}")
+    prefix = backbones[chosen]
     root = prefix.removesuffix("backbone.")
     release = _release(tensors, root) if root != prefix else None
 
     config, decisions = _infer_config(tensors, prefix, args, num_attention_heads, num_mel_bins)
     if release is not None:
-        for name, value in _head_fields(tensors, root, release).items():
-            setattr(config, name, value)
+        config.update(_head_fields(tensors, root, release))
     if pretraining:
         model, places = ASiTForPreTraining(config), _training_places(backbones, release, checkpoint)
         written = "student, teacher, heads and centers"
@@ -208,12 +194,15 @@ def convert(
         written = f"the encoder {prefix}*" if prefix else "the encoder"
     state, used = _rename(model.state_dict(), places, release, tensors)
     if position_grid is not None:
-        model = _with_positions_read_as(config, state, position_grid, num_frames)
+        if num_frames < config.patch_size:
+            raise ValueError(f"num_frames must be at least one patch of {config.patch_size}, got {num_frames}")
+        config.num_frames = num_frames // config.patch_size * config.patch_size
+        model, name = ASiTModel(config), "embeddings.position_embeddings"
+        state[name] = resize_positions(state[name], position_grid, config.position_grid)
         decisions.append(f"positions were read as {position_grid[0]} x {position_grid[1]} (--position_grid)")
     model.load_state_dict(state)
 
-    extractor, rate_origin = _feature_extractor(args, config.num_mel_bins, sampling_rate)
-    decisions.append(rate_origin)
+    extractor = _feature_extractor(args, config.num_mel_bins, sampling_rate, decisions)
     conversion = Conversion(config, extractor, release, written, decisions, _unused(content, used))
     facts = _card_facts(checkpoint, content, args, conversion)
     if position_grid is not None:
@@ -226,21 +215,6 @@ def convert(
         extractor.save_pretrained(folder)
         write_model_card(folder, **facts)
     return conversion
-
-
-def _check_options(
-    encoder: str | None, pretraining: bool, position_grid: tuple[int, int] | None, num_frames: int | None
-) -> None:
-    if encoder not in (None, "teacher", "student"):
-        raise ValueError(f"encoder must be 'teacher' or 'student', got {encoder!r}")
-    if pretraining and encoder is not None:
-        raise ValueError(f"pretraining keeps both student and teacher; do not choose an encoder, got {encoder!r}")
-    if pretraining and position_grid is not None:
-        raise ValueError("position_grid applies to an encoder, not to pretraining, which keeps the file's own grid")
-    if (position_grid is None) != (num_frames is None):
-        raise ValueError(
-            f"expected position_grid and num_frames together or neither, got {position_grid} and {num_frames}"
-        )
 
 
 class _NumPyNumber:
@@ -261,15 +235,9 @@ _SAFE_GLOBALS = [
 ]
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """
-    Reads a PyTorch file of tensors, plain containers and `argparse.Namespace`, without running code from it.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file holds anything else, is damaged, or is not a dictionary.
-    """
-    if not Path(path).is_file():
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a PyTorch file of tensors, plain containers and `argparse.Namespace`, without running code from it."""
+    if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_SAFE_GLOBALS):
@@ -287,13 +255,6 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a dictionary of tensors, got {type(content).__name__}")
     return dict(content)
-
-
-def _run_options(content: dict[str, Any]) -> dict[str, Any]:
-    args = content.get("args")
-    if isinstance(args, argparse.Namespace):
-        return vars(args)
-    return dict(args) if isinstance(args, Mapping) else {}
 
 
 def _flatten(content: Mapping, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -328,13 +289,6 @@ def _find_backbones(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     return backbones
 
 
-def _choose(backbones: dict[str, str], encoder: str | None) -> str:
-    chosen = encoder or ("teacher" if "student" in backbones or "teacher" in backbones else "backbone")
-    if chosen not in backbones:
-        raise ValueError(f"expected a file with a {chosen}, got {' and '.join(sorted(backbones))}")
-    return chosen
-
-
 def _release(tensors: dict[str, torch.Tensor], root: str) -> str | None:
     if f"{root}head_cls.cls_layer.weight_v" in tensors:
         return "2023"
@@ -352,14 +306,11 @@ def _infer_config(
     patches = tensors[prefix + PATCHES]
     if patches.dim() != 4 or patches.shape[1] != 1 or patches.shape[2] != patches.shape[3]:
         raise ValueError(
-            f"{prefix}{PATCHES} must have shape (width, 1, patch, patch), for one channel and square patches, got "
-            f"{tuple(patches.shape)}"
+            f"{prefix}{PATCHES} must be (width, 1, patch, patch), one channel and square, got {tuple(patches.shape)}"
         )
     hidden_size, patch_size = patches.shape[0], patches.shape[2]
     positions = _tensor(tensors, f"{prefix}pos_embed", 3).shape[1] - 1
-    bins, bins_origin = _first(
-        (num_mel_bins, "--num_mel_bins"), (_count(args, "num_mel_bins"), "args.num_mel_bins"), (128, "assumed")
-    )
+    bins, bins_origin = _setting(num_mel_bins, "num_mel_bins", args, "num_mel_bins", 128)
     mel_patches = bins // patch_size
     if mel_patches < 1 or bins % patch_size or positions < 1 or positions % mel_patches:
         raise ValueError(
@@ -391,8 +342,7 @@ def _num_heads(hidden_size: int, args: dict[str, Any], asked: int | None) -> tup
             return heads, f"args.arch {arch}"
     if hidden_size % 64:
         raise ValueError(
-            f"the number of attention heads is unknown, as the width {hidden_size} is not a multiple of 64; set "
-            "--num_attention_heads"
+            f"unknown number of attention heads: width {hidden_size} is no multiple of 64; set --num_attention_heads"
         )
     return hidden_size // 64, "width / 64"
 
@@ -419,8 +369,8 @@ def _training_places(backbones: dict[str, str], release: str | None, checkpoint:
     """The file's key prefix for each name prefix of an [`ASiTForPreTraining`]."""
     if release is None or not {"student", "teacher"} <= backbones.keys():
         raise ValueError(
-            f"{checkpoint}: expected student and teacher with heads, to continue pretraining; without --pretraining, "
-            "the encoder alone is converted, and run_pretraining.py can start from it with new heads"
+            f"{checkpoint}: expected student and teacher with heads, to continue pretraining; convert the encoder "
+            "without --pretraining, and run_pretraining.py can start from it with new heads"
         )
     places = dict(CENTERS[release])
     for part, prefix in (("", backbones["student"]), ("teacher.", backbones["teacher"])):
@@ -439,10 +389,6 @@ def _rename(
         key = places[part] + _official_name(name.removeprefix(part), release)
         projection = re.search(r"\.([qkv])_proj\.", name)
         shape = (3 * like.shape[0], *like.shape[1:]) if projection else tuple(like.shape)
-        if name in CENTERS["2024"] and key not in tensors:
-            raise ValueError(
-                f"expected a center {key}, to continue pretraining; without --pretraining, the encoder is converted"
-            )
         value = _tensor(tensors, key)
         if name in CENTERS["2024"]:
             value = value.flatten()
@@ -460,38 +406,23 @@ def _rename(
 
 
 def _official_name(name: str, release: str | None) -> str:
-    for ours, theirs in (*ENCODER_NAMES, *HEAD_NAMES.get(release, ())):
+    for ours, theirs in NAMES[release]:
         name = name.replace(ours, theirs)
     return name
 
 
-def _with_positions_read_as(
-    config: ASiTConfig, state: dict[str, torch.Tensor], grid: tuple[int, int], num_frames: int
-) -> ASiTModel:
-    """A model for `num_frames`; changes `config` and, reading its positions as `grid`, `state` to that length."""
-    if num_frames < config.patch_size:
-        raise ValueError(f"num_frames must be at least one patch of {config.patch_size}, got {num_frames}")
-    config.num_frames = num_frames // config.patch_size * config.patch_size
-    name = "embeddings.position_embeddings"
-    state[name] = resize_positions(state[name], grid, config.position_grid)
-    return ASiTModel(config)
-
-
 def _feature_extractor(
-    args: dict[str, Any], num_mel_bins: int, sampling_rate: int | None
-) -> tuple[ASiTFeatureExtractor, str]:
-    rate, origin = _first(
-        (sampling_rate, "--sampling_rate"), (_count(args, "sample_rate"), "args.sample_rate"), (16000, "assumed")
-    )
-    if rate < 1:
-        raise ValueError(f"the sampling rate must be positive, got {rate} Hz ({origin})")
-    statistics = {"mean": _number(args, "data_mean"), "std": _number(args, "data_std")}
-    statistics = {name: value for name, value in statistics.items() if value is not None}
+    args: Mapping[str, Any], num_mel_bins: int, sampling_rate: int | None, decisions: list[str]
+) -> ASiTFeatureExtractor:
+    """The feature extractor of the training; adds the origin of its settings to `decisions`."""
+    rate, origin = _setting(sampling_rate, "sampling_rate", args, "sample_rate", 16000)
+    statistics = {name: args[f"data_{name}"] for name in ("mean", "std") if is_number(args.get(f"data_{name}"))}
     extractor = ASiTFeatureExtractor(sampling_rate=rate, num_mel_bins=num_mel_bins, **statistics)
     whose = "args" if statistics else "AudioSet's, assumed"
-    return extractor, (
+    decisions.append(
         f"sampling rate: {rate} Hz ({origin}); mean {extractor.mean}, standard deviation {extractor.std} ({whose})"
     )
+    return extractor
 
 
 def _unused(content: Mapping, used: set[str], prefix: str = "") -> list[str]:
@@ -512,13 +443,12 @@ def _card_facts(
 ) -> dict[str, Any]:
     with checkpoint.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    options = {name: _number(args, name) for name in HYPERPARAMETERS}
+    numbers = {"epochs completed": content.get("epoch"), **{name: args.get(name) for name in HYPERPARAMETERS.split()}}
     recipe = {
         "weights": conversion.written,
         "SHA-256 of the file": digest,
         "release": conversion.release,
-        "epochs completed": _number(content, "epoch"),
-        **options,
+        **{name: value for name, value in numbers.items() if is_number(value)},
         "settings not in the tensors": "; ".join(conversion.decisions),
     }
     return {
@@ -537,24 +467,15 @@ def _tensor(tensors: dict[str, torch.Tensor], key: str, dim: int | None = None) 
     return tensors[key]
 
 
-def _number(values: Mapping, name: str) -> int | float | None:
-    value = values.get(name)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _count(args: Mapping, name: str) -> int | None:
-    """A positive integer of the file's args, or `None` if it is absent."""
-    value = args.get(name)
-    if value is None:
-        return None
-    number = _number(args, name)
-    if number is None or number < 1 or number != int(number):
-        raise ValueError(f"args.{name} must be a positive integer, got {value!r}; override it by an option (--help)")
-    return int(number)
-
-
-def _first(*choices: tuple[Any, str]) -> tuple[Any, str]:
-    return next(choice for choice in choices if choice[0] is not None)
+def _setting(option: int | None, name: str, args: Mapping, key: str, default: int) -> tuple[int, str]:
+    """A positive integer from an option, else from the file's args, else the default; and which of them it is."""
+    for value, origin in ((option, f"--{name}"), (args.get(key), f"args.{key}")):
+        if value is None:
+            continue
+        if not is_number(value) or value < 1 or value != int(value):
+            raise ValueError(f"{origin} must be a positive integer, got {value!r}; set --{name}")
+        return int(value), origin
+    return default, "assumed"
 
 
 def _grid(text: str) -> tuple[int, int]:
@@ -565,38 +486,20 @@ def _grid(text: str) -> tuple[int, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m asit_hf.convert_original",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m asit_hf.convert_original", description=__doc__, formatter_class=raw)
     parser.add_argument("--checkpoint", required=True, help="file of the ASiT authors")
     parser.add_argument("--output_dir", required=True, help="folder to write")
-    parser.add_argument(
-        "--encoder", choices=["teacher", "student"], help="which encoder of a training checkpoint (default: teacher)"
-    )
+    parser.add_argument("--encoder", choices=ENCODERS, help="encoder of a training checkpoint (default: teacher)")
     parser.add_argument("--pretraining", action="store_true", help="write student, teacher, heads and centers")
     parser.add_argument("--num_attention_heads", type=int, help="default: from the file's args.arch, else width / 64")
     parser.add_argument("--num_mel_bins", type=int, help="mel bins (default: from the file's args, else 128)")
-    parser.add_argument(
-        "--sampling_rate",
-        type=int,
-        help="rate in Hz (default: from the file's args, else 16000); the 2023 release, whose args have none, "
-        "configured its filter bank for 32000",
-    )
-    parser.add_argument(
-        "--position_grid",
-        type=_grid,
-        metavar="TxF",
-        help="time x mel patches that the weights were trained to read their positions as: 8x37 for ASIT_weak_1.pt "
-        "and ASIT_strong_1.pt, whose training code swapped the two at every length but 592 frames; needs --num_frames",
-    )
-    parser.add_argument(
-        "--num_frames",
-        type=int,
-        help="with --position_grid: length in frames of 10 ms (992 for 10 s) that positions are resized to; the model "
-        "is correct at this length only",
-    )
+    rate_help = "rate in Hz (default: from the file's args, else 16000); the 2023 release configured 32000"
+    parser.add_argument("--sampling_rate", type=int, help=rate_help)
+    grid_help = "time x mel patches that positions were read as: 8x37 for ASIT_weak_1.pt, ASIT_strong_1.pt"
+    parser.add_argument("--position_grid", type=_grid, metavar="TxF", help=f"{grid_help}; needs --num_frames")
+    frames_help = "with --position_grid: the only length at which the model is correct, in frames of 10 ms"
+    parser.add_argument("--num_frames", type=int, help=f"{frames_help} (992 for 10 s)")
     parser.add_argument("--overwrite", action="store_true", help="replace any content of output_dir")
     args = parser.parse_args(arguments)
     try:

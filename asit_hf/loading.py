@@ -29,9 +29,8 @@ def load_encoder(path: str | PathLike, encoder: str = "teacher", **kwargs: Any) 
     Loads the encoder of any ASiT checkpoint. For a pretraining checkpoint, only the chosen encoder is built.
 
     Args:
-        path (`str`): folder, Trainer run folder or Hub name of an encoder, a classifier or a pretraining checkpoint.
-        encoder (`str`, defaults to `"teacher"`): which encoder of a pretraining checkpoint, `"teacher"` or
-            `"student"`; other checkpoints have only one.
+        path: folder, Trainer run folder or Hub name of an encoder, a classifier or a pretraining checkpoint.
+        encoder: `"teacher"` or `"student"`, of a pretraining checkpoint; others have only one encoder.
         kwargs: passed to `from_pretrained`.
 
     Raises:
@@ -57,7 +56,7 @@ def load_feature_extractor(path: str | PathLike, **kwargs: Any) -> ASiTFeatureEx
     Loads the feature extractor saved beside a checkpoint's weights, or else in its run folder.
 
     Args:
-        path (`str`): as for `load_encoder`.
+        path: as in `load_encoder`.
         kwargs: passed to `from_pretrained`; fields of the extractor override those that were saved.
 
     Raises:
@@ -70,9 +69,9 @@ def load_feature_extractor(path: str | PathLike, **kwargs: Any) -> ASiTFeatureEx
     for folder in folders:
         if (folder / FEATURE_EXTRACTOR_NAME).is_file():
             return ASiTFeatureExtractor.from_pretrained(folder, **kwargs)
+    where = " or ".join(map(str, folders))
     raise FileNotFoundError(
-        f"no {FEATURE_EXTRACTOR_NAME} in {' or '.join(map(str, folders))}, so that sampling rate, mean and std of the "
-        "training are unknown: save the ASiTFeatureExtractor used for training there"
+        f"no {FEATURE_EXTRACTOR_NAME} in {where}: save the ASiTFeatureExtractor of the training there"
     )
 
 
@@ -81,8 +80,7 @@ def load_config(path: str | PathLike, **kwargs: Any) -> ASiTConfig:
     Loads the configuration of any ASiT checkpoint, whose weights need not be there.
 
     Args:
-        path (`str`): as for `load_encoder`.
-        kwargs: passed to `from_pretrained`; fields of the configuration override those that were saved.
+        path, kwargs: as in `load_feature_extractor`.
 
     Raises:
         FileNotFoundError: no such folder or Hub name, or no model in it.
@@ -117,10 +115,8 @@ def resolve_checkpoint(path: str | PathLike) -> str | Path:
     if Path(path).is_dir():
         return find_checkpoint(path)
     if Path(path).is_file():
-        raise ValueError(
-            f"expected a folder or Hub name, got the file {path}; python -m asit_hf.convert_original converts a "
-            "checkpoint of the ASiT authors to a folder"
-        )
+        hint = "python -m asit_hf.convert_original converts a checkpoint of the ASiT authors"
+        raise ValueError(f"expected a folder or Hub name, got the file {path}; {hint}")
     try:
         validate_repo_id(str(path))
     except HFValidationError:
@@ -139,12 +135,11 @@ def find_checkpoint(folder: str | PathLike) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
-    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
-    checkpoints = sorted((path for path in steps if steps[path].isdigit()), key=lambda path: int(steps[path]))
+    steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    steps = sorted((step for step in steps if step.isdigit()), key=int, reverse=True)
     reasons = []
-    for candidate in [folder, *reversed(checkpoints)]:
-        reason = why_incomplete(candidate)
-        if reason is None:
+    for candidate in [folder, *(folder / f"checkpoint-{step}" for step in steps)]:
+        if (reason := why_incomplete(candidate)) is None:
             for skipped in reasons[1:]:
                 logger.warning("skipped %s", skipped)
             return candidate

@@ -26,11 +26,7 @@ _NOT_CLIPS = (str, bytes, bytearray, memoryview, io.IOBase, Mapping, np.ndarray,
 
 _PREPROCESS = ("window_seconds", "overlap")
 _POSTPROCESS = ("top_k", "function_to_apply", "aggregate", "return_timeline")
-_FUNCTIONS = {
-    "softmax": lambda logits: logits.softmax(-1),
-    "sigmoid": lambda logits: logits.sigmoid(),
-    "none": lambda logits: logits,
-}
+_FUNCTIONS = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid, "none": lambda logits: logits}
 _AGGREGATES = {"mean": lambda scores: scores.mean(0), "max": lambda scores: scores.amax(0)}
 
 
@@ -53,7 +49,7 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
         _check_batch_size(kwargs.get("batch_size"))
         super().__init__(*args, **kwargs)
         if self.feature_extractor is None:
-            raise ValueError(f"{type(self).__name__} expected a feature_extractor, got None")
+            raise ValueError("expected a feature_extractor, got None")
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """
@@ -68,8 +64,8 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
             top_k (`int`, *optional*, defaults to 5): number of labels to return; `None` returns all.
             function_to_apply (`str`, *optional*): `"softmax"`, `"sigmoid"` or `"none"`; default by
                 `config.problem_type`: sigmoid for multi-label, none for regression, otherwise softmax.
-            window_seconds (`float`, *optional*): length of the windows that longer clips are cut into. All have the
-                same length, and the last one ends with the clip. `None`: 30 s.
+            window_seconds (`float`, defaults to 30): length of the windows that longer clips are cut into. All have
+                this length, and the last one ends with the clip.
             overlap (`float`, defaults to 0.5): fraction of a window that the next one repeats, in [0, 1).
             aggregate (`str`, defaults to `"mean"`): whether a clip's scores are the `"mean"` or `"max"` over windows.
             return_timeline (`bool`, defaults to `False`): whether to also return the labels of every window.
@@ -97,20 +93,26 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
         """Accepts any ASiT clip classifier, also wrapped, for example by peft."""
         name, model_type = type(self.model).__name__, self.model.config.model_type
         if model_type != "asit" or name in ("ASiTModel", "ASiTForAudioFrameClassification", "ASiTForPreTraining"):
-            raise ValueError(
-                f"{type(self).__name__} expected an ASiTForAudioClassification, got {name} (model_type {model_type!r})"
-            )
+            raise ValueError(f"expected an ASiTForAudioClassification, got {name} (model_type {model_type!r})")
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict, dict, dict]:
         parameters.pop("local_files_only", None)  # passed on by `pipeline()`
         if unknown := sorted(set(parameters) - {*_PREPROCESS, *_POSTPROCESS}):
             raise TypeError(f"expected arguments among {[*_PREPROCESS, *_POSTPROCESS]}, got {unknown}")
-        _check_parameters(parameters)
-        return (
-            {name: value for name, value in parameters.items() if name in _PREPROCESS},
-            {},
-            {name: value for name, value in parameters.items() if name in _POSTPROCESS},
-        )
+        window_seconds, overlap = parameters.get("window_seconds"), parameters.get("overlap", 0.0)
+        if window_seconds is not None and not (isinstance(window_seconds, Real) and window_seconds >= WINDOW_SECONDS):
+            raise ValueError(f"window_seconds must be None or at least {WINDOW_SECONDS}, got {window_seconds!r}")
+        if not (isinstance(overlap, Real) and 0 <= overlap < 1):
+            raise ValueError(f"overlap must be in [0, 1), got {overlap!r}")
+        top_k = parameters.get("top_k")
+        if top_k is not None and not (isinstance(top_k, Integral) and top_k >= 1):
+            raise ValueError(f"top_k must be None or at least 1, got {top_k!r}")
+        for name, choices in (("function_to_apply", [None, *_FUNCTIONS]), ("aggregate", list(_AGGREGATES))):
+            if name in parameters and parameters[name] not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {parameters[name]!r}")
+        preprocess = {name: parameters[name] for name in _PREPROCESS if name in parameters}
+        postprocess = {name: parameters[name] for name in _POSTPROCESS if name in parameters}
+        return preprocess, {}, postprocess
 
     def preprocess(
         self, inputs: Any, window_seconds: float | None = None, overlap: float = 0.5
@@ -120,15 +122,10 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
         window = round((MAX_SECONDS if window_seconds is None else window_seconds) * rate)
         with AudioReader(_to_source(inputs, rate)) as reader:
             for start, waveform, is_last in _windows(reader, rate, window, max(1, round(window * (1 - overlap)))):
-                features = self.feature_extractor(
-                    waveform, sampling_rate=rate, return_attention_mask=True, return_tensors="pt"
-                )
-                yield {
-                    **features.to(dtype=self.dtype),
-                    "start": start / rate,
-                    "end": (start + len(waveform)) / rate,
-                    "is_last": is_last,
-                }
+                options = {"sampling_rate": rate, "return_attention_mask": True, "return_tensors": "pt"}
+                features = self.feature_extractor(waveform, **options).to(dtype=self.dtype)
+                end = start + len(waveform)
+                yield {**features, "start": start / rate, "end": end / rate, "is_last": is_last}
 
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
         window = {name: model_inputs.pop(name) for name in ("start", "end", "is_last")}
@@ -161,12 +158,9 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
         return "none" if is_regression else "softmax"
 
     def _top_labels(self, scores: torch.Tensor, top_k: int | None) -> list[dict[str, Any]]:
-        count = len(scores) if top_k is None else min(top_k, len(scores))
-        best = scores.topk(count)
-        return [
-            {"score": score, "label": self.model.config.id2label[index]}
-            for score, index in zip(best.values.tolist(), best.indices.tolist())
-        ]
+        best = scores.topk(len(scores) if top_k is None else min(top_k, len(scores)))
+        pairs = zip(best.values.tolist(), best.indices.tolist())
+        return [{"score": score, "label": self.model.config.id2label[index]} for score, index in pairs]
 
 
 class _AudioClassification(AudioClassificationPipeline):
@@ -187,20 +181,6 @@ def register_pipeline() -> None:
 def _check_batch_size(batch_size: int | None) -> None:
     if batch_size is not None and not (isinstance(batch_size, Integral) and 1 <= batch_size <= MAX_BATCH_SIZE):
         raise ValueError(f"batch_size must be an integer from 1 to {MAX_BATCH_SIZE}, got {batch_size!r}")
-
-
-def _check_parameters(parameters: dict[str, Any]) -> None:
-    window_seconds, overlap = parameters.get("window_seconds"), parameters.get("overlap", 0.0)
-    if window_seconds is not None and not (isinstance(window_seconds, Real) and window_seconds >= WINDOW_SECONDS):
-        raise ValueError(f"window_seconds must be None or at least {WINDOW_SECONDS}, got {window_seconds!r}")
-    if not (isinstance(overlap, Real) and 0 <= overlap < 1):
-        raise ValueError(f"overlap must be in [0, 1), got {overlap!r}")
-    top_k = parameters.get("top_k")
-    if top_k is not None and not (isinstance(top_k, Integral) and top_k >= 1):
-        raise ValueError(f"top_k must be None or at least 1, got {top_k!r}")
-    for name, choices in (("function_to_apply", [None, *_FUNCTIONS]), ("aggregate", list(_AGGREGATES))):
-        if name in parameters and parameters[name] not in choices:
-            raise ValueError(f"{name} must be one of {choices}, got {parameters[name]!r}")
 
 
 def _to_source(clip: Any, sampling_rate: int) -> Any:

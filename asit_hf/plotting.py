@@ -16,52 +16,45 @@ Array = np.ndarray | Tensor | Sequence
 PROJECTIONS = ("pca", "tsne")
 
 
-def _as_array(values: Array) -> np.ndarray:
-    return values.detach().float().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float32)
-
-
 def _as_matrix(values: Array, name: str, axes: str) -> np.ndarray:
-    matrix = _as_array(values)
+    matrix = values.detach().float().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float32)
     if matrix.ndim != 2 or matrix.size == 0:
         raise ValueError(f"expected {name} of shape ({axes}), got {matrix.shape}")
     return matrix
 
 
-def _draw_spectrogram(axes: Axes, spectrogram: np.ndarray, limits: tuple[float, float], title: str) -> None:
-    seconds = len(spectrogram) / 100
-    axes.imshow(
-        spectrogram.T,
-        origin="lower",
-        aspect="auto",
-        cmap="magma",
-        vmin=limits[0],
-        vmax=limits[1],
-        extent=(0, seconds, 0, spectrogram.shape[1]),
-        interpolation="nearest",
-    )
+def _axes(width: float, height: float, rows: int = 1, columns: int = 1, **sharing: bool) -> tuple[Figure, list[Axes]]:
+    """A figure of this size in inches, and its panels row by row."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **sharing).flat)
+
+
+def _write(axes: Axes, title: str, x: str = "", y: str = "") -> None:
     axes.set_title(title, fontsize=9)
-    axes.set_ylabel("mel bin", fontsize=8)
+    axes.set_xlabel(x, fontsize=8)
+    axes.set_ylabel(y, fontsize=8)
     axes.tick_params(labelsize=7)
 
 
-def _draw_rows(rows: Mapping[str, np.ndarray]) -> Figure:
-    """Spectrograms of one shape, stacked, all on the color scale of the first."""
-    clean = next(iter(rows.values()))
-    figure = Figure(figsize=(7, 1.8 * len(rows)), layout="constrained")
-    for axes, (title, spectrogram) in zip(figure.subplots(len(rows), 1, sharex=True), rows.items()):
-        _draw_spectrogram(axes, spectrogram, (clean.min(), clean.max()), title)
-    axes.set_xlabel("seconds", fontsize=8)
+def _draw(spectrograms: Mapping[str, np.ndarray], height: float) -> Figure:
+    """Spectrograms `(frames, mel)` by title, stacked, all on the color scale of the first; `height` is per row."""
+    first = next(iter(spectrograms.values()))
+    figure, panels = _axes(7, height * len(spectrograms), rows=len(spectrograms), sharex=True)
+    for axes, (title, spectrogram) in zip(panels, spectrograms.items()):
+        _draw_image(axes, spectrogram, cmap="magma", vmin=first.min(), vmax=first.max())
+        _write(axes, title, "seconds" if axes is panels[-1] else "", "mel bin")
     return figure
+
+
+def _draw_image(axes: Axes, values: np.ndarray, **options: Any) -> None:
+    """Values `(frames, mel)`, hop 10 ms: time from left to right, low mel bins at the bottom."""
+    extent = (0, len(values) / 100, 0, values.shape[1])
+    axes.imshow(values.T, origin="lower", aspect="auto", interpolation="nearest", extent=extent, **options)
 
 
 def plot_log_mel(spectrogram: Array, title: str = "log-mel") -> Figure:
     """One spectrogram of shape `(frames, mel)`, hop 10 ms."""
-    spectrogram = _as_matrix(spectrogram, "a spectrogram", "frames, mel")
-    figure = Figure(figsize=(7, 2.4), layout="constrained")
-    axes = figure.subplots()
-    _draw_spectrogram(axes, spectrogram, (spectrogram.min(), spectrogram.max()), title)
-    axes.set_xlabel("seconds", fontsize=8)
-    return figure
+    return _draw({title: _as_matrix(spectrogram, "a spectrogram", "frames, mel")}, height=2.4)
 
 
 def plot_reconstruction(clean: Array, corrupted: Array, mask: Array, reconstruction: Array) -> Figure:
@@ -70,22 +63,18 @@ def plot_reconstruction(clean: Array, corrupted: Array, mask: Array, reconstruct
     reconstruction may lack the last frames, which do not fill a patch. The bottom row shows the reconstruction where
     the input was corrupted, and the input elsewhere.
     """
-    clean, corrupted, mask = _of_one_shape(clean=clean, corrupted=corrupted, mask=mask)
+    inputs = {"clean": clean, "corrupted": corrupted, "mask": mask}
+    clean, corrupted, mask = (_as_matrix(values, name, "frames, mel") for name, values in inputs.items())
+    if not clean.shape == corrupted.shape == mask.shape:
+        shapes = [clean.shape, corrupted.shape, mask.shape]
+        raise ValueError(f"expected {', '.join(inputs)} of one shape (frames, mel), got {shapes}")
     reconstruction = _as_matrix(reconstruction, "a reconstruction", "frames, mel")
     frames = min(len(clean), len(reconstruction))
     if reconstruction.shape[1] != clean.shape[1]:
         raise ValueError(f"expected a reconstruction of {clean.shape[1]} mel bins, got {reconstruction.shape[1]}")
     clean, corrupted, reconstruction = clean[:frames], corrupted[:frames], reconstruction[:frames]
     restored = np.where(mask[:frames] > 0.5, reconstruction, corrupted)
-    return _draw_rows({"clean": clean, "corrupted (student's input)": corrupted, "restored": restored})
-
-
-def _of_one_shape(**spectrograms: Array) -> list[np.ndarray]:
-    matrices = [_as_matrix(values, name, "frames, mel") for name, values in spectrograms.items()]
-    if len({matrix.shape for matrix in matrices}) > 1:
-        shapes = [matrix.shape for matrix in matrices]
-        raise ValueError(f"expected {', '.join(spectrograms)} of one shape (frames, mel), got {shapes}")
-    return matrices
+    return _draw({"clean": clean, "corrupted (student's input)": corrupted, "restored": restored}, height=1.8)
 
 
 def plot_attention(spectrogram: Array, attention: Array, title: str = "attention") -> Figure:
@@ -106,23 +95,12 @@ def plot_attention(spectrogram: Array, attention: Array, title: str = "attention
             f"expected attention for the square patches of {frames} frames and {mel} mel bins, got {time_patches} x "
             f"{mel_patches} patches (time x mel)"
         )
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    _draw_spectrogram(above, spectrogram, (spectrogram.min(), spectrogram.max()), "log-mel")
-    heat = attention.repeat(patch, 0).repeat(patch, 1)[:frames]
-    below.imshow(
-        heat.T,
-        origin="lower",
-        aspect="auto",
-        cmap="viridis",
-        extent=(0, len(heat) / 100, 0, mel),
-        interpolation="nearest",
-    )
+    figure, (above, below) = _axes(7, 4.2, rows=2, sharex=True)
+    _draw_image(above, spectrogram, cmap="magma")
+    _write(above, "log-mel", y="mel bin")
+    _draw_image(below, attention.repeat(patch, 0).repeat(patch, 1)[:frames], cmap="viridis")
     below.set_xlim(0, frames / 100)
-    below.set_title(title, fontsize=9)
-    below.set_ylabel("mel bin", fontsize=8)
-    below.set_xlabel("seconds", fontsize=8)
-    below.tick_params(labelsize=7)
+    _write(below, title, "seconds", "mel bin")
     return figure
 
 
@@ -144,16 +122,12 @@ def plot_timeline(timeline: Sequence[Mapping[str, Any]], count: int = 5, title: 
     for label, score in (item for window in windows for item in window.items()):
         highest[label] = max(score, highest.get(label, score))
     middles = [(window["start"] + window["end"]) / 2 for window in timeline]
-    figure = Figure(figsize=(7, 2.8), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = _axes(7, 2.8)
     for label in sorted(highest, key=highest.get, reverse=True)[:count]:
         scores = [window.get(label, np.nan) for window in windows]
         axes.plot(middles, scores, "o-", markersize=3, linewidth=1.2, label=label)
-    axes.set_title(title, fontsize=9)
     axes.set_xlim(min(window["start"] for window in timeline), max(window["end"] for window in timeline))
-    axes.set_xlabel("seconds", fontsize=8)
-    axes.set_ylabel("score", fontsize=8)
-    axes.tick_params(labelsize=7)
+    _write(axes, title, "seconds", "score")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -167,14 +141,12 @@ def plot_curves(history: Sequence[dict[str, float]], names: Sequence[str]) -> Fi
         raise ValueError(f"expected a log of at least one of {list(names)}, got none of them")
     columns = min(3, len(series))
     rows = -(-len(series) // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.5 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    figure, panels = _axes(3.6 * columns, 2.5 * rows, rows, columns)
     for axes, (name, points) in zip(panels, series.items()):
         axes.plot(*zip(*points), linewidth=1.2)
-        axes.set_title(name, fontsize=9)
-        axes.tick_params(labelsize=7)
+        _write(axes, name)
         axes.grid(alpha=0.3)
-    for axes in list(panels):
+    for axes in panels[len(series) :]:
         axes.set_visible(False)
     return figure
 
@@ -186,8 +158,7 @@ def plot_confusion(matrix: Array, labels: Sequence[str]) -> Figure:
         raise ValueError(f"expected a confusion matrix for {len(labels)} labels, got shape {matrix.shape}")
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     side = max(4.0, 0.28 * len(labels) + 1.5)
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = _axes(side, side)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
@@ -221,8 +192,7 @@ def plot_embeddings(
     if labels.shape != embeddings.shape[:1]:
         raise ValueError(f"expected one label for each of {len(embeddings)} clips, got labels of shape {labels.shape}")
     points = _project(embeddings, projection)
-    figure = Figure(figsize=(6.5, 5), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = _axes(6.5, 5)
     for index, label in enumerate(np.unique(labels)):
         chosen = points[labels == label]
         name = str(label) if names is None else names[int(label)]
@@ -260,17 +230,14 @@ def plot_scores(scores: dict[str, dict[str, Sequence[float]]], unit: str = "%") 
     names = list(dict.fromkeys(name for panel in scores.values() for name in panel))
     if not names:
         raise ValueError("expected at least one score, got none")
-    figure = Figure(figsize=(2.2 + 2.3 * len(scores), 1.1 + 0.32 * len(names)), layout="constrained")
-    panels = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
+    figure, panels = _axes(2.2 + 2.3 * len(scores), 1.1 + 0.32 * len(names), columns=len(scores), sharey=True)
     for axes, (title, panel) in zip(panels, scores.items()):
         for line, name in enumerate(names):
             values = panel.get(name, ())
             axes.plot(values, [line] * len(values), "o", color="C0", alpha=0.6, markersize=4)
             if len(values):
                 axes.plot([np.mean(values)], [line], "|", color="C3", markersize=14, markeredgewidth=2)
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel(unit, fontsize=8)
-        axes.tick_params(labelsize=8)
+        _write(axes, title, unit)
         axes.grid(axis="x", alpha=0.3)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)

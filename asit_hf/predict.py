@@ -18,9 +18,6 @@ from .data.datasets import find_audio_files
 from .loading import load_config, load_feature_extractor, resolve_checkpoint
 from .pipeline import ASiTAudioClassificationPipeline
 
-_COLUMNS = ["file", "rank", "label", "score", "error"]
-_TIMELINE_COLUMNS = ["file", "start", "end", "rank", "label", "score", "error"]
-
 
 def load_classifier(model: str | os.PathLike, device: str = "auto") -> ASiTAudioClassificationPipeline:
     """
@@ -34,8 +31,8 @@ def load_classifier(model: str | os.PathLike, device: str = "auto") -> ASiTAudio
     config = load_config(model)
     if "ASiTForAudioClassification" not in (config.architectures or []):
         raise ValueError(
-            f"{model}: expected an ASiTForAudioClassification, got {config.architectures}: finetune it first, for "
-            "example with examples/run_audio_classification.py"
+            f"{model}: expected an ASiTForAudioClassification, got {config.architectures}; finetune it first "
+            "(examples/run_audio_classification.py)"
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,11 +73,9 @@ def predict_folder(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    root = Path(folder)
-    files = [root] if root.is_file() else find_audio_files(root)
-    root = root.parent if root.is_file() else root
-    predictions: dict[Path, dict[str, Any]] = {}
-    seconds: dict[Path, float] = {}
+    folder = Path(folder)
+    root, files = (folder.parent, [folder]) if folder.is_file() else (folder, find_audio_files(folder))
+    predictions, seconds = {}, {}
     for file in files:
         try:
             seconds[file] = audio_info(file).duration
@@ -104,11 +99,7 @@ def _classify(
     except AudioReadError as error:
         if len(files) == 1:
             return {files[0]: {"error": error.reason}}
-        return {
-            file: prediction
-            for single in files
-            for file, prediction in _classify(classifier, [single], batch_size, options).items()
-        }
+        return {file: _classify(classifier, [file], batch_size, options)[file] for file in files}
     return {file: output if isinstance(output, dict) else {"labels": output} for file, output in zip(files, outputs)}
 
 
@@ -121,8 +112,8 @@ def write_predictions(predictions: list[dict[str, Any]], file: TextIO, format: s
         json.dump(predictions, file, indent=2, ensure_ascii=False)
         file.write("\n")
         return
-    has_timeline = any("timeline" in prediction for prediction in predictions)
-    writer = csv.DictWriter(file, _TIMELINE_COLUMNS if has_timeline else _COLUMNS, lineterminator="\n")
+    span = ["start", "end"] if any("timeline" in prediction for prediction in predictions) else []
+    writer = csv.DictWriter(file, ["file", *span, "rank", "label", "score", "error"], lineterminator="\n")
     writer.writeheader()
     for prediction in predictions:
         writer.writerows(_rows(prediction))
@@ -132,15 +123,14 @@ def _rows(prediction: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if "error" in prediction:
         yield {"file": prediction["file"], "error": prediction["error"]}
         return
-    windows = prediction.get("timeline", [prediction])
-    for window in windows:
+    for window in prediction.get("timeline", [prediction]):
         span = {name: f"{window[name]:.3f}" for name in ("start", "end") if name in window}
         for rank, label in enumerate(window["labels"], start=1):
             score = f"{label['score']:.6f}"
             yield {"file": prediction["file"], **span, "rank": rank, "label": label["label"], "score": score}
 
 
-def _parser() -> argparse.ArgumentParser:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m asit_hf.predict", description=__doc__.split(":")[0])
     parser.add_argument("model", help="folder or Hub name of an ASiT classifier")
     parser.add_argument("folder", type=Path, help="folder of audio files, searched recursively, or one file")
@@ -148,36 +138,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top_k", type=int, default=5, help="labels per file (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help="windows in one forward pass (default: %(default)s)")
     parser.add_argument("--window_seconds", type=float, help="window length for longer clips (default: 30)")
-    parser.add_argument(
-        "--overlap", type=float, default=0.5, help="overlap of windows, in [0, 1) (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--aggregate", choices=["mean", "max"], default="mean", help="how window scores are combined (default: mean)"
-    )
+    parser.add_argument("--overlap", type=float, default=0.5, help="overlap of windows, [0, 1) (default: %(default)s)")
+    parser.add_argument("--aggregate", choices=["mean", "max"], default="mean", help="combination of window scores")
     parser.add_argument("--timeline", action="store_true", help="add the labels of every window")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: cuda if available")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a file cannot be read")
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = _parser()
     args = parser.parse_args(arguments)
     if args.output is not None and args.output.suffix not in (".csv", ".json"):
         parser.error(f"--output must end in .csv or .json, got {args.output}")
     try:
         if args.output is not None:
             args.output.parent.mkdir(parents=True, exist_ok=True)
-        predictions = predict_folder(
-            load_classifier(args.model, args.device),
-            args.folder,
-            batch_size=args.batch_size,
-            top_k=args.top_k,
-            window_seconds=args.window_seconds,
-            overlap=args.overlap,
-            aggregate=args.aggregate,
-            return_timeline=args.timeline,
-        )
+        names = ("batch_size", "top_k", "window_seconds", "overlap", "aggregate")
+        options = {name: getattr(args, name) for name in names}
+        classifier = load_classifier(args.model, args.device)
+        predictions = predict_folder(classifier, args.folder, return_timeline=args.timeline, **options)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

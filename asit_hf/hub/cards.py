@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.hf_argparser import HfArg
 
 from ..configuration_asit import ASiTConfig
 from ..data.audio import AudioReadError, audio_info
@@ -20,6 +22,11 @@ if TYPE_CHECKING:  # slow to import, and needs the train extra
 
 CARD_NAME = "README.md"
 _UNKNOWN = "Unknown: it was not recorded."
+_UNKNOWN_LICENSE = "The license of the weights is unknown; it depends on the license of the training data."
+_LIMITATIONS = (
+    "Position embeddings were learned on clips of {seconds:.2f} s and are resized for other lengths. The model was "
+    "not evaluated on audio unlike its training data, and its biases were not studied."
+)
 _POOLING = {
     "cls": "CLS token",
     "mean": "mean of the patch tokens",
@@ -47,19 +54,18 @@ def write_model_card(
 
     Args:
         folder: holds `config.json` and `preprocessor_config.json`.
-        name (`str`, *optional*): Hub name, which the card's example loads; by default the folder's name.
-        license (`str`, *optional*): license of the weights as the Hub abbreviates it (`"cc-by-4.0"`).
-        datasets (`Sequence[str]`): Hub names of the training data.
-        training_data (`str`, *optional*): description of the training data: hours, sources, licenses.
-        recipe (`Mapping[str, Any]`, *optional*): hyperparameters by name, added to those recorded.
-        results (`Sequence[Mapping[str, Any]]`): rows with `task`, `dataset`, `metric`, `value`, `command`, and for a
-            metric with several rows its `metric_name`, such as `"accuracy, linear probe"`; added to those recorded.
-            Numbers also go to the card's metadata.
-        limitations (`str`, *optional*): known limitations of the model.
-        base_model (`str`, *optional*): Hub name of the encoder it was finetuned from.
-        widget (`Sequence[Mapping[str, str]]`): example sounds for a classifier's page, `{"example_title", "src"}` with
-            a URL or the name of a file in the repository.
-        emissions (`float`, *optional*): CO2 emissions of the training in grams.
+        name: Hub name, which the card's example loads; by default the folder's name.
+        license: license of the weights as the Hub abbreviates it (`"cc-by-4.0"`).
+        datasets, training_data: Hub names and description (hours, sources, licenses) of the training data.
+        recipe: hyperparameters by name, added to those recorded.
+        results: rows with `task`, `dataset`, `metric`, `value`, `command`, and for a metric with several rows its
+            `metric_name`, such as `"accuracy, linear probe"`; added to those recorded. Numbers also go to the card's
+            metadata.
+        limitations: known limitations of the model.
+        base_model: Hub name of the encoder it was finetuned from.
+        widget: example sounds for a classifier's page, `{"example_title", "src"}` with a URL or the name of a file in
+            the repository.
+        emissions: CO2 emissions of the training in grams.
 
     Returns:
         `Path`: the card.
@@ -95,10 +101,10 @@ def write_model_card(
     sections = {
         "Model description": _description(config, extractor, classifies),
         "Usage": _usage(name, config, extractor),
-        "Training data": "\n\n".join(filter(None, [training_data or _UNKNOWN, _license(license)])),
+        "Training data": (training_data or _UNKNOWN) + ("" if license else f"\n\n{_UNKNOWN_LICENSE}"),
         "Training recipe": _table(["setting", "value"], list(recipe.items())) if recipe else _UNKNOWN,
         "Measured results": _results(results),
-        "Limitations": limitations or _limitations(config),
+        "Limitations": limitations or _LIMITATIONS.format(seconds=config.num_frames / 100),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n# {name.split('/')[-1]}\n\n{body}\n")
@@ -176,12 +182,6 @@ print(outputs.last_hidden_state.shape)  # (1, 1 + patches, WIDTH): CLS token, th
 """
 
 
-def _license(license: str | None) -> str | None:
-    if license is not None:
-        return None
-    return "The license of the weights is unknown; it depends on the license of the training data."
-
-
 def _results(results: Sequence[Mapping[str, Any]]) -> str:
     if not results:
         return "None recorded."
@@ -198,13 +198,6 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _limitations(config: ASiTConfig) -> str:
-    return (
-        f"Position embeddings were learned on clips of {config.num_frames / 100:.2f} s and are resized for other "
-        "lengths. The model was not evaluated on audio unlike its training data, and its biases were not studied."
-    )
-
-
 # With more training files, their hours are not counted: that opens every file.
 MAX_COUNTED_FILES = 20000
 
@@ -213,19 +206,12 @@ MAX_COUNTED_FILES = 20000
 class CardArguments:
     """Facts for a model card that no run can record, as options of a script."""
 
-    card_license: str | None = field(
-        default=None, metadata={"help": "License of the weights in the Hub's spelling, such as cc-by-4.0."}
-    )
-    card_datasets: list[str] = field(default_factory=list, metadata={"help": "Hub names of the training data."})
-    card_training_data: str | None = field(
-        default=None, metadata={"help": "Description of the training data; default: number of clips and hours."}
-    )
-    card_limitations: str | None = field(default=None, metadata={"help": "Known limitations of the model."})
-    card_widget: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Example sounds for the model's page: URLs, or files in its repository."},
-    )
-    card_emissions: float | None = field(default=None, metadata={"help": "CO2 emissions of the training in grams."})
+    card_license: str | None = HfArg(default=None, help="License of the weights as the Hub spells it (cc-by-4.0).")
+    card_datasets: list[str] = HfArg(default_factory=list, help="Hub names of the training data.")
+    card_training_data: str | None = HfArg(default=None, help="Training data in words; default: clips and hours.")
+    card_limitations: str | None = HfArg(default=None, help="Known limitations of the model.")
+    card_widget: list[str] = HfArg(default_factory=list, help="Example sounds: URLs, or files in the repository.")
+    card_emissions: float | None = HfArg(default=None, help="CO2 emissions of the training in grams.")
 
     def facts(self) -> dict[str, Any]:
         """The options as arguments of [`write_model_card`]."""
@@ -246,13 +232,11 @@ def describe_run(
     Writes `run.json` and the model card beside the model that a trainer has trained and saved.
 
     Args:
-        trainer ([`~transformers.Trainer`]): trained an ASiT model; its `processing_class` is the feature extractor.
-        command, results: see [`record_run`].
-        card ([`CardArguments`]): facts for the card.
-        sources (`Sequence`, *optional*): the training clips, see [`~asit_hf.data.audio.AudioReader`]; `None` for a
-            stream.
-        base_model (`str`, *optional*): Hub name or folder of the encoder it was finetuned from; the name of a local
-            folder is not written.
+        trainer: trained an ASiT model; its `processing_class` is the feature extractor.
+        command, results: as in [`record_run`].
+        card: facts for the card.
+        sources: the training clips, as for [`~asit_hf.data.audio.AudioReader`]; `None` for a stream.
+        base_model: Hub name or folder of the encoder it was finetuned from; the name of a local folder is not written.
         facts: further arguments of [`write_model_card`].
     """
     from ..utils.time_budget import STATE_KEY
@@ -270,8 +254,7 @@ def describe_run(
     seconds = sum(row.get("train_runtime", 0.0) for row in state.log_history)
     if getattr(args, "max_minutes", None) is not None:  # counts the time before a resume too
         seconds = state.stateful_callbacks[STATE_KEY]["seconds"]
-    clips = None if sources is None else len(sources)
-    hours = None if sources is None else _total_hours(sources)
+    clips, hours = (None, None) if sources is None else (len(sources), _total_hours(sources))
     rate = trainer.processing_class.sampling_rate
     record_run(args.output_dir, command, recipe, seconds, clips, hours, rate, results)
     base_model = None if base_model is None or os.path.exists(base_model) else base_model
@@ -284,14 +267,9 @@ def _total_hours(sources: Sequence) -> float | None:
         return sources.hours
     if len(sources) > MAX_COUNTED_FILES:
         return None
-    return sum(_seconds(source) for source in sources) / 3600
-
-
-def _seconds(source: Any) -> float:
-    """Duration of a clip, or of a data set's row; 0 if it cannot be read."""
-    if isinstance(source, dict) and "audio" in source:
-        source = source["audio"]
-    try:
-        return audio_info(source).duration
-    except AudioReadError:
-        return 0.0
+    seconds = 0.0
+    for source in sources:
+        with suppress(AudioReadError):
+            is_row = isinstance(source, dict) and "audio" in source
+            seconds += audio_info(source["audio"] if is_row else source).duration
+    return seconds / 3600

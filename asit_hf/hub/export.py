@@ -24,15 +24,8 @@ from ..utils.files import whole_file, whole_folder
 from .cards import CARD_NAME, write_model_card
 from .run_record import RUN_NAME
 
-_EXPORTED = {
-    CONFIG_NAME,
-    FEATURE_EXTRACTOR_NAME,
-    SAFE_WEIGHTS_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    CARD_NAME,
-    RUN_NAME,
-    *HUB_FILES,
-}
+_SETTINGS = (CONFIG_NAME, FEATURE_EXTRACTOR_NAME, CARD_NAME, RUN_NAME)
+_EXPORTED = {*_SETTINGS, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *HUB_FILES}
 
 
 def export_encoder(
@@ -51,13 +44,13 @@ def export_encoder(
             folder itself if there is one, else its last complete checkpoint. The feature extractor is the one beside
             the weights, else the run folder's.
         output_dir: written completely or not at all. An earlier export there is replaced.
-        encoder (`str`, defaults to `"teacher"`): which encoder, `"teacher"` or `"student"`.
-        overwrite (`bool`, defaults to `False`): whether to replace any other content of `output_dir`.
-        half (`bool`, defaults to `False`): whether to store the weights in 16 bits, see [`halve_weights`].
+        encoder: which encoder, `"teacher"` or `"student"`.
+        overwrite: whether to replace any other content of `output_dir`.
+        half: whether to store the weights in 16 bits, as [`halve_weights`] does.
         facts: arguments of [`~asit_hf.hub.cards.write_model_card`].
 
     Returns:
-        `Path`: `output_dir`.
+        `Path`: `output_dir`, absolute.
 
     Raises:
         FileNotFoundError: no complete checkpoint, or no `preprocessor_config.json`.
@@ -72,11 +65,9 @@ def export_encoder(
     if not is_pretraining_checkpoint(config):
         raise ValueError(f"{checkpoint}: expected an ASiTForPreTraining checkpoint, got {config.architectures}")
     model = load_encoder(checkpoint, encoder, dtype="auto")
-    if extractor.num_mel_bins != config.num_mel_bins:
-        raise ValueError(
-            f"{checkpoint}: the model expects {config.num_mel_bins} mel bins, but the feature extractor computes "
-            f"{extractor.num_mel_bins}"
-        )
+    expected, got = config.num_mel_bins, extractor.num_mel_bins
+    if got != expected:
+        raise ValueError(f"{checkpoint}: expected {expected} mel bins, got {got} from the feature extractor")
     run = next((path for folder in (checkpoint, pretraining_dir) if (path := folder / RUN_NAME).is_file()), None)
     facts = {"recipe": _recipe(checkpoint, encoder, config), **facts}
     with whole_folder(output_dir) as export:
@@ -128,7 +119,7 @@ def check_replaceable(output_dir: Path, checkpoint: Path, overwrite: bool) -> No
     if overwrite or not output_dir.exists() or not any(output_dir.iterdir()) or _is_export(output_dir):
         return
     raise FileExistsError(
-        f"output_dir {output_dir} is neither empty nor an earlier export; overwrite=True replaces it"
+        f"output_dir {output_dir} is neither empty nor an earlier export: overwrite=True replaces it"
     )
 
 
@@ -143,9 +134,8 @@ def _is_export(folder: Path) -> bool:
 def _recipe(checkpoint: Path, encoder: str, config: ASiTConfig) -> dict[str, Any]:
     """The settings of a pretraining run that its checkpoint records."""
     recipe: dict[str, Any] = {"encoder": encoder}
-    state_file = checkpoint / "trainer_state.json"
-    if state_file.is_file():
-        state = json.loads(state_file.read_text(encoding="utf-8"))
+    if (file := checkpoint / "trainer_state.json").is_file():
+        state = json.loads(file.read_text(encoding="utf-8"))
         recipe |= {"optimizer steps": state.get("global_step"), "epochs": state.get("epoch")}
     names = ("global_loss_weight", "local_loss_weight", "reconstruction_loss_weight", "num_prototypes")
     return recipe | {name.replace("_", " "): getattr(config, name) for name in names}

@@ -33,15 +33,16 @@ def record_run(
 
     Args:
         folder: the saved model's folder.
-        command (`Sequence[str]`): the script and its arguments.
-        recipe (`Mapping[str, Any]`): hyperparameters by name.
-        seconds (`float`): duration of the training.
-        clips, hours, sampling_rate (*optional*): size and sampling rate in Hz of the training data.
-        results (`Iterable[tuple[str, str, float]]`): data set, metric and value, measured by the command.
+        command: the script and its arguments.
+        recipe: hyperparameters by name.
+        seconds: duration of the training.
+        clips, hours, sampling_rate: size and sampling rate in Hz of the training data.
+        results: data set, metric and value, measured by the command.
     """
     written = shlex.join(["python", *(_without_folders(argument) for argument in _without_token(command))])
     parts = [f"{clips} clips" if clips else "a stream of clips", f"{hours:.2f} hours" if hours else ""]
     parts += [f"at {sampling_rate} Hz" if sampling_rate else ""]
+    measured = {"task": "audio-classification", "command": f"`{written}`"}
     facts = {
         "training_data": ", ".join(filter(None, parts)) + ".",
         "recipe": {
@@ -49,16 +50,10 @@ def record_run(
             "duration": f"{seconds / 60:.1f} minutes",
             "hardware": _hardware(),
             "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),
-            "command": f"`{written}`",
+            "command": measured["command"],
         },
         "results": [
-            {
-                "task": "audio-classification",
-                "dataset": data,
-                "metric": metric,
-                "value": value if is_number(value) else str(value),
-                "command": f"`{written}`",
-            }
+            {"dataset": data, "metric": metric, "value": value if is_number(value) else str(value), **measured}
             for data, metric, value in results
         ],
     }

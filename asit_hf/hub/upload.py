@@ -35,8 +35,8 @@ def upload_model(folder: str | os.PathLike, name: str, private: bool = False) ->
     Args:
         folder: holds the model's configuration, weights and feature extractor; hidden files, `checkpoint-*` and
             `PRIVATE_FILES` are not uploaded.
-        name (`str`): Hub name, `user/name`; the repository is created if it does not exist.
-        private (`bool`, defaults to `False`): whether a new repository is private.
+        name: Hub name, `user/name`; the repository is created if it does not exist.
+        private: whether a new repository is private.
 
     Returns:
         `str`: URL of the commit.

@@ -1,14 +1,18 @@
 import json
 import math
+import os
 import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import soundfile
 import torch
 import yaml
-from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import httpx, validate_repo_id
 from tiny import MEL, build
@@ -25,6 +29,7 @@ from asit_hf import (
 )
 from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer
 from asit_hf.hub.cards import CardArguments, describe_run, write_model_card
+from asit_hf.hub.export import export_encoder
 from asit_hf.hub.run_record import read_run, record_run
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -252,3 +257,102 @@ def test_card_options_are_arguments_of_write_model_card():
     assert set(CardArguments().facts()) <= set(write_model_card.__kwdefaults__)
     assert json.dumps(CardArguments().facts())
     assert not set(vars(CardArguments())) & set(vars(TrainingArguments(output_dir="x")))
+
+
+SECTIONS = ["Model description", "Usage", "Training data", "Training recipe", "Measured results", "Limitations"]
+
+
+def load_card(folder: Path) -> ModelCard:
+    card = ModelCard.load(folder / "README.md")
+    assert isinstance(card.data, ModelCardData)
+    assert re.findall(r"^## (.+)$", card.text, re.MULTILINE) == SECTIONS
+    return card
+
+
+def save(cls, folder: Path, **kwargs) -> Path:
+    build(cls, **kwargs).save_pretrained(folder)
+    ASiTFeatureExtractor(num_mel_bins=MEL, sampling_rate=8000).save_pretrained(folder)
+    return folder
+
+
+def save_classifier(folder: Path) -> Path:
+    return save(ASiTForAudioClassification, folder, num_labels=2, id2label={0: "dog", 1: "rain"})
+
+
+def test_card_of_an_encoder(tmp_path):
+    card = load_card(export_encoder(save(ASiTForPreTraining, tmp_path / "run"), tmp_path / "encoder"))
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "feature-extraction"
+    assert {"asit", "audio", "self-supervised-learning"} <= set(card.data.tags)
+    assert "license" not in card.data.to_dict()
+    assert "8000 Hz" in card.text
+    assert "license of the weights is unknown" in card.text
+    assert "| encoder | teacher |" in card.text
+
+
+def test_card_of_a_classifier(tmp_path):
+    folder = save_classifier(tmp_path / "classifier")
+    result = {"task": "events", "dataset": "ESC-50", "metric": "accuracy", "value": 0.5, "command": "python run.py"}
+    path = write_model_card(
+        folder,
+        name="someone/asit: dogs & rain",
+        license="cc-by-4.0",
+        datasets=["ashraq/esc50"],
+        training_data="Two hours of dogs.",
+        recipe={"learning rate": 5e-4, "mask": "a|b"},
+        results=[result],
+        limitations="It fails on cats.",
+        base_model="someone/asit-tiny",
+    )
+    assert path == folder / "README.md"
+    card = load_card(folder)
+    assert card.data.pipeline_tag == "audio-classification"
+    assert card.data.license == "cc-by-4.0"
+    assert card.data.datasets == ["ashraq/esc50"]
+    assert card.data.base_model == "someone/asit-tiny"
+    for text in ("Labels: dog, rain.", "Two hours of dogs.", "| learning rate | 0.0005 |", "| mask | a\\|b |"):
+        assert text in card.text
+    assert "| events | ESC-50 | accuracy | 0.5 | python run.py |" in card.text
+    assert "It fails on cats." in card.text
+    assert "nknown" not in card.text
+
+
+def test_card_states_what_is_unknown(tmp_path):
+    write_model_card(save_classifier(tmp_path / "classifier"))
+    text = load_card(tmp_path / "classifier").text
+    assert text.count("Unknown: it was not recorded.") == 2
+    assert "None recorded." in text
+
+
+def test_card_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        write_model_card(tmp_path)
+    folder = save_classifier(tmp_path / "classifier")
+    with pytest.raises(ValueError, match=r"command.*got \['task'\]"):
+        write_model_card(folder, results=[{"task": "events"}])
+    with pytest.raises(TypeError, match="hours"):
+        write_model_card(folder, hours=3)
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no preprocessor_config\.json"):
+        write_model_card(folder)
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="'bert'"):
+        write_model_card(folder)
+
+
+@pytest.mark.slow
+def test_the_cards_code_runs_without_the_package(tmp_path):
+    write_model_card(save(ASiTModel, tmp_path / "encoder"))
+    write_model_card(save_classifier(tmp_path / "classifier"))
+    code = 'import sys\nsys.modules["asit_hf"] = None\n'
+    for folder in ("encoder", "classifier"):
+        code += "".join(re.findall(r"```python\n(.*?)```", (tmp_path / folder / "README.md").read_text(), re.DOTALL))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pooled, tokens, labels = done.stdout.splitlines()
+    assert pooled == "torch.Size([1, 48])"
+    assert re.fullmatch(r"torch.Size\(\[1, \d+, 48\]\)", tokens)
+    assert {"dog", "rain"} == set(re.findall(r"'label': '(\w+)'", labels))

@@ -1,20 +1,14 @@
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file
 from transformers import AutoModel
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTForPreTraining, ASiTModel
 from asit_hf.hub.__main__ import main
-from asit_hf.hub.cards import write_model_card
 from asit_hf.hub.export import export_encoder, halve_weights
 from asit_hf.loading import find_checkpoint
 
@@ -269,99 +263,3 @@ def test_weights_beyond_float16_stay_unchanged(tmp_path, capsys):
     with pytest.raises(ValueError, match="float16 .* embeddings.cls_token"):
         halve_weights(tmp_path)
     assert_bit_identical(tmp_path, model)
-
-
-SECTIONS = [
-    "Model description",
-    "Usage",
-    "Training data",
-    "Training recipe",
-    "Measured results",
-    "Limitations",
-]
-
-
-def load_card(folder: Path) -> ModelCard:
-    card = ModelCard.load(folder / "README.md")
-    assert isinstance(card.data, ModelCardData)
-    assert re.findall(r"^## (.+)$", card.text, re.MULTILINE) == SECTIONS
-    return card
-
-
-def test_card_of_an_encoder(pretrained, tmp_path):
-    card = load_card(export_encoder(pretrained[0], tmp_path / "encoder"))
-    assert card.data.library_name == "transformers"
-    assert card.data.pipeline_tag == "feature-extraction"
-    assert {"asit", "audio", "self-supervised-learning"} <= set(card.data.tags)
-    assert "license" not in card.data.to_dict()
-    assert "8000 Hz" in card.text
-    assert "license of the weights is unknown" in card.text
-    assert "| encoder | teacher |" in card.text
-
-
-def test_card_of_a_classifier(tmp_path):
-    folder = save_classifier(tmp_path / "classifier")
-    result = {"task": "events", "dataset": "ESC-50", "metric": "accuracy", "value": 0.5, "command": "python run.py"}
-    path = write_model_card(
-        folder,
-        name="someone/asit: dogs & rain",
-        license="cc-by-4.0",
-        datasets=["ashraq/esc50"],
-        training_data="Two hours of dogs.",
-        recipe={"learning rate": 5e-4, "mask": "a|b"},
-        results=[result],
-        limitations="It fails on cats.",
-        base_model="someone/asit-tiny",
-    )
-    assert path == folder / "README.md"
-    card = load_card(folder)
-    assert card.data.pipeline_tag == "audio-classification"
-    assert card.data.license == "cc-by-4.0"
-    assert card.data.datasets == ["ashraq/esc50"]
-    assert card.data.base_model == "someone/asit-tiny"
-    for text in ("Labels: dog, rain.", "Two hours of dogs.", "| learning rate | 0.0005 |", "| mask | a\\|b |"):
-        assert text in card.text
-    assert "| events | ESC-50 | accuracy | 0.5 | python run.py |" in card.text
-    assert "It fails on cats." in card.text
-    assert "nknown" not in card.text
-
-
-def test_card_states_what_is_unknown(tmp_path):
-    write_model_card(save_classifier(tmp_path / "classifier"))
-    text = load_card(tmp_path / "classifier").text
-    assert text.count("Unknown: it was not recorded.") == 2
-    assert "None recorded." in text
-
-
-def test_card_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no config.json"):
-        write_model_card(tmp_path)
-    folder = save_classifier(tmp_path / "classifier")
-    with pytest.raises(ValueError, match=r"command.*got \['task'\]"):
-        write_model_card(folder, results=[{"task": "events"}])
-    with pytest.raises(TypeError, match="hours"):
-        write_model_card(folder, hours=3)
-    (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no preprocessor_config\.json"):
-        write_model_card(folder)
-    (folder / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="'bert'"):
-        write_model_card(folder)
-
-
-@pytest.mark.slow
-def test_the_cards_code_runs_without_the_package(pretrained, tmp_path):
-    export_encoder(pretrained[0], tmp_path / "encoder")
-    write_model_card(save_classifier(tmp_path / "classifier"))
-    code = 'import sys\nsys.modules["asit_hf"] = None\n'
-    for folder in ("encoder", "classifier"):
-        code += "".join(re.findall(r"```python\n(.*?)```", (tmp_path / folder / "README.md").read_text(), re.DOTALL))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    pooled, tokens, labels = done.stdout.splitlines()
-    assert pooled == "torch.Size([1, 32])"
-    assert re.fullmatch(r"torch.Size\(\[1, \d+, 32\]\)", tokens)
-    assert {"dog", "rain"} == set(re.findall(r"'label': '(\w+)'", labels))

@@ -1,4 +1,4 @@
-"""
+r"""
 Writes embeddings of a folder of audio, a manifest or a Hub data set as parquet or npz.
 
     python examples/extract_embeddings.py --model_name_or_path CHECKPOINT --data FOLDER --scenes clips.parquet

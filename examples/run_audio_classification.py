@@ -1,4 +1,4 @@
-"""
+r"""
 Finetunes an ASiT encoder to classify audio.
 
     python examples/run_audio_classification.py --model_name_or_path CHECKPOINT --train_data train.csv \

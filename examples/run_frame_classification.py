@@ -1,4 +1,4 @@
-"""
+r"""
 Finetunes an ASiT encoder for sound event detection: a score for every class in every time patch of 160 ms.
 
     python examples/run_frame_classification.py --model_name_or_path CHECKPOINT --train_labels train.tsv \

@@ -1,4 +1,4 @@
-"""
+r"""
 Probes the frozen embeddings of an encoder on labelled audio: logistic regression (`linear`), least squares (`ridge`,
 the faster one for wide embeddings) and k nearest neighbors (`knn`).
 

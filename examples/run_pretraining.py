@@ -1,4 +1,4 @@
-"""
+r"""
 Pretrains ASiT on unlabelled audio.
 
     python examples/run_pretraining.py --train_data FOLDER --output_dir runs/tiny --size tiny \

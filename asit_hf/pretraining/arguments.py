@@ -13,8 +13,6 @@ from .presets import PRESETS, Preset, get_preset
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A field of a dataclass of options; `metadata` goes to `ArgumentParser.add_argument`, for example `choices`."""
-    if default is None and "(default:" in help:
-        help += "%(default).0s"  # argparse would add "(default: None)" to a help without %(default)
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -52,6 +50,8 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
     `base_learning_rate * global batch size / 256` by default. Options without effect are refused.
     """
 
+    without_effect = " ".join(_NO_EFFECT.values()).split()
+
     preset: str = option(
         "2024", "Release of the authors' code whose settings are the defaults.", choices=sorted(PRESETS)
     )
@@ -88,7 +88,7 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
         f"Largest masking ratio of a view {by_preset(lambda p: p.gmml.mask_ratio[1])}; at least mask_ratio_min.",
     )
     replace_ratio: float | None = option(
-        None, "Share of the pixels that another clip's replace, in views with replacement (default: 0.3)."
+        None, "Share of pixels replaced by those of another clip, in views with replacement (default: 0.3)."
     )
     replace_probability: float | None = option(
         None, "Probability that a view has pixels replaced instead of masked (default: 0.5)."

@@ -1,5 +1,6 @@
-"""What the scripts that train with a Trainer share: recipes, resuming, console output and one-line errors."""
+"""Shared by the scripts that train with a Trainer: recipes, resuming, console output and one-line errors."""
 
+import argparse
 import json
 import logging
 import math
@@ -30,6 +31,11 @@ class OptionError(ValueError):
     """A command line or recipe that cannot be used."""
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> None:  # without the usage, which lists every option of Trainer
         raise OptionError(message)
@@ -57,7 +63,14 @@ def parse_arguments(dataclass_types: tuple[type, ...], arguments: list[str] | No
     recipe_parser.add_argument("--recipe", metavar="FILE", nargs="+", action="extend", default=[])
     # no abbreviations: a misspelled option must not be taken for another one
     usage = "%(prog)s [--recipe FILE ...] [--OPTION VALUE ...]  (recipes are yaml or json files with options)"
-    parser = _Parser(dataclass_types, allow_abbrev=False, usage=usage)
+    parser = _Parser(
+        dataclass_types,
+        allow_abbrev=False,
+        usage=usage,
+        description=sys.modules["__main__"].__doc__,
+        formatter_class=_HelpFormatter,
+    )
+    _rewrite_help(parser, {name for one in dataclass_types for name in getattr(one, "without_effect", ())})
     trains = any(issubclass(one, TrainingArguments) for one in dataclass_types)
     implied = ["--use_cpu", "true"] if trains and not torch.accelerator.is_available() else []
     try:
@@ -67,6 +80,19 @@ def parse_arguments(dataclass_types: tuple[type, ...], arguments: list[str] | No
         return parser.parse_args_into_dataclasses(implied + arguments)
     except ValueError as error:
         raise OptionError(str(error)) from error
+
+
+def _rewrite_help(parser: _Parser, hidden: set[str]) -> None:
+    """Hides options without effect, and says what transformers' help leaves open."""
+    for action in parser._actions:
+        if action.dest in hidden:
+            action.help = argparse.SUPPRESS
+        elif action.dest == "resume_from_checkpoint":
+            action.help = "True: continue from the last checkpoint in --output_dir. Or the folder of a checkpoint."
+        elif action.option_strings and action.option_strings[0].startswith("--no_"):
+            action.help = f"Opposite of --{action.dest}."
+        elif action.required:
+            action.help = f"{action.help} Required."
 
 
 def _check_names(arguments: list[str], parser: _Parser) -> None:

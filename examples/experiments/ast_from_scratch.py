@@ -1,4 +1,4 @@
-"""
+r"""
 Baseline: trains transformers' ASTForAudioClassification from random weights with the data, augmentation and options
 of examples/run_audio_classification.py. `--model_name_or_path` is the ASiT whose width, depth and heads it copies;
 `--max_seconds` is the length of its input, as AST has positions for one length only.

@@ -1,4 +1,4 @@
-"""
+r"""
 Evaluates an encoder on a list of labelled tasks (probes, finetuning and baselines) and writes one table.
 
     python -m examples.experiments.tasks --tasks examples/recipes/tasks-real-audio.yaml \

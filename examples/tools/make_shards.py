@@ -1,4 +1,4 @@
-"""
+r"""
 Rewrites audio for fast reading: as a few large shards, resampled and encoded once, or as one packed pool.
 
     python -m examples.tools.make_shards --data AUDIO_FOLDER --output_dir shards --format parquet --codec flac \

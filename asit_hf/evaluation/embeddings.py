@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,9 @@ from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..modeling_asit import ASiTModel, ASiTPreTrainedModel
 
 POOLINGS = ("cls", "mean", "cls_mean", "mean_time", "mean_std_time")
-# Clips are sorted by length within this many batches, so that a data set need not fit in memory.
-_SORTED_BATCHES = 32
-# The same for windows of files, which may be longer.
-_SORTED_WINDOW_BATCHES = 4
+# Clips are sorted by length within this many batches, so that a data set need not fit in memory; windows of files,
+# which may be longer, within fewer.
+_SORTED_BATCHES, _SORTED_WINDOW_BATCHES = 32, 4
 
 
 def embed(
@@ -35,8 +33,8 @@ def embed(
     window_seconds: float | None = None,
 ) -> np.ndarray:
     """
-    One embedding per clip, independent of the other clips in its batch, which is padded and masked. For the most
-    accurate linear probe, concatenate several layers and keep the mel patches apart:
+    One embedding per clip, independent of the other clips in its batch. For the most accurate linear probe,
+    concatenate several layers and keep the mel patches apart:
     `embed(model, feature_extractor, clips, "mean_std_time", num_layers=6, window_seconds=1)`.
 
     Args:
@@ -51,38 +49,25 @@ def embed(
         sort_by_length (`bool`): batch clips of similar length together, which pads less.
         num_layers (`int`): concatenate the embeddings of this many last layers, each after the final layer norm.
         window_seconds (`float`, *optional*): embed longer clips in windows of this length, cut to whole time patches,
-            and pool over all of them; the CLS tokens are averaged. By default clips are embedded whole. The length of
-            the pretraining crops often works best.
+            and pool over all of them; the CLS tokens are averaged. The length of the pretraining crops often works
+            best. By default every clip is one window.
 
     Returns:
         `np.ndarray` of shape `(clips, dim)`, float32, in the order of `clips`.
     """
-    check_pooling(pooling)
-    _check_batch_size(batch_size)
-    encoder = _encoder_of(model)
-    _check_layers(encoder, num_layers)
-    rate, patch_size = feature_extractor.sampling_rate, encoder.config.patch_size
+    rate, patch_size = feature_extractor.sampling_rate, _encoder_of(model).config.patch_size
     time_patches = None if window_seconds is None else window_time_patches(window_seconds, rate, patch_size)
+    windows = _clip_windows(clips, rate, patch_size, time_patches)
+    sorted_batches = _SORTED_BATCHES if sort_by_length else 1
     embedded = _embed_windows(
-        _clip_windows(clips, rate, time_patches, patch_size),
-        encoder,
-        feature_extractor,
-        pooling=pooling,
-        batch_size=batch_size,
-        device=device,
-        num_layers=num_layers,
-        sorted_batches=_SORTED_BATCHES if sort_by_length else 1,
+        windows, model, feature_extractor, pooling, batch_size, device, num_layers, sorted_batches
     )
     total = len(clips) if hasattr(clips, "__len__") else None
-    embeddings = []
-    for _, parts in tqdm(
-        groupby(embedded, key=itemgetter(0)), total=total, desc="Embedding", unit="clip", disable=not progress
-    ):
-        scenes, timestamps = zip(*(part for _, part in parts))
-        embeddings.append(over_windows(scenes, [len(part) for part in timestamps], pooling, num_layers))
-    if not embeddings:
+    progress_bar = tqdm(embedded, total=total, desc="Embedding", unit="clip", disable=not progress)
+    scenes = [clip.scene for clip in progress_bar]
+    if not scenes:
         raise ValueError("expected at least one clip, got none")
-    return np.stack(embeddings)
+    return np.stack(scenes)
 
 
 def timestamp_embeddings(
@@ -146,34 +131,14 @@ def embed_files(
     Yields:
         [`ClipEmbeddings`] for every source, or the error if it cannot be read.
     """
-    check_pooling(pooling)
-    _check_batch_size(batch_size)
-    encoder = _encoder_of(model)
-    _check_layers(encoder, num_layers)
-    rate, patch_size = feature_extractor.sampling_rate, encoder.config.patch_size
-    window_frames = window_time_patches(window_seconds, rate, patch_size) * patch_size
+    rate, patch_size = feature_extractor.sampling_rate, _encoder_of(model).config.patch_size
+    time_patches = window_time_patches(window_seconds, rate, patch_size)
     if max_seconds is not None and max_seconds <= 0:
         raise ValueError(f"expected max_seconds above 0, got {max_seconds}")
-    windows = _file_windows(sources, rate, window_frames, patch_size, max_seconds)
-    embedded = _embed_windows(
-        windows,
-        encoder,
-        feature_extractor,
-        pooling=pooling,
-        batch_size=batch_size,
-        device=device,
-        num_layers=num_layers,
-        sorted_batches=_SORTED_WINDOW_BATCHES,
+    windows = _file_windows(sources, rate, patch_size, time_patches, max_seconds)
+    yield from _embed_windows(
+        windows, model, feature_extractor, pooling, batch_size, device, num_layers, _SORTED_WINDOW_BATCHES
     )
-    for _, parts in groupby(embedded, key=itemgetter(0)):
-        parts = [part for _, part in parts]
-        if isinstance(parts[-1], AudioReadError):
-            yield parts[-1]
-            continue
-        scenes, of_windows = zip(*parts)
-        timestamps = np.concatenate(of_windows)
-        scene = over_windows(scenes, [len(part) for part in of_windows], pooling, num_layers)
-        yield ClipEmbeddings(scene, timestamps, time_patch_centers(len(timestamps), rate, patch_size))
 
 
 def time_patch_means(tokens: torch.Tensor, mel_patches: int) -> torch.Tensor:
@@ -215,18 +180,104 @@ def window_time_patches(window_seconds: float, sampling_rate: int, patch_size: i
     return time_patches
 
 
-def over_windows(
-    scenes: Sequence[np.ndarray], time_patches: Sequence[int], pooling: str, num_layers: int = 1
+def _window_samples(rate: int, patch_size: int, time_patches: int) -> tuple[int, int, int]:
+    """Samples of a window of `time_patches`, of the shortest later window, and from one window to the next."""
+    window, hop = window_and_hop(rate)
+    frames = time_patches * patch_size
+    return (frames - 1) * hop + window, (patch_size - 1) * hop + window, frames * hop
+
+
+def _clip_windows(
+    clips: Iterable, rate: int, patch_size: int, time_patches: int | None
+) -> Iterator[tuple[int, np.ndarray | torch.Tensor]]:
+    """(index of the clip, waveform) of every window of `time_patches`; by default a clip is one window."""
+    # by index if there is a length: a data set need not raise IndexError at its end
+    items = (clips[index] for index in range(len(clips))) if hasattr(clips, "__len__") else clips
+    for index, item in enumerate(items):
+        if isinstance(item, dict) and "waveform" not in item:
+            raise ValueError(f"expected a waveform in clip {index}, got {item.get('bad_files', sorted(item))}")
+        waveform = item["waveform"] if isinstance(item, dict) else item
+        if time_patches is None:
+            yield index, waveform
+            continue
+        length, shortest, step = _window_samples(rate, patch_size, time_patches)
+        # later windows need a whole time patch; the first may be shorter
+        for start in range(0, max(1, len(waveform) - shortest + 1), step):
+            yield index, waveform[start : start + length]
+
+
+def _file_windows(
+    sources: Iterable, rate: int, patch_size: int, time_patches: int, max_seconds: float | None
+) -> Iterator[tuple[int, np.ndarray | AudioReadError]]:
+    """(index of the source, waveform) of every window, or an error, which ends the source."""
+    length, shortest, step = _window_samples(rate, patch_size, time_patches)
+    limit = float("inf") if max_seconds is None else max(1, round(max_seconds * rate))
+    for index, source in enumerate(sources):
+        try:
+            with AudioReader(source) as reader:
+                start = 0
+                while start == 0 or start + shortest <= min(reader.num_samples(rate), limit):
+                    try:
+                        yield index, reader.read(rate, start, int(min(length, limit - start)))
+                    except AudioReadError:
+                        if start < reader.num_samples(rate):  # otherwise an mp3 was shorter than its header claims
+                            raise
+                    start += step
+        except AudioReadError as error:
+            yield index, error
+
+
+def _embed_windows(
+    windows: Iterator[tuple[int, np.ndarray | torch.Tensor | AudioReadError]],
+    model: ASiTPreTrainedModel,
+    feature_extractor: ASiTFeatureExtractor,
+    pooling: str,
+    batch_size: int,
+    device: str | torch.device | None,
+    num_layers: int,
+    sorted_batches: int,
+) -> Iterator[ClipEmbeddings | AudioReadError]:
+    """Embeddings of every clip from its consecutive windows, or its error."""
+    encoder = _encoder_of(model)
+    check_pooling(pooling)
+    if batch_size < 1:
+        raise ValueError(f"expected batch_size of at least 1, got {batch_size}")
+    if not 1 <= num_layers <= len(encoder.layers):
+        raise ValueError(f"expected num_layers from 1 to {len(encoder.layers)}, got {num_layers}")
+
+    def embedded() -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray] | AudioReadError]]:
+        while buffer := list(islice(windows, batch_size * sorted_batches)):
+            results: list[Any] = [item for _, item in buffer]
+            order = [place for place, item in enumerate(results) if not isinstance(item, AudioReadError)]
+            order.sort(key=lambda place: len(results[place]))
+            for start in range(0, len(order), batch_size):
+                places = order[start : start + batch_size]
+                waveforms = [results[place] for place in places]
+                tokens, counts = _tokens(encoder, feature_extractor, waveforms, device, num_layers)
+                scenes = torch.cat([pool_tokens(layer, counts, pooling) for layer in tokens], dim=-1)
+                means = time_patch_means(tokens[-1], encoder.config.position_grid[1]).float().cpu().numpy()
+                for place, scene, of_clip, count in zip(places, scenes.float().cpu().numpy(), means, counts.tolist()):
+                    results[place] = scene, of_clip[:count].copy()  # not a view, which would keep the batch
+            yield from ((index, result) for (index, _), result in zip(buffer, results))
+
+    for _, parts in groupby(embedded(), key=lambda part: part[0]):
+        results = [result for _, result in parts]
+        if isinstance(results[-1], AudioReadError):
+            yield results[-1]
+            continue
+        scenes, timestamps = zip(*results)
+        scene = _pool_windows(scenes, [len(part) for part in timestamps], pooling, num_layers)
+        timestamps = np.concatenate(timestamps)
+        centers = time_patch_centers(len(timestamps), feature_extractor.sampling_rate, encoder.config.patch_size)
+        yield ClipEmbeddings(scene, timestamps, centers)
+
+
+def _pool_windows(
+    scenes: Sequence[np.ndarray], time_patches: Sequence[int], pooling: str, num_layers: int
 ) -> np.ndarray:
     """
-    The embedding of a clip from those of its windows, equal to pooling all its patches at once.
-
-    Args:
-        scenes: the windows' embeddings with this `pooling` and `num_layers`, each `(dim,)`.
-        time_patches: number of time patches of each window.
-
-    Returns:
-        `np.ndarray` of shape `(dim,)`, float32.
+    The embedding `(dim,)` of a clip from those of its windows and their numbers of time patches, equal to pooling all
+    patches at once; float32.
     """
     mean = np.average(scenes, axis=0, weights=time_patches)
     if pooling == "mean_std_time":
@@ -238,93 +289,8 @@ def over_windows(
     return mean.reshape(-1).astype(np.float32)
 
 
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"expected batch_size of at least 1, got {batch_size}")
-
-
-def _check_layers(encoder: ASiTModel, num_layers: int) -> None:
-    if not 1 <= num_layers <= len(encoder.layers):
-        raise ValueError(f"expected num_layers from 1 to {len(encoder.layers)}, got {num_layers}")
-
-
-def _clip_windows(
-    clips: Iterable, rate: int, time_patches: int | None, patch_size: int
-) -> Iterator[tuple[int, np.ndarray | torch.Tensor]]:
-    """(index of the clip, waveform) of every window of `time_patches`; by default a clip is one window."""
-    window, hop = window_and_hop(rate)
-    # by index if there is a length: a data set need not raise IndexError at its end
-    items = (clips[index] for index in range(len(clips))) if hasattr(clips, "__len__") else clips
-    for index, item in enumerate(items):
-        waveform = _waveform(item, index)
-        if time_patches is None:
-            yield index, waveform
-            continue
-        length, shortest = ((frames - 1) * hop + window for frames in (time_patches * patch_size, patch_size))
-        # later windows need a whole time patch; the first may be shorter
-        for start in range(0, max(1, len(waveform) - shortest + 1), time_patches * patch_size * hop):
-            yield index, waveform[start : start + length]
-
-
-def _file_windows(
-    sources: Iterable, rate: int, window_frames: int, patch_size: int, max_seconds: float | None
-) -> Iterator[tuple[int, np.ndarray | AudioReadError]]:
-    """(index of the source, waveform) of every window, or an error, which ends the source."""
-    window, hop = window_and_hop(rate)
-    length, shortest = ((frames - 1) * hop + window for frames in (window_frames, patch_size))
-    limit = float("inf") if max_seconds is None else max(1, round(max_seconds * rate))
-    for index, source in enumerate(sources):
-        try:
-            with AudioReader(source) as reader:
-                start = 0
-                # later windows need a whole time patch; the first may be shorter
-                while start == 0 or start + shortest <= min(reader.num_samples(rate), limit):
-                    try:
-                        yield index, reader.read(rate, start, int(min(length, limit - start)))
-                    except AudioReadError:
-                        if start < reader.num_samples(rate):  # otherwise an mp3 was shorter than its header claims
-                            raise
-                    start += window_frames * hop
-        except AudioReadError as error:
-            yield index, error
-
-
-def _embed_windows(
-    windows: Iterator[tuple[int, np.ndarray | torch.Tensor | AudioReadError]],
-    encoder: ASiTModel,
-    feature_extractor: ASiTFeatureExtractor,
-    pooling: str,
-    batch_size: int,
-    device: str | torch.device | None,
-    num_layers: int,
-    sorted_batches: int,
-) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray] | AudioReadError]]:
-    """Scene `(dim,)` and timestamps `(time_patches, hidden)` of every window, in order; errors are passed on."""
-    while buffer := list(islice(windows, batch_size * sorted_batches)):
-        results: list[Any] = [item for _, item in buffer]
-        order = [place for place, item in enumerate(results) if not isinstance(item, AudioReadError)]
-        order.sort(key=lambda place: len(results[place]))
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            waveforms = [results[place] for place in places]
-            tokens, counts = _tokens(encoder, feature_extractor, waveforms, device, num_layers)
-            scenes = torch.cat([pool_tokens(layer, counts, pooling) for layer in tokens], dim=-1).float().cpu().numpy()
-            timestamps = time_patch_means(tokens[-1], encoder.config.position_grid[1]).float().cpu().numpy()
-            for place, scene, means, count in zip(places, scenes, timestamps, counts.tolist()):
-                results[place] = scene, means[:count].copy()  # not a view, which would keep the batch
-        yield from ((index, result) for (index, _), result in zip(buffer, results))
-
-
 def _encoder_of(model: ASiTPreTrainedModel) -> ASiTModel:
     return getattr(model, model.base_model_prefix, model)
-
-
-def _waveform(clip: Any, index: int) -> np.ndarray | torch.Tensor:
-    if not isinstance(clip, dict):
-        return clip
-    if "waveform" not in clip:
-        raise ValueError(f"expected a waveform in clip {index}, got {clip.get('bad_files', sorted(clip))}")
-    return clip["waveform"]
 
 
 @torch.inference_mode()

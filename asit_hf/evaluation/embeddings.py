@@ -87,11 +87,8 @@ def timestamp_embeddings(
     Returns:
         embeddings `(time_patches, hidden_size)` and the centers in milliseconds `(time_patches,)`; float32.
     """
-    encoder = _encoder_of(model)
-    (tokens,), _ = _tokens(encoder, feature_extractor, [waveform], device)
-    embeddings = time_patch_means(tokens, encoder.config.position_grid[1])[0]
-    times = time_patch_centers(len(embeddings), feature_extractor.sampling_rate, encoder.config.patch_size)
-    return embeddings.float().cpu().numpy(), times
+    (clip,) = _embed_windows(iter([(0, waveform)]), model, feature_extractor, device=device)
+    return clip.timestamps, clip.milliseconds
 
 
 @dataclass(frozen=True)
@@ -231,11 +228,11 @@ def _embed_windows(
     windows: Iterator[tuple[int, np.ndarray | torch.Tensor | AudioReadError]],
     model: ASiTPreTrainedModel,
     feature_extractor: ASiTFeatureExtractor,
-    pooling: str,
-    batch_size: int,
-    device: str | torch.device | None,
-    num_layers: int,
-    sorted_batches: int,
+    pooling: str = "cls",
+    batch_size: int = 1,
+    device: str | torch.device | None = None,
+    num_layers: int = 1,
+    sorted_batches: int = 1,
 ) -> Iterator[ClipEmbeddings | AudioReadError]:
     """Embeddings of every clip from its consecutive windows, or its error."""
     encoder = _encoder_of(model)
@@ -299,7 +296,7 @@ def _tokens(
     feature_extractor: ASiTFeatureExtractor,
     waveforms: list,
     device: str | torch.device | None,
-    num_layers: int = 1,
+    num_layers: int,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Tokens `(clips, 1 + patches, hidden)` of the last layers, in order, and time patches per clip `(clips,)`."""
     device = encoder.device if device is None else torch.device(device)

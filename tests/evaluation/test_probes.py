@@ -138,7 +138,7 @@ def test_wrong_input(probe):
 
 
 def test_wrong_options():
-    with pytest.raises(ValueError, match="k must be from 1 to the 400"):
+    with pytest.raises(ValueError, match="k from 1 to 400"):
         knn_probe(TRAIN_X, TRAIN_Y, TEST_X, TEST_Y, k=401)
     with pytest.raises(ValueError, match="at least two groups"):
         linear_probe(TRAIN_X, TRAIN_Y, TEST_X, TEST_Y, groups=["a"] * len(TRAIN_X))

@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = 
         run = {"seed": seed}
         for probe in args.probes:
             options = {"k": args.k} if probe == "knn" else {"seed": seed, "groups": groups}
-            run[probe] = PROBES[probe](train_x, train_y, test_x, test_y, **options)
+            run[probe] = PROBES[probe]((train_x, train_y), (test_x, test_y), **options)
         runs.append(run)
 
     results = {

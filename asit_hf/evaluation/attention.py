@@ -24,9 +24,7 @@ def attention_rollout(model: ASiTPreTrainedModel, input_values: torch.Tensor) ->
     encoder = getattr(model, model.base_model_prefix, model)
     clips = input_values[None] if input_values.dim() == 2 else input_values
     if clips.dim() != 3 or len(clips) != 1:
-        raise ValueError(
-            f"expected one clip of shape (frames, mel) or (1, frames, mel), got {tuple(input_values.shape)}"
-        )
+        raise ValueError(f"expected one clip (frames, mel) or (1, frames, mel), got {tuple(input_values.shape)}")
     tokens = None
     for attention in _attentions(encoder, clips.to(encoder.device, encoder.dtype)):
         mean = attention[0].float().mean(0)

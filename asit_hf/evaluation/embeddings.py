@@ -55,9 +55,8 @@ def embed(
     Returns:
         `np.ndarray` of shape `(clips, dim)`, float32, in the order of `clips`.
     """
-    rate, patch_size = feature_extractor.sampling_rate, _encoder_of(model).config.patch_size
-    time_patches = None if window_seconds is None else window_time_patches(window_seconds, rate, patch_size)
-    windows = _clip_windows(clips, rate, patch_size, time_patches)
+    window = None if window_seconds is None else _window_samples(model, feature_extractor, window_seconds)
+    windows = _clip_windows(clips, window)
     sorted_batches = _SORTED_BATCHES if sort_by_length else 1
     embedded = _embed_windows(
         windows, model, feature_extractor, pooling, batch_size, device, num_layers, sorted_batches
@@ -128,11 +127,10 @@ def embed_files(
     Yields:
         [`ClipEmbeddings`] for every source, or the error if it cannot be read.
     """
-    rate, patch_size = feature_extractor.sampling_rate, _encoder_of(model).config.patch_size
-    time_patches = window_time_patches(window_seconds, rate, patch_size)
+    window = _window_samples(model, feature_extractor, window_seconds)
     if max_seconds is not None and max_seconds <= 0:
         raise ValueError(f"expected max_seconds above 0, got {max_seconds}")
-    windows = _file_windows(sources, rate, patch_size, time_patches, max_seconds)
+    windows = _file_windows(sources, feature_extractor.sampling_rate, window, max_seconds)
     yield from _embed_windows(
         windows, model, feature_extractor, pooling, batch_size, device, num_layers, _SORTED_WINDOW_BATCHES
     )
@@ -156,14 +154,12 @@ def time_patch_centers(
     return (1000 * centers / sampling_rate).astype(np.float32)
 
 
-def check_pooling(pooling: str) -> None:
-    """Raises `ValueError` for a pooling outside `POOLINGS`."""
+def embedding_size(encoder: ASiTModel, pooling: str, num_layers: int = 1) -> int:
+    """Width of the clip embeddings. Raises `ValueError` for an unknown pooling or a wrong number of layers."""
     if pooling not in POOLINGS:
         raise ValueError(f"expected pooling to be one of {POOLINGS}, got {pooling!r}")
-
-
-def embedding_size(encoder: ASiTModel, pooling: str, num_layers: int = 1) -> int:
-    """Width of the clip embeddings."""
+    if not 1 <= num_layers <= len(encoder.layers):
+        raise ValueError(f"expected num_layers from 1 to {len(encoder.layers)}, got {num_layers}")
     mel_patches = encoder.config.position_grid[1]
     vectors = {"cls_mean": 2, "mean_time": mel_patches, "mean_std_time": 2 * mel_patches}.get(pooling, 1)
     return vectors * encoder.config.hidden_size * num_layers
@@ -177,37 +173,37 @@ def window_time_patches(window_seconds: float, sampling_rate: int, patch_size: i
     return time_patches
 
 
-def _window_samples(rate: int, patch_size: int, time_patches: int) -> tuple[int, int, int]:
-    """Samples of a window of `time_patches`, of the shortest later window, and from one window to the next."""
+def _window_samples(
+    model: ASiTPreTrainedModel, feature_extractor: ASiTFeatureExtractor, window_seconds: float
+) -> tuple[int, int, int]:
+    """Samples of a window, of the shortest later window, a time patch, and from one window to the next."""
+    rate, patch_size = feature_extractor.sampling_rate, _encoder_of(model).config.patch_size
     window, hop = window_and_hop(rate)
-    frames = time_patches * patch_size
+    frames = window_time_patches(window_seconds, rate, patch_size) * patch_size
     return (frames - 1) * hop + window, (patch_size - 1) * hop + window, frames * hop
 
 
 def _clip_windows(
-    clips: Iterable, rate: int, patch_size: int, time_patches: int | None
+    clips: Iterable, window: tuple[int, int, int] | None
 ) -> Iterator[tuple[int, np.ndarray | torch.Tensor]]:
-    """(index of the clip, waveform) of every window of `time_patches`; by default a clip is one window."""
+    """(index of the clip, waveform) of every window; by default a clip is one window."""
     # by index if there is a length: a data set need not raise IndexError at its end
     items = (clips[index] for index in range(len(clips))) if hasattr(clips, "__len__") else clips
     for index, item in enumerate(items):
         if isinstance(item, dict) and "waveform" not in item:
             raise ValueError(f"expected a waveform in clip {index}, got {item.get('bad_files', sorted(item))}")
         waveform = item["waveform"] if isinstance(item, dict) else item
-        if time_patches is None:
-            yield index, waveform
-            continue
-        length, shortest, step = _window_samples(rate, patch_size, time_patches)
+        length, shortest, step = window or (max(1, len(waveform)),) * 3
         # later windows need a whole time patch; the first may be shorter
         for start in range(0, max(1, len(waveform) - shortest + 1), step):
             yield index, waveform[start : start + length]
 
 
 def _file_windows(
-    sources: Iterable, rate: int, patch_size: int, time_patches: int, max_seconds: float | None
+    sources: Iterable, rate: int, window: tuple[int, int, int], max_seconds: float | None
 ) -> Iterator[tuple[int, np.ndarray | AudioReadError]]:
     """(index of the source, waveform) of every window, or an error, which ends the source."""
-    length, shortest, step = _window_samples(rate, patch_size, time_patches)
+    length, shortest, step = window
     limit = float("inf") if max_seconds is None else max(1, round(max_seconds * rate))
     for index, source in enumerate(sources):
         try:
@@ -236,11 +232,9 @@ def _embed_windows(
 ) -> Iterator[ClipEmbeddings | AudioReadError]:
     """Embeddings of every clip from its consecutive windows, or its error."""
     encoder = _encoder_of(model)
-    check_pooling(pooling)
+    embedding_size(encoder, pooling, num_layers)  # raises for wrong options
     if batch_size < 1:
         raise ValueError(f"expected batch_size of at least 1, got {batch_size}")
-    if not 1 <= num_layers <= len(encoder.layers):
-        raise ValueError(f"expected num_layers from 1 to {len(encoder.layers)}, got {num_layers}")
 
     def embedded() -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray] | AudioReadError]]:
         while buffer := list(islice(windows, batch_size * sorted_batches)):
@@ -272,10 +266,7 @@ def _embed_windows(
 def _pool_windows(
     scenes: Sequence[np.ndarray], time_patches: Sequence[int], pooling: str, num_layers: int
 ) -> np.ndarray:
-    """
-    The embedding `(dim,)` of a clip from those of its windows and their numbers of time patches, equal to pooling all
-    patches at once; float32.
-    """
+    """The embedding `(dim,)` of a clip from those of its windows, equal to pooling all patches at once; float32."""
     mean = np.average(scenes, axis=0, weights=time_patches)
     if pooling == "mean_std_time":
         # total variance = variance within windows + variance of their means

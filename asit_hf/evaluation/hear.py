@@ -15,14 +15,7 @@ from ..configuration_asit import ASiTConfig
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..loading import load_encoder, load_feature_extractor
 from ..modeling_asit import ASiTModel
-from .embeddings import (
-    check_pooling,
-    embedding_size,
-    pool_tokens,
-    time_patch_centers,
-    time_patch_means,
-    window_time_patches,
-)
+from .embeddings import embedding_size, pool_tokens, time_patch_centers, time_patch_means, window_time_patches
 
 logger = logging.get_logger(__name__)
 
@@ -44,7 +37,6 @@ class HearModel(nn.Module):
         pooling: str = "mean_std_time",
         window_seconds: float | None = None,
     ):
-        check_pooling(pooling)
         if feature_extractor.sampling_rate not in SAMPLING_RATES:
             raise ValueError(
                 f"expected a model for one of HEAR's sampling rates ({', '.join(map(str, SAMPLING_RATES))} Hz), "

@@ -64,7 +64,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     print("| probe | ours, s | accuracy | scikit-learn, s | accuracy | ratio |\n|---|---|---|---|---|---|")
     for probe in args.probes:
         start = time.process_time()
-        row = {"probe": probe, "accuracy": PROBES[probe](*data)["accuracy"], "seconds": time.process_time() - start}
+        accuracy = PROBES[probe](data[:2], data[2:])["accuracy"]
+        row = {"probe": probe, "accuracy": accuracy, "seconds": time.process_time() - start}
         line = f"| {probe} | {row['seconds']:.2f} | {row['accuracy']:.4f} |"
         if not args.ours_only:
             start = time.process_time()

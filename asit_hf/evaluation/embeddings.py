@@ -57,10 +57,8 @@ def embed(
     """
     window = None if window_seconds is None else _window_samples(model, feature_extractor, window_seconds)
     windows = _clip_windows(clips, window)
-    sorted_batches = _SORTED_BATCHES if sort_by_length else 1
-    embedded = _embed_windows(
-        windows, model, feature_extractor, pooling, batch_size, device, num_layers, sorted_batches
-    )
+    options = {"sorted_batches": _SORTED_BATCHES if sort_by_length else 1, "num_layers": num_layers}
+    embedded = _embed_windows(windows, model, feature_extractor, pooling, batch_size, device, **options)
     total = len(clips) if hasattr(clips, "__len__") else None
     progress_bar = tqdm(embedded, total=total, desc="Embedding", unit="clip", disable=not progress)
     scenes = [clip.scene for clip in progress_bar]

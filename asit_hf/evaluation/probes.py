@@ -2,9 +2,9 @@
 Probes of frozen embeddings: linear (logistic regression), ridge (least squares) and k nearest neighbors.
 
 Pretraining runs `knn_probe` without scikit-learn, and the others are faster than its grid search: with 1600 x 384
-training embeddings of 50 classes, `linear_probe` took 1.0 s of one core and LogisticRegression 1.6 s, `ridge_probe`
-0.26 s and Ridge 0.74 s, with accuracies within 0.3 points (`examples/benchmarks/probes.py`). With 7200 x 9216,
-`ridge_probe` took 28 s.
+training embeddings of 50 classes, `linear_probe` took 0.7 s of one core and LogisticRegression 1.5 s, `ridge_probe`
+0.2 s and Ridge 0.9 s, with accuracies within 0.3 points (`examples/benchmarks/probes.py`). With 7200 x 9216,
+`ridge_probe` took 30 s.
 """
 
 from collections.abc import Callable, Sequence

@@ -80,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} has no effect without --scenes")
     args.pooling, args.num_layers = args.pooling or "cls", 1 if args.num_layers is None else args.num_layers
     for path in outputs:
-        if path.suffix not in (".parquet", ".npz"):
+        if path.suffix not in WRITERS:
             parser.error(f"expected an output that ends in .parquet or .npz, got {path}")
     if len(set(outputs)) < len(outputs):
         parser.error(f"expected different files for scenes and timestamps, got {args.scenes} for both")
@@ -157,15 +157,13 @@ class NpzOutput:
         self.rows.close()
 
 
+WRITERS = {".parquet": ParquetOutput, ".npz": NpzOutput}
+
+
 def main(argv: list[str] | None = None) -> dict[str, int]:
     args = parse_args(argv)
-    dataset = load_audio_dataset(
-        args.data,
-        split=args.split,
-        audio_column=args.audio_column,
-        label_column=args.label_column,
-        root=args.root,
-    )
+    columns = {"audio_column": args.audio_column, "label_column": args.label_column}
+    dataset = load_audio_dataset(args.data, split=args.split, root=args.root, **columns)
     encoder = load_encoder(args.model_name_or_path, args.encoder)
     feature_extractor = load_feature_extractor(args.model_name_or_path)
     embedded = embed_files(
@@ -193,11 +191,11 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
             dim = embedding_size(encoder, args.pooling, args.num_layers)
             kinds = {} if labels is None else {"label": pyarrow.string()}
             settings_of_scenes = {**settings, "pooling": args.pooling, "num_layers": args.num_layers}
-            outputs["scenes"] = open_output(args.scenes, paths["scenes"], dim, kinds, settings_of_scenes)
+            outputs["scenes"] = WRITERS[args.scenes.suffix](paths["scenes"], dim, kinds, settings_of_scenes)
         if args.timestamps:
             dim = encoder.config.hidden_size
             kinds = {"milliseconds": pyarrow.float32()}
-            outputs["timestamps"] = open_output(args.timestamps, paths["timestamps"], dim, kinds, settings)
+            outputs["timestamps"] = WRITERS[args.timestamps.suffix](paths["timestamps"], dim, kinds, settings)
         counts = write_all(embedded, dataset, labels, outputs, args.strict)
         for output in outputs.values():
             output.close()
@@ -225,7 +223,7 @@ def write_all(embedded: Iterator, dataset: Any, labels: list[str | None] | None,
             milliseconds = result.milliseconds.tolist()
             outputs["timestamps"].write(file, result.timestamps, milliseconds=milliseconds)
     if not counts["clips"]:
-        raise ValueError(f"none of the {len(dataset)} files can be read")
+        raise ValueError(f"expected readable audio, got {len(dataset)} unreadable files")
     return counts
 
 
@@ -237,13 +235,6 @@ def class_names_of(dataset: Any) -> list[str]:
     names = label_names(dataset)
     ids = [label if isinstance(label, list) else [label] for label in labels]
     return [";".join(names[one] for one in of_row if one is not None) for of_row in ids]
-
-
-def open_output(
-    path: Path, unfinished: Path, dim: int, columns: dict, settings: dict[str, Any]
-) -> ParquetOutput | NpzOutput:
-    """The writer for `path`, which writes to `unfinished`."""
-    return (ParquetOutput if path.suffix == ".parquet" else NpzOutput)(unfinished, dim, columns, settings)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Finetunes an ASiT encoder for sound event detection: a score for every class in 
 
 Labels are tables of events, `filename onset offset event_label` (DCASE) or AudioSet's strong labels. The output folder
 holds the last model, `eval_results.json` and `events.tsv`, the detected events of the evaluation clips: runs of time
-patches above `--threshold` after a median filter of `--median_filter_size`. The evaluation data choose nothing.
+patches above `--threshold` after a median filter of `--median_filter_size`. No choice depends on the evaluation data.
 """
 
 import logging
@@ -165,7 +165,7 @@ class Scorer:
 
 
 class FrameTrainer(TimeBudgetMixin, PushMixin, Trainer):
-    """Trainer with `max_minutes` and our model card."""
+    """Trainer with `max_minutes` and a model card."""
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:

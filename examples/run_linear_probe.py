@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +26,8 @@ from asit_hf.data.labelled import DatasetArguments, problem_type_of
 from asit_hf.data.labels import label_names
 from asit_hf.data.splits import find_group_column
 from asit_hf.evaluation.embeddings import POOLINGS, embed
-from asit_hf.evaluation.probes import knn_probe, linear_probe, ridge_probe
+from asit_hf.evaluation.probes import PROBES
 from asit_hf.loading import ENCODERS, load_config, load_encoder, load_feature_extractor
-
-PROBES = {"linear": linear_probe, "ridge": ridge_probe, "knn": knn_probe}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -100,14 +97,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None, known: dict[tuple, np.ndarray] | None = None) -> dict:
+def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = None) -> dict:
     """
-    Probes, prints and returns the scores. `known` caches embeddings by (seed of random weights, file) across calls
+    Probes, prints and returns the scores. `cache` keeps embeddings by (seed of random weights, file) across calls
     with the same model options.
     """
     args = parse_args(argv)
-    known = {} if known is None else known
-    reading = DatasetArguments(**{one.name: getattr(args, one.name) for one in fields(DatasetArguments)})
+    cache = {} if cache is None else cache
+    reading = DatasetArguments.of(args)
     train = reading.load(args.train, args.train_filter or (), split=args.train_split)
     if problem_type_of(train) == "regression":
         raise ValueError("expected classes to probe, got floating-point labels")
@@ -123,16 +120,14 @@ def main(argv: list[str] | None = None, known: dict[tuple, np.ndarray] | None = 
     for seed in args.seeds:
         start = time.perf_counter()
         if embeddings is None or args.random_init:
-            embeddings = embed_both(args, train, test, seed, known)
+            embeddings = embed_both(args, train, test, seed, cache)
             seconds += time.perf_counter() - start
         train_x, test_x = embeddings
-        options = {
-            "linear": {"seed": seed, "groups": groups},
-            "ridge": {"seed": seed, "groups": groups},
-            "knn": {"k": args.k},
-        }
-        sets = (train_x, train_y, test_x, test_y)
-        runs.append({"seed": seed, **{probe: PROBES[probe](*sets, **options[probe]) for probe in args.probes}})
+        run = {"seed": seed}
+        for probe in args.probes:
+            options = {"k": args.k} if probe == "knn" else {"seed": seed, "groups": groups}
+            run[probe] = PROBES[probe]((train_x, train_y), (test_x, test_y), **options)
+        runs.append(run)
 
     results = {
         "model": args.model_name_or_path if not args.random_init else f"random {args.model_name_or_path or args.size}",
@@ -157,9 +152,9 @@ def main(argv: list[str] | None = None, known: dict[tuple, np.ndarray] | None = 
 
 
 def embed_both(
-    args: argparse.Namespace, train: Dataset, test: Dataset, seed: int, known: dict[tuple, np.ndarray]
+    args: argparse.Namespace, train: Dataset, test: Dataset, seed: int, cache: dict[tuple, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings `(clips, dim)` of both sets; only files that are not in `known` are read."""
+    """Embeddings `(clips, dim)` of both sets; only files that are not in `cache` are read."""
     path = args.model_name_or_path
     feature_extractor = load_feature_extractor(path) if path else ASiTFeatureExtractor()
     if args.random_init:
@@ -173,7 +168,7 @@ def embed_both(
         if len(set(names)) < len(names):  # encoded bytes have no names
             names = [object() for _ in names]
         keys = [(seed if args.random_init else None, name) for name in names]
-        new = [index for index, key in enumerate(keys) if key not in known]
+        new = [index for index, key in enumerate(keys) if key not in cache]
         if new:
             embeddings = embed(
                 model,
@@ -185,8 +180,8 @@ def embed_both(
                 num_layers=args.num_layers,
                 window_seconds=args.window_seconds,
             )
-            known.update(zip([keys[index] for index in new], embeddings))
-        return np.stack([known[key] for key in keys])
+            cache.update(zip([keys[index] for index in new], embeddings))
+        return np.stack([cache[key] for key in keys])
 
     return embed_set(train), embed_set(test)
 

@@ -282,7 +282,7 @@ BATCHES = [
 
 EXTRAS = [
     (
-        lambda: without("sklearn.model_selection", lambda: linear_probe(*CLUSTERS, *CLUSTERS)),
+        lambda: without("sklearn.model_selection", lambda: linear_probe(CLUSTERS, CLUSTERS)),
         ImportError,
         ["sklearn", "asit-hf[train]"],
     ),

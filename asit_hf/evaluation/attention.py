@@ -22,9 +22,11 @@ def attention_rollout(model: ASiTPreTrainedModel, input_values: torch.Tensor) ->
         sum to 1.
     """
     encoder = getattr(model, model.base_model_prefix, model)
-    clip = one_clip(input_values).to(encoder.device, encoder.dtype)
+    clips = input_values[None] if input_values.dim() == 2 else input_values
+    if clips.dim() != 3 or len(clips) != 1:
+        raise ValueError(f"expected one clip (frames, mel) or (1, frames, mel), got {tuple(input_values.shape)}")
     tokens = None
-    for attention in _attentions(encoder, clip[None]):
+    for attention in _attentions(encoder, clips.to(encoder.device, encoder.dtype)):
         mean = attention[0].float().mean(0)
         layer = (mean + torch.eye(len(mean), device=mean.device)) / 2
         tokens = layer if tokens is None else layer @ tokens
@@ -32,16 +34,6 @@ def attention_rollout(model: ASiTPreTrainedModel, input_values: torch.Tensor) ->
     pooled = {"cls": cls_token, "mean": patches, "cls_mean": cls_token / cls_token.sum() + patches / patches.sum()}
     shares = pooled[encoder.config.pooling_mode]
     return (shares / shares.sum()).unflatten(0, (-1, encoder.config.position_grid[1])).cpu()
-
-
-def one_clip(input_values: torch.Tensor) -> torch.Tensor:
-    """One clip `(frames, mel)` or `(1, frames, mel)` as `(frames, mel)`; `ValueError` for other shapes."""
-    clip = input_values[0] if input_values.dim() == 3 and len(input_values) == 1 else input_values
-    if clip.dim() != 2:
-        raise ValueError(
-            f"expected one clip of shape (frames, mel) or (1, frames, mel), got {tuple(input_values.shape)}"
-        )
-    return clip
 
 
 def _attentions(encoder: ASiTModel, input_values: torch.Tensor) -> tuple[torch.Tensor, ...]:

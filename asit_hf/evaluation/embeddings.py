@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,9 @@ from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..modeling_asit import ASiTModel, ASiTPreTrainedModel
 
 POOLINGS = ("cls", "mean", "cls_mean", "mean_time", "mean_std_time")
-# Clips are sorted by length within this many batches, so that a data set need not fit in memory.
-_SORTED_BATCHES = 32
-# The same for windows of files, which may be longer.
-_SORTED_WINDOW_BATCHES = 4
+# Clips are sorted by length within this many batches, so that a data set need not fit in memory; windows of files,
+# which may be longer, within fewer.
+_SORTED_BATCHES, _SORTED_WINDOW_BATCHES = 32, 4
 
 
 def embed(
@@ -35,8 +33,8 @@ def embed(
     window_seconds: float | None = None,
 ) -> np.ndarray:
     """
-    One embedding per clip, independent of the other clips in its batch, which is padded and masked. For the most
-    accurate linear probe, concatenate several layers and keep the mel patches apart:
+    One embedding per clip, independent of the other clips in its batch. For the most accurate linear probe,
+    concatenate several layers and keep the mel patches apart:
     `embed(model, feature_extractor, clips, "mean_std_time", num_layers=6, window_seconds=1)`.
 
     Args:
@@ -51,38 +49,22 @@ def embed(
         sort_by_length (`bool`): batch clips of similar length together, which pads less.
         num_layers (`int`): concatenate the embeddings of this many last layers, each after the final layer norm.
         window_seconds (`float`, *optional*): embed longer clips in windows of this length, cut to whole time patches,
-            and pool over all of them; the CLS tokens are averaged. By default clips are embedded whole. The length of
-            the pretraining crops often works best.
+            and pool over all of them; the CLS tokens are averaged. The length of the pretraining crops often works
+            best. By default every clip is one window.
 
     Returns:
         `np.ndarray` of shape `(clips, dim)`, float32, in the order of `clips`.
     """
-    check_pooling(pooling)
-    _check_batch_size(batch_size)
-    encoder = _encoder_of(model)
-    _check_layers(encoder, num_layers)
-    rate, patch_size = feature_extractor.sampling_rate, encoder.config.patch_size
-    time_patches = None if window_seconds is None else window_time_patches(window_seconds, rate, patch_size)
-    embedded = _embed_windows(
-        _clip_windows(clips, rate, time_patches, patch_size),
-        encoder,
-        feature_extractor,
-        pooling=pooling,
-        batch_size=batch_size,
-        device=device,
-        num_layers=num_layers,
-        sorted_batches=_SORTED_BATCHES if sort_by_length else 1,
-    )
+    window = None if window_seconds is None else _window_samples(model, feature_extractor, window_seconds)
+    windows = _clip_windows(clips, window)
+    options = {"sorted_batches": _SORTED_BATCHES if sort_by_length else 1, "num_layers": num_layers}
+    embedded = _embed_windows(windows, model, feature_extractor, pooling, batch_size, device, **options)
     total = len(clips) if hasattr(clips, "__len__") else None
-    embeddings = []
-    for _, parts in tqdm(
-        groupby(embedded, key=itemgetter(0)), total=total, desc="Embedding", unit="clip", disable=not progress
-    ):
-        scenes, timestamps = zip(*(part for _, part in parts))
-        embeddings.append(over_windows(scenes, [len(part) for part in timestamps], pooling, num_layers))
-    if not embeddings:
+    progress_bar = tqdm(embedded, total=total, desc="Embedding", unit="clip", disable=not progress)
+    scenes = [clip.scene for clip in progress_bar]
+    if not scenes:
         raise ValueError("expected at least one clip, got none")
-    return np.stack(embeddings)
+    return np.stack(scenes)
 
 
 def timestamp_embeddings(
@@ -102,11 +84,8 @@ def timestamp_embeddings(
     Returns:
         embeddings `(time_patches, hidden_size)` and the centers in milliseconds `(time_patches,)`; float32.
     """
-    encoder = _encoder_of(model)
-    (tokens,), _ = _tokens(encoder, feature_extractor, [waveform], device)
-    embeddings = time_patch_means(tokens, encoder.config.position_grid[1])[0]
-    times = time_patch_centers(len(embeddings), feature_extractor.sampling_rate, encoder.config.patch_size)
-    return embeddings.float().cpu().numpy(), times
+    (clip,) = _embed_windows(iter([(0, waveform)]), model, feature_extractor, device=device)
+    return clip.timestamps, clip.milliseconds
 
 
 @dataclass(frozen=True)
@@ -146,34 +125,13 @@ def embed_files(
     Yields:
         [`ClipEmbeddings`] for every source, or the error if it cannot be read.
     """
-    check_pooling(pooling)
-    _check_batch_size(batch_size)
-    encoder = _encoder_of(model)
-    _check_layers(encoder, num_layers)
-    rate, patch_size = feature_extractor.sampling_rate, encoder.config.patch_size
-    window_frames = window_time_patches(window_seconds, rate, patch_size) * patch_size
+    window = _window_samples(model, feature_extractor, window_seconds)
     if max_seconds is not None and max_seconds <= 0:
         raise ValueError(f"expected max_seconds above 0, got {max_seconds}")
-    windows = _file_windows(sources, rate, window_frames, patch_size, max_seconds)
-    embedded = _embed_windows(
-        windows,
-        encoder,
-        feature_extractor,
-        pooling=pooling,
-        batch_size=batch_size,
-        device=device,
-        num_layers=num_layers,
-        sorted_batches=_SORTED_WINDOW_BATCHES,
+    windows = _file_windows(sources, feature_extractor.sampling_rate, window, max_seconds)
+    yield from _embed_windows(
+        windows, model, feature_extractor, pooling, batch_size, device, num_layers, _SORTED_WINDOW_BATCHES
     )
-    for _, parts in groupby(embedded, key=itemgetter(0)):
-        parts = [part for _, part in parts]
-        if isinstance(parts[-1], AudioReadError):
-            yield parts[-1]
-            continue
-        scenes, of_windows = zip(*parts)
-        timestamps = np.concatenate(of_windows)
-        scene = over_windows(scenes, [len(part) for part in of_windows], pooling, num_layers)
-        yield ClipEmbeddings(scene, timestamps, time_patch_centers(len(timestamps), rate, patch_size))
 
 
 def time_patch_means(tokens: torch.Tensor, mel_patches: int) -> torch.Tensor:
@@ -194,14 +152,12 @@ def time_patch_centers(
     return (1000 * centers / sampling_rate).astype(np.float32)
 
 
-def check_pooling(pooling: str) -> None:
-    """Raises `ValueError` for a pooling outside `POOLINGS`."""
+def embedding_size(encoder: ASiTModel, pooling: str, num_layers: int = 1) -> int:
+    """Width of the clip embeddings. Raises `ValueError` for an unknown pooling or a wrong number of layers."""
     if pooling not in POOLINGS:
         raise ValueError(f"expected pooling to be one of {POOLINGS}, got {pooling!r}")
-
-
-def embedding_size(encoder: ASiTModel, pooling: str, num_layers: int = 1) -> int:
-    """Width of the clip embeddings."""
+    if not 1 <= num_layers <= len(encoder.layers):
+        raise ValueError(f"expected num_layers from 1 to {len(encoder.layers)}, got {num_layers}")
     mel_patches = encoder.config.position_grid[1]
     vectors = {"cls_mean": 2, "mean_time": mel_patches, "mean_std_time": 2 * mel_patches}.get(pooling, 1)
     return vectors * encoder.config.hidden_size * num_layers
@@ -215,19 +171,100 @@ def window_time_patches(window_seconds: float, sampling_rate: int, patch_size: i
     return time_patches
 
 
-def over_windows(
-    scenes: Sequence[np.ndarray], time_patches: Sequence[int], pooling: str, num_layers: int = 1
+def _window_samples(
+    model: ASiTPreTrainedModel, feature_extractor: ASiTFeatureExtractor, window_seconds: float
+) -> tuple[int, int, int]:
+    """Samples of a window, of the shortest later window, a time patch, and from one window to the next."""
+    rate, patch_size = feature_extractor.sampling_rate, _encoder_of(model).config.patch_size
+    window, hop = window_and_hop(rate)
+    frames = window_time_patches(window_seconds, rate, patch_size) * patch_size
+    return (frames - 1) * hop + window, (patch_size - 1) * hop + window, frames * hop
+
+
+def _clip_windows(
+    clips: Iterable, window: tuple[int, int, int] | None
+) -> Iterator[tuple[int, np.ndarray | torch.Tensor]]:
+    """(index of the clip, waveform) of every window; by default a clip is one window."""
+    # by index if there is a length: a data set need not raise IndexError at its end
+    items = (clips[index] for index in range(len(clips))) if hasattr(clips, "__len__") else clips
+    for index, item in enumerate(items):
+        if isinstance(item, dict) and "waveform" not in item:
+            raise ValueError(f"expected a waveform in clip {index}, got {item.get('bad_files', sorted(item))}")
+        waveform = item["waveform"] if isinstance(item, dict) else item
+        length, shortest, step = window or (max(1, len(waveform)),) * 3
+        # later windows need a whole time patch; the first may be shorter
+        for start in range(0, max(1, len(waveform) - shortest + 1), step):
+            yield index, waveform[start : start + length]
+
+
+def _file_windows(
+    sources: Iterable, rate: int, window: tuple[int, int, int], max_seconds: float | None
+) -> Iterator[tuple[int, np.ndarray | AudioReadError]]:
+    """(index of the source, waveform) of every window, or an error, which ends the source."""
+    length, shortest, step = window
+    limit = float("inf") if max_seconds is None else max(1, round(max_seconds * rate))
+    for index, source in enumerate(sources):
+        try:
+            with AudioReader(source) as reader:
+                start = 0
+                while start == 0 or start + shortest <= min(reader.num_samples(rate), limit):
+                    try:
+                        yield index, reader.read(rate, start, int(min(length, limit - start)))
+                    except AudioReadError:
+                        if start < reader.num_samples(rate):  # otherwise an mp3 was shorter than its header claims
+                            raise
+                    start += step
+        except AudioReadError as error:
+            yield index, error
+
+
+def _embed_windows(
+    windows: Iterator[tuple[int, np.ndarray | torch.Tensor | AudioReadError]],
+    model: ASiTPreTrainedModel,
+    feature_extractor: ASiTFeatureExtractor,
+    pooling: str = "cls",
+    batch_size: int = 1,
+    device: str | torch.device | None = None,
+    num_layers: int = 1,
+    sorted_batches: int = 1,
+) -> Iterator[ClipEmbeddings | AudioReadError]:
+    """Embeddings of every clip from its consecutive windows, or its error."""
+    encoder = _encoder_of(model)
+    embedding_size(encoder, pooling, num_layers)  # raises for wrong options
+    if batch_size < 1:
+        raise ValueError(f"expected batch_size of at least 1, got {batch_size}")
+
+    def embedded() -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray] | AudioReadError]]:
+        while buffer := list(islice(windows, batch_size * sorted_batches)):
+            results: list[Any] = [item for _, item in buffer]
+            order = [place for place, item in enumerate(results) if not isinstance(item, AudioReadError)]
+            order.sort(key=lambda place: len(results[place]))
+            for start in range(0, len(order), batch_size):
+                places = order[start : start + batch_size]
+                waveforms = [results[place] for place in places]
+                tokens, counts = _tokens(encoder, feature_extractor, waveforms, device, num_layers)
+                scenes = torch.cat([pool_tokens(layer, counts, pooling) for layer in tokens], dim=-1)
+                means = time_patch_means(tokens[-1], encoder.config.position_grid[1]).float().cpu().numpy()
+                for place, scene, of_clip, count in zip(places, scenes.float().cpu().numpy(), means, counts.tolist()):
+                    results[place] = scene, of_clip[:count].copy()  # not a view, which would keep the batch
+            yield from ((index, result) for (index, _), result in zip(buffer, results))
+
+    for _, parts in groupby(embedded(), key=lambda part: part[0]):
+        results = [result for _, result in parts]
+        if isinstance(results[-1], AudioReadError):
+            yield results[-1]
+            continue
+        scenes, timestamps = zip(*results)
+        scene = _pool_windows(scenes, [len(part) for part in timestamps], pooling, num_layers)
+        timestamps = np.concatenate(timestamps)
+        centers = time_patch_centers(len(timestamps), feature_extractor.sampling_rate, encoder.config.patch_size)
+        yield ClipEmbeddings(scene, timestamps, centers)
+
+
+def _pool_windows(
+    scenes: Sequence[np.ndarray], time_patches: Sequence[int], pooling: str, num_layers: int
 ) -> np.ndarray:
-    """
-    The embedding of a clip from those of its windows, equal to pooling all its patches at once.
-
-    Args:
-        scenes: the windows' embeddings with this `pooling` and `num_layers`, each `(dim,)`.
-        time_patches: number of time patches of each window.
-
-    Returns:
-        `np.ndarray` of shape `(dim,)`, float32.
-    """
+    """The embedding `(dim,)` of a clip from those of its windows, equal to pooling all patches at once; float32."""
     mean = np.average(scenes, axis=0, weights=time_patches)
     if pooling == "mean_std_time":
         # total variance = variance within windows + variance of their means
@@ -238,93 +275,8 @@ def over_windows(
     return mean.reshape(-1).astype(np.float32)
 
 
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"expected batch_size of at least 1, got {batch_size}")
-
-
-def _check_layers(encoder: ASiTModel, num_layers: int) -> None:
-    if not 1 <= num_layers <= len(encoder.layers):
-        raise ValueError(f"expected num_layers from 1 to {len(encoder.layers)}, got {num_layers}")
-
-
-def _clip_windows(
-    clips: Iterable, rate: int, time_patches: int | None, patch_size: int
-) -> Iterator[tuple[int, np.ndarray | torch.Tensor]]:
-    """(index of the clip, waveform) of every window of `time_patches`; by default a clip is one window."""
-    window, hop = window_and_hop(rate)
-    # by index if there is a length: a data set need not raise IndexError at its end
-    items = (clips[index] for index in range(len(clips))) if hasattr(clips, "__len__") else clips
-    for index, item in enumerate(items):
-        waveform = _waveform(item, index)
-        if time_patches is None:
-            yield index, waveform
-            continue
-        length, shortest = ((frames - 1) * hop + window for frames in (time_patches * patch_size, patch_size))
-        # later windows need a whole time patch; the first may be shorter
-        for start in range(0, max(1, len(waveform) - shortest + 1), time_patches * patch_size * hop):
-            yield index, waveform[start : start + length]
-
-
-def _file_windows(
-    sources: Iterable, rate: int, window_frames: int, patch_size: int, max_seconds: float | None
-) -> Iterator[tuple[int, np.ndarray | AudioReadError]]:
-    """(index of the source, waveform) of every window, or an error, which ends the source."""
-    window, hop = window_and_hop(rate)
-    length, shortest = ((frames - 1) * hop + window for frames in (window_frames, patch_size))
-    limit = float("inf") if max_seconds is None else max(1, round(max_seconds * rate))
-    for index, source in enumerate(sources):
-        try:
-            with AudioReader(source) as reader:
-                start = 0
-                # later windows need a whole time patch; the first may be shorter
-                while start == 0 or start + shortest <= min(reader.num_samples(rate), limit):
-                    try:
-                        yield index, reader.read(rate, start, int(min(length, limit - start)))
-                    except AudioReadError:
-                        if start < reader.num_samples(rate):  # otherwise an mp3 was shorter than its header claims
-                            raise
-                    start += window_frames * hop
-        except AudioReadError as error:
-            yield index, error
-
-
-def _embed_windows(
-    windows: Iterator[tuple[int, np.ndarray | torch.Tensor | AudioReadError]],
-    encoder: ASiTModel,
-    feature_extractor: ASiTFeatureExtractor,
-    pooling: str,
-    batch_size: int,
-    device: str | torch.device | None,
-    num_layers: int,
-    sorted_batches: int,
-) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray] | AudioReadError]]:
-    """Scene `(dim,)` and timestamps `(time_patches, hidden)` of every window, in order; errors are passed on."""
-    while buffer := list(islice(windows, batch_size * sorted_batches)):
-        results: list[Any] = [item for _, item in buffer]
-        order = [place for place, item in enumerate(results) if not isinstance(item, AudioReadError)]
-        order.sort(key=lambda place: len(results[place]))
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            waveforms = [results[place] for place in places]
-            tokens, counts = _tokens(encoder, feature_extractor, waveforms, device, num_layers)
-            scenes = torch.cat([pool_tokens(layer, counts, pooling) for layer in tokens], dim=-1).float().cpu().numpy()
-            timestamps = time_patch_means(tokens[-1], encoder.config.position_grid[1]).float().cpu().numpy()
-            for place, scene, means, count in zip(places, scenes, timestamps, counts.tolist()):
-                results[place] = scene, means[:count].copy()  # not a view, which would keep the batch
-        yield from ((index, result) for (index, _), result in zip(buffer, results))
-
-
 def _encoder_of(model: ASiTPreTrainedModel) -> ASiTModel:
     return getattr(model, model.base_model_prefix, model)
-
-
-def _waveform(clip: Any, index: int) -> np.ndarray | torch.Tensor:
-    if not isinstance(clip, dict):
-        return clip
-    if "waveform" not in clip:
-        raise ValueError(f"expected a waveform in clip {index}, got {clip.get('bad_files', sorted(clip))}")
-    return clip["waveform"]
 
 
 @torch.inference_mode()
@@ -333,7 +285,7 @@ def _tokens(
     feature_extractor: ASiTFeatureExtractor,
     waveforms: list,
     device: str | torch.device | None,
-    num_layers: int = 1,
+    num_layers: int,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Tokens `(clips, 1 + patches, hidden)` of the last layers, in order, and time patches per clip `(clips,)`."""
     device = encoder.device if device is None else torch.device(device)

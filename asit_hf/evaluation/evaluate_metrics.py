@@ -1,11 +1,9 @@
 """The functions of `metrics` as `evaluate.Metric` classes, in a file of their own because they need evaluate."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 from ..utils.extras import extra
-from .metrics import TOP_K, multi_label_metrics, single_label_metrics
+from .metrics import multi_label_metrics, single_label_metrics
 
 with extra("train"):
     import datasets
@@ -13,29 +11,20 @@ with extra("train"):
 
 
 class SingleLabelMetrics(evaluate.Metric):
-    """
-    `single_label_metrics` of `predictions` (scores) and `references` (class ids); `compute` also accepts `k`.
-    """
+    """`single_label_metrics` of `predictions` (scores) and `references` (class ids); `compute` also accepts `k`."""
+
+    function, references = staticmethod(single_label_metrics), datasets.Value("int64")
 
     def _info(self) -> evaluate.MetricInfo:
-        return _metric_info(single_label_metrics, datasets.Value("int64"))
+        features = {"predictions": datasets.List(datasets.Value("float64")), "references": self.references}
+        description = self.function.__doc__
+        return evaluate.MetricInfo(description, citation="", features=datasets.Features(features))
 
-    def _compute(self, predictions: list, references: list, k: int = TOP_K) -> dict[str, float]:
-        return single_label_metrics(np.asarray(predictions), np.asarray(references), k)
+    def _compute(self, predictions: list, references: list, **options: int) -> dict[str, float]:
+        return self.function(np.asarray(predictions), np.asarray(references), **options)
 
 
-class MultiLabelMetrics(evaluate.Metric):
+class MultiLabelMetrics(SingleLabelMetrics):
     """`multi_label_metrics` of `predictions` (scores) and `references` (0-1 targets)."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        return _metric_info(multi_label_metrics, datasets.List(datasets.Value("int64")))
-
-    def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        return multi_label_metrics(np.asarray(predictions), np.asarray(references))
-
-
-def _metric_info(function: Callable, references: object) -> evaluate.MetricInfo:
-    features = {"predictions": datasets.List(datasets.Value("float64")), "references": references}
-    return evaluate.MetricInfo(
-        description=function.__doc__, citation="", inputs_description="", features=datasets.Features(features)
-    )
+    function, references = staticmethod(multi_label_metrics), datasets.List(datasets.Value("int64"))

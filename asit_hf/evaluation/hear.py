@@ -15,19 +15,11 @@ from ..configuration_asit import ASiTConfig
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..loading import load_encoder, load_feature_extractor
 from ..modeling_asit import ASiTModel
-from .embeddings import (
-    check_pooling,
-    embedding_size,
-    pool_tokens,
-    time_patch_centers,
-    time_patch_means,
-    window_time_patches,
-)
+from .embeddings import embedding_size, pool_tokens, time_patch_centers, time_patch_means, window_time_patches
 
 logger = logging.get_logger(__name__)
 
-# sampling rates of HEAR's data sets
-SAMPLING_RATES = (16000, 22050, 32000, 44100, 48000)
+SAMPLING_RATES = (16000, 22050, 32000, 44100, 48000)  # of HEAR's data sets
 # Timestamps are a quarter of a patch apart, 40 ms; HEAR requires 50 ms at most.
 SHIFTS = 4
 
@@ -45,7 +37,6 @@ class HearModel(nn.Module):
         pooling: str = "mean_std_time",
         window_seconds: float | None = None,
     ):
-        check_pooling(pooling)
         if feature_extractor.sampling_rate not in SAMPLING_RATES:
             raise ValueError(
                 f"expected a model for one of HEAR's sampling rates ({', '.join(map(str, SAMPLING_RATES))} Hz), "
@@ -57,12 +48,11 @@ class HearModel(nn.Module):
         self.pooling = pooling
         self.sample_rate = feature_extractor.sampling_rate
         self.scene_embedding_size = embedding_size(encoder, pooling)
-        patch_size = encoder.config.patch_size
-        if window_seconds is None:
-            self.window_frames = encoder.config.num_frames // patch_size * patch_size
-        else:
-            self.window_frames = window_time_patches(window_seconds, self.sample_rate, patch_size) * patch_size
         self.timestamp_embedding_size = encoder.config.hidden_size
+        patch_size, time_patches = encoder.config.patch_size, encoder.config.num_frames // encoder.config.patch_size
+        if window_seconds is not None:
+            time_patches = window_time_patches(window_seconds, self.sample_rate, patch_size)
+        self.window_frames = time_patches * patch_size
 
     def log_mel(self, audio: torch.Tensor) -> torch.Tensor:
         """Waveforms `(sounds, samples)` to model input `(sounds, frames, mel)` on the model's device."""
@@ -72,11 +62,17 @@ class HearModel(nn.Module):
         features = self.feature_extractor(audio, sampling_rate=self.sample_rate, return_tensors="pt")
         return features["input_values"].to(self.encoder.dtype)
 
-    def windows(self, input_values: torch.Tensor) -> list[torch.Tensor]:
-        """Tokens `(sounds, 1 + patches, hidden)` of every window, cut to whole time patches."""
-        patch_size = self.encoder.config.patch_size
-        pieces = [piece for piece in input_values.split(self.window_frames, dim=1) if piece.shape[1] >= patch_size]
-        return [self.encoder(piece).last_hidden_state for piece in pieces or [input_values]]
+    def encode(self, input_values: torch.Tensor) -> torch.Tensor:
+        """Tokens `(sounds, 1 + patches, hidden)`, float32, of all windows; the CLS token is their weighted mean."""
+        config = self.encoder.config
+        pieces = input_values.split(self.window_frames, dim=1)
+        pieces = [piece for piece in pieces if piece.shape[1] >= config.patch_size] or [input_values]
+        windows = [
+            self.encoder(piece).last_hidden_state.float() for piece in pieces
+        ]  # sums over minutes overflow fp16
+        patches = torch.cat([tokens[:, 1:] for tokens in windows], dim=1)
+        cls_token = sum(tokens[:, :1] * (tokens.shape[1] - 1) for tokens in windows) / patches.shape[1]
+        return torch.cat((cls_token, patches), dim=1)
 
 
 def load_model(
@@ -113,13 +109,9 @@ def get_scene_embeddings(audio: torch.Tensor, model: HearModel) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(sounds, scene_embedding_size)`, float32, pooled over all windows.
     """
-    mel_patches = model.encoder.config.position_grid[1]
-    windows = [tokens.float() for tokens in model.windows(model.log_mel(audio))]  # sums over minutes overflow fp16
-    time_patches = [(tokens.shape[1] - 1) // mel_patches for tokens in windows]
-    patches = torch.cat([tokens[:, 1:] for tokens in windows], dim=1)
-    cls_token = sum(tokens[:, :1] * count for tokens, count in zip(windows, time_patches)) / sum(time_patches)
-    counts = torch.full((len(patches),), sum(time_patches), device=patches.device)
-    return pool_tokens(torch.cat((cls_token, patches), dim=1), counts, model.pooling)
+    tokens = model.encode(model.log_mel(audio))
+    time_patches = (tokens.shape[1] - 1) // model.encoder.config.position_grid[1]
+    return pool_tokens(tokens, torch.full((len(tokens),), time_patches, device=tokens.device), model.pooling)
 
 
 @torch.no_grad()
@@ -129,7 +121,7 @@ def get_timestamp_embeddings(audio: torch.Tensor, model: HearModel) -> tuple[tor
     quarter of a patch.
 
     Args:
-        audio (`torch.Tensor` of shape `(sounds, samples)`): mono, at `model.sample_rate`, in [-1, 1].
+        audio, model: as in [`get_scene_embeddings`].
 
     Returns:
         embeddings `(sounds, timestamps, timestamp_embedding_size)` and their centers in milliseconds
@@ -141,11 +133,10 @@ def get_timestamp_embeddings(audio: torch.Tensor, model: HearModel) -> tuple[tor
     shifted = []
     for shift in range(0, config.patch_size, hop_frames):
         if shift == 0 or input_values.shape[1] - shift >= config.patch_size:
-            windows = model.windows(input_values[:, shift:])
-            shifted.append(torch.cat([time_patch_means(tokens, config.position_grid[1]) for tokens in windows], dim=1))
+            shifted.append(time_patch_means(model.encode(input_values[:, shift:]), config.position_grid[1]))
     # interleaved; later shifts may have one time patch less
     count = sum(means.shape[1] for means in shifted)
-    embeddings = input_values.new_empty(len(input_values), count, config.hidden_size, dtype=torch.float32)
+    embeddings = shifted[0].new_empty(len(input_values), count, config.hidden_size)
     for turn, means in enumerate(shifted):
         embeddings[:, turn :: len(shifted)] = means
     times = torch.from_numpy(time_patch_centers(count, model.sample_rate, config.patch_size, hop_frames))

@@ -1,10 +1,10 @@
 """
-Classification metrics: as functions, and as `evaluate.Metric` classes, which score in Trainer.
-
-The functions need neither evaluate nor datasets: kNN accuracy during pretraining is computed without them.
+Classification metrics as functions, which need neither evaluate nor datasets, so that pretraining computes kNN
+accuracy without them. In `evaluate_metrics` they are `evaluate.Metric` classes, which score in Trainer.
 """
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import numpy as np
 from transformers import EvalPrediction
@@ -12,14 +12,6 @@ from transformers import EvalPrediction
 from ..utils.extras import extra
 
 TOP_K = 5
-
-
-def __getattr__(name: str):
-    if name in ("SingleLabelMetrics", "MultiLabelMetrics"):  # their base class needs evaluate
-        from . import evaluate_metrics
-
-        return getattr(evaluate_metrics, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
@@ -33,8 +25,7 @@ def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
         labels (`np.ndarray` of shape `(clips,)`): class ids.
         k (`int`): at least 1; values above the number of classes count all of them.
     """
-    scores, labels = _check_scores(scores), np.asarray(labels)
-    _check_class_ids(labels, scores)
+    scores, labels = _check_class_ids(scores, labels)
     if k < 1:
         raise ValueError(f"expected k of at least 1, got {k}")
     best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
@@ -43,30 +34,21 @@ def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
 
 def average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """
-    Average precision of every class, `(classes,)`; NaN for a class without positives, where scikit-learn gives 0.
-
-    Args:
-        scores (`np.ndarray` of shape `(clips, classes)`): logits or probabilities.
-        targets (`np.ndarray` of shape `(clips, classes)`): 0 or 1.
+    Average precision of every class, `(classes,)`, from scores (logits or probabilities) and 0-1 targets, both
+    `(clips, classes)`; NaN for a class without positives, where scikit-learn gives 0.
     """
-    with extra("train"):
-        from sklearn.metrics import average_precision_score
-    scores, targets = _check_scores(scores), _check_targets(targets, scores)
-    return _per_class(average_precision_score, scores, targets, targets.any(axis=0))
+    scores, targets = _check_targets(scores, targets)
+    return _per_class(_sklearn_metrics().average_precision_score, scores, targets, targets.any(axis=0))
 
 
 def roc_aucs(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Area under the ROC curve of every class, `(classes,)`; NaN for one without positives or without negatives."""
-    with extra("train"):
-        from sklearn.metrics import roc_auc_score
-    scores, targets = _check_scores(scores), _check_targets(targets, scores)
-    return _per_class(roc_auc_score, scores, targets, targets.any(axis=0) & ~targets.all(axis=0))
+    scores, targets = _check_targets(scores, targets)
+    return _per_class(_sklearn_metrics().roc_auc_score, scores, targets, targets.any(axis=0) & ~targets.all(axis=0))
 
 
 def d_prime(auc: float) -> float:
-    """
-    The sensitivity index d' of an area under the ROC curve: infinite for 1, minus infinity for 0, NaN for NaN.
-    """
+    """The sensitivity index d' of an area under the ROC curve: infinite for 1, minus infinity for 0, NaN for NaN."""
     with extra("train"):
         from scipy.special import ndtri
     return float(np.sqrt(2) * ndtri(auc))
@@ -113,11 +95,6 @@ def regression_metrics(predictions: np.ndarray, targets: np.ndarray) -> dict[str
     return {"mse": float(np.square(errors).mean()), "mae": float(np.abs(errors).mean())}
 
 
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, float]]] = {
-    "single_label_classification": single_label_metrics,
-    "multi_label_classification": multi_label_metrics,
-    "regression": regression_metrics,
-}
 # The metric that chooses the best checkpoint, and whether greater is better.
 MAIN_METRIC = {
     "single_label_classification": ("accuracy", True),
@@ -133,11 +110,9 @@ def score(scores: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """
     from .evaluate_metrics import MultiLabelMetrics, SingleLabelMetrics
 
-    scores, targets = _check_scores(scores), np.asarray(targets)
-    if targets.ndim == 1:
-        metric = SingleLabelMetrics(keep_in_memory=True)
-    else:
-        metric, targets = MultiLabelMetrics(keep_in_memory=True), _check_targets(targets, scores)
+    one_label = np.ndim(targets) == 1
+    scores, targets = (_check_class_ids if one_label else _check_targets)(scores, targets)
+    metric = (SingleLabelMetrics if one_label else MultiLabelMetrics)(keep_in_memory=True)
     return metric.compute(predictions=scores, references=targets.astype(np.int64))
 
 
@@ -150,8 +125,8 @@ def compute_metrics_for(problem_type: str, label_names: Sequence[str]) -> Callab
         problem_type (`str`): as in the model's config.
         label_names (`Sequence[str]`): the classes, by id; scores of another width raise `ValueError`.
     """
-    if problem_type not in METRICS:
-        raise ValueError(f"expected problem_type to be one of {sorted(METRICS)}, got {problem_type!r}")
+    if problem_type not in MAIN_METRIC:
+        raise ValueError(f"expected problem_type to be one of {sorted(MAIN_METRIC)}, got {problem_type!r}")
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         scores = prediction.predictions
@@ -173,11 +148,8 @@ def confusion_counts(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Number of clips by class (rows) and best-scored class (columns), `(classes, classes)` int64, for
     [`~asit_hf.plotting.plot_confusion`]. Arguments as in `top_k_accuracy`.
     """
-    with extra("train"):
-        from sklearn.metrics import confusion_matrix
-    scores, labels = _check_scores(scores), np.asarray(labels)
-    _check_class_ids(labels, scores)
-    return confusion_matrix(labels, scores.argmax(axis=1), labels=range(scores.shape[1]))
+    scores, labels = _check_class_ids(scores, labels)
+    return _sklearn_metrics().confusion_matrix(labels, scores.argmax(axis=1), labels=range(scores.shape[1]))
 
 
 def per_class_report(
@@ -191,25 +163,28 @@ def per_class_report(
         targets (`np.ndarray` of shape `(clips,)` or `(clips, classes)`): class ids give the columns `label`, `clips`,
             `precision`, `recall`, `f1`; 0-1 targets give `label`, `clips`, `average_precision`, `auc`.
     """
-    with extra("train"):
-        from sklearn.metrics import precision_recall_fscore_support
-    scores, targets = _check_scores(scores), np.asarray(targets)
-    if scores.shape[1] != len(label_names):
-        raise ValueError(f"expected scores of {len(label_names)} classes, got shape {scores.shape}")
-    if targets.ndim == 1:
-        _check_class_ids(targets, scores)
-        precision, recall, f1, counts = precision_recall_fscore_support(
+    if np.shape(scores)[-1] != len(label_names):
+        raise ValueError(f"expected scores of {len(label_names)} classes, got shape {np.shape(scores)}")
+    if np.ndim(targets) == 1:
+        scores, targets = _check_class_ids(scores, targets)
+        precision, recall, f1, counts = _sklearn_metrics().precision_recall_fscore_support(
             targets, scores.argmax(axis=1), labels=range(len(label_names)), zero_division=np.nan
         )
         columns = {"clips": counts, "precision": precision, "recall": recall, "f1": f1}
     else:
         columns = {
-            "clips": _check_targets(targets, scores).sum(axis=0),
+            "clips": _check_targets(scores, targets)[1].sum(axis=0),
             "average_precision": average_precisions(scores, targets),
             "auc": roc_aucs(scores, targets),
         }
     rows = zip(label_names, *(values.tolist() for values in columns.values()))
     return [dict(zip(("label", *columns), row)) for row in rows]
+
+
+def _sklearn_metrics() -> ModuleType:
+    with extra("train"):
+        import sklearn.metrics
+    return sklearn.metrics
 
 
 def _per_class(metric: Callable, scores: np.ndarray, targets: np.ndarray, scorable: np.ndarray) -> np.ndarray:
@@ -228,17 +203,19 @@ def _check_scores(scores: np.ndarray) -> np.ndarray:
     return scores
 
 
-def _check_class_ids(labels: np.ndarray, scores: np.ndarray) -> None:
+def _check_class_ids(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    scores, labels = _check_scores(scores), np.asarray(labels)
     if labels.shape != scores.shape[:1]:
         raise ValueError(f"expected one class id for each of {len(scores)} clips, got shape {labels.shape}")
     if labels.min() < 0 or labels.max() >= scores.shape[1]:
         raise ValueError(f"expected class ids from 0 to {scores.shape[1] - 1}, got {labels.min()} to {labels.max()}")
+    return scores, labels
 
 
-def _check_targets(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    targets = np.asarray(targets)
+def _check_targets(scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    scores, targets = _check_scores(scores), np.asarray(targets)
     if targets.shape != scores.shape:
         raise ValueError(f"expected targets of the scores' shape {scores.shape}, got {targets.shape}")
     if not np.isin(targets, (0, 1)).all():
         raise ValueError("expected targets of 0 and 1 only")
-    return targets.astype(bool)
+    return scores, targets.astype(bool)

@@ -1,4 +1,4 @@
-"""Sound event detection: events from scores of time patches, and their segment-based F1 and PSDS."""
+"""Sound event detection: events from scores of time patches, segment-based F1 and PSDS."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -73,24 +73,18 @@ def segment_metrics(
     Raises:
         ValueError: an unknown label, or a file in `estimated` that is not in `reference`.
     """
-    strangers = set(estimated) - set(reference)
-    if strangers:
-        raise ValueError(
-            f"expected estimates of reference files only, got {len(strangers)} others, first {min(strangers)}"
-        )
-    hits, false_alarms, misses = (np.zeros(len(names)) for _ in range(3))
-    errors = 0.0
+    if others := set(estimated) - set(reference):
+        raise ValueError(f"expected estimates of reference files only, got {len(others)} others, first {min(others)}")
+    active = [np.zeros((2, 0, len(names)), dtype=bool)]
     for file, events in reference.items():
-        both = (events, estimated.get(file, ()))
-        last = max((event.offset for one in both for event in one), default=0.0)
-        duration = last if durations is None else durations[file]
-        true, guessed = (_segments(one, names, duration, segment_seconds) for one in both)
-        hit, false_alarm, miss = true & guessed, guessed & ~true, true & ~guessed
-        hits += hit.sum(0)
-        false_alarms += false_alarm.sum(0)
-        misses += miss.sum(0)
-        # pairs of a false alarm and a miss in one segment are substitutions
-        errors += np.maximum(false_alarm.sum(1), miss.sum(1)).sum()
+        spans = [_spans(one, names) for one in (events, estimated.get(file, ()))]
+        duration = max(times.max(initial=0.0) for times, _ in spans) if durations is None else durations[file]
+        active.append(np.stack([_segments(*one, len(names), duration, segment_seconds) for one in spans]))
+    true, guessed = np.concatenate(active, axis=1)
+    hit, false_alarm, miss = true & guessed, guessed & ~true, true & ~guessed
+    # pairs of a false alarm and a miss in one segment are substitutions
+    errors = np.maximum(false_alarm.sum(1), miss.sum(1)).sum()
+    hits, false_alarms, misses = (np.sum(one, axis=0) for one in (hit, false_alarm, miss))
     total, wrong = hits.sum(), false_alarms.sum() + misses.sum()
     per_class = [_ratio(2 * hit, 2 * hit + bad) for hit, bad in zip(hits, false_alarms + misses) if hit + bad > 0]
     return {
@@ -133,8 +127,7 @@ def psds(
         raise ValueError(f"expected reference, scores and edges of the same files, got {counts}")
     settings = PSDS_SCENARIOS[scenario]
     true = {file: _spans(events, names) for file, events in reference.items()}
-    spans = np.concatenate([spans for spans, _ in true.values()])
-    classes = np.concatenate([ids for _, ids in true.values()])
+    spans, classes = (np.concatenate(column) for column in zip(*true.values()))
     counts = np.bincount(classes, minlength=len(names))
     present = counts > 0
     if not present.any():
@@ -144,10 +137,11 @@ def psds(
 
     points = []
     for threshold in thresholds:
-        found, false_alarms, confused = np.zeros(len(names)), np.zeros(len(names)), np.zeros((len(names), len(names)))
+        counted = []
         for file, of_file in scores.items():
             detected = _spans(decode_events(of_file, names, edges[file], threshold, median_filter_size), names)
-            _count_detections(true[file], detected, settings, found, false_alarms, confused)
+            counted.append(_count_detections(true[file], detected, settings, len(names)))
+        found, false_alarms, confused = (sum(of_files) for of_files in zip(*counted))
         # confusions with each other class that occurs, per hour of that class
         rates = confused[:, present] / class_hours[present]
         num_others = np.maximum(present.sum() - present, 1)
@@ -165,55 +159,47 @@ def psds(
 
 def _spans(events: Iterable[Event], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Onsets and offsets `(events, 2)`, and class ids `(events,)`."""
-    events, ids = list(events), _ids(names)
-    spans = np.array([(event.onset, event.offset) for event in events]).reshape(-1, 2)
-    return spans, np.array([_id(event, ids) for event in events], dtype=np.int64)
+    events, ids = list(events), {name: index for index, name in enumerate(names)}
+    for event in events:
+        if event.label not in ids:
+            raise ValueError(f"unknown label {event.label!r}; expected one of {', '.join(names)}")
+    spans = np.array([(event.onset, event.offset) for event in events], dtype=float).reshape(-1, 2)
+    return spans, np.array([ids[event.label] for event in events], dtype=np.int64)
 
 
 def _count_detections(
     true: tuple[np.ndarray, np.ndarray],
     detected: tuple[np.ndarray, np.ndarray],
     settings: Mapping[str, float],
-    found: np.ndarray,
-    false_alarms: np.ndarray,
-    confused: np.ndarray,
-) -> None:
-    """Adds one file's detected reference events `(classes,)`, false alarms, and false alarms on another class."""
+    num_classes: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    One file's detected reference events `(classes,)`, false alarms `(classes,)`, and false alarms on another class
+    `(classes, classes)`.
+    """
     (spans, classes), (guesses, guessed) = true, detected
     shared = np.minimum(guesses[:, None, 1], spans[:, 1]) - np.maximum(guesses[:, None, 0], spans[:, 0])
     shared = np.maximum(shared, 0.0)
     same = guessed[:, None] == classes
-    lengths, guess_lengths = np.diff(spans)[:, 0], np.diff(guesses)
-    precise = (shared * same).sum(1) >= settings["dtc"] * guess_lengths[:, 0]
-    covered = (shared * same * precise[:, None]).sum(0) >= settings["gtc"] * lengths
-    np.add.at(found, classes[covered], 1)
-    wrong = ~precise
-    np.add.at(false_alarms, guessed[wrong], 1)
+    lengths, guess_lengths = np.diff(spans)[:, 0], np.diff(guesses)[:, 0]
+    wrong = (shared * same).sum(1) < settings["dtc"] * guess_lengths
+    covered = (shared * same * ~wrong[:, None]).sum(0) >= settings["gtc"] * lengths
+    confused = np.zeros((num_classes, num_classes))
     for other in np.unique(classes):
         overlap = shared[:, classes == other].sum(1)
-        on_other = wrong & (guessed != other) & (overlap >= settings["cttc"] * guess_lengths[:, 0])
-        np.add.at(confused[:, other], guessed[on_other], 1)
+        on_other = wrong & (guessed != other) & (overlap >= settings["cttc"] * guess_lengths)
+        confused[:, other] = np.bincount(guessed[on_other], minlength=num_classes)
+    found, false_alarms = (np.bincount(ids, minlength=num_classes) for ids in (classes[covered], guessed[wrong]))
+    return found, false_alarms, confused
 
 
-def _segments(events: Iterable[Event], names: Sequence[str], duration: float, seconds: float) -> np.ndarray:
+def _segments(spans: np.ndarray, ids: np.ndarray, num_classes: int, duration: float, seconds: float) -> np.ndarray:
     """Active classes `(segments, classes)`, bool."""
     # times are rounded first: 0.3 / 0.1 is 2.9999999999999996
-    active = np.zeros((int(np.ceil(round(duration / seconds, 6))), len(names)), dtype=bool)
-    ids = _ids(names)
-    for event in events:
-        first, last = round(event.onset / seconds, 6), round(event.offset / seconds, 6)
-        active[int(first) : int(np.ceil(last)), _id(event, ids)] = True
+    active = np.zeros((int(np.ceil(round(duration / seconds, 6))), num_classes), dtype=bool)
+    for (first, last), index in zip(np.round(spans / seconds, 6), ids):
+        active[int(first) : int(np.ceil(last)), index] = True
     return active
-
-
-def _ids(names: Sequence[str]) -> dict[str, int]:
-    return {name: index for index, name in enumerate(names)}
-
-
-def _id(event: Event, ids: Mapping[str, int]) -> int:
-    if event.label not in ids:
-        raise ValueError(f"unknown label {event.label!r}; expected one of {', '.join(ids)}")
-    return ids[event.label]
 
 
 def _ratio(count: float, total: float) -> float:

@@ -96,7 +96,7 @@ class KnnProbeCallback(TrainerCallback):
             ]
         labels = [np.asarray(clips.labels) for clips in (self.train, self.test)]
         k = min(NEIGHBORS, len(labels[0]))
-        return knn_probe(features[0], labels[0], features[1], labels[1], k=k)["accuracy"]
+        return knn_probe((features[0], labels[0]), (features[1], labels[1]), k=k)["accuracy"]
 
 
 class PlotCallback(TrainerCallback):

@@ -15,13 +15,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from asit_hf.evaluation.probes import RIDGE_WEIGHT_DECAYS, WEIGHT_DECAYS, knn_probe, linear_probe, ridge_probe
-
-PROBES = {"linear": linear_probe, "ridge": ridge_probe, "knn": knn_probe}
-Split = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+from asit_hf.evaluation.probes import PROBES, RIDGE_WEIGHT_DECAYS, WEIGHT_DECAYS
 
 
-def make_clips(clips: int, dim: int, classes: int) -> Split:
+def make_clips(clips: int, dim: int, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Training clips, a quarter as many test clips, and their labels."""
     generator = np.random.default_rng(0)
     labels = np.arange(clips + clips // 4) % classes
@@ -67,7 +64,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     print("| probe | ours, s | accuracy | scikit-learn, s | accuracy | ratio |\n|---|---|---|---|---|---|")
     for probe in args.probes:
         start = time.process_time()
-        row = {"probe": probe, "accuracy": PROBES[probe](*data)["accuracy"], "seconds": time.process_time() - start}
+        accuracy = PROBES[probe](data[:2], data[2:])["accuracy"]
+        row = {"probe": probe, "accuracy": accuracy, "seconds": time.process_time() - start}
         line = f"| {probe} | {row['seconds']:.2f} | {row['accuracy']:.4f} |"
         if not args.ours_only:
             start = time.process_time()

@@ -159,7 +159,7 @@ def make_untrained(options: list[str]) -> dict[str, float]:
 
 
 def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for every row, probe and method: mean, spread and cost over the finished seeds."""
+    """A line for every row, probe and method: mean, standard deviation and cost over the finished seeds."""
     lines = []
     for row in dict.fromkeys(result["row"] for result in results):
         of_row = [result for result in results if result["row"] == row]
@@ -187,13 +187,8 @@ def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def markdown(lines: list[dict[str, Any]]) -> str:
     """The table with scores in %."""
     columns = list(dict.fromkeys((line["probe"], line["method"], line["metric"]) for line in lines))
-    header = [
-        "row",
-        *(f"{probe}, {method} {metric}" for probe, method, metric in columns),
-        "seeds",
-        "steps",
-        "seconds",
-    ]
+    scored = [f"{probe}, {method} {metric}" for probe, method, metric in columns]
+    header = ["row", *scored, "seeds", "steps", "seconds"]
     table = [header, ["---"] * len(header)]
     for row in dict.fromkeys(line["row"] for line in lines):
         of_row = {(line["probe"], line["method"], line["metric"]): line for line in lines if line["row"] == row}
@@ -205,8 +200,8 @@ def markdown(lines: list[dict[str, Any]]) -> str:
 
 
 def score(line: dict[str, Any]) -> str:
-    spread = "" if line["spread"] is None else f" ± {100 * line['spread']:.1f}"
-    return f"{100 * line['mean']:.1f}{spread}"
+    deviation = "" if line["spread"] is None else f" ± {100 * line['spread']:.1f}"
+    return f"{100 * line['mean']:.1f}{deviation}"
 
 
 def write_tables(folder: Path, results: list[dict[str, Any]]) -> str:

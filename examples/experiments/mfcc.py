@@ -9,7 +9,6 @@ forest and a logistic regression are fitted on the training clips. Options are t
 
 import json
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,7 @@ def mfcc_statistics(clips: LabelledClips) -> np.ndarray:
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     args = probe.parse_args(["--random_init", *(sys.argv[1:] if arguments is None else arguments)])
-    reading = DatasetArguments(**{one.name: getattr(args, one.name) for one in fields(DatasetArguments)})
+    reading = DatasetArguments.of(args)
     train = reading.load(args.train, args.train_filter or (), split=args.train_split)
     test = reading.load(
         args.test or args.train, args.test_filter or (), names=label_names(train), split=args.test_split

@@ -82,9 +82,9 @@ def run(
     test: list[str],
     args: argparse.Namespace,
     out: Path,
-    known: dict[tuple, np.ndarray],
+    cache: dict[tuple, np.ndarray],
 ) -> dict[str, list[float]]:
-    """The accuracies of one split, one per seed. `known` caches embeddings for the task's other splits."""
+    """The accuracies of one split, one per seed. `cache` keeps embeddings for the task's other splits."""
     data = {name: task[name] for name in ("audio_column", "label_column", "root") if name in task}
     shared = [text for name, value in data.items() for text in (f"--{name}", str(value))]
     test_data = task.get("test") or task["train"]
@@ -97,7 +97,7 @@ def run(
         options += ["--pooling", args.probe_pooling or args.pooling, "--num_layers", str(args.num_layers)]
         options += ["--window_seconds", str(args.window_seconds)] if args.window_seconds is not None else []
         options += ["--probes", *args.probes]
-        results = run_linear_probe.main([*options, *(["--random_init"] if method == "probe-random" else [])], known)
+        results = run_linear_probe.main([*options, *(["--random_init"] if method == "probe-random" else [])], cache)
         return {probe: [seed[probe]["accuracy"] for seed in results["runs"]] for probe in args.probes}
     options = [*shared, "--model_name_or_path", args.model_name_or_path, "--output_dir", str(out / "run")]
     options += ["--train_data", task["train"], "--eval_data", test_data, "--seed", str(args.seeds[0])]
@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     chosen, rows = args.only or list(tasks), []
     for method in args.methods:
         for name in chosen:
-            task, results, known = dict(tasks[name]), [], {}
+            task, results, cache = dict(tasks[name]), [], {}
             if "pattern" in task:
                 task["train"] = manifest_of(name, task, args.output_dir)
             for split, train, test in splits(task):
@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
                 result = out / "result.json"
                 check_settings(out, settings_of(method, task, args))
                 if not result.is_file():
-                    scores = run(method, task, train, test, args, out, known)
+                    scores = run(method, task, train, test, args, out, cache)
                     out.mkdir(parents=True, exist_ok=True)
                     result.write_text(json.dumps(scores) + "\n")
                 results.append(json.loads(result.read_text()))

@@ -67,7 +67,7 @@ def test_scenes_are_those_of_the_encoder(checkpoints, window_seconds):
         model = hear.load_model(checkpoints["ASiTModel"], pooling, window_seconds)
         options = {"progress": False, "window_seconds": window_seconds or 0.64}
         expected = torch.from_numpy(embed(encoder, extractor, list(audio), pooling, **options))
-        # the mean is taken off the whole waveform here, off every window there
+        # `load_model` centers the whole waveform, `embed` every window
         torch.testing.assert_close(
             hear.get_scene_embeddings(audio, model), expected, rtol=0, atol=1e-5 if window_seconds == 30 else 1e-4
         )
@@ -82,7 +82,7 @@ def test_timestamps_are_interleaved(checkpoints, samples):
     audio = noise(1, samples)
     embeddings, times = hear.get_timestamp_embeddings(audio, model)
     for turn in range(min(4, embeddings.shape[1])):
-        # the mean of the whole clip is taken off its waveform
+        # the whole waveform is centered
         shifted = audio[0] - audio[0].mean()
         shifted = shifted[turn * 640 :]
         columns, middles = timestamp_embeddings(model.encoder, model.feature_extractor, shifted - shifted.mean())
@@ -96,9 +96,14 @@ def test_long_sounds_are_encoded_in_windows(checkpoints):
     whole = hear.get_scene_embeddings(audio, model)
     _, times = hear.get_timestamp_embeddings(audio, model)
     model = hear.load_model(checkpoints["ASiTModel"], window_seconds=1)
-    # 96 frames: 96, 96, 96 of 298, and 10 short of a patch
-    lengths = [(tokens.shape[1] - 1) // 8 for tokens in model.windows(model.log_mel(audio))]
-    assert lengths == [6, 6, 6]
+    # windows of 96 frames: three in 298 frames, and the last 10 are shorter than a patch
+    log_mel = model.log_mel(audio)
+    tokens = model.encode(log_mel)
+    assert tokens.shape[1] == 1 + 3 * 6 * 8
+    with torch.no_grad():
+        windows = [model.encoder(log_mel[:, start : start + 96]).last_hidden_state for start in (0, 96, 192)]
+    torch.testing.assert_close(tokens[:, 97:], windows[2][:, 1:])
+    torch.testing.assert_close(tokens[:, 0], torch.stack(windows).mean(0)[:, 0])
     pieces = hear.get_scene_embeddings(audio, model)
     assert not torch.allclose(pieces, whole, atol=1e-4)
     embeddings, again = hear.get_timestamp_embeddings(audio, model)
@@ -139,4 +144,4 @@ def test_the_public_validator_passes(checkpoints, kind, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Looks good!" in done.stdout
-    assert "We suggest" not in done.stderr  # it would suggest closer timestamps
+    assert "We suggest" not in done.stderr  # printed for timestamps that are too far apart

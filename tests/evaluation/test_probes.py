@@ -15,8 +15,8 @@ def gaussians(seed: int, clips: int = 400, classes: int = 4, distance: float = 2
     return np.concatenate([signal, generator.normal(size=(clips, noise)) * scales], axis=1), labels
 
 
-TRAIN_X, TRAIN_Y = gaussians(0)
-TEST_X, TEST_Y = gaussians(1)
+TRAIN_X, TRAIN_Y = TRAIN = gaussians(0)
+TEST_X, TEST_Y = TEST = gaussians(1)
 
 
 def one_hot(labels: np.ndarray) -> np.ndarray:
@@ -24,25 +24,24 @@ def one_hot(labels: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("probe", [linear_probe, ridge_probe])
-def test_separable_classes_are_found_whatever_the_scales(probe):
-    result = probe(TRAIN_X, TRAIN_Y, TEST_X, TEST_Y, seed=0)
+def test_separable_classes_are_found_at_any_scale(probe):
+    result = probe(TRAIN, TEST, seed=0)
     assert result["accuracy"] > 0.95
     assert result["validation_accuracy"] > 0.9
-    scaled = probe(TRAIN_X * 1000 + 5, TRAIN_Y, TEST_X * 1000 + 5, TEST_Y, seed=0)
+    scaled = probe((TRAIN_X * 1000 + 5, TRAIN_Y), (TEST_X * 1000 + 5, TEST_Y), seed=0)
     assert scaled["accuracy"] == pytest.approx(result["accuracy"], abs=0.01)
 
 
 @pytest.mark.parametrize("probe", [linear_probe, ridge_probe])
 def test_a_probe_is_deterministic(probe):
-    first = probe(TRAIN_X, TRAIN_Y, TEST_X, TEST_Y, seed=3)
-    assert probe(TRAIN_X, TRAIN_Y, TEST_X, TEST_Y, seed=3) == first
+    first = probe(TRAIN, TEST, seed=3)
+    assert probe(TRAIN, TEST, seed=3) == first
 
 
 def test_the_seed_draws_the_validation_part():
     train_x, train_y = gaussians(0, distance=0.5)
     scores = {
-        linear_probe(train_x, train_y, TEST_X, TEST_Y, seed, weight_decays=[0.1])["validation_accuracy"]
-        for seed in range(4)
+        linear_probe((train_x, train_y), TEST, seed, weight_decays=[0.1])["validation_accuracy"] for seed in range(4)
     }
     assert len(scores) > 1
 
@@ -51,7 +50,7 @@ def test_the_fit_is_logistic_regression():
     train_x, train_y = gaussians(0, distance=0.5)
     test_x, test_y = gaussians(1, distance=0.5)
     decay = 0.01
-    result = linear_probe(train_x, train_y, test_x, test_y, weight_decays=[decay])
+    result = linear_probe((train_x, train_y), (test_x, test_y), weight_decays=[decay])
     mean, std = train_x.mean(0), train_x.std(0)
     reference = LogisticRegression(C=1 / (decay * len(train_x)), max_iter=2000, tol=1e-8)
     reference.fit((train_x - mean) / std, train_y)
@@ -62,7 +61,7 @@ def test_the_fit_is_logistic_regression():
 def test_the_closed_form_is_ridge_regression(clips):
     train_x, train_y = gaussians(0, clips=clips, distance=0.5, noise=60)
     test_x, test_y = gaussians(1, distance=0.5, noise=60)
-    result = ridge_probe(train_x, train_y, test_x, test_y, weight_decays=[0.1])
+    result = ridge_probe((train_x, train_y), (test_x, test_y), weight_decays=[0.1])
     mean, std = train_x.mean(0), train_x.std(0)
     reference = Ridge(alpha=0.1 * clips).fit((train_x - mean) / std, one_hot(train_y))
     accuracy = (reference.predict((test_x - mean) / std).argmax(-1) == test_y).mean()
@@ -74,11 +73,11 @@ def test_regularization_is_chosen_on_the_training_set(probe):
     """Few clips in many dimensions of noise: a strong decay is right, and the test labels cannot change the choice."""
     train_x, train_y = gaussians(0, clips=200, distance=0.7, noise=200)
     test_x, test_y = gaussians(1, distance=0.7, noise=200)
-    chosen = probe(train_x, train_y, test_x, test_y)
-    weak = probe(train_x, train_y, test_x, test_y, weight_decays=[1e-6])
+    chosen = probe((train_x, train_y), (test_x, test_y))
+    weak = probe((train_x, train_y), (test_x, test_y), weight_decays=[1e-6])
     assert chosen["weight_decay"] > 1e-3
     assert chosen["accuracy"] > weak["accuracy"] + 0.02
-    shuffled = probe(train_x, train_y, test_x, np.random.default_rng(0).permutation(test_y))
+    shuffled = probe((train_x, train_y), (test_x, np.random.default_rng(0).permutation(test_y)))
     assert shuffled["weight_decay"] == chosen["weight_decay"]
 
 
@@ -89,8 +88,8 @@ def test_groups_are_not_split(probe):
     groups = np.repeat(np.arange(40), 5)
     train_x, train_y = generator.normal(size=(40, 64))[groups], generator.integers(0, 4, 40)[groups]
     options = {"weight_decays": [1e-3], "seed": 0}
-    leaky = probe(train_x, train_y, TEST_X[:, :8].repeat(8, 1), TEST_Y, **options)
-    honest = probe(train_x, train_y, TEST_X[:, :8].repeat(8, 1), TEST_Y, groups=groups, **options)
+    leaky = probe((train_x, train_y), (TEST_X[:, :8].repeat(8, 1), TEST_Y), **options)
+    honest = probe((train_x, train_y), (TEST_X[:, :8].repeat(8, 1), TEST_Y), groups=groups, **options)
     assert leaky["validation_accuracy"] > 0.9
     assert honest["validation_accuracy"] < 0.6
 
@@ -99,48 +98,48 @@ def test_a_constant_dimension_does_no_harm():
     def with_constant(x: np.ndarray, value: float) -> np.ndarray:
         return np.concatenate([x, np.full((len(x), 1), value)], axis=1)
 
-    plain = linear_probe(TRAIN_X, TRAIN_Y, TEST_X, TEST_Y)
-    other = linear_probe(with_constant(TRAIN_X, 0.1), TRAIN_Y, with_constant(TEST_X, 100.0), TEST_Y)
+    plain = linear_probe(TRAIN, TEST)
+    other = linear_probe((with_constant(TRAIN_X, 0.1), TRAIN_Y), (with_constant(TEST_X, 100.0), TEST_Y))
     assert other["accuracy"] == pytest.approx(plain["accuracy"], abs=0.01)
 
 
 def test_multi_label_probes():
-    linear = linear_probe(TRAIN_X, one_hot(TRAIN_Y), TEST_X, one_hot(TEST_Y))
+    linear = linear_probe((TRAIN_X, one_hot(TRAIN_Y)), (TEST_X, one_hot(TEST_Y)))
     assert linear["mAP"] > 0.95
     assert linear["validation_mAP"] > 0.9
-    assert ridge_probe(TRAIN_X, one_hot(TRAIN_Y), TEST_X, one_hot(TEST_Y))["mAP"] > 0.95
-    knn = knn_probe(TRAIN_X[:, :8], one_hot(TRAIN_Y), TEST_X[:, :8], one_hot(TEST_Y))
+    assert ridge_probe((TRAIN_X, one_hot(TRAIN_Y)), (TEST_X, one_hot(TEST_Y)))["mAP"] > 0.95
+    knn = knn_probe((TRAIN_X[:, :8], one_hot(TRAIN_Y)), (TEST_X[:, :8], one_hot(TEST_Y)))
     assert knn["mAP"] > 0.9
 
 
 def test_few_clips_of_a_class():
     train_x, train_y = gaussians(0, clips=12)
-    assert linear_probe(train_x, train_y, TEST_X, TEST_Y)["accuracy"] > 0.25
+    assert linear_probe((train_x, train_y), TEST)["accuracy"] > 0.25
 
 
 def test_knn_by_hand():
     train_x = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     test_x = np.array([[5.0, 0.1], [0.1, 5.0]])
-    assert knn_probe(train_x, [0, 1, 1], test_x, [0, 1], k=1)["accuracy"] == 1
+    assert knn_probe((train_x, [0, 1, 1]), (test_x, [0, 1]), k=1)["accuracy"] == 1
     # a low temperature follows the nearest, a high one the majority
-    assert knn_probe(train_x, [0, 1, 1], test_x[:1], [0], k=3, temperature=0.01)["accuracy"] == 1
-    assert knn_probe(train_x, [0, 1, 1], test_x[:1], [0], k=3, temperature=100.0)["accuracy"] == 0
+    assert knn_probe((train_x, [0, 1, 1]), (test_x[:1], [0]), k=3, temperature=0.01)["accuracy"] == 1
+    assert knn_probe((train_x, [0, 1, 1]), (test_x[:1], [0]), k=3, temperature=100.0)["accuracy"] == 0
 
 
 @pytest.mark.parametrize("probe", [linear_probe, ridge_probe, knn_probe])
 def test_wrong_input(probe):
     with pytest.raises(ValueError, match="of one width"):
-        probe(TRAIN_X, TRAIN_Y, TEST_X[:, 1:], TEST_Y)
+        probe(TRAIN, (TEST_X[:, 1:], TEST_Y))
     with pytest.raises(ValueError, match="of the embeddings' clips"):
-        probe(TRAIN_X, TRAIN_Y[1:], TEST_X, TEST_Y)
+        probe((TRAIN_X, TRAIN_Y[1:]), TEST)
     with pytest.raises(ValueError, match="finite"):
-        probe(TRAIN_X * np.nan, TRAIN_Y, TEST_X, TEST_Y)
+        probe((TRAIN_X * np.nan, TRAIN_Y), TEST)
 
 
 def test_wrong_options():
-    with pytest.raises(ValueError, match="k must be from 1 to the 400"):
-        knn_probe(TRAIN_X, TRAIN_Y, TEST_X, TEST_Y, k=401)
+    with pytest.raises(ValueError, match="k from 1 to 400"):
+        knn_probe(TRAIN, TEST, k=401)
     with pytest.raises(ValueError, match="at least two groups"):
-        linear_probe(TRAIN_X, TRAIN_Y, TEST_X, TEST_Y, groups=["a"] * len(TRAIN_X))
+        linear_probe(TRAIN, TEST, groups=["a"] * len(TRAIN_X))
     with pytest.raises(ValueError, match="a group for each"):
-        linear_probe(TRAIN_X, TRAIN_Y, TEST_X, TEST_Y, groups=["a", "b"])
+        linear_probe(TRAIN, TEST, groups=["a", "b"])

@@ -115,7 +115,7 @@ def test_a_run_that_fails_leaves_the_old_output(folder, checkpoint, tmp_path):
 
 def test_nothing_readable(checkpoint, tmp_path):
     (tmp_path / "broken.wav").write_bytes(b"not audio")
-    with pytest.raises(ValueError, match="none of the 1 files can be read"):
+    with pytest.raises(ValueError, match="got 1 unreadable files"):
         script.main(options(checkpoint, tmp_path, "--scenes", tmp_path / "scenes.npz"))
 
 

@@ -37,7 +37,8 @@ trainer = ASiTPreTrainer(
 )
 trainer.train()
 print(trainer.state.global_step)
-print(knn_probe(noise[:, :8], np.arange(8) % 2, noise[:, :8], np.arange(8) % 2, k=1)["accuracy"])
+labelled = noise[:, :8], np.arange(8) % 2
+print(knn_probe(labelled, labelled, k=1)["accuracy"])
 """
 
 

@@ -188,6 +188,7 @@ def test_what_cannot_be_streamed(tmp_path):
         stream_of(folder, rank=2, world_size=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"dataloader_num_workers": 2}, {"gradient_accumulation_steps": 2}])
 def test_a_run_resumed_in_its_second_pass_equals_an_uninterrupted_one(tmp_path, settings):
     folder = write_source(tmp_path / "source", "parquet", 4, bad=(5,))

@@ -127,6 +127,7 @@ def test_psds_equals_psds_eval(seed, median_filter_size, scenario, expected):
     assert score == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_psds_with_all_thresholds_equals_sed_scores_eval():
     """
     Reference value of sed_scores_eval 0.0.4 (pandas 2.2.3), which evaluates every score as a threshold:

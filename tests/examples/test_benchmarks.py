@@ -113,6 +113,7 @@ def test_contestants_step_on_command_and_report_their_memory():
         run.stop()
 
 
+@pytest.mark.slow
 def test_an_error_in_a_contestant_reaches_the_caller():
     run = load("training_step").Contestant("ours fp32", "2023", [2], quick=True, optim="no such optimizer")
     with pytest.raises(ValueError, match="no such optimizer"):

@@ -157,6 +157,7 @@ def test_wrong_number_of_clips(tmp_path):
         demo_sounds.write_sounds(tmp_path / "sounds", clips_per_class=0)
 
 
+@pytest.mark.slow
 def test_command_line_writes_the_same_set_as_the_function(tmp_path):
     command = [sys.executable, str(SCRIPT), str(tmp_path / "a"), "--clips_per_class", "1", "--seed", "2"]
     run = subprocess.run(

@@ -176,6 +176,7 @@ def test_every_planned_measurement_exists(quick):
         assert callable(getattr(load(module), name)), one.function
 
 
+@pytest.mark.slow
 def test_fallbacks_halve_the_batch_and_use_eager_layers():
     with_fallbacks = load("gpu_trainer").with_fallbacks
     tried = []
@@ -319,6 +320,7 @@ def test_the_previous_encoder_is_restored_after_a_killed_export(tmp_path, was_re
     assert (tmp_path / "encoder" / "weights").read_text() == ("replaced" if was_replaced else "encoder")
 
 
+@pytest.mark.slow
 def test_training_uses_the_remaining_time_and_exports(run, monkeypatch):
     training = load("gpu_training")
     monkeypatch.setattr(training, "QUICK_SECONDS", 3.0)

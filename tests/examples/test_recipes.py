@@ -277,6 +277,7 @@ def esc50(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_single_label_recipe_over_folds(encoder, esc50, tmp_path):
     """Cross-entropy with soft labels from mixing; each fold is held out once and evaluated at the last epoch."""
     options = {"folds": "1,2,3", "num_train_epochs": 8, "mixup_rate": 0.5, "label_smoothing": 0.1, "layer_decay": 0.75}

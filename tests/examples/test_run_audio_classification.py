@@ -263,6 +263,7 @@ def test_a_damaged_evaluation_file_stops_with_one_line(sounds, encoder, tmp_path
     assert "lost sync" in message
 
 
+@pytest.mark.slow
 def test_a_run_by_minutes_keeps_its_best_checkpoint(sounds, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "asit_hf.utils.time_budget.now", itertools.count(0, 2).__next__

@@ -181,6 +181,7 @@ def test_options_without_effect_are_refused(options, capsys):
     assert f"{options[0]} has no effect" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.real_audio
 def test_real_audio(real_audio, tmp_path):
     """On a few classes of ESC-50, the linear probe of a random encoder is above chance."""

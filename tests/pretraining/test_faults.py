@@ -73,6 +73,7 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_clear_error_and_keeps_the_previous_checkpoint(clips, tmp_path, full_disk):
     whole = make_trainer(clips, tmp_path / "whole", save_strategy="no")
     whole.train()

@@ -48,6 +48,7 @@ def test_a_run_logs_every_loss_and_moves_student_and_teacher(clips, tmp_path, pr
         assert not torch.equal(before[name], after[name]), name
 
 
+@pytest.mark.slow
 def test_reconstruction_is_learned(clips, tmp_path):
     model = make_model(global_loss_weight=0, local_loss_weight=0)
     trainer = make_trainer(clips, tmp_path, model, num_train_epochs=30, learning_rate=3e-3)
@@ -405,6 +406,7 @@ def test_float16_lowers_the_scale_after_an_overflow(clips, tmp_path):
     assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
 
 
+@pytest.mark.slow
 def test_compiled_layers_share_their_graphs_and_learn_the_same(clips, tmp_path, monkeypatch):
     graphs = []
 
@@ -488,6 +490,7 @@ class Values(TrainerCallback):
         return np.array([row[name] for row in self.rows])
 
 
+@pytest.mark.slow
 def test_all_schedules_end_with_max_minutes(clips, tmp_path, monkeypatch):
     options = {"max_minutes": 0.5, "warmup_epochs": 2, "warmup_teacher_temperature_epochs": 3}
     trainer = make_timed_trainer(clips, tmp_path, monkeypatch, FakeClock(1.0), **options)
@@ -506,6 +509,7 @@ def test_all_schedules_end_with_max_minutes(clips, tmp_path, monkeypatch):
     assert abs(np.diff(rates[6:])).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_schedules_in_epochs_are_shortened_together_if_the_minutes_are_few(clips, tmp_path, monkeypatch):
     options = {"max_minutes": 1, "warmup_epochs": 100, "warmup_teacher_temperature_epochs": 50}
     trainer = make_timed_trainer(clips, tmp_path, monkeypatch, FakeClock(1.0), freeze_last_layer_epochs=10, **options)
@@ -546,6 +550,7 @@ def test_a_stream_with_max_minutes(clips, tmp_path, monkeypatch):
         make().train()
 
 
+@pytest.mark.slow
 def test_a_terminated_run_with_max_minutes_resumes_with_the_remaining_time(clips, tmp_path, monkeypatch, caplog):
     class Terminate(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):

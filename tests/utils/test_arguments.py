@@ -114,6 +114,7 @@ def test_an_error_of_another_library_keeps_its_traceback():
         run_script(lambda: json.loads("{"))
 
 
+@pytest.mark.slow
 def test_the_package_speaks_and_transformers_does_not(tmp_path):
     script = f"""
 from transformers import TrainingArguments

@@ -207,6 +207,7 @@ def test_the_time_is_not_shared_at_every_step(make_trainer, monkeypatch):
     assert len(moments) < 75
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_remaining_time(make_trainer, tmp_path):
     saving = {"max_minutes": 1, "save_strategy": "steps", "save_steps": 20}
     cut = make_trainer(FakeClock(1.0), **saving)
@@ -361,6 +362,7 @@ def test_steps_that_fit_without_evaluations():
     assert steps_left(-1.0, 1.0, 3, None, 0.0) == 0
 
 
+@pytest.mark.slow
 def test_time_after_the_last_kept_checkpoint_counts(make_trainer, tmp_path):
     options = {"max_minutes": 0.5, "save_strategy": "steps", "save_steps": 4, "save_total_limit": 20}
     trainer = make_trainer(FakeClock(1.0), **options)

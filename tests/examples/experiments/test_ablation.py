@@ -107,6 +107,7 @@ def test_every_row_is_pretrained_probed_and_in_the_table(recipe, capsys):
     assert weights("reconstruction", 0)[1].local_loss_weight == 0
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated(recipe, monkeypatch):
     edit(recipe, rows=["random", str(RECIPES / "ablation-full.yaml")], seeds=[0])
     pretrained, probed = [], []

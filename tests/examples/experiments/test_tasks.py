@@ -56,6 +56,7 @@ pitch:
     return path
 
 
+@pytest.mark.slow
 def test_every_method_gets_a_row_and_is_not_run_twice(encoder, tasks, tmp_path):
     options = ["--tasks", str(tasks), "--model_name_or_path", str(encoder), "--output_dir", str(tmp_path)]
     options += ["--seeds", "0", "1"]

@@ -227,7 +227,7 @@ def finetune(
         raise ValueError("balanced_sampling and label_smoothing need classes, but the labels are numbers")
     args.choose_metric(problem_type_of(train))
     predictions = Path(args.output_dir, "predictions.csv")  # is written last
-    if predictions.is_file() and (finished := finished_run(args)):
+    if predictions.is_file() and (finished := finished_run(args, len(train))):
         logger.warning(f"nothing to do: {args.output_dir} holds a finished run of {finished.global_step} steps")
         return json.loads(Path(args.output_dir, "eval_results.json").read_text()), finished.log_history
     predictions.unlink(missing_ok=True)

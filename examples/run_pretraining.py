@@ -250,14 +250,14 @@ def main(arguments: list[str] | None = None) -> ASiTPreTrainer:
         num_local_crops = get_preset(args.preset).num_local_crops if model.config.global_loss_weight else 0
     dataset = build_dataset(data_args, args, feature_extractor.sampling_rate, num_local_crops)
     trainer = ASiTPreTrainer(model=model, args=args, train_dataset=dataset, processing_class=feature_extractor)
-    checkpoint, is_finished = checkpoint_to_resume(args), finished_run(args) is not None
+    checkpoint, finished = checkpoint_to_resume(args), finished_run(args)
     if data_args.knn_train:
         trainer.add_callback(build_knn_probe(data_args, trainer))
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.terminated:
         logger.warning(f"terminated at step {trainer.state.global_step}: continue with --resume_from_checkpoint True")
         sys.exit(128 + signal.SIGTERM)
-    if checkpoint and is_finished:
+    if checkpoint and finished and finished.global_step == trainer.state.global_step:
         logger.warning(f"the run was complete at step {trainer.state.global_step}: its files stay unchanged")
     else:
         trainer.save_model()

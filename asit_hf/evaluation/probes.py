@@ -22,7 +22,7 @@ RIDGE_WEIGHT_DECAYS = tuple(10.0 ** np.arange(2, -6.5, -0.5))
 FLOAT32_WEIGHT_DECAY = 0.01
 Labelled = tuple[np.ndarray, np.ndarray]  # embeddings and labels
 # The search ends after this many weaker values in a row without a gain: weak ones take longest to fit.
-PATIENCE = 3
+PATIENCE, RIDGE_PATIENCE = 3, 6
 
 
 def linear_probe(
@@ -55,7 +55,7 @@ def linear_probe(
     """
     x, y, num_train, num_classes = _check(train, test)
     solver = partial(_logistic_solver, x, y, num_classes)
-    return _cross_validate(solver, y, num_train, seed, groups, weight_decays, num_folds)
+    return _cross_validate(solver, y, num_train, seed, groups, weight_decays, num_folds, PATIENCE)
 
 
 def ridge_probe(
@@ -77,7 +77,7 @@ def ridge_probe(
     # Wide: inner products of clips, computed once for all folds. Tall: those of dimensions are the smaller matrix.
     gram = cache(lambda dtype: _gram(x.to(dtype), num_train)) if x.shape[1] > num_train else None
     solver = partial(_ridge_solver, x, gram, _zero_one(y, num_classes))
-    return _cross_validate(solver, y, num_train, seed, groups, weight_decays, num_folds)
+    return _cross_validate(solver, y, num_train, seed, groups, weight_decays, num_folds, RIDGE_PATIENCE)
 
 
 def knn_probe(train: Labelled, test: Labelled, k: int = 20, temperature: float = 0.07) -> dict[str, float]:
@@ -112,6 +112,8 @@ def _check(train: Labelled, test: Labelled) -> tuple[np.ndarray, np.ndarray, int
             f"got {ys[0].shape} for {xs[0].shape} and {ys[1].shape} for {xs[1].shape}"
         )
     x, y = np.concatenate(xs), np.concatenate(ys)
+    if y.min() < 0:
+        raise ValueError(f"expected class ids or 0-1 targets, got {y.min()}")
     if not np.isfinite(x).all():
         raise ValueError("expected finite embeddings, got NaN or infinity")
     return x, y, len(xs[0]), y.shape[1] if y.ndim == 2 else int(y.max()) + 1
@@ -134,6 +136,7 @@ def _cross_validate(
     groups: Sequence | None,
     weight_decays: Sequence[float],
     num_folds: int,
+    patience: int,
 ) -> dict[str, float]:
     """
     The result of `linear_probe`. `solver(fitted, others)` returns a function from a weight decay to the scores of
@@ -149,7 +152,7 @@ def _cross_validate(
             best_decay, best_score, failures = decay, score, 0
         else:
             failures += 1
-        if failures == PATIENCE:
+        if failures == patience:
             break
     del folds
     train, test = np.split(np.arange(len(y)), [num_train])

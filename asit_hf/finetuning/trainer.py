@@ -18,6 +18,7 @@ from ..data.epochs import EpochCallback
 from ..evaluation.metrics import MAIN_METRIC
 from ..hub.upload import PushMixin
 from ..utils.arguments import refuse_without_effect
+from ..utils.attention_cpu import choose_bf16_attention
 from ..utils.cpu import warn_of_emulated_bf16
 from ..utils.time_budget import TimeBudgetArguments, TimeBudgetMixin
 from .optimization import average_checkpoints, param_groups_layer_decay, smooth_labels, step_decay
@@ -70,6 +71,7 @@ class FinetuningTrainer(TimeBudgetMixin, PushMixin, Trainer):
     """Trainer of a classifier with the options of [`FinetuningArguments`]."""
 
     def __init__(self, model: nn.Module, args: FinetuningArguments, **kwargs: Any):
+        choose_bf16_attention(model, args)
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(EpochCallback(self.train_dataset))
         if args.average_checkpoints:

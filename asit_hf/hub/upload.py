@@ -25,6 +25,8 @@ PRIVATE_FILES = (
     "/epoch-*/",
     "/unfinished/",
 )
+# Also not uploaded with a model: state to resume from, logs (which name the host) and plots of the training audio.
+_STATE_FILES = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "runs", "events.out.tfevents*", "pictures")
 
 
 def upload_model(folder: str | os.PathLike, name: str, private: bool = False) -> str:
@@ -69,7 +71,7 @@ def upload_model(folder: str | os.PathLike, name: str, private: bool = False) ->
 
 
 def _is_private(path: Path) -> bool:
-    patterns = [".*", "checkpoint-*", *(pattern.strip("/") for pattern in PRIVATE_FILES)]
+    patterns = [".*", "checkpoint-*", *_STATE_FILES, *(pattern.strip("/") for pattern in PRIVATE_FILES)]
     return any(fnmatchcase(part, pattern) for part in (path.parts[0], path.name) for pattern in patterns)
 
 

@@ -55,6 +55,7 @@ class GMML:
     patch_size: int = 16
 
     def __post_init__(self):
+        object.__setattr__(self, "mask_ratio", tuple(self.mask_ratio))  # a list could not be hashed
         low, high = self.mask_ratio
         for name, is_valid, expected in (
             ("mask_ratio", 0 < low <= high < 1, "a range inside (0, 1)"),

@@ -14,7 +14,6 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration_asit import ASiTConfig
 from ..data.randomness import mix_keys, uniform_noise
 from ..modeling_asit import ASiTModel, ASiTPreTrainedModel
-from . import attention_cpu  # noqa: F401  registers "blockwise" attention
 from .losses import (
     Center,
     distill_rows,

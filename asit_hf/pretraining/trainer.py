@@ -26,6 +26,7 @@ from ..data.randomness import mix_keys
 from ..data.workers import clear_worker_errors
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..hub.upload import PushMixin
+from ..utils.attention_cpu import choose_bf16_attention
 from ..utils.cpu import keep_freed_memory, warn_of_emulated_bf16
 from ..utils.device import choices_for
 from ..utils.time_budget import Plan, TimeBudgetMixin
@@ -78,8 +79,7 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
             )
         if kwargs.get("eval_dataset") is not None:
             raise ValueError("pretraining has no evaluation data: probe its checkpoints on labelled audio instead")
-        if args.bf16 and model.config._attn_implementation == "sdpa":
-            model.set_attn_implementation(choices_for(args.device).bf16_attention)
+        choose_bf16_attention(model, args)
         if data_collator is None:
             data_collator = partial(collate_crops, int16=choices_for(args.device).int16_batches)
         if isinstance(kwargs.get("train_dataset"), IterableDataset):

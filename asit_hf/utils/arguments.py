@@ -155,8 +155,11 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     return checkpoint
 
 
-def finished_run(args: TrainingArguments) -> TrainerState | None:
-    """The state of the run in `output_dir` if `resume_from_checkpoint True` has nothing left to do, or `None`."""
+def finished_run(args: TrainingArguments, num_clips: int | None = None) -> TrainerState | None:
+    """
+    The state of the run in `output_dir` if `resume_from_checkpoint True` has nothing left to do, or `None`. Without
+    `num_clips`, the number of training clips, a run by epochs whose data have grown counts as finished.
+    """
     path = Path(args.output_dir) / TRAINER_STATE_NAME  # written after training, unlike those of checkpoints
     if args.resume_from_checkpoint not in (True, "True", "true") or not path.is_file():
         return None
@@ -166,7 +169,11 @@ def finished_run(args: TrainingArguments) -> TrainerState | None:
     elif args.max_steps > 0:
         finished = state.max_steps == args.max_steps
     else:
-        finished = state.num_train_epochs == math.ceil(args.num_train_epochs)
+        finished = state.num_train_epochs == math.ceil(args.num_train_epochs) and state.epoch >= args.num_train_epochs
+        if num_clips is not None:
+            batches = math.ceil(num_clips / (args.train_batch_size * args.world_size))
+            steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+            finished = finished and state.max_steps == steps
     return state if finished and state.global_step >= state.max_steps else None
 
 

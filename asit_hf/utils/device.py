@@ -21,7 +21,7 @@ class DeviceChoices:
         loss_rows (`int`): patches in each chunk of the local loss. The logits of 256 patches fit a CPU's cache; on an
             accelerator each chunk costs a dozen kernel launches (16384 x 8192 logits are 0.5 GiB in float32).
         bf16_attention (`str`): attention implementation of bf16 training that asks for sdpa. torch's fused CPU kernel
-            is slow in bfloat16, so a CPU uses `pretraining.attention_cpu`.
+            is slow in bfloat16, so a CPU uses `attention_cpu`.
         equal_chunks (`bool`): chunks of the local loss have equal sizes where possible, so that a compiled body sees
             one shape; a CPU gains nothing by it.
         masks_block_by_block (`bool`): GMML draws one block after the other until a mask reaches its ratio, instead of

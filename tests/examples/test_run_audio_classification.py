@@ -237,6 +237,17 @@ def test_a_finished_run_is_not_repeated(sounds, encoder, tmp_path, caplog):
     assert json.loads((tmp_path / "trainer_state.json").read_text())["epoch"] == 3
 
 
+def test_a_run_that_ended_by_max_steps_is_not_taken_for_one_by_epochs(sounds, encoder, tmp_path):
+    options = {"resume_from_checkpoint": True, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "no"}
+    options |= {"load_best_model_at_end": False}
+    script.main(arguments(sounds, encoder, tmp_path, **options, max_steps=4))
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    epochs = state["num_train_epochs"]
+    assert state["epoch"] < epochs
+    script.main(arguments(sounds, encoder, tmp_path, **options, num_train_epochs=epochs))
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["epoch"] == epochs
+
+
 def test_classes_are_those_of_the_kept_rows(sounds):
     dataset = load_labelled(sounds, labels_from_folders=True)
     assert dataset.features["label"].names == ["high", "low", "middle"]

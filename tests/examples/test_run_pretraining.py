@@ -197,6 +197,14 @@ def test_resuming_a_complete_run_leaves_its_files_untouched(run, folder):
     assert contents() == before
 
 
+def test_resuming_with_more_epochs_saves_the_longer_run(folder, tmp_path):
+    given = {"save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": True}
+    assert script.main(options(folder, tmp_path, **given, num_train_epochs=1.5)).state.global_step == 3
+    before = (tmp_path / "model.safetensors").read_bytes()
+    assert script.main(options(folder, tmp_path, **given, num_train_epochs=2)).state.global_step == 4
+    assert (tmp_path / "model.safetensors").read_bytes() != before
+
+
 def test_resuming_completes_the_files_of_a_run_killed_at_its_end(run, folder, tmp_path):
     missing = "trainer_state.json", "run.json", "README.md"
     shutil.copytree(run[1], tmp_path / "copy")

@@ -156,6 +156,15 @@ def test_upload_adds_the_code_and_keeps_private_files_local(hub, tmp_path):
     for name in ("onnx/model.onnx", "training_args.bin", "checkpoint-1/model.safetensors", ".git/config", "epoch-1/a"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("content")
+    for name in (
+        "optimizer.pt",
+        "rng_state_0.pth",
+        "scheduler.pt",
+        "runs/events.out.tfevents.1.HOST",
+        "pictures/a.png",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("content")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     out = run(UPLOAD, hub, tmp_path, "upload", str(folder), "me/uploaded", "--private")
     assert "/me/uploaded/commit/" in out

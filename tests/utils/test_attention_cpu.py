@@ -4,10 +4,10 @@ from tiny import MEL, build
 from torch import nn
 
 from asit_hf import ASiTFeatureExtractor, ASiTForPreTraining
-from asit_hf.pretraining import attention_cpu
 from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
-from asit_hf.pretraining.attention_cpu import BlockwiseAttention
 from asit_hf.pretraining.trainer import ASiTPreTrainer
+from asit_hf.utils import attention_cpu
+from asit_hf.utils.attention_cpu import BlockwiseAttention
 
 
 @pytest.fixture

@@ -159,23 +159,23 @@ def make_untrained(options: list[str]) -> dict[str, float]:
 
 
 def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for every row, probe and method: mean, standard deviation and cost over the finished seeds."""
+    """A line for every row, task and probe: mean, standard deviation and cost over the finished seeds."""
     lines = []
     for row in dict.fromkeys(result["row"] for result in results):
         of_row = [result for result in results if result["row"] == row]
         seconds = [result["seconds"] for result in of_row if result["seconds"] is not None]
-        for probe, methods in of_row[0]["probes"].items():
-            for method in methods:
-                metric = "accuracy" if "accuracy" in methods[method] else "mAP"
-                values = [result["probes"][probe][method][metric] for result in of_row]
+        for task, probes in of_row[0]["probes"].items():
+            for probe in probes:
+                metric = "accuracy" if "accuracy" in probes[probe] else "mAP"
+                values = [result["probes"][task][probe][metric] for result in of_row]
                 lines.append(
                     {
                         "row": row,
+                        "task": task,
                         "probe": probe,
-                        "method": method,
                         "metric": metric,
                         "mean": float(np.mean(values)),
-                        "spread": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
                         "seeds": len(values),
                         "steps": max(result["steps"] for result in of_row),
                         "seconds": float(np.mean(seconds)) if seconds else None,
@@ -186,12 +186,12 @@ def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def markdown(lines: list[dict[str, Any]]) -> str:
     """The table with scores in %."""
-    columns = list(dict.fromkeys((line["probe"], line["method"], line["metric"]) for line in lines))
-    scored = [f"{probe}, {method} {metric}" for probe, method, metric in columns]
+    columns = list(dict.fromkeys((line["task"], line["probe"], line["metric"]) for line in lines))
+    scored = [f"{task}, {probe} {metric}" for task, probe, metric in columns]
     header = ["row", *scored, "seeds", "steps", "seconds"]
     table = [header, ["---"] * len(header)]
     for row in dict.fromkeys(line["row"] for line in lines):
-        of_row = {(line["probe"], line["method"], line["metric"]): line for line in lines if line["row"] == row}
+        of_row = {(line["task"], line["probe"], line["metric"]): line for line in lines if line["row"] == row}
         first = next(iter(of_row.values()))
         seconds = "-" if first["seconds"] is None else f"{first['seconds']:.0f}"
         scores = [score(of_row[column]) for column in columns]
@@ -200,7 +200,7 @@ def markdown(lines: list[dict[str, Any]]) -> str:
 
 
 def score(line: dict[str, Any]) -> str:
-    deviation = "" if line["spread"] is None else f" ± {100 * line['spread']:.1f}"
+    deviation = "" if line["std"] is None else f" ± {100 * line['spread']:.1f}"
     return f"{100 * line['mean']:.1f}{deviation}"
 
 
@@ -216,11 +216,11 @@ def write_tables(folder: Path, results: list[dict[str, Any]]) -> str:
     panels: dict[str, dict[str, list[float]]] = {}
     for line in lines:
         values = [
-            100 * result["probes"][line["probe"]][line["method"]][line["metric"]]
+            100 * result["probes"][line["task"]][line["probe"]][line["metric"]]
             for result in results
             if result["row"] == line["row"]
         ]
-        panels.setdefault(f"{line['probe']}, {line['method']} {line['metric']}", {})[line["row"]] = values
+        panels.setdefault(f"{line['task']}, {line['probe']} {line['metric']}", {})[line["row"]] = values
     plot_scores(panels).savefig(folder / "plot.png", dpi=110)
     return table
 

@@ -83,9 +83,9 @@ def test_every_row_is_pretrained_probed_and_in_the_table(recipe, capsys):
     with open(out / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * 3
-    (line,) = [row for row in rows if (row["row"], row["method"]) == ("full", "linear")]
+    (line,) = [row for row in rows if (row["row"], row["probe"]) == ("full", "linear")]
     assert float(line["mean"]) == pytest.approx(np.mean(accuracies))
-    assert float(line["spread"]) == pytest.approx(np.std(accuracies, ddof=1))
+    assert float(line["std"]) == pytest.approx(np.std(accuracies, ddof=1))
     assert (line["seeds"], line["steps"], line["metric"]) == ("2", "1", "accuracy")
     table = (out / "table.md").read_text()
     assert table in capsys.readouterr().out

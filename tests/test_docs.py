@@ -165,7 +165,7 @@ def test_results_are_those_of_the_files():
     )
     measured = [(row["accuracy"]["mean"], row["accuracy"]["std"]) for row in probes]
     measured += [(row["mean"], row["std"] if row["seeds"] > 1 else None) for row in tasks]
-    measured += [(row["mean"], row["spread"]) for row in ablations["summary"]]
+    measured += [(row["mean"], row["std"]) for row in ablations["summary"]]
     measured += [(statistics.mean(row["accuracy"]), statistics.stdev(row["accuracy"])) for row in finetuned]
     assert len(measured) > 90
     for mean, std in measured:

@@ -8,7 +8,7 @@ with random weights. A probe is a set of options of `run_linear_probe.py`. Repea
 are not repeated, and pretraining resumes from its last checkpoint.
 
 The output folder holds `table.md`, `table.csv`, `results.json` and `plot.png`, rewritten after every run, and
-`ROW/seed-N` with each model. `spread` is the standard deviation over seeds (n - 1), `seconds` the time of pretraining
+`ROW/seed-N` with each model. `std` is the standard deviation over seeds (n - 1), `seconds` the time of pretraining
 on this machine.
 """
 
@@ -200,7 +200,7 @@ def markdown(lines: list[dict[str, Any]]) -> str:
 
 
 def score(line: dict[str, Any]) -> str:
-    deviation = "" if line["std"] is None else f" ± {100 * line['spread']:.1f}"
+    deviation = "" if line["std"] is None else f" ± {100 * line['std']:.1f}"
     return f"{100 * line['mean']:.1f}{deviation}"
 
 

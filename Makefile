@@ -41,7 +41,7 @@ demo: $(VENV)/demo-ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
 
-# the tests that take less than about five seconds each, in two processes
+# the tests that take less than about three seconds each, in two processes
 test-fast: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 

@@ -135,6 +135,7 @@ def test_frozen_encoder(sounds, encoder, tmp_path):
     assert trained.classifier.weight.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_from_scratch_with_two_workers_and_random_crops(sounds, encoder, tmp_path):
     options = {"random_init": True, "max_seconds": 0.2, "dataloader_num_workers": 2, "max_steps": 4}
     metrics = script.main(arguments(sounds, encoder, tmp_path, **options))
@@ -225,6 +226,7 @@ def test_student_is_refused_where_there_is_one_encoder(sounds, encoder, tmp_path
         script.main(arguments(sounds, tmp_path / "encoder", tmp_path / "run", encoder="student"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_repeated(sounds, encoder, tmp_path, caplog):
     options = {"num_train_epochs": 2, "resume_from_checkpoint": True}
     metrics = script.main(arguments(sounds, encoder, tmp_path, **options))

@@ -43,6 +43,7 @@ class AtStep(TrainerCallback):
 # --- saving --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_the_step_saves_and_stops(clips, tmp_path):
     whole = make_trainer(clips, tmp_path / "whole", save_strategy="no")
     whole.train()

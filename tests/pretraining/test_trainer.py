@@ -125,6 +125,7 @@ def test_learning_rate_follows_the_global_batch(clips, tmp_path):
     assert args.learning_rate == pytest.approx(5e-4 * 8 / 256)
 
 
+@pytest.mark.slow
 def test_the_last_layer_rests_for_the_first_epoch_of_2024(clips, tmp_path):
     def prototypes_after(epochs, **kwargs):
         model = make_model()
@@ -201,6 +202,7 @@ def settings_of_run(workers):
     return {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 4, "dataloader_num_workers": workers}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_equals_uninterrupted_bit_for_bit(clips, tmp_path, whole_runs, workers):
     whole = whole_runs[workers]
@@ -393,6 +395,7 @@ def test_float16_unscales_gradients_once(clips, tmp_path, max_grad_norm):
     assert norms[1] == pytest.approx(norms[0], rel=0.05)
 
 
+@pytest.mark.slow
 def test_float16_lowers_the_scale_after_an_overflow(clips, tmp_path):
     trainer = in_float16(make_trainer(clips, tmp_path, num_train_epochs=4), 2.0**40)
     before = trainer.model.asit.layers[0].mlp.fc1.weight.clone()

@@ -25,6 +25,7 @@ def clips(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--streaming"], ["--num_workers", "2"]])
 def test_statistics_of_a_folder(clips, tmp_path, capsys, caplog, options):
     expected = log_mel_statistics(read_audio(clips / f"{index}.wav", 16000) for index in range(5))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import MEL, build
+from transformers.utils import logging as transformers_logging
 
 from asit_hf import ASiTFeatureExtractor, ASiTForAudioClassification, ASiTForPreTraining, ASiTModel
 from asit_hf.hub.export import halve_weights
@@ -105,10 +106,12 @@ class Records(logging.Handler):
 @pytest.fixture
 def records():
     """What transformers logs; its loggers do not propagate to pytest's."""
-    handler, logger = Records(), logging.getLogger("transformers")
+    handler, logger, level = Records(), logging.getLogger("transformers"), transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()  # other tests may have changed it
     logger.addHandler(handler)
     yield handler.messages
     logger.removeHandler(handler)
+    transformers_logging.set_verbosity(level)
 
 
 def test_loading_is_quiet(checkpoint, tmp_path, records):

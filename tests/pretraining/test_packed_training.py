@@ -11,6 +11,8 @@ from asit_hf.data.packed import write_packed
 from asit_hf.pretraining import trainer as module
 from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -13,6 +13,8 @@ from asit_hf.data.epochs import EpochCallback
 from asit_hf.utils.arguments import recipe_arguments
 from examples.experiments import ablation as script
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[3] / "examples"
 RECIPES = EXAMPLES / "recipes"
 SMALL = (

@@ -9,6 +9,8 @@ import torch
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTModel
 from examples.experiments import tasks as script
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
 

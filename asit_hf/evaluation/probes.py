@@ -4,7 +4,7 @@ Probes of frozen embeddings: linear (logistic regression), ridge (least squares)
 Pretraining runs `knn_probe` without scikit-learn, and the others are faster than its grid search: with 1600 x 384
 training embeddings of 50 classes, `linear_probe` took 0.7 s of one core and LogisticRegression 1.5 s, `ridge_probe`
 0.2 s and Ridge 0.9 s, with accuracies within 0.3 points (`examples/benchmarks/probes.py`). With 7200 x 9216,
-`ridge_probe` took 30 s.
+`ridge_probe` took 40 s.
 """
 
 from collections.abc import Callable, Sequence

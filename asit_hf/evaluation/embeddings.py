@@ -41,7 +41,7 @@ def embed(
         model ([`ASiTModel`], or a model that has one as `asit`).
         feature_extractor ([`ASiTFeatureExtractor`]): the one the model was trained with.
         clips: waveforms `(samples,)` at the extractor's rate, or items with such a `waveform`
-            ([`~asit_hf.data.crops.LabelledClips`]).
+            ([`~asit_hf.data.clips.LabelledClips`]).
         pooling (`str`): `"cls"`, `"mean"` of the patch tokens, `"cls_mean"` both concatenated, or `"mean_time"`: the
             mean over time only, mel patches concatenated, so `num_mel_bins / patch_size` times as wide; or
             `"mean_std_time"`: that and the standard deviation over time, twice as wide again.

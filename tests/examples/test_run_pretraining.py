@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import ViTConfig, ViTModel
+from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from asit_hf import ASiTForPreTraining, ASiTModel, export_encoder
 from asit_hf.convert_original import convert
@@ -155,6 +155,19 @@ def test_it_starts_from_a_vit(folder, tmp_path):
     trainer = script.main(options(folder, tmp_path / "run", **chosen, num_train_epochs=1))
     assert trainer.state.global_step == 2
     assert trainer.processing_class.num_mel_bins == 32
+
+
+def test_it_starts_from_dinov2(folder, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 56}
+    dinov2 = Dinov2Model(Dinov2Config(**sizes, layerscale_value=0.5))
+    dinov2.save_pretrained(tmp_path / "dinov2")
+    heads = "num_mel_bins=64,distillation_hidden_size=16,distillation_bottleneck_size=8,num_prototypes=16"
+    chosen = {"model_name_or_path": tmp_path / "dinov2", "config_overrides": heads}
+    model = build(options(folder, tmp_path / "run", **chosen))
+    assert (model.config.num_mel_bins, model.config.patch_size, model.config.num_frames) == (64, 16, 48)
+    expected = 0.5 * dinov2.encoder.layer[0].mlp.fc2.weight
+    assert torch.equal(model.asit.layers[0].mlp.fc2.weight, expected)
+    assert_teacher_is_student(model)
 
 
 def test_it_starts_from_a_converted_backbone(folder, tmp_path):

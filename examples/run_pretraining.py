@@ -108,9 +108,9 @@ class ModelArguments:
     model_name_or_path: str | None = option(
         None,
         "Checkpoint to start a new run from (default: random initialization): an ASiT encoder (new heads; the teacher "
-        "is a copy), an ASiT pretraining checkpoint (heads, teacher and centers are kept) or an image ViT (as an "
-        "encoder). An ASiT keeps its position embeddings for any --global_seconds. To continue an interrupted run, "
-        "use --resume_from_checkpoint True instead.",
+        "is a copy), an ASiT pretraining checkpoint (heads, teacher and centers are kept) or an image ViT such as "
+        "DeiT or DINOv2 (as an encoder; patches of DINOv2 become 16 x 16). An ASiT keeps its position embeddings for "
+        "any --global_seconds. To continue an interrupted run, use --resume_from_checkpoint True instead.",
     )
     size: str | None = option(
         None, "Model size when training from random initialization (default: base).", choices=list(SIZES)

@@ -97,7 +97,7 @@ def encoder_from_vit(
 def resize_patches(weight: torch.Tensor, patch_size: int) -> torch.Tensor:
     """
     Resizes patch weights `(hidden_size, colors, height, width)` bicubically to `patch_size` x `patch_size`, and scales
-    them by the ratio of the areas, so that smooth patches keep their activation.
+    them by the ratio of the areas, so that the response to a constant patch stays about the same.
     """
     height, width = weight.shape[2:]
     if height == width == patch_size:

@@ -196,14 +196,13 @@ def build_model(model: ModelArguments, data: DataArguments, args: ASiTPreTrainin
         return ASiTForPreTraining.from_pretrained(name, config=config, attn_implementation=model.attn_implementation)
     # frames of a crop in whole patches: 592 of the 598 of 6 s
     fields.setdefault("num_frames", (round(data.global_seconds * 100) - 2) // 16 * 16)
-    encoder = encoder_from_vit(name, **fields) if name else None
-    config = encoder.config if encoder else ASiTConfig.from_size(model.size or "base", **fields)
-    config._attn_implementation = model.attn_implementation
-    pretraining = ASiTForPreTraining(config)
-    if encoder:
-        pretraining.asit.load_state_dict(encoder.state_dict())
-        pretraining.reset_teacher()
-    return pretraining
+    if not name:
+        config = ASiTConfig.from_size(model.size or "base", **fields)
+        config._attn_implementation = model.attn_implementation
+        return ASiTForPreTraining(config)
+    encoder = encoder_from_vit(name, **fields)
+    encoder.config._attn_implementation = model.attn_implementation
+    return ASiTForPreTraining.from_encoder(encoder)
 
 
 def is_asit(name_or_path: str) -> bool:

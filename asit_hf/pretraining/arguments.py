@@ -41,6 +41,8 @@ _ALLOWED = {
     "train_sampling_strategy": ("random", "sequential"),
     "save_strategy": ("no", "steps", "epoch"),
 }
+# The learning rate that new heads need destroys what a trained encoder has learned: examples/RESULTS.md.
+TRAINED_ENCODER_SCALE = 0.02
 
 
 @dataclass
@@ -57,8 +59,10 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
     )
     base_learning_rate: float = option(5e-4, "Peak learning rate per 256 clips of the global batch.")
     learning_rate: float | None = option(None, "Peak learning rate; overrides base_learning_rate.")
-    encoder_learning_rate_scale: float = option(
-        1.0, "Factor on the learning rate of the student's encoder, such as 0.02 for a trained encoder with new heads."
+    encoder_learning_rate_scale: float | None = option(
+        None,
+        "Factor on the learning rate of the student's encoder (default: 1; for a trained encoder with new heads, "
+        f"{TRAINED_ENCODER_SCALE}).",
     )
     min_learning_rate: float = option(1e-6, "Learning rate at the end of the cosine decay.")
     warmup_epochs: float = option(10.0, "Length of the learning rate's linear warm-up, in epochs.")
@@ -136,7 +140,7 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
                 setattr(self, name, getattr(preset, name))
         if self.learning_rate is None:
             self.learning_rate = self.base_learning_rate * self.global_batch_size / 256
-        if not self.encoder_learning_rate_scale > 0:
+        if self.encoder_learning_rate_scale is not None and not self.encoder_learning_rate_scale > 0:
             raise ValueError(f"expected encoder_learning_rate_scale above 0, got {self.encoder_learning_rate_scale}")
         self.gmml  # noqa: B018  raises if no mask can be drawn with these values
 

@@ -135,6 +135,7 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
     """
 
     _distill = None  # `distill_rows`, if compiled
+    has_new_heads = False  # heads with random weights on a trained encoder, which needs a lower learning rate
 
     def __init__(self, config: ASiTConfig):
         super().__init__(config)
@@ -168,8 +169,19 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
         if any(key.startswith("teacher.") for key in fresh):
             model.reset_teacher()
+        new_heads, new_encoder = (any(key.startswith(part) for key in fresh) for part in ("heads.", "asit."))
+        model.has_new_heads = new_heads and not new_encoder
         model._freeze()  # loading creates new parameters
         return (model, info) if wants_info else model
+
+    @classmethod
+    def from_encoder(cls, encoder: ASiTModel) -> "ASiTForPreTraining":
+        """A model with the configuration and weights of `encoder` in student and teacher, and new heads."""
+        model = cls(encoder.config)
+        model.asit.load_state_dict(encoder.state_dict())
+        model.reset_teacher()
+        model.has_new_heads = True
+        return model
 
     @torch.no_grad()
     def reset_teacher(self) -> None:

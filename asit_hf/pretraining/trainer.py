@@ -30,7 +30,7 @@ from ..utils.attention_cpu import choose_bf16_attention
 from ..utils.cpu import keep_freed_memory, warn_of_emulated_bf16
 from ..utils.device import choices_for
 from ..utils.time_budget import Plan, TimeBudgetMixin
-from .arguments import ASiTPreTrainingArguments
+from .arguments import TRAINED_ENCODER_SCALE, ASiTPreTrainingArguments
 from .checkpoints import CompleteCheckpointsMixin, on_termination
 from .fsdp import configure_fsdp
 from .gradients import clip_tensor_norms, gradient_norms
@@ -327,7 +327,7 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
         if self.optimizer is None:
             model = self.model if model is None else model
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
-            scale = self.args.encoder_learning_rate_scale
+            scale = self._encoder_learning_rate_scale()
             # heads first: the logged learning rate is that of the first group
             modules = [(model, 1.0)] if scale == 1 else [(model.heads, 1.0), (model.asit, scale)]
             groups = []
@@ -340,6 +340,16 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
                 groups.append({"params": vectors, "weight_decay": 0.0, "decays": False, **rate})
             self.optimizer = optimizer_class(groups, weight_decay=self.args.weight_decay, **kwargs)
         return self.optimizer
+
+    def _encoder_learning_rate_scale(self) -> float:
+        chosen = self.args.encoder_learning_rate_scale
+        if chosen is not None or not self.accelerator.unwrap_model(self.model).has_new_heads:
+            return 1.0 if chosen is None else chosen
+        if self.is_world_process_zero():
+            logger.warning(
+                f"the encoder is trained and the heads are new: encoder_learning_rate_scale is {TRAINED_ENCODER_SCALE}"
+            )
+        return TRAINED_ENCODER_SCALE
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         if self.lr_scheduler is None:

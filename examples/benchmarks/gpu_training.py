@@ -29,8 +29,6 @@ BATCH, QUICK_BATCH = 256, 4
 EXPORT_SECONDS, QUICK_EXPORT_SECONDS = 60.0, 2.0
 QUICK_SECONDS = 8.0
 MARGIN = 10.0  # seconds for the last export and the worker's reply
-# Learning rate of a pretrained encoder, relative to that of its randomly initialized heads.
-TRAINED_ENCODER_SCALE = 0.02
 SHARD_SIZE = "16MB"  # below 16 MiB
 CLIP_SECONDS = 10
 
@@ -84,8 +82,6 @@ def attempt(run: Run, batch: int, compiled: bool) -> dict[str, Any]:
     options += ["--per_device_train_batch_size", str(batch), "--compile_layers", str(compiled)]
     if run.quick:
         options += ["--logging_steps", "1"]
-    if run.init is not None:
-        options += ["--encoder_learning_rate_scale", str(TRAINED_ENCODER_SCALE)]
     settings, args = parse_arguments((TrainingSettings, ASiTPreTrainingArguments), options)
     set_seed(args.seed)
     model = initial_model(run, settings, args.preset)
@@ -123,11 +119,7 @@ def initial_model(run: Run, settings: TrainingSettings, preset: str) -> ASiTForP
         return build_model(settings.size, preset, run.quick, **({} if run.quick else {"num_frames": whole(frames)}))
     if read_model_type(run.init) == ASiTConfig.model_type:
         return ASiTForPreTraining.from_pretrained(resolve_checkpoint(run.init), dtype=torch.float32, **fields)
-    encoder = encoder_from_vit(run.init, num_frames=whole(frames), **fields)
-    model = ASiTForPreTraining(encoder.config)
-    model.asit.load_state_dict(encoder.state_dict())
-    model.reset_teacher()
-    return model
+    return ASiTForPreTraining.from_encoder(encoder_from_vit(run.init, num_frames=whole(frames), **fields))
 
 
 def whole(frames: int, patch_size: int = 16) -> int:

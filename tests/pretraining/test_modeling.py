@@ -392,7 +392,18 @@ def test_pretraining_starts_from_an_encoder(cls, tmp_path):
     loaded = model.asit.state_dict()
     for name, value in getattr(encoder, "asit", encoder).state_dict().items():
         assert torch.equal(loaded[name], value)
+    assert model.has_new_heads
     assert torch.isfinite(model.train()(**inputs()).loss)
+    again = ASiTForPreTraining.from_encoder(getattr(encoder, "asit", encoder))
+    assert_fresh(again)
+    assert again.has_new_heads
+    for name, value in again.asit.state_dict().items():
+        assert torch.equal(loaded[name], value)
+
+
+def test_only_an_encoder_alone_gets_new_heads(checkpoint):
+    assert not ASiTForPreTraining.from_pretrained(checkpoint).has_new_heads
+    assert not ASiTForPreTraining(ASiTConfig(**TINY)).has_new_heads
 
 
 def test_a_checkpoint_without_weights_gives_an_initialized_model(tmp_path):
@@ -400,7 +411,9 @@ def test_a_checkpoint_without_weights_gives_an_initialized_model(tmp_path):
 
     ASiTConfig(**TINY).save_pretrained(tmp_path)
     save_file({"unrelated": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert_fresh(ASiTForPreTraining.from_pretrained(tmp_path))
+    model = ASiTForPreTraining.from_pretrained(tmp_path)
+    assert_fresh(model)
+    assert not model.has_new_heads
 
 
 def test_the_teacher_copies_heads_of_another_size(checkpoint):

@@ -77,8 +77,10 @@ def test_the_schedules_reach_the_optimizer(clips, tmp_path):
     assert schedules.learning_rate.max() == pytest.approx(1e-3)
 
 
-def test_the_encoder_can_have_its_own_learning_rate(clips, tmp_path):
-    trainer = make_trainer(clips, tmp_path, encoder_learning_rate_scale=0.02)
+@pytest.mark.parametrize(("chosen", "new_heads", "scale"), [(0.5, False, 0.5), (0.5, True, 0.5), (None, True, 0.02)])
+def test_the_encoder_can_have_its_own_learning_rate(clips, tmp_path, chosen, new_heads, scale):
+    trainer = make_trainer(clips, tmp_path, encoder_learning_rate_scale=chosen)
+    trainer.model.has_new_heads = new_heads
     rates = []
 
     class Recorder(TrainerCallback):
@@ -89,7 +91,7 @@ def test_the_encoder_can_have_its_own_learning_rate(clips, tmp_path):
     trainer.train()
     peak = np.array(rates)[:, 0]
     assert peak.max() == pytest.approx(1e-3)
-    np.testing.assert_allclose(np.array(rates), peak[:, None] * [[1, 1, 0.02, 0.02]])
+    np.testing.assert_allclose(np.array(rates), peak[:, None] * [[1, 1, scale, scale]])
     grouped = [id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(
         id(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad

@@ -43,6 +43,7 @@ _ALLOWED = {
 }
 # The learning rate that new heads need destroys what a trained encoder has learned: examples/RESULTS.md.
 TRAINED_ENCODER_SCALE = 0.02
+STANDARDIZATION_CLIPS = 256
 
 
 @dataclass
@@ -63,6 +64,11 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
         None,
         "Factor on the learning rate of the student's encoder (default: 1; for a trained encoder with new heads, "
         f"{TRAINED_ENCODER_SCALE}).",
+    )
+    standardize_head_inputs: bool = option(
+        False,
+        f"Initialize new heads so that their inputs, the CLS tokens of about {STANDARDIZATION_CLIPS} clips, are "
+        "standardized: with a trained encoder, the global loss starts to learn at once.",
     )
     min_learning_rate: float = option(1e-6, "Learning rate at the end of the cosine decay.")
     warmup_epochs: float = option(10.0, "Length of the learning rate's linear warm-up, in epochs.")

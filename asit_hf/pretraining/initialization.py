@@ -133,8 +133,9 @@ def _read_fields(name_or_path: str | os.PathLike, vit_config: PreTrainedConfig) 
 
 def _load_tensors(name_or_path: str | os.PathLike, vit_config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """The weights of the encoder alone, under ASiT's names."""
+    without_pooler = {"add_pooling_layer": False} if vit_config.model_type in ("vit", "deit") else {}
     vit, info = AutoModel.from_pretrained(
-        name_or_path, config=vit_config, dtype=torch.float32, output_loading_info=True
+        name_or_path, config=vit_config, dtype=torch.float32, output_loading_info=True, **without_pooler
     )
     unneeded = ("pooler.", *(f"embeddings.{name}" for name in ("mask_token", "distillation_token", "register_tokens")))
     if missing := sorted(key for key in info["missing_keys"] if not key.startswith(unneeded)):

@@ -135,7 +135,7 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
     """
 
     _distill = None  # `distill_rows`, if compiled
-    has_new_heads = False  # heads with random weights on a trained encoder, which needs a lower learning rate
+    has_trained_encoder, has_new_heads = False, True  # which weights come from a checkpoint, and which are random
 
     def __init__(self, config: ASiTConfig):
         super().__init__(config)
@@ -169,8 +169,8 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
         if any(key.startswith("teacher.") for key in fresh):
             model.reset_teacher()
-        new_heads, new_encoder = (any(key.startswith(part) for key in fresh) for part in ("heads.", "asit."))
-        model.has_new_heads = new_heads and not new_encoder
+        model.has_trained_encoder = not any(key.startswith("asit.") for key in fresh)
+        model.has_new_heads = any(key.startswith("heads.") for key in fresh)
         model._freeze()  # loading creates new parameters
         return (model, info) if wants_info else model
 
@@ -180,7 +180,7 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         model = cls(encoder.config)
         model.asit.load_state_dict(encoder.state_dict())
         model.reset_teacher()
-        model.has_new_heads = True
+        model.has_trained_encoder = True
         return model
 
     @torch.no_grad()
@@ -188,6 +188,19 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         """Makes the teacher a copy of the student."""
         for teacher, student in self._teacher_and_student():
             teacher.copy_(student)
+
+    @torch.no_grad()
+    def standardize_head_inputs(self, cls_tokens: torch.Tensor) -> None:
+        """
+        Folds mean and standard deviation of `cls_tokens`, `(tokens, hidden_size)`, into the first layer of the
+        distillation heads, so that new heads start with standardized inputs. The CLS tokens of a trained encoder are
+        nearly the same for all clips, and the heads would take hundreds of steps to tell them apart.
+        """
+        std, mean = torch.std_mean(cls_tokens.float(), dim=0, correction=0)
+        for heads in (self.heads, self.teacher["heads"]):
+            layer = heads.distillation.fc1
+            layer.weight.div_(std.clamp_min(1e-6))
+            layer.bias.sub_(layer.weight @ mean)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

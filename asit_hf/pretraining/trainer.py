@@ -30,7 +30,7 @@ from ..utils.attention_cpu import choose_bf16_attention
 from ..utils.cpu import keep_freed_memory, warn_of_emulated_bf16
 from ..utils.device import choices_for
 from ..utils.time_budget import Plan, TimeBudgetMixin
-from .arguments import TRAINED_ENCODER_SCALE, ASiTPreTrainingArguments
+from .arguments import STANDARDIZATION_CLIPS, TRAINED_ENCODER_SCALE, ASiTPreTrainingArguments
 from .checkpoints import CompleteCheckpointsMixin, on_termination
 from .fsdp import configure_fsdp
 from .gradients import clip_tensor_norms, gradient_norms
@@ -135,6 +135,8 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
             keep_freed_memory()
         warn_of_emulated_bf16(self.args)
         self.bad_files.start(resumed=bool(resume_from_checkpoint))
+        if self.args.standardize_head_inputs and not resume_from_checkpoint:
+            self._standardize_head_inputs()
         with on_termination(partial(setattr, self, "terminated", True)), clear_worker_errors():
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.bad_files.names:
@@ -199,6 +201,25 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
             corrupted, mask = corrupt(views["input_values"], keys, donor_key, gmml)
             views |= {"corrupted_values": corrupted, "corruption_mask": mask}
         return views
+
+    @torch.no_grad()
+    def _standardize_head_inputs(self) -> None:
+        if not self.model.has_new_heads or self.is_fsdp_enabled:
+            reason = (
+                "does not work with FSDP"
+                if self.is_fsdp_enabled
+                else "needs new heads: those of the model are trained"
+            )
+            raise ValueError(f"standardize_head_inputs {reason}")
+        tokens, num_clips = [], 0
+        for batch in self.get_train_dataloader():
+            views = self.prepare_views(self._prepare_inputs(batch))["input_values"]
+            cls_tokens = self.model.asit(views.flatten(0, 1)).last_hidden_state[:, 0]
+            tokens.append(self.accelerator.gather(cls_tokens))
+            num_clips += len(tokens[-1]) // views.shape[1]
+            if num_clips >= STANDARDIZATION_CLIPS:
+                break
+        self.model.standardize_head_inputs(torch.cat(tokens))
 
     def _gather_crops(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The crops of a batch that contains only their keys."""
@@ -342,8 +363,8 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
         return self.optimizer
 
     def _encoder_learning_rate_scale(self) -> float:
-        chosen = self.args.encoder_learning_rate_scale
-        if chosen is not None or not self.accelerator.unwrap_model(self.model).has_new_heads:
+        chosen, model = self.args.encoder_learning_rate_scale, self.accelerator.unwrap_model(self.model)
+        if chosen is not None or not (model.has_trained_encoder and model.has_new_heads):
             return 1.0 if chosen is None else chosen
         if self.is_world_process_zero():
             logger.warning(

@@ -393,17 +393,33 @@ def test_pretraining_starts_from_an_encoder(cls, tmp_path):
     for name, value in getattr(encoder, "asit", encoder).state_dict().items():
         assert torch.equal(loaded[name], value)
     assert model.has_new_heads
+    assert model.has_trained_encoder
     assert torch.isfinite(model.train()(**inputs()).loss)
     again = ASiTForPreTraining.from_encoder(getattr(encoder, "asit", encoder))
     assert_fresh(again)
     assert again.has_new_heads
+    assert again.has_trained_encoder
     for name, value in again.asit.state_dict().items():
         assert torch.equal(loaded[name], value)
 
 
-def test_only_an_encoder_alone_gets_new_heads(checkpoint):
-    assert not ASiTForPreTraining.from_pretrained(checkpoint).has_new_heads
-    assert not ASiTForPreTraining(ASiTConfig(**TINY)).has_new_heads
+@pytest.mark.parametrize("preset", ["2024", "2023"])
+def test_head_inputs_are_standardized_in_student_and_teacher(preset):
+    model = build(preset=preset)
+    tokens = 5 + torch.randn(50, TINY["hidden_size"]) * torch.arange(1, TINY["hidden_size"] + 1)
+    before = copy.deepcopy(model.heads.distillation)
+    model.standardize_head_inputs(tokens)
+    standardized = (tokens - tokens.mean(0)) / tokens.std(0, correction=0)
+    for heads in (model.heads, model.teacher["heads"]):
+        torch.testing.assert_close(heads.distillation(tokens), before(standardized), atol=1e-5, rtol=0)
+
+
+def test_a_model_knows_which_weights_are_trained(checkpoint):
+    trained, new = ASiTForPreTraining.from_pretrained(checkpoint), ASiTForPreTraining(ASiTConfig(**TINY))
+    assert trained.has_trained_encoder
+    assert not trained.has_new_heads
+    assert new.has_new_heads
+    assert not new.has_trained_encoder
 
 
 def test_a_checkpoint_without_weights_gives_an_initialized_model(tmp_path):
@@ -413,7 +429,7 @@ def test_a_checkpoint_without_weights_gives_an_initialized_model(tmp_path):
     save_file({"unrelated": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model = ASiTForPreTraining.from_pretrained(tmp_path)
     assert_fresh(model)
-    assert not model.has_new_heads
+    assert not model.has_trained_encoder
 
 
 def test_the_teacher_copies_heads_of_another_size(checkpoint):

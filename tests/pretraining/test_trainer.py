@@ -77,10 +77,28 @@ def test_the_schedules_reach_the_optimizer(clips, tmp_path):
     assert schedules.learning_rate.max() == pytest.approx(1e-3)
 
 
+def test_new_heads_start_with_standardized_inputs(clips, tmp_path):
+    def first_logits(**options):
+        trainer = make_trainer(clips, tmp_path, max_steps=1, learning_rate=1e-6, **options)
+        torch.nn.init.constant_(trainer.model.asit.layernorm.bias, 10.0)  # CLS tokens that are nearly the same
+        trainer.model.reset_teacher()
+        trainer.train()
+        return rows(trainer)[0]["cls_logit_std"]
+
+    assert first_logits(standardize_head_inputs=True) > 5 * first_logits()
+
+
+def test_trained_heads_are_not_standardized(clips, tmp_path):
+    trainer = make_trainer(clips, tmp_path, standardize_head_inputs=True)
+    trainer.model.has_new_heads = False
+    with pytest.raises(ValueError, match="new heads"):
+        trainer.train()
+
+
 @pytest.mark.parametrize(("chosen", "new_heads", "scale"), [(0.5, False, 0.5), (0.5, True, 0.5), (None, True, 0.02)])
 def test_the_encoder_can_have_its_own_learning_rate(clips, tmp_path, chosen, new_heads, scale):
     trainer = make_trainer(clips, tmp_path, encoder_learning_rate_scale=chosen)
-    trainer.model.has_new_heads = new_heads
+    trainer.model.has_trained_encoder, trainer.model.has_new_heads = True, new_heads
     rates = []
 
     class Recorder(TrainerCallback):

@@ -23,6 +23,7 @@ from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.configuration_asit import LOCAL_LOSS_PATCHES, SIZES
 from asit_hf.data import (
     LabelledClips,
+    PackedAudio,
     PackedCrops,
     PretrainingCrops,
     StreamingCrops,
@@ -67,6 +68,13 @@ class DataArguments:
             "audio. JSON gives one of them its own options: "
             '{"data": "meta.csv", "root": "audio", "audio_column": "filename", "filter": ["fold=1,2,3"]}'
         }
+    )
+    repeat: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "With packed audio: PART=TIMES, how often the clips of a part of the pool occur in an epoch "
+            "(default: once)."
+        },
     )
     streaming: bool = option(
         False, "Read the data as a stream; needs --steps_per_epoch, and --max_steps or --max_minutes."
@@ -168,7 +176,12 @@ def build_dataset(
             raise ValueError(f"expected packed audio to be the only train_data, got {data.train_data}: pack all of it")
         if data.streaming:
             raise ValueError(f"--streaming does not work with packed audio, got {packed[0]}: remove it")
-        return PackedCrops(packed[0], **settings)
+        pool = PackedAudio.load(packed[0], sampling_rate=sampling_rate)
+        return PackedCrops(pool.repeat(parse_repeat(data.repeat)), **settings)
+    if data.repeat:
+        raise ValueError(
+            f"expected packed audio with --repeat, got {data.train_data}: list data several times instead"
+        )
     if parcels := [source for source in data.train_data if is_parcels(source)]:
         raise ValueError(
             f"expected decoded audio, got Opus parcels: run python -m asit_hf.data.parcels decode {parcels[0]} POOL"
@@ -208,6 +221,14 @@ def build_model(model: ModelArguments, data: DataArguments, args: ASiTPreTrainin
 def is_asit(name_or_path: str) -> bool:
     """Whether a checkpoint is one of this package's."""
     return read_model_type(name_or_path) == ASiTConfig.model_type
+
+
+def parse_repeat(items: list[str]) -> dict[str, int]:
+    """Numbers from `PART=TIMES` items."""
+    pairs = [item.rpartition("=") for item in items]
+    if wrong := [item for item, (part, _, times) in zip(items, pairs) if not (part and times.isdecimal())]:
+        raise ValueError(f"expected --repeat PART=TIMES ... with whole numbers, got {wrong}")
+    return {part: int(times) for part, _, times in pairs}
 
 
 def parse_overrides(text: str | None) -> dict:

@@ -90,9 +90,24 @@ class PackedAudio:
         """The same pool with its tensors on `device`."""
         return replace(self, **{name: getattr(self, name).to(device) for name in ("audio", "offsets", "lengths")})
 
+    def repeat(self, times: dict[str, int]) -> "PackedAudio":
+        """The same audio, with each clip of a part listed `times[part]` times; clips of other parts are listed once.
+
+        Raises:
+            ValueError: a part that the pool does not have, or a number below 1.
+        """
+        if unknown := sorted(set(times) - set(self.parts or [])):
+            raise ValueError(f"expected parts of {self.folder}, {sorted(set(self.parts or []))}, got {unknown}")
+        if wrong := {part: number for part, number in times.items() if number < 1}:
+            raise ValueError(f"expected parts to be repeated at least 1 time, got {wrong}")
+        order = [index for index, part in enumerate(self.parts or self.names) for _ in range(times.get(part, 1))]
+        lists = {name: [getattr(self, name)[index] for index in order] for name in ("names", "parts") if times}
+        return replace(self, offsets=self.offsets[order], lengths=self.lengths[order], **lists)
+
     @property
     def hours(self) -> float:
-        return len(self.audio) / self.sampling_rate / 3600
+        """Of all clips, each as often as it is listed."""
+        return int(self.lengths.sum()) / self.sampling_rate / 3600
 
     @property
     def num_bytes(self) -> int:
@@ -103,10 +118,10 @@ class PackedAudio:
 
     def __getstate__(self) -> dict[str, Any]:
         # a spawned loader worker maps the file itself, even if the audio is on an accelerator
-        return {**vars(self), "audio": None, "offsets": self.offsets.cpu(), "lengths": self.lengths.cpu()}
+        return {**vars(self), "audio": len(self.audio), "offsets": self.offsets.cpu(), "lengths": self.lengths.cpu()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, audio=_map(state["folder"], int(state["lengths"].sum())))
+        vars(self).update(state, audio=_map(state["folder"], state["audio"]))
 
 
 class PackedCrops(Seeded, Dataset):

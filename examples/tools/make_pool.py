@@ -4,11 +4,12 @@ Builds an unlabelled pool of audio for pretraining from labelled data sets and D
     python -m examples.tools.make_pool --real_audio AUDIO_FOLDER --output_dir pool --work_dir pool_work
     python examples/run_pretraining.py --train_data pool ...
     python examples/run_pretraining.py --train_data '{"data": "pool", "filter": ["source=esc50,fsdd"]}' ...
+    python examples/run_pretraining.py --train_data pool_packed --repeat esc50=6 ...  # written with --packed_dir
 
 AUDIO_FOLDER holds `esc50-16k`, `asc-16k` and `fsdd-8k`. Packages are downloaded with `apt-get download` and unpacked
-with `dpkg-deb -x`; nothing is installed. Each file is decoded at 16 kHz, its silence is removed, and the rest is cut
-into clips of at most `--seconds`. Duplicates in any format are skipped, and so are copies of the folds and speakers
-that are held out for evaluation.
+with `dpkg-deb -x`, and the soundfonts and game archives in them with `examples.tools.archives`; nothing is installed.
+Each file is decoded at 16 kHz, its silence is removed, and the rest is cut into clips of at most `--seconds`.
+Duplicates in any format are skipped, and so are copies of the folds and speakers that are held out for evaluation.
 
 Shards `PART-00000.parquet`, ... have the columns `audio` (16-bit flac), `source` (the part), `original_path`, `start`
 and `seconds`. `pool.md` and `pool.json` list hours, licenses and the number of skipped files by reason,
@@ -42,6 +43,7 @@ from asit_hf.data.datasets import find_audio_files
 from asit_hf.data.packed import INDEX
 from asit_hf.fbank_asit import log_mel_spectrogram
 from asit_hf.utils.files import whole_file, whole_folder
+from examples.tools.archives import unpack as unpack_archives
 from examples.tools.make_shards import ROWS_IN_MEMORY, encode, make_packed
 
 SAMPLING_RATE = 16000
@@ -106,6 +108,31 @@ PACKAGES = {
     "freedroidrpg-data": ("effects, music", "GPL-2+"),
     "supertux-data": ("effects, music", "CC BY-SA 4.0, GPL-2+"),
     "naev-data": ("effects, music", "GPL-3+, GPL-2+, CC BY 3.0"),
+    "0ad-data": ("animals, surroundings, trades, steps, music", "CC BY-SA 3.0"),
+    "ufoai-sound": ("surroundings, machines, weapons, steps", "GPL-2+, CC BY(-SA) 3.0, public domain"),
+    "openclonk-data": ("animals, weather, tools, music", "CC BY 3.0, CC0"),
+    "gcompris-qt-data": ("animals, instruments, water, music", "GPL-3+, CC BY(-SA), CC0, Free Art, public domain"),
+    "openttd-opensfx": ("vehicles, factories, animals", "CC BY-SA 3.0"),
+    "simutrans-pak64": ("trains, ships, factories", "Artistic 1.0"),
+    "nexuiz-data": ("weapons, machines, shouts, surroundings", "GPL-2+"),
+    "openarena-data": ("weapons, steps, surroundings", "GPL-2+"),
+    "openarena-081-players": ("shouts, groans, animals", "GPL-2+"),
+    "openarena-081-misc": ("announcements, weapons", "GPL-2+"),
+    "flare-game": ("animals, steps, surroundings, music", "CC BY-SA 3.0+"),
+    "ardentryst": ("effects, music", "GPL-3+, CC BY-SA 3.0"),
+    "marsshooter-data": ("effects, music", "CC BY(-SA) 3.0, CC0, GPL-3+, public domain"),
+    "neverball-common": ("effects, music", "GPL-2+"),
+    "wordwarvi-sound": ("effects, music", "GPL-2+, CC BY-SA 3.0"),
+    "tuxfootball": ("crowd, whistles, music", "GPL-2+"),
+    "crrcsim-data": ("engines, announcements", "GPL-2"),
+    "gamine-data": ("effects, music", "GPL-2+, GPL-3, public domain"),
+    "chuck-data": ("samples, drums, voice", "GPL-2+"),
+    # instruments
+    "fluid-soundfont-gm": ("instruments, note by note", "MIT"),
+    "musescore-general-soundfont": ("instruments, note by note", "MIT, CC0, public domain"),
+    "freepats": ("instruments, note by note", "GPL-2+ with exception"),
+    "avldrums.lv2-soundfont": ("drums", "CC BY-SA 3.0"),
+    "hydrogen-data": ("drums", "GPL-2+"),
     # speech
     "tuxpaint-stamps-default": ("names of things in many languages, animals", "GPL-2+"),
     "fillets-ng-data-cs": ("acted dialogue, Czech", "GPL-2"),
@@ -123,6 +150,7 @@ PACKAGES = {
     "gcin-voice": ("syllables, Mandarin", "CC BY 3.0, GPL-3 or LGPL-3"),
     "hedgewars-data": ("voices, effects, music", "GFDL-1.3, GPL-2, CC BY-SA 3.0"),
     "warmux-data": ("voices, effects, music", "GPL-2+"),
+    "warzone2100-data": ("announcements, weapons, machines", "GPL-2+, CC BY-SA 3.0, CC0"),
     # music
     "wesnoth-1.16-music": ("orchestral music", "GPL-2+"),
     "fillets-ng-data": ("music, effects", "GPL-2"),
@@ -220,6 +248,8 @@ def cut_clips(waveform: np.ndarray, seconds: float, seconds_per_file: float) -> 
 def fetch(package: str, work_dir: Path) -> tuple[Path, str]:
     """The folder of the unpacked `package`, and its version. Packages in `work_dir` are not downloaded again.
 
+    The sounds of archives in the package are unpacked too, beside them.
+
     Raises:
         FileNotFoundError: a package that cannot be found or downloaded.
     """
@@ -233,6 +263,7 @@ def fetch(package: str, work_dir: Path) -> tuple[Path, str]:
     if not folder.exists():
         with whole_folder(folder) as unfinished:
             run(["dpkg-deb", "-x", str(found[-1].resolve()), str(unfinished.resolve())], package)
+            unpack_archives(unfinished)
     return folder, run(["dpkg-deb", "-f", str(found[-1]), "Version"], package).strip()
 
 

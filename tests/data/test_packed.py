@@ -152,6 +152,31 @@ def test_a_pickled_data_set_carries_no_audio(folder):
     assert torch.equal(again.audio, crops.sources.audio)
 
 
+def test_repeated_parts_give_more_crops_of_the_same_audio(folder):
+    pool = PackedAudio.load(folder)
+    repeated = pool.repeat({"b": 3})
+    assert repeated.parts == ["a", *"bbb", "a", *"bbb", "a", *"bbb"]
+    assert [int(name[0]) for name in repeated.names] == [0, 1, 1, 1, 2, 3, 3, 3, 4, 5, 5, 5]
+    assert repeated.audio is pool.audio
+    assert repeated.hours == pytest.approx((sum(LENGTHS) + 2 * sum(LENGTHS[1::2])) / RATE / 3600)
+    crops = pickle.loads(pickle.dumps(PackedCrops(repeated, RATE, **SETTINGS)))
+    first, *others = (batch(crops, [index])["global_waveforms"][0] for index in (5, 6, 7))
+    for crop in (first, *others):  # clip 3 is a ramp: the crops are pieces of it, cut at other places
+        assert (crop.diff() == 1).sum() >= crop.numel() - 3
+        assert (crop >= 6000).all()
+        assert (crop < 6000 + LENGTHS[3]).all()
+    assert all((first != other).any() for other in others)
+    assert pool.repeat({}).names == pool.names
+
+
+@pytest.mark.parametrize(
+    ("times", "error"), [({"c": 2}, r"\['a', 'b'\], got \['c'\]"), ({"a": 0}, "at least 1 time, got {'a': 0}")]
+)
+def test_only_parts_of_the_pool_are_repeated(folder, times, error):
+    with pytest.raises(ValueError, match=error):
+        PackedAudio.load(folder).repeat(times)
+
+
 def test_crops_are_pieces_of_their_clip_filled_with_zeros(folder):
     crops = PackedCrops(folder, RATE, **SETTINGS)
     keys = torch.arange(6 * 50)

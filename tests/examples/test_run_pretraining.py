@@ -351,7 +351,7 @@ def test_sigterm_ends_the_script_with_a_checkpoint_and_no_final_model(folder, tm
 def pool(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pool")
     noise = np.random.default_rng(0).integers(-3000, 3000, (8, 72000)).astype(np.int16)
-    write_packed(folder, [(f"{index}.wav", None, clip) for index, clip in enumerate(noise)], 16000)
+    write_packed(folder, [(f"{index}.wav", "ab"[index // 6], clip) for index, clip in enumerate(noise)], 16000)
     return folder
 
 
@@ -361,6 +361,23 @@ def test_it_trains_on_packed_audio(pool, tmp_path):
     assert isinstance(trainer.train_dataset, PackedCrops)
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["training_data"].startswith("8 clips, 0.01 hours, at 16000 Hz")
+
+
+def test_parts_of_packed_audio_are_repeated(pool, tmp_path):
+    trainer = script.main([*options(pool, tmp_path), "--repeat", "b=3"])
+    names = [trainer.train_dataset[index]["file"] for index in range(len(trainer.train_dataset))]
+    assert names == [f"{index}.wav" for index in (0, 1, 2, 3, 4, 5, 6, 6, 6, 7, 7, 7)]
+
+
+@pytest.mark.parametrize("repeat", ["b", "b=", "b=1.5", "=2"])
+def test_repeat_takes_parts_and_whole_numbers(pool, tmp_path, repeat):
+    with pytest.raises(ValueError, match="PART=TIMES"):
+        script.main([*options(pool, tmp_path), "--repeat", repeat])
+
+
+def test_only_packed_audio_is_repeated(folder, tmp_path):
+    with pytest.raises(ValueError, match="packed audio with --repeat"):
+        script.main([*options(folder, tmp_path), "--repeat", "b=3"])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -275,6 +276,8 @@ def test_packages_are_fetched_and_unpacked_once(unpacked, tmp_path, monkeypatch)
     """With an `apt-get` that knows one package and counts its calls."""
     tree, commands, work = tmp_path / "tree", tmp_path / "commands", tmp_path / "work"
     shutil.copytree(unpacked / "bells", tree)
+    with zipfile.ZipFile(tree / "usr/share/bells/sounds.pk3", "w") as archive:
+        archive.write(tree / "usr/share/bells/new.wav", "sounds/one.wav")
     (tree / "DEBIAN").mkdir()
     control = "Package: bells\nVersion: 2.5-1\nArchitecture: all\nMaintainer: nobody <n@o.org>\nDescription: bells\n"
     (tree / "DEBIAN" / "control").write_text(control)
@@ -292,7 +295,8 @@ def test_packages_are_fetched_and_unpacked_once(unpacked, tmp_path, monkeypatch)
     for _ in range(2):
         folder, version = script.fetch("bells", work)
         assert version == "2.5-1"
-        assert (folder / "usr/share/bells/new.wav").read_bytes() == (tree / "usr/share/bells/new.wav").read_bytes()
+        for name in ("new.wav", "sounds.pk3.unpacked/sounds/one.wav"):
+            assert (folder / "usr/share/bells" / name).read_bytes() == (tree / "usr/share/bells/new.wav").read_bytes()
     assert (tmp_path / "calls").read_text() == "bells\n"
     assert {path.name for path in work.iterdir()} == {".bells-stopped", "bells_2.5-1_all", "bells_2.5-1_all.deb"}
     with pytest.raises(FileNotFoundError, match="gongs: apt-get .*E: Unable to locate package gongs"):

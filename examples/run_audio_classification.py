@@ -16,6 +16,8 @@ Recipes reproduce the tasks of the paper, with the splits and classes of each co
 `--recipe FILE` reads options from a file; options on the command line override it. `--resume_from_checkpoint True`
 continues from the last checkpoint. The output folder loads with `pipeline("audio-classification", model=...)` and
 holds `eval_results.json`, `predictions.csv`, `per_class.csv` and, for up to 100 single-label classes, `confusion.png`.
+With single labels the results include the expected calibration error (`eval_ece_percent`) and the best temperature
+for the same evaluation clips (`eval_in_sample_temperature`).
 `--folds 1,2,3,4,5` cross-validates, with an output folder for each fold and `fold_results.json`.
 """
 
@@ -34,7 +36,7 @@ from transformers.hf_argparser import HfArg
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.data import CORPORA, ClassificationCollator, LabelledClips, filter_rows, label_names, split_dataset
 from asit_hf.data.labelled import DatasetArguments, problem_type_of
-from asit_hf.evaluation.metrics import TOP_K, compute_metrics_for
+from asit_hf.evaluation.metrics import TOP_K, calibration_metrics, compute_metrics_for
 from asit_hf.finetuning.augmentation import Augmentation, TrainingClips
 from asit_hf.finetuning.reports import best_common_epoch, summarize_folds, write_reports
 from asit_hf.finetuning.sampling import balanced_weights
@@ -52,7 +54,7 @@ from asit_hf.utils.arguments import (
 
 logger = logging.getLogger(__name__)
 
-CARD_METRICS = ("accuracy", f"top{TOP_K}_accuracy", "mAP", "mAUC", "mse")
+CARD_METRICS = ("accuracy", f"top{TOP_K}_accuracy", "mAP", "mAUC", "mse", "ece_percent", "in_sample_temperature")
 
 
 @dataclass
@@ -264,6 +266,9 @@ def finetune(
     trainer.save_state()
 
     output = trainer.predict(LabelledClips(evaluation, **held_out), metric_key_prefix="eval")
+    if problem_type == "single_label_classification":
+        calibration = calibration_metrics(output.predictions, output.label_ids)
+        output.metrics.update({f"eval_{metric}": value for metric, value in calibration.items()})
     trainer.log_metrics("eval", output.metrics)
     trainer.save_metrics("eval", output.metrics, combined=False)
     if trainer.is_world_process_zero() and model.config.model_type == "asit":

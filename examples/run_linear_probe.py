@@ -1,6 +1,7 @@
 r"""
 Probes the frozen embeddings of an encoder on labelled audio: logistic regression (`linear`), least squares (`ridge`,
-the faster one for wide embeddings) and k nearest neighbors (`knn`).
+the faster one for wide embeddings), k nearest neighbors (`knn`) and, if named, a learned average of layers with
+attention pooling over time (`attentive`, the slowest).
 
     python examples/run_linear_probe.py --model_name_or_path CHECKPOINT --train train.csv --test test.csv
     python examples/run_linear_probe.py --random_init --size tiny --train esc50.csv --root audio \
@@ -11,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +27,13 @@ from asit_hf.data.clips import LabelledClips
 from asit_hf.data.labelled import DatasetArguments, problem_type_of
 from asit_hf.data.labels import label_names
 from asit_hf.data.splits import find_group_column
-from asit_hf.evaluation.embeddings import POOLINGS, embed
+from asit_hf.evaluation.attentive_probe import attentive_probe
+from asit_hf.evaluation.embeddings import POOLINGS, embed, embed_tokens
 from asit_hf.evaluation.probes import PROBES
 from asit_hf.loading import ENCODERS, load_config, load_encoder, load_feature_extractor
+
+ATTENTIVE = "attentive"  # takes tokens, the others pooled embeddings
+ALL_PROBES = (*PROBES, ATTENTIVE)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -63,13 +69,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="column of groups that cross-validation does not split (default: speaker, source or fold, if present)",
     )
     parser.add_argument("--max_seconds", type=float, help="use only the beginning of longer clips")
-    parser.add_argument("--pooling", choices=POOLINGS, default="cls", help="pooling of the tokens (default: cls)")
-    parser.add_argument("--num_layers", type=int, default=1, help="concatenate this many last layers (default: 1)")
+    parser.add_argument("--pooling", choices=POOLINGS, help="pooling of the tokens (default: cls)")
+    parser.add_argument(
+        "--num_layers",
+        type=int,
+        help="number of last layers to concatenate (default: 1) or, by the attentive probe, to average (default: all)",
+    )
     parser.add_argument(
         "--window_seconds", type=float, help="embed longer clips in windows of this length and pool over them"
     )
     parser.add_argument(
-        "--probes", nargs="+", choices=tuple(PROBES), default=list(PROBES), help="probes to fit (default: all)"
+        "--probes",
+        nargs="+",
+        choices=ALL_PROBES,
+        default=list(PROBES),
+        help=f"probes to fit (default: {' '.join(PROBES)})",
     )
     parser.add_argument("--k", type=int, help="number of neighbors of the knn probe (default: 20)")
     parser.add_argument(
@@ -93,6 +107,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--k has no effect without the knn probe")
     if args.group_column and set(args.probes) == {"knn"}:
         parser.error("--group_column has no effect on the knn probe, which is not cross-validated")
+    if args.pooling and set(args.probes) == {ATTENTIVE}:
+        parser.error("--pooling has no effect on the attentive probe, which learns its own")
+    args.pooling = args.pooling or "cls"
     args.encoder, args.size, args.k = args.encoder or "teacher", args.size or "tiny", 20 if args.k is None else args.k
     return args
 
@@ -115,27 +132,35 @@ def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = 
     groups = train[group_column][:] if group_column else None
     train_y, test_y = targets(train), targets(test)
 
+    pooled = set(args.probes) != {ATTENTIVE}
     runs = []
-    embeddings, seconds = None, 0.0
+    inputs, seconds = {}, 0.0  # embeddings, and tokens if the key is true
     for seed in args.seeds:
-        start = time.perf_counter()
-        if embeddings is None or args.random_init:
-            embeddings = embed_both(args, train, test, seed, cache)
-            seconds += time.perf_counter() - start
-        train_x, test_x = embeddings
         run = {"seed": seed}
         for probe in args.probes:
+            as_tokens = probe == ATTENTIVE
+            if as_tokens not in inputs:
+                start = time.perf_counter()
+                inputs[as_tokens] = embed_both(args, train, test, seed, cache, as_tokens)
+                seconds += time.perf_counter() - start
+            train_x, test_x = inputs[as_tokens]
             options = {"k": args.k} if probe == "knn" else {"seed": seed, "groups": groups}
-            run[probe] = PROBES[probe]((train_x, train_y), (test_x, test_y), **options)
+            if as_tokens:
+                options["device"] = args.device
+            fit = attentive_probe if as_tokens else PROBES[probe]
+            run[probe] = fit((train_x, train_y), (test_x, test_y), **options)
         runs.append(run)
+        example = inputs[not pooled][0][0]
+        if args.random_init:
+            inputs.clear()
 
     results = {
         "model": args.model_name_or_path if not args.random_init else f"random {args.model_name_or_path or args.size}",
         "encoder": args.encoder,
-        "pooling": args.pooling,
-        "num_layers": args.num_layers,
+        "pooling": args.pooling if pooled else ATTENTIVE,
+        "num_layers": args.num_layers or (1 if pooled else len(example)),
         "window_seconds": args.window_seconds,
-        "embedding_size": train_x.shape[1],
+        "embedding_size": example.shape[-1],
         "train_clips": len(train),
         "test_clips": len(test),
         "classes": len(label_names(train)),
@@ -152,9 +177,17 @@ def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = 
 
 
 def embed_both(
-    args: argparse.Namespace, train: Dataset, test: Dataset, seed: int, cache: dict[tuple, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings `(clips, dim)` of both sets; only files that are not in `cache` are read."""
+    args: argparse.Namespace,
+    train: Dataset,
+    test: Dataset,
+    seed: int,
+    cache: dict[tuple, np.ndarray],
+    as_tokens: bool = False,
+) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
+    """
+    Embeddings `(clips, dim)` of both sets, or tokens `(layers, time_patches, dim)` of each clip; only files that are
+    not in `cache` are read.
+    """
     path = args.model_name_or_path
     feature_extractor = load_feature_extractor(path) if path else ASiTFeatureExtractor()
     if args.random_init:
@@ -162,26 +195,22 @@ def embed_both(
         model = ASiTModel(load_config(path) if path else ASiTConfig.from_size(args.size))
     else:
         model = load_encoder(path, args.encoder)
+    options = {name: getattr(args, name) for name in ("batch_size", "device", "window_seconds", "num_layers")}
+    if not as_tokens:
+        options |= {"pooling": args.pooling, "num_layers": args.num_layers or 1}
 
-    def embed_set(dataset: Dataset) -> np.ndarray:
+    def embed_set(dataset: Dataset) -> Sequence[np.ndarray]:
         names = [source_name(row["audio"]) for row in dataset.select_columns("audio")]
         if len(set(names)) < len(names):  # encoded bytes have no names
             names = [object() for _ in names]
-        keys = [(seed if args.random_init else None, name) for name in names]
+        keys = [(seed if args.random_init else None, as_tokens, name) for name in names]
         new = [index for index, key in enumerate(keys) if key not in cache]
         if new:
-            embeddings = embed(
-                model,
-                feature_extractor,
-                LabelledClips(dataset.select(new), feature_extractor.sampling_rate, args.max_seconds),
-                pooling=args.pooling,
-                batch_size=args.batch_size,
-                device=args.device,
-                num_layers=args.num_layers,
-                window_seconds=args.window_seconds,
-            )
-            cache.update(zip([keys[index] for index in new], embeddings))
-        return np.stack([cache[key] for key in keys])
+            clips = LabelledClips(dataset.select(new), feature_extractor.sampling_rate, args.max_seconds)
+            embedded = (embed_tokens if as_tokens else embed)(model, feature_extractor, clips, **options)
+            cache.update(zip([keys[index] for index in new], embedded))
+        rows = [cache[key] for key in keys]
+        return rows if as_tokens else np.stack(rows)
 
     return embed_set(train), embed_set(test)
 
@@ -199,7 +228,8 @@ def targets(dataset: Dataset) -> np.ndarray:
 
 def summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Mean and standard deviation over seeds of every metric."""
-    names = [name for name in runs[0] if name not in ("weight_decay", "classes_without_positives")]
+    no_metrics = ("weight_decay", "learning_rate", "layer_weights", "classes_without_positives")
+    names = [name for name in runs[0] if name not in no_metrics]
     return {
         name: {"mean": float(np.mean([run[name] for run in runs])), "std": float(np.std([run[name] for run in runs]))}
         for name in names
@@ -214,7 +244,10 @@ def print_table(results: dict) -> None:
     )
     for probe, metrics in results["summary"].items():
         for name, value in metrics.items():
-            print(f"{probe:7} {name:26} {value['mean']:8.4f} +- {value['std']:.4f}")
+            print(f"{probe:9} {name:26} {value['mean']:8.4f} +- {value['std']:.4f}")
+    if ATTENTIVE in results["summary"]:
+        weights = np.mean([run[ATTENTIVE]["layer_weights"] for run in results["runs"]], axis=0)
+        print(f"{ATTENTIVE} layer weights, mean over seeds: {' '.join(f'{weight:.2f}' for weight in weights)}")
 
 
 if __name__ == "__main__":

@@ -62,6 +62,58 @@ def single_label_metrics(scores: np.ndarray, labels: np.ndarray, k: int = TOP_K)
     return metrics
 
 
+def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
+    """
+    Mean distance between the confidence (highest probability) and the accuracy in bins of equal width of confidence,
+    weighted by their clips; from 0 to 1 (Guo et al. 2017, https://arxiv.org/abs/1706.04599, equation 3).
+
+    Args:
+        probabilities (`np.ndarray` of shape `(clips, classes)`): from 0 to 1.
+        labels (`np.ndarray` of shape `(clips,)`): class ids.
+        num_bins (`int`): number of bins; bin i holds confidences above (i - 1) / num_bins up to i / num_bins.
+    """
+    probabilities, labels = _check_class_ids(probabilities, labels)
+    if probabilities.min() < 0 or probabilities.max() > 1 + 1e-6:
+        raise ValueError(f"expected probabilities, got {probabilities.min()} to {probabilities.max()}: use softmax")
+    confidences, right = probabilities.max(axis=1).astype(float), probabilities.argmax(axis=1) == labels
+    bins = np.ceil(confidences.clip(max=1) * num_bins).astype(int)
+    return float(np.abs(np.bincount(bins, weights=confidences - right)).sum() / len(labels))
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray, bounds: tuple[float, float] = (0.01, 100.0)) -> float:
+    """
+    The temperature by which to divide logits for the lowest mean negative log-likelihood of the labels. It is one of
+    the `bounds` if the optimum is beyond, such as 0 for clips that are all classified correctly.
+
+    Args:
+        logits (`np.ndarray` of shape `(clips, classes)`): before the softmax.
+        labels (`np.ndarray` of shape `(clips,)`): class ids.
+    """
+    logits, labels = _check_class_ids(logits, labels)
+    logits = logits - logits.max(axis=1, keepdims=True).astype(float)
+    of_labels = logits[np.arange(len(labels)), labels]
+    low, high = np.log(bounds)
+    while high - low > 1e-6:  # the loss is convex in 1 / temperature: bisection of its slope
+        middle = (low + high) / 2
+        weights = np.exp(logits / np.exp(middle))
+        expected = (weights * logits).sum(axis=1) / weights.sum(axis=1)
+        low, high = (low, middle) if (expected - of_labels).mean() <= 0 else (middle, high)
+    return float(np.exp((low + high) / 2))
+
+
+def calibration_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """
+    `ece_percent`, the expected calibration error of the softmax in percent, and `in_sample_temperature`, fitted on the
+    same clips: its calibration error on them would be optimistic. Arguments as in `fit_temperature`.
+    """
+    probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    return {
+        "ece_percent": 100 * expected_calibration_error(probabilities, labels),
+        "in_sample_temperature": fit_temperature(logits, labels),
+    }
+
+
 def multi_label_metrics(scores: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """
     `mAP` and `mAUC`, means over classes, and `d_prime` of mAUC, as AudioSet results are reported. Classes that cannot

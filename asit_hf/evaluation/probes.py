@@ -4,7 +4,7 @@ Probes of frozen embeddings: linear (logistic regression), ridge (least squares)
 Pretraining runs `knn_probe` without scikit-learn, and the others are faster than its grid search: with 1600 x 384
 training embeddings of 50 classes, `linear_probe` took 0.7 s of one core and LogisticRegression 1.5 s, `ridge_probe`
 0.2 s and Ridge 0.9 s, with accuracies within 0.3 points (`examples/benchmarks/probes.py`). With 7200 x 9216,
-`ridge_probe` took 40 s.
+`ridge_probe` took 40 s. `attentive_probe` is the probe of token sequences.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,7 +55,7 @@ def linear_probe(
     """
     x, y, num_train, num_classes = _check(train, test)
     solver = partial(_logistic_solver, x, y, num_classes)
-    return _cross_validate(solver, y, num_train, seed, groups, weight_decays, num_folds, PATIENCE)
+    return cross_validate(solver, y, num_train, seed, groups, weight_decays, num_folds, PATIENCE)
 
 
 def ridge_probe(
@@ -77,7 +77,7 @@ def ridge_probe(
     # Wide: inner products of clips, computed once for all folds. Tall: those of dimensions are the smaller matrix.
     gram = cache(lambda dtype: _gram(x.to(dtype), num_train)) if x.shape[1] > num_train else None
     solver = partial(_ridge_solver, x, gram, _zero_one(y, num_classes))
-    return _cross_validate(solver, y, num_train, seed, groups, weight_decays, num_folds, RIDGE_PATIENCE)
+    return cross_validate(solver, y, num_train, seed, groups, weight_decays, num_folds, RIDGE_PATIENCE)
 
 
 def knn_probe(train: Labelled, test: Labelled, k: int = 20, temperature: float = 0.07) -> dict[str, float]:
@@ -103,20 +103,28 @@ PROBES = {"linear": linear_probe, "ridge": ridge_probe, "knn": knn_probe}
 def _check(train: Labelled, test: Labelled) -> tuple[np.ndarray, np.ndarray, int, int]:
     """Embeddings and labels of training, then test clips; the number of training clips, and that of classes."""
     xs = [np.asarray(x, dtype=np.float32) for x, _ in (train, test)]
-    ys = [np.asarray(y).astype(np.int64) for _, y in (train, test)]
     if xs[0].ndim != 2 or xs[0].shape[1:] != xs[1].shape[1:]:
         raise ValueError(f"expected embeddings (clips, dim) of one width, got {xs[0].shape} and {xs[1].shape}")
-    if [*map(len, xs)] != [*map(len, ys)] or ys[0].shape[1:] != ys[1].shape[1:]:
-        raise ValueError(
-            "expected labels (clips,) or (clips, classes) of the embeddings' clips, "
-            f"got {ys[0].shape} for {xs[0].shape} and {ys[1].shape} for {xs[1].shape}"
-        )
-    x, y = np.concatenate(xs), np.concatenate(ys)
-    if y.min() < 0:
-        raise ValueError(f"expected class ids or 0-1 targets, got {y.min()}")
+    labels = check_labels(train, test)
+    x = np.concatenate(xs)
     if not np.isfinite(x).all():
         raise ValueError("expected finite embeddings, got NaN or infinity")
-    return x, y, len(xs[0]), y.shape[1] if y.ndim == 2 else int(y.max()) + 1
+    return x, *labels
+
+
+def check_labels(train: tuple[Sequence, np.ndarray], test: tuple[Sequence, np.ndarray]) -> tuple[np.ndarray, int, int]:
+    """Labels of training, then test clips; the number of training clips, and that of classes."""
+    counts = [len(x) for x, _ in (train, test)]
+    ys = [np.asarray(y).astype(np.int64) for _, y in (train, test)]
+    if counts != [*map(len, ys)] or ys[0].shape[1:] != ys[1].shape[1:]:
+        raise ValueError(
+            "expected labels (clips,) or (clips, classes) of the embeddings' clips, "
+            f"got {ys[0].shape} for {counts[0]} clips and {ys[1].shape} for {counts[1]} clips"
+        )
+    y = np.concatenate(ys)
+    if y.min() < 0:
+        raise ValueError(f"expected class ids or 0-1 targets, got {y.min()}")
+    return y, counts[0], y.shape[1] if y.ndim == 2 else int(y.max()) + 1
 
 
 def _metric(labels: np.ndarray) -> tuple[str, Callable[[np.ndarray, np.ndarray], dict[str, float]]]:
@@ -128,36 +136,38 @@ def _zero_one(labels: np.ndarray, num_classes: int) -> torch.Tensor:
     return F.one_hot(labels, num_classes) if labels.dim() == 1 else labels
 
 
-def _cross_validate(
+def cross_validate(
     solver: Callable[[np.ndarray, np.ndarray], Callable[[float], np.ndarray]],
     y: np.ndarray,
     num_train: int,
     seed: int,
     groups: Sequence | None,
-    weight_decays: Sequence[float],
+    candidates: Sequence[float],
     num_folds: int,
     patience: int,
+    chosen: str = "weight_decay",
 ) -> dict[str, float]:
     """
-    The result of `linear_probe`. `solver(fitted, others)` returns a function from a weight decay to the scores of
-    clips `others` after a fit on clips `fitted`; both are indices of `y`, where training clips come first.
+    The result of `linear_probe`. `solver(fitted, others)` returns a function from a candidate (a weight decay, or what
+    `chosen` names) to the scores of clips `others` after a fit on clips `fitted`; both are indices of `y`, where
+    training clips come first. The search goes from the largest candidate down.
     """
     name, metrics = _metric(y)
     splits = _folds(y[:num_train], groups, num_folds, seed)
     folds = [(solver(fitted, held_out), y[held_out]) for fitted, held_out in splits]
-    best_decay, best_score, failures = None, -np.inf, 0
-    for decay in sorted(map(float, weight_decays), reverse=True):
-        score = float(np.mean([metrics(predict(decay), labels)[name] for predict, labels in folds]))
+    best, best_score, failures = None, -np.inf, 0
+    for candidate in sorted(map(float, candidates), reverse=True):
+        score = float(np.mean([metrics(predict(candidate), labels)[name] for predict, labels in folds]))
         if score > best_score:
-            best_decay, best_score, failures = decay, score, 0
+            best, best_score, failures = candidate, score, 0
         else:
             failures += 1
         if failures == patience:
             break
     del folds
     train, test = np.split(np.arange(len(y)), [num_train])
-    result = metrics(solver(train, test)(best_decay), y[test])
-    return {**result, f"validation_{name}": best_score, "weight_decay": best_decay}
+    result = metrics(solver(train, test)(best), y[test])
+    return {**result, f"validation_{name}": best_score, chosen: best}
 
 
 def _folds(
@@ -191,7 +201,7 @@ def _standardize(train_x: np.ndarray, other_x: np.ndarray) -> tuple[torch.Tensor
 def _logistic_solver(
     x: np.ndarray, labels: np.ndarray, num_classes: int, fitted: np.ndarray, others: np.ndarray
 ) -> Callable[[float], np.ndarray]:
-    """A solver for `_cross_validate`, from features `x` `(clips, dim)`, by full-batch L-BFGS."""
+    """A solver for `cross_validate`, from features `x` `(clips, dim)`, by full-batch L-BFGS."""
     fitted_x, other_x = _standardize(x[fitted], x[others])
     targets = torch.as_tensor(labels[fitted])
     weight = torch.zeros(num_classes, x.shape[1], requires_grad=True)
@@ -234,7 +244,7 @@ def _ridge_solver(
     x: torch.Tensor, gram: Callable | None, targets: torch.Tensor, fitted: np.ndarray, others: np.ndarray
 ) -> Callable[[float], np.ndarray]:
     """
-    A solver for `_cross_validate`, from features `x` `(clips, dim)` and, in the wide case, their inner products
+    A solver for `cross_validate`, from features `x` `(clips, dim)` and, in the wide case, their inner products
     `gram(dtype)` `(clips, training clips)`.
     """
 

@@ -32,6 +32,11 @@ _POOLING = {
     "mean": "mean of the patch tokens",
     "cls_mean": "CLS token and mean of the patch tokens",
 }
+_NOTES = {
+    "ece_percent": "expected calibration error in percent, 15 bins of equal width.",
+    "in_sample_temperature": "the temperature that minimizes the negative log-likelihood of the evaluation clips "
+    "themselves.",
+}
 
 
 def write_model_card(
@@ -190,7 +195,9 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
         if set(row) - {"metric_name"} != set(columns):
             raise ValueError(f"expected a result with the fields {columns}, got {sorted(row)}")
     named = [{**row, "metric": row.get("metric_name") or row["metric"]} for row in results]
-    return _table(columns, [[row[column] for column in columns] for row in named])
+    table = _table(columns, [[row[column] for column in columns] for row in named])
+    notes = [f"`{metric}`: {note}" for metric, note in _NOTES.items() if metric in {row["metric"] for row in results}]
+    return "\n\n".join([table, *notes])
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -101,7 +101,7 @@ def run_cell(args: AblationArguments, row: str, seed: int) -> dict[str, Any]:
     result = {"row": row_name(row), "seed": seed, **json.loads(pretrained.read_text()), "probes": {}}
     for name, command in probe_commands(args, folder, seed).items():
         (run,) = run_linear_probe.main(command)["runs"]
-        result["probes"][name] = {method: run[method] for method in run_linear_probe.PROBES if method in run}
+        result["probes"][name] = {method: run[method] for method in run_linear_probe.ALL_PROBES if method in run}
     write_json(finished, result)
     return result
 

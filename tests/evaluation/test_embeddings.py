@@ -5,7 +5,14 @@ import torch
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTModel
 from asit_hf.data.audio import AudioReadError, read_audio
-from asit_hf.evaluation.embeddings import POOLINGS, embed, embed_files, embedding_size, timestamp_embeddings
+from asit_hf.evaluation.embeddings import (
+    POOLINGS,
+    embed,
+    embed_files,
+    embed_tokens,
+    embedding_size,
+    timestamp_embeddings,
+)
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SMALL |= {"num_frames": 64, "num_prototypes": 16, "distillation_hidden_size": 16, "distillation_bottleneck_size": 8}
@@ -116,6 +123,24 @@ def test_timestamp_embeddings(model, feature_extractor, clips):
     mean = embed(model, feature_extractor, clips[:1], "mean", progress=False)
     np.testing.assert_allclose(embeddings.mean(0), mean[0], atol=1e-5)
     assert timestamp_embeddings(model, feature_extractor, clips[4])[0].shape == (1, 32)
+
+
+@pytest.mark.parametrize("window_seconds", [None, 0.5])
+def test_tokens_of_layers(model, feature_extractor, clips, window_seconds):
+    """Their mean over time is the embedding pooled so; short clips in a batch of longer ones have no padding."""
+    options = {"batch_size": 3, "window_seconds": window_seconds, "progress": False}
+    tokens = embed_tokens(model, feature_extractor, iter(clips), **options)
+    assert [clip.shape for clip in tokens] == [(2, max(1, (len(clip) // 160 - 2) // 16), 32) for clip in clips]
+    assert {clip.dtype for clip in tokens} == {np.dtype(np.float16)}
+    pooled = embed(model, feature_extractor, clips, "mean", num_layers=2, **options)
+    means = [clip.astype(np.float32).mean(1).flatten() for clip in tokens]
+    np.testing.assert_allclose(means, pooled, atol=2e-3)
+    last = embed_tokens(model, feature_extractor, clips, num_layers=1, **options)
+    np.testing.assert_array_equal(np.concatenate(last, axis=1)[0], np.concatenate(tokens, axis=1)[1])
+    with pytest.raises(ValueError, match="num_layers from 1 to 2, got 3"):
+        embed_tokens(model, feature_extractor, clips, num_layers=3)
+    with pytest.raises(ValueError, match="batch_size of at least 1, got 0"):
+        embed_tokens(model, feature_extractor, clips, batch_size=0)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

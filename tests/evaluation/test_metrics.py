@@ -6,9 +6,12 @@ from asit_hf.evaluation.evaluate_metrics import MultiLabelMetrics, SingleLabelMe
 from asit_hf.evaluation.metrics import (
     MAIN_METRIC,
     average_precisions,
+    calibration_metrics,
     compute_metrics_for,
     confusion_counts,
     d_prime,
+    expected_calibration_error,
+    fit_temperature,
     multi_label_metrics,
     per_class_report,
     regression_metrics,
@@ -94,6 +97,43 @@ def test_random_scores_are_at_chance():
 def test_wrong_input(function, scores, targets, message):
     with pytest.raises(ValueError, match=message):
         function(scores, targets)
+
+
+def test_calibration_error_by_hand():
+    # two clips in (14/15, 1], one right: |0.97 - 0.5|; one in (8/15, 9/15], right: 1 - 0.6
+    probabilities = np.array([[0.98, 0.02], [0.04, 0.96], [0.6, 0.4]])
+    assert expected_calibration_error(probabilities, [0, 0, 0]) == pytest.approx((2 * 0.47 + 0.4) / 3)
+    # in one bin, mean confidence against accuracy
+    assert expected_calibration_error(probabilities, [0, 0, 0], num_bins=1) == pytest.approx((2.54 - 2) / 3)
+    # an edge belongs to the bin below it
+    edge = np.array([[0.5, 0.5], [0.75, 0.25]])
+    assert expected_calibration_error(edge, [0, 1], num_bins=2) == pytest.approx((0.5 + 0.75) / 2)
+    assert expected_calibration_error(np.eye(3), [0, 1, 2]) == 0
+    with pytest.raises(ValueError, match="expected probabilities, got -1"):
+        expected_calibration_error(np.array([[2.0, -1.0]]), [0])
+
+
+@pytest.mark.parametrize(("right", "of"), [(3, 4), (9, 10), (6, 10)])
+def test_temperature_by_hand(right, of):
+    """Of logits (2, 0), the best probability is the share of right clips, so 2 / T is its log-odds."""
+    logits, labels = np.tile([2.0, 0.0], (of, 1)), (np.arange(of) >= right).astype(int)
+    temperature = 2 / np.log(right / (of - right))
+    assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=1e-4)
+    assert fit_temperature(10 * logits - 3, labels) == pytest.approx(10 * temperature, rel=1e-4)
+
+
+def test_temperature_without_an_optimum_is_a_bound():
+    logits = np.array([[3.0, 1.0], [0.0, 2.0]], dtype=np.float32)
+    assert fit_temperature(logits, [0, 1]) == pytest.approx(0.01, rel=1e-4)
+    assert fit_temperature(logits, [1, 0]) == pytest.approx(100, rel=1e-4)
+
+
+def test_calibration_metrics():
+    logits = np.tile([np.log(4.0), 0.0], (5, 1))  # probabilities 0.8 and 0.2
+    perfect, worse = calibration_metrics(logits, [0, 0, 0, 0, 1]), calibration_metrics(logits, [0, 0, 0, 1, 1])
+    assert perfect == {"ece_percent": pytest.approx(0, abs=1e-4), "in_sample_temperature": pytest.approx(1, rel=1e-4)}
+    assert worse["ece_percent"] == pytest.approx(20)
+    assert worse["in_sample_temperature"] == pytest.approx(np.log(4) / np.log(1.5), rel=1e-4)
 
 
 def test_regression():

@@ -77,6 +77,11 @@ def test_single_label(sounds, encoder, tmp_path):
     assert metrics["eval_accuracy"] > 0.8
     saved = json.loads((tmp_path / "eval_results.json").read_text())
     assert saved["eval_accuracy"] == metrics["eval_accuracy"]
+    assert 0 <= saved["eval_ece_percent"] <= 100
+    assert saved["eval_in_sample_temperature"] > 0
+    card = (tmp_path / "README.md").read_text()
+    assert f"| ece_percent | {saved['eval_ece_percent']} |" in card
+    assert card.count("in_sample_temperature`:") == 1  # its note
 
     rows = read_predictions(tmp_path)
     assert len(rows) == 6
@@ -108,6 +113,7 @@ def test_the_best_checkpoint_is_kept(sounds, encoder, tmp_path, monkeypatch):
 
 def test_multi_label(sounds, encoder, tmp_path):
     metrics = script.main(arguments(sounds, encoder, tmp_path, label_column="tags", num_train_epochs=8))
+    assert "eval_ece_percent" not in metrics
     assert metrics["eval_mAP"] > 0.6
     assert ASiTConfig.from_pretrained(tmp_path).problem_type == "multi_label_classification"
     state = json.loads((tmp_path / "trainer_state.json").read_text())

@@ -105,6 +105,20 @@ def test_several_labels_give_map(sounds, checkpoint):
     assert 0.5 < results["summary"]["linear"]["mAP"]["mean"] <= 1
 
 
+def test_the_attentive_probe_weights_all_layers(sounds, checkpoint, capsys):
+    more = ["--model_name_or_path", str(checkpoint), "--label_column", "category", "--seeds", "0"]
+    options = [one for one in arguments(sounds, *more) if one not in ("--k", "3")]
+    results = script.main([*options, "--probes", "attentive"])
+    assert results["num_layers"] == len(results["runs"][0]["attentive"]["layer_weights"]) == 2
+    assert results["summary"]["attentive"]["accuracy"]["mean"] > 0.8
+    assert "layer_weights" not in results["summary"]["attentive"]
+    assert "attentive layer weights" in capsys.readouterr().out
+    both = script.main([*options, "--probes", "ridge", "attentive", "--num_layers", "1", "--window_seconds", "0.3"])
+    assert both["runs"][0]["attentive"]["layer_weights"] == [1.0]
+    assert both["embedding_size"] == 32
+    assert set(script.parse_args(options).probes) == {"linear", "ridge", "knn"}  # the slow one must be named
+
+
 def test_folders_and_max_seconds(sounds, checkpoint):
     folder = str(sounds / "audio")
     more = ["--model_name_or_path", str(checkpoint), "--max_seconds", "0.2", "--seeds", "0", "--k", "3"]
@@ -170,6 +184,7 @@ def test_wrong_options(sounds, capsys):
     [
         ["--k", "3", "--probes", "linear"],
         ["--group_column", "fold", "--probes", "knn"],
+        ["--pooling", "mean", "--probes", "attentive"],
         ["--size", "tiny", "--model_name_or_path", "checkpoint"],
         ["--encoder", "student", "--random_init"],
     ],

@@ -19,6 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("output_dir", type=Path, help="folder to write")
     export.add_argument("--encoder", choices=ENCODERS, default="teacher", help="which encoder (default: %(default)s)")
     export.add_argument("--half", action="store_true", help="store the weights in 16 bits")
+    export.add_argument(
+        "--max_shard_size", default="50GB", help="size of the largest weight file, such as 16MB (default: %(default)s)"
+    )
     export.add_argument("--overwrite", action="store_true", help="replace any content of output_dir")
     halve = commands.add_parser("halve", help="store the weights of any saved model in 16 bits")
     halve.add_argument("folder", type=Path, help="saved model, changed in place")
@@ -29,7 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         if args.command == "export":
-            print(export_encoder(args.pretraining_dir, args.output_dir, args.encoder, args.overwrite, args.half))
+            options = {name: getattr(args, name) for name in ("encoder", "overwrite", "half", "max_shard_size")}
+            print(export_encoder(args.pretraining_dir, args.output_dir, **options))
         elif args.command == "halve":
             halve_weights(args.folder)
             print(args.folder.resolve())

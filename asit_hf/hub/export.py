@@ -34,6 +34,7 @@ def export_encoder(
     encoder: str = "teacher",
     overwrite: bool = False,
     half: bool = False,
+    max_shard_size: int | str = "50GB",
     **facts: Any,
 ) -> Path:
     """
@@ -47,6 +48,7 @@ def export_encoder(
         encoder: which encoder, `"teacher"` or `"student"`.
         overwrite: whether to replace any other content of `output_dir`.
         half: whether to store the weights in 16 bits, as [`halve_weights`] does.
+        max_shard_size: size of the largest weight file, as in `save_pretrained`.
         facts: arguments of [`~asit_hf.hub.cards.write_model_card`].
 
     Returns:
@@ -71,10 +73,9 @@ def export_encoder(
     run = next((path for folder in (checkpoint, pretraining_dir) if (path := folder / RUN_NAME).is_file()), None)
     facts = {"recipe": _recipe(checkpoint, encoder, config), **facts}
     with whole_folder(output_dir) as export:
-        model.save_pretrained(export)
+        weights = to_float16(model.state_dict()) if half else None
+        model.save_pretrained(export, state_dict=weights, max_shard_size=max_shard_size)
         extractor.save_pretrained(export)
-        if half:
-            halve_weights(export)
         if run is not None:
             shutil.copy(run, export)
         write_model_card(export, **facts)
@@ -99,15 +100,20 @@ def halve_weights(folder: str | os.PathLike) -> None:
     path = folder / SAFE_WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: expected the weights in one {SAFE_WEIGHTS_NAME}, got several shards")
-    tensors = load_file(path)
-    halves = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in tensors.items()}
-    if overflown := [name for name, tensor in halves.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{path}: float16 cannot represent the values of {overflown[0]}")
+    halves = to_float16(load_file(path))
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")) | {"dtype": "float32"}
     with whole_file(path) as unfinished:
         save_file(halves, unfinished, metadata={"format": "pt"})
     with whole_file(folder / CONFIG_NAME) as unfinished:
         unfinished.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def to_float16(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict with its float32 weights as float16; a `ValueError` if one exceeds the range."""
+    halves = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in weights.items()}
+    if overflown := [name for name, tensor in halves.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"float16 cannot represent the values of {overflown[0]}")
+    return halves
 
 
 def check_replaceable(output_dir: Path, checkpoint: Path, overwrite: bool) -> None:

@@ -16,6 +16,7 @@ from asit_hf.configuration_asit import HUB_FILES
 from asit_hf.data.packed import INDEX, PackedAudio, PackedCrops, is_packed, write_packed
 from asit_hf.data.parcels import decode_parcels
 from asit_hf.fbank_asit import num_fbank_frames
+from asit_hf.hub.export import to_float16
 from asit_hf.loading import load_feature_extractor, read_model_type, resolve_checkpoint
 from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
 from asit_hf.pretraining.initialization import encoder_from_vit
@@ -181,9 +182,7 @@ def export_teacher(model: ASiTForPreTraining, extractor: ASiTFeatureExtractor, f
     float32, in files below 16 MiB, without the Hub files of other exports.
     """
     encoder = model.teacher["asit"]
-    halves = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in encoder.state_dict().items()}
-    if overflown := [name for name, tensor in halves.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"expected values within float16's range, got larger ones in {overflown[0]}")
+    halves = {name: tensor.cpu() for name, tensor in to_float16(encoder.state_dict()).items()}
     with whole_folder(folder) as scratch:
         encoder.save_pretrained(scratch, state_dict=halves, max_shard_size=SHARD_SIZE)
         extractor.save_pretrained(scratch)

@@ -238,6 +238,23 @@ def test_command_line(pretrained, tmp_path, capsys):
     assert_bit_identical(output, model.teacher["asit"])
 
 
+def test_shards_of_a_given_size(pretrained, tmp_path):
+    folder, model = pretrained
+    whole, shards = tmp_path / "whole", tmp_path / "shards"
+    assert main(["export", str(folder), str(whole), "--half"]) == 0
+    size = (whole / "model.safetensors").stat().st_size
+    assert main(["export", str(folder), str(shards), "--half", "--max_shard_size", f"{size // 2000}KB"]) == 0
+    files = sorted(shards.glob("model-*.safetensors"))
+    assert len(files) > 1
+    assert max(path.stat().st_size for path in files) < 0.75 * size
+    loaded = AutoModel.from_pretrained(shards)
+    assert loaded.dtype == torch.float32
+    for name, tensor in AutoModel.from_pretrained(whole).state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert main(["export", str(folder), str(shards)]) == 0  # replaces the shards
+    assert not list(shards.glob("model-*.safetensors"))
+
+
 def test_half_the_size_computes_in_float32(pretrained, tmp_path):
     folder, model = pretrained
     assert main(["export", str(folder), str(tmp_path / "half"), "--half"]) == 0

@@ -93,6 +93,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of the encoder"
     )
+    parser.add_argument("--bf16", action="store_true", help="compute the encoder in bf16, which rounds the embeddings")
     parser.add_argument("--output", help="json file for the results")
     args = parser.parse_args(argv)
     if not args.model_name_or_path and not args.random_init:
@@ -160,6 +161,7 @@ def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = 
         "pooling": args.pooling if pooled else ATTENTIVE,
         "num_layers": args.num_layers or (1 if pooled else len(example)),
         "window_seconds": args.window_seconds,
+        "bf16": args.bf16,
         "embedding_size": example.shape[-1],
         "train_clips": len(train),
         "test_clips": len(test),
@@ -207,7 +209,8 @@ def embed_both(
         new = [index for index, key in enumerate(keys) if key not in cache]
         if new:
             clips = LabelledClips(dataset.select(new), feature_extractor.sampling_rate, args.max_seconds)
-            embedded = (embed_tokens if as_tokens else embed)(model, feature_extractor, clips, **options)
+            with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
+                embedded = (embed_tokens if as_tokens else embed)(model, feature_extractor, clips, **options)
             cache.update(zip([keys[index] for index in new], embedded))
         rows = [cache[key] for key in keys]
         return rows if as_tokens else np.stack(rows)

@@ -101,6 +101,7 @@ def run(
         options += ["--model_name_or_path", args.model_name_or_path, "--batch_size", "32"]
         options += ["--num_layers", str(args.num_layers)] if args.num_layers is not None else []
         options += ["--window_seconds", str(args.window_seconds)] if args.window_seconds is not None else []
+        options += ["--bf16"] if args.bf16 else []
         options += ["--random_init"] if method.endswith("-random") else []
         probes = ["attentive"] if method.startswith("probe-attentive") else args.probes
         options += [] if probes == ["attentive"] else ["--pooling", args.probe_pooling or args.pooling]
@@ -167,6 +168,8 @@ def settings_of(method: str, task: dict[str, Any], args: argparse.Namespace) -> 
     settings = {name: getattr(args, name) for name in names}
     if method in ("probe", "probe-random"):
         settings["num_layers"] = args.num_layers or 1
+    if method.startswith("probe") and args.bf16:
+        settings["bf16"] = True
     task = {name: value for name, value in task.items() if name != "parts"}  # scored after the fact
     return {"task": task, **settings, "seed": args.seeds[0]}
 
@@ -238,6 +241,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         help="number of last layers to concatenate (default: 1) or, by probe-attentive, to average (default: all)",
     )
     parser.add_argument("--window_seconds", type=float, help="window length of the probe for longer clips")
+    parser.add_argument("--bf16", action="store_true", help="compute the probed encoders in bf16")
     parser.add_argument(
         "--probes",
         nargs="+",

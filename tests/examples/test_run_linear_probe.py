@@ -241,6 +241,17 @@ def test_long_clips_are_embedded_in_windows(sounds, checkpoint):
     assert (np.abs(windows - whole).max(1)[seconds > 0.4] > 1e-4).all()
 
 
+def test_bf16_rounds_the_embeddings(sounds, checkpoint):
+    dataset = load_labelled(sounds / "audio").select(range(4))
+    model = ["--model_name_or_path", str(checkpoint), "--pooling", "cls_mean"]
+    exact, rounded = (
+        script.embed_both(script.parse_args(arguments(sounds, *model, *more)), dataset, dataset, 0, {})[0]
+        for more in ([], ["--bf16"])
+    )
+    assert not np.array_equal(rounded, exact)
+    np.testing.assert_allclose(rounded, exact, atol=0.1)
+
+
 def test_a_corpus(sounds, checkpoint, tmp_path):
     lines = ["filename,fold,target,category,esc10,src_file,take"]
     (tmp_path / "audio").mkdir()

@@ -170,7 +170,7 @@ class ASiTForPreTraining(ASiTPreTrainedModel):
         if any(key.startswith("teacher.") for key in fresh):
             model.reset_teacher()
         model.has_trained_encoder = not any(key.startswith("asit.") for key in fresh)
-        model.has_new_heads = any(key.startswith("heads.") for key in fresh)
+        model.has_new_heads = "heads.distillation.fc1.weight" in fresh  # not if only prototypes are new
         model._freeze()  # loading creates new parameters
         return (model, info) if wants_info else model
 

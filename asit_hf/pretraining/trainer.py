@@ -135,9 +135,9 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
             keep_freed_memory()
         warn_of_emulated_bf16(self.args)
         self.bad_files.start(resumed=bool(resume_from_checkpoint))
-        if self.args.standardize_head_inputs and not resume_from_checkpoint:
-            self._standardize_head_inputs()
         with on_termination(partial(setattr, self, "terminated", True)), clear_worker_errors():
+            if self.args.standardize_head_inputs and not resume_from_checkpoint:
+                self._standardize_head_inputs()
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.bad_files.names:
             logger.warning(f"{len(self.bad_files.names)} files could not be read, see {self.bad_files.path}")
@@ -204,17 +204,19 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
 
     @torch.no_grad()
     def _standardize_head_inputs(self) -> None:
-        if not self.model.has_new_heads or self.is_fsdp_enabled:
-            reason = (
-                "does not work with FSDP"
-                if self.is_fsdp_enabled
-                else "needs new heads: those of the model are trained"
-            )
-            raise ValueError(f"standardize_head_inputs {reason}")
+        for wrong, reason in (
+            (self.is_fsdp_enabled, "does not work with FSDP"),
+            (not self.model.has_new_heads, "needs new heads: those of the model are trained"),
+            (not self.model.config.global_loss_weight > 0, "has no effect without the global loss"),
+        ):
+            if wrong:
+                raise ValueError(f"standardize_head_inputs {reason}")
+        encoder = self.model.train().teacher["asit"]  # equals the student's, without stochastic depth
         tokens, num_clips = [], 0
         for batch in self.get_train_dataloader():
             views = self.prepare_views(self._prepare_inputs(batch))["input_values"]
-            cls_tokens = self.model.asit(views.flatten(0, 1)).last_hidden_state[:, 0]
+            with self.accelerator.autocast():
+                cls_tokens = encoder(views.flatten(0, 1)).last_hidden_state[:, 0].clone()  # a view would keep all
             tokens.append(self.accelerator.gather(cls_tokens))
             num_clips += len(tokens[-1]) // views.shape[1]
             if num_clips >= STANDARDIZATION_CLIPS:

@@ -254,8 +254,9 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(arguments)
     args.baseline = dict(one.partition("=")[::2] for one in args.baseline)
-    if not all(name and path for name, path in args.baseline.items()) or "random" in args.baseline:
-        parser.error("expected --baseline NAME=PATH, with a name other than random")
+    labels = {f"{method}-{name}" for method in OF_ENCODERS for name in args.baseline}
+    if not all(name and path for name, path in args.baseline.items()) or labels & set(METHODS):
+        parser.error("expected --baseline NAME=PATH, with a name other than random and attentive")
     return args
 
 

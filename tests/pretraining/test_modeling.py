@@ -420,6 +420,9 @@ def test_a_model_knows_which_weights_are_trained(checkpoint):
     assert not trained.has_new_heads
     assert new.has_new_heads
     assert not new.has_trained_encoder
+    more = ASiTForPreTraining.from_pretrained(checkpoint, num_patch_prototypes=trained.config.num_prototypes)
+    assert more.has_trained_encoder
+    assert not more.has_new_heads
 
 
 def test_a_checkpoint_without_weights_gives_an_initialized_model(tmp_path):

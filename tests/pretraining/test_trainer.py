@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 from functools import partial
@@ -88,10 +89,27 @@ def test_new_heads_start_with_standardized_inputs(clips, tmp_path):
     assert first_logits(standardize_head_inputs=True) > 5 * first_logits()
 
 
-def test_trained_heads_are_not_standardized(clips, tmp_path):
-    trainer = make_trainer(clips, tmp_path, standardize_head_inputs=True)
-    trainer.model.has_new_heads = False
-    with pytest.raises(ValueError, match="new heads"):
+def test_head_inputs_are_standardized_by_tokens_without_stochastic_depth(clips, tmp_path):
+    given = []
+    trainer = make_trainer(clips, tmp_path, make_model(drop_path_rate=0.9), standardize_head_inputs=True)
+    trainer.model.standardize_head_inputs = given.append
+    encoder = copy.deepcopy(trainer.model.asit).eval()
+    batches = [trainer.prepare_views(batch)["input_values"] for batch in trainer.get_train_dataloader()]
+    trainer.args.max_steps = 1
+    trainer.train()
+    with torch.no_grad():
+        expected = [encoder(views.flatten(0, 1)).last_hidden_state[:, 0] for views in batches]
+    assert torch.equal(*given, torch.cat(expected))
+
+
+@pytest.mark.parametrize(
+    ("fields", "has_new_heads", "reason"),
+    [({}, False, "new heads"), ({"global_loss_weight": 0}, True, "no effect without the global loss")],
+)
+def test_trained_or_unused_heads_are_not_standardized(clips, tmp_path, fields, has_new_heads, reason):
+    trainer = make_trainer(clips, tmp_path, make_model(**fields), standardize_head_inputs=True)
+    trainer.model.has_new_heads = has_new_heads
+    with pytest.raises(ValueError, match=reason):
         trainer.train()
 
 

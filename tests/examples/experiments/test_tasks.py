@@ -137,8 +137,9 @@ def test_another_encoder_gets_rows_of_its_own(encoder, tasks, tmp_path, monkeypa
         ("probe-attentive", 0.5),
     ]
     assert "| probe-image | 25.0 |" in (tmp_path / "tasks.md").read_text()
-    with pytest.raises(SystemExit):
-        script.main([*options, "--baseline", "image"])
+    for wrong in ("image", "random=elsewhere", "attentive=elsewhere"):  # the last is the name of another row
+        with pytest.raises(SystemExit):
+            script.main([*options, "--baseline", wrong])
 
 
 def test_wrong_tasks_are_refused(encoder, tasks, tmp_path):

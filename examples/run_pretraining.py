@@ -228,6 +228,8 @@ def parse_repeat(items: list[str]) -> dict[str, int]:
     pairs = [item.rpartition("=") for item in items]
     if wrong := [item for item, (part, _, times) in zip(items, pairs) if not (part and times.isdecimal())]:
         raise ValueError(f"expected --repeat PART=TIMES ... with whole numbers, got {wrong}")
+    if len({part for part, *_ in pairs}) < len(pairs):
+        raise ValueError(f"expected --repeat PART=TIMES once for each part, got {' '.join(items)}")
     return {part: int(times) for part, _, times in pairs}
 
 

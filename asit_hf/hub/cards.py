@@ -258,6 +258,8 @@ def describe_run(
         "seed": args.seed,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
     }
+    if (scale := getattr(args, "encoder_learning_rate_scale", None)) not in (None, 1):
+        recipe["learning rate of the encoder"] = scale * args.learning_rate
     seconds = sum(row.get("train_runtime", 0.0) for row in state.log_history)
     if getattr(args, "max_minutes", None) is not None:  # counts the time before a resume too
         seconds = state.stateful_callbacks[STATE_KEY]["seconds"]

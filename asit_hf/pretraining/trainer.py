@@ -372,6 +372,7 @@ class ASiTPreTrainer(CompleteCheckpointsMixin, TimeBudgetMixin, PushMixin, Train
             logger.warning(
                 f"the encoder is trained and the heads are new: encoder_learning_rate_scale is {TRAINED_ENCODER_SCALE}"
             )
+        self.args.encoder_learning_rate_scale = TRAINED_ENCODER_SCALE  # the model card names the value
         return TRAINED_ENCODER_SCALE
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:

@@ -124,6 +124,8 @@ def test_it_starts_from_an_encoder_with_new_heads(run, folder, tmp_path):
     assert not model.cls_center.center.any()
     trainer = script.main(options(folder, tmp_path / "next", **longer, num_train_epochs=1))
     assert trainer.state.global_step == 2
+    recipe = json.loads((tmp_path / "next" / "run.json").read_text())["recipe"]
+    assert recipe["learning rate of the encoder"] == pytest.approx(0.02 * recipe["learning rate"])
 
 
 def test_it_starts_from_a_pretraining_checkpoint_with_its_heads(folder, tmp_path, caplog):
@@ -369,10 +371,10 @@ def test_parts_of_packed_audio_are_repeated(pool, tmp_path):
     assert names == [f"{index}.wav" for index in (0, 1, 2, 3, 4, 5, 6, 6, 6, 7, 7, 7)]
 
 
-@pytest.mark.parametrize("repeat", ["b", "b=", "b=1.5", "=2"])
+@pytest.mark.parametrize("repeat", ["b", "b=", "b=1.5", "=2", "b=2 b=3"])
 def test_repeat_takes_parts_and_whole_numbers(pool, tmp_path, repeat):
     with pytest.raises(ValueError, match="PART=TIMES"):
-        script.main([*options(pool, tmp_path), "--repeat", repeat])
+        script.main([*options(pool, tmp_path), "--repeat", *repeat.split()])
 
 
 def test_only_packed_audio_is_repeated(folder, tmp_path):

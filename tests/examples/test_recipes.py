@@ -61,10 +61,10 @@ def test_no_recipe_excludes_a_gpu():
 
 @pytest.mark.parametrize("path", RECIPES, ids=names(RECIPES))
 def test_every_recipe_parses_with_the_script_of_its_command(path, tmp_path, monkeypatch):
-    for name in ("ASIT_REAL_AUDIO", "ASIT_POOL"):
+    for name in ("ASIT_REAL_AUDIO", "ASIT_POOL", "ASIT_IMAGE_START"):
         monkeypatch.setenv(name, str(tmp_path))
     (command,) = re.findall(
-        r"^# (?:ASIT_POOL=\S+ )?python (?:-m )?(examples[./](?:run|experiments)\S+)", path.read_text(), re.M
+        r"^# (?:ASIT_\w+=\S+ )*python (?:-m )?(examples[./](?:run|experiments)\S+)", path.read_text(), re.M
     )
     recipes, output = ["--recipe", str(path)], ["--output_dir", str(tmp_path / "run")]
     if command == "examples/run_audio_classification.py":

@@ -86,6 +86,8 @@ def attempt(run: Run, batch: int, compiled: bool) -> dict[str, Any]:
     settings, args = parse_arguments((TrainingSettings, ASiTPreTrainingArguments), options)
     set_seed(args.seed)
     model = initial_model(run, settings, args.preset)
+    if model.has_trained_encoder and model.has_new_heads:  # as in pretrain-small.yaml
+        args.encoder_learning_rate_scale, args.standardize_head_inputs = 0.1, True
     extractor = initial_extractor(run, model.config.num_mel_bins)
     if run.quick:
         settings.global_seconds = num_samples(model.config.num_frames) / RATE

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTModel
@@ -326,13 +327,16 @@ def test_training_uses_the_remaining_time_and_exports(run, monkeypatch):
     monkeypatch.setattr(training, "QUICK_SECONDS", 3.0)
     monkeypatch.setattr(training, "QUICK_EXPORT_SECONDS", 0.5)
     assert training.pool(run)["values"]["clips"] > 0
+    run.init = run.output_dir / "init"
+    tiny.build().save_pretrained(run.init)
+    ASiTFeatureExtractor(num_mel_bins=tiny.MEL).save_pretrained(run.init)
     updates = []
     run.update = updates.append
     row = training.train(run, compiled=False)
     assert row["values"]["steps"] > 0
     assert row["values"]["exports"] == len(updates) + 1
     assert row["values"]["log"]
-    assert ASiTModel.from_pretrained(run.output_dir / "encoder").config.hidden_size == 32
+    assert ASiTModel.from_pretrained(run.output_dir / "encoder").config.hidden_size == tiny.TINY["hidden_size"]
 
 
 def test_the_pool_may_be_packed_audio_or_parcels(run, tmp_path):

@@ -100,7 +100,10 @@ def halve_weights(folder: str | os.PathLike) -> None:
     path = folder / SAFE_WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: expected the weights in one {SAFE_WEIGHTS_NAME}, got several shards")
-    halves = to_float16(load_file(path))
+    try:
+        halves = to_float16(load_file(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")) | {"dtype": "float32"}
     with whole_file(path) as unfinished:
         save_file(halves, unfinished, metadata={"format": "pt"})

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..utils.extras import extra
-from .decoder import AudioInfo, AudioReadError, DecodedSamples, Decoder
+from .decoder import AudioInfo, AudioReadError, DecodedSamples, Decoder, UnknownFormatError
+from .pyav import PyAVDecoder, find_format
 from .sndfile import SndfileDecoder
 
 # samples of context on each side of a window for the resampling filter, at the lower of the two rates
@@ -226,11 +227,25 @@ def _open_file(source: Any, name: str) -> Decoder:
                     raise AudioReadError(name, "empty file")
         elif len(content) == 0:
             raise AudioReadError(name, "empty")
-        return SndfileDecoder(path if content is None else content, name)
+        return _decode_file(path if content is None else content, name)
     except FileNotFoundError as error:
         raise AudioReadError(name, "no such file") from error
     except OSError as error:
         raise AudioReadError(name, error.strerror or str(error)) from error
+
+
+def _decode_file(file: str | os.PathLike | bytes, name: str) -> Decoder:
+    """libsndfile's decoder, or PyAV's for the formats that only ffmpeg knows, by content."""
+    try:
+        return SndfileDecoder(file, name)
+    except UnknownFormatError as error:
+        format = find_format(file)
+        if format is None:
+            raise
+        try:
+            return PyAVDecoder(file, format, name)
+        except ModuleNotFoundError as missing:
+            raise AudioReadError(name, f"{error.reason}: {missing}") from error
 
 
 def _fetch(url: str) -> bytes:

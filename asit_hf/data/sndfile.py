@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..utils.extras import extra
-from .decoder import AudioInfo, AudioReadError
+from .decoder import AudioInfo, AudioReadError, UnknownFormatError
 
 if TYPE_CHECKING:  # imported where used: arrays do not need it
     import soundfile
@@ -39,7 +39,8 @@ class SndfileDecoder:
         name: of the file, in errors.
 
     Raises:
-        AudioReadError: a format that libsndfile does not know, or a damaged or truncated file.
+        UnknownFormatError: a format that libsndfile does not know, or a damaged header.
+        AudioReadError: a truncated file.
     """
 
     def __init__(self, file: str | os.PathLike | bytes, name: str):
@@ -75,7 +76,7 @@ class SndfileDecoder:
             in_memory = isinstance(self._source, (bytes, bytearray, memoryview))
             return soundfile.SoundFile(io.BytesIO(self._source) if in_memory else self._source)
         except soundfile.LibsndfileError as error:
-            raise AudioReadError(self.name, _reason(error)) from error
+            raise UnknownFormatError(self.name, _reason(error)) from error
 
     def _ended_early(self, first: int, count: int) -> None:
         """Fewer samples than declared: an error, except in mp3 and vorbis' last block, where `info` is corrected."""

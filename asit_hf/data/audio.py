@@ -5,6 +5,7 @@ import os
 from contextlib import AbstractContextManager
 from math import gcd
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -236,6 +237,8 @@ def _open_file(source: Any, name: str) -> Decoder:
 
 def _decode_file(file: str | os.PathLike | bytes, name: str) -> Decoder:
     """libsndfile's decoder, or PyAV's for the formats that only ffmpeg knows, by content."""
+    if name.lower().endswith(".raw") and not isinstance(file, bytes):
+        file = Path(file).read_bytes()  # by its name, soundfile would take it for samples without a header
     try:
         return SndfileDecoder(file, name)
     except UnknownFormatError as error:

@@ -2,10 +2,11 @@
 
 import io
 import os
-from contextlib import AbstractContextManager
+import stat
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from math import gcd
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from ..utils.extras import extra
 from .decoder import AudioInfo, AudioReadError, DecodedSamples, Decoder, UnknownFormatError
 from .pyav import PyAVDecoder, find_format
-from .sndfile import SndfileDecoder
+from .sndfile import open_sndfile
 
 # samples of context on each side of a window for the resampling filter, at the lower of the two rates
 _RESAMPLING_CONTEXT = 256
@@ -92,7 +93,8 @@ class AudioReader(AbstractContextManager):
 
     def _decode(self, first: int, last: int) -> np.ndarray:
         """Samples `first` to `last` at the source's own rate, mono; there is at least one."""
-        frames = self._decoder.read(first, last)
+        with _named_errors(self.name):
+            frames = self._decoder.read(first, last)
         if len(frames) == 0:
             raise self._nothing_at(first / self.info.sampling_rate)
         return _checked(frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1), self.name)
@@ -219,28 +221,40 @@ def _open_file(source: Any, name: str) -> Decoder:
     if path is None and content is None:
         keys = f" in {sorted(map(str, source))}, nor array and sampling_rate" if isinstance(source, dict) else ""
         raise AudioReadError(name, f"neither a path nor bytes{keys}")
-    try:
+    with _named_errors(name):
         if content is None and "://" in os.fspath(path):
             content = _fetch(path)
         if content is None:
+            mode = os.stat(path).st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a pipe, opening would wait for a writer
+                raise AudioReadError(name, "expected a file, got a pipe or device: write its content to a file first")
             with open(path, "rb") as file:
                 if not file.read(1):
                     raise AudioReadError(name, "empty file")
         elif len(content) == 0:
             raise AudioReadError(name, "empty")
         return _decode_file(path if content is None else content, name)
+
+
+@contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Turn whatever opening or decoding raises into an `AudioReadError` of the source `name`."""
+    try:
+        yield
+    except (AudioReadError, ModuleNotFoundError):
+        raise
     except FileNotFoundError as error:
         raise AudioReadError(name, "no such file") from error
     except OSError as error:
         raise AudioReadError(name, error.strerror or str(error)) from error
+    except Exception as error:  # decoders, and headers that promise the impossible
+        raise AudioReadError(name, f"{type(error).__name__}: {error}") from error
 
 
 def _decode_file(file: str | os.PathLike | bytes, name: str) -> Decoder:
     """libsndfile's decoder, or PyAV's for the formats that only ffmpeg knows, by content."""
-    if name.lower().endswith(".raw") and not isinstance(file, bytes):
-        file = Path(file).read_bytes()  # by its name, soundfile would take it for samples without a header
     try:
-        return SndfileDecoder(file, name)
+        return open_sndfile(file, name)
     except UnknownFormatError as error:
         format = find_format(file)
         if format is None:

@@ -1,7 +1,8 @@
 """What decodes audio: the interface of a decoder, and one for samples that are decoded already."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
@@ -64,3 +65,40 @@ class DecodedSamples:
 
     def close(self) -> None:
         pass
+
+
+class Links:
+    """Decoder of the `links` of a chained or joined file, one after another; closes the `file` that they read.
+
+    Raises:
+        AudioReadError: links of different sampling rates.
+    """
+
+    def __init__(self, links: Sequence[Decoder], file: BinaryIO, name: str):
+        rates = sorted({link.info.sampling_rate for link in links})
+        if len(rates) > 1:
+            raise AudioReadError(name, f"{len(links)} parts of different sampling rates, {rates} Hz: split it")
+        self._links = links
+        self._file = file
+
+    @property
+    def info(self) -> AudioInfo:
+        infos = [link.info for link in self._links]
+        channels = {info.num_channels for info in infos}
+        num_channels = channels.pop() if len(channels) == 1 else 1
+        return AudioInfo(infos[0].sampling_rate, sum(info.num_samples for info in infos), num_channels)
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        parts, num_channels = [], self.info.num_channels
+        for link in self._links:
+            length = link.info.num_samples
+            if first < length and last > 0:
+                part = link.read(max(0, first), min(last, length))
+                parts.append(part if part.shape[1] == num_channels else part.mean(axis=1, keepdims=True))
+            first, last = first - length, last - length
+        return np.concatenate(parts) if parts else np.zeros((0, num_channels), np.float32)
+
+    def close(self) -> None:
+        for link in self._links:
+            link.close()
+        self._file.close()

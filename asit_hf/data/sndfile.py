@@ -2,14 +2,16 @@
 
 import io
 import os
-import re
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from ..utils.extras import extra
-from .decoder import AudioInfo, AudioReadError, UnknownFormatError
+from .decoder import AudioInfo, AudioReadError, Decoder, Links, UnknownFormatError
+from .headers import Pieces, file_size, repaired
+from .mpeg import MpegDecoder, begins_with_frame, count_frames
 
 if TYPE_CHECKING:  # imported where used: arrays do not need it
     import soundfile
@@ -26,32 +28,60 @@ _REASONS = {
     "File does not exist or is not a regular file (possibly a pipe?)": "Format not recognised",
     "Unspecified internal error": "damaged: decoding failed",
 }
-# Programs that write wav to a pipe leave a placeholder of about this size in the header.
-_UNKNOWN_WAV_SIZE = 0x7FFFF000
-_WAV_DATA_CHUNK = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
+_BLOCK = 1 << 22  # samples read at once: memory grows with what a file has, not with what its header states
 
 
-class SndfileDecoder:
-    """An audio file opened with libsndfile (see `Decoder`).
-
-    Args:
-        file: its path or content.
-        name: of the file, in errors.
+def open_sndfile(file: str | os.PathLike | bytes, name: str) -> Decoder:
+    """Decoder of a path or content, with its true length whatever its header states; `name` is used in errors.
 
     Raises:
         UnknownFormatError: a format that libsndfile does not know, or a damaged header.
         AudioReadError: a truncated file.
     """
+    with ExitStack() as stack:
+        is_path = isinstance(file, (str, os.PathLike))
+        file = file if is_path else bytes(file)
+        stream = stack.enter_context(open(file, "rb") if is_path else io.BytesIO(file))  # noqa: SIM115
+        links = [SndfileDecoder(link, name) for link in repaired(stream, name)]
+        links = links or (_mpeg_links(stream, name) if begins_with_frame(stream) else [])
+        if not links:
+            source = file if is_path else io.BytesIO(file)
+            if is_path and os.fspath(file).lower().endswith(".raw"):  # soundfile expects the caller to know the rate
+                source = Pieces(stream, [(0, file_size(stream))])
+            decoder = SndfileDecoder(source, name)
+            # an mp3 may begin with something else
+            links = _mpeg_links(stream, name) if decoder.format == "MP3" and not begins_with_frame(stream) else []
+            if source is file and not links:
+                return decoder
+            links = links or [decoder]
+        joined = Links(links, stream, name)
+        stack.pop_all()
+        return joined
 
-    def __init__(self, file: str | os.PathLike | bytes, name: str):
+
+def _mpeg_links(stream: BinaryIO, name: str) -> list[Decoder]:
+    return [
+        MpegDecoder(stream, stretch, lambda frames: SndfileDecoder(frames, name)) for stretch in count_frames(stream)
+    ]
+
+
+class SndfileDecoder:
+    """An audio file opened with libsndfile (see `Decoder`), with the length that libsndfile gives it.
+
+    Args:
+        file: its path, or an open file.
+        name: of the file, in errors.
+
+    Raises:
+        AudioReadError: a format that libsndfile does not know, or a damaged file.
+    """
+
+    def __init__(self, file: str | os.PathLike | BinaryIO, name: str):
         self.name = name
         self._source = file
         self._file = self._open()
+        self.format: str = self._file.format
         self.info = AudioInfo(self._file.samplerate, self._file.frames, self._file.channels)
-        cut = _WAV_DATA_CHUNK.search(self._file.extra_info) if self._file.format.startswith(("WAV", "RF64")) else None
-        if cut and int(cut[1]) < _UNKNOWN_WAV_SIZE and int(cut[1]) > int(cut[2]):
-            self.close()
-            raise AudioReadError(self.name, f"truncated: its header declares {cut[1]} bytes of audio, it has {cut[2]}")
 
     def close(self) -> None:
         self._file.close()
@@ -59,24 +89,36 @@ class SndfileDecoder:
     def read(self, first: int, last: int) -> np.ndarray:
         import soundfile
 
-        # one call for lead-in and window, as soundfile seeks after every call
         try:
             begin = self._seek(max(0, first - self._lead_in(first)))
-            frames = self._file.read(last - begin, dtype="float32", always_2d=True)[first - begin :]
+            frames = self._read(last - begin)[first - begin :]
         except soundfile.LibsndfileError as error:
             raise AudioReadError(self.name, _reason(error)) from error
         if len(frames) < last - first:
             self._ended_early(first, len(frames))
         return frames
 
+    def _read(self, count: int) -> np.ndarray:
+        """The next `count` samples, fewer at the end."""
+        blocks = []
+        while count > 0:
+            blocks.append(self._file.read(min(count, _BLOCK), dtype="float32", always_2d=True))
+            if len(blocks[-1]) == 0:
+                break
+            count -= len(blocks[-1])
+        return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
     def _open(self) -> "soundfile.SoundFile":
         with extra():
             import soundfile
         try:
-            in_memory = isinstance(self._source, (bytes, bytearray, memoryview))
-            return soundfile.SoundFile(io.BytesIO(self._source) if in_memory else self._source)
+            if not isinstance(self._source, (str, os.PathLike)):
+                self._source.seek(0)
+            file = soundfile.SoundFile(self._source)
         except soundfile.LibsndfileError as error:
             raise UnknownFormatError(self.name, _reason(error)) from error
+        file.seekable = lambda: False  # soundfile seeks after every read, after which lossy formats go on inexactly
+        return file
 
     def _ended_early(self, first: int, count: int) -> None:
         """Fewer samples than declared: an error, except in mp3 and vorbis' last block, where `info` is corrected."""

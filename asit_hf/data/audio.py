@@ -18,6 +18,7 @@ from .sndfile import open_sndfile
 
 # samples of context on each side of a window for the resampling filter, at the lower of the two rates
 _RESAMPLING_CONTEXT = 256
+HEADERLESS_EXTENSIONS = (".raw", ".pcm", ".g722")  # of files that hold samples and no header
 _BLOCK = 1 << 16  # libsndfile's Ogg encoder crashes on long blocks
 
 
@@ -257,6 +258,8 @@ def _decode_file(file: str | os.PathLike | bytes, name: str) -> Decoder:
         return open_sndfile(file, name)
     except UnknownFormatError as error:
         format = find_format(file)
+        if format is None and name.lower().endswith(HEADERLESS_EXTENSIONS):
+            raise AudioReadError(name, f"{error.reason}: samples without a header, convert them to wav") from error
         if format is None:
             raise
         try:

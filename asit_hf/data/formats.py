@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from .audio import AudioReadError, audio_info
+from .audio import HEADERLESS_EXTENSIONS, AudioReadError, audio_info
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,6 @@ _PYAV = (
     *(".m2ts", ".ac3", ".eac3", ".ec3", ".dts", ".wv", ".ape", ".tta", ".mpc", ".spx", ".ogv", ".ogx"),
 )
 AUDIO_EXTENSIONS = _SNDFILE + (_PYAV if find_spec("av") else ())
-_HEADERLESS = (".raw", ".pcm", ".vox", ".gsm", ".g722")
 _SHOWN = 5
 
 
@@ -65,7 +64,7 @@ def why_left_out(extension: str, open_file: Callable[[], Any]) -> str | None:
     """Why a file with none of `AUDIO_EXTENSIONS`, whose path or content `open_file` returns, is not read."""
     if extension in _PYAV:
         return "reading them needs PyAV, pip install 'asit-hf[av]'"
-    if extension in _HEADERLESS:
+    if extension in HEADERLESS_EXTENSIONS:
         return "samples without a header cannot be read; convert them to wav"
     try:
         audio_info(open_file())

@@ -73,7 +73,7 @@ class SndfileDecoder:
         name: of the file, in errors.
 
     Raises:
-        AudioReadError: a format that libsndfile does not know, or a damaged file.
+        UnknownFormatError: a format that libsndfile does not know, or a damaged header.
     """
 
     def __init__(self, file: str | os.PathLike | BinaryIO, name: str):

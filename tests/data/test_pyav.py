@@ -103,6 +103,13 @@ def test_without_the_extra_the_error_names_it(tmp_path, monkeypatch, name):
     assert "av" not in caught.value.reason
 
 
+@pytest.mark.parametrize("name", ["a.raw", "a.PCM"])
+def test_samples_without_a_header(tmp_path, name):
+    (tmp_path / name).write_bytes(np.random.default_rng(0).bytes(4000))
+    with pytest.raises(AudioReadError, match="header"):
+        read_audio(tmp_path / name, 16000)
+
+
 def test_channels_of_all_layouts_are_mixed():
     left = np.stack([tone(1, 44100)[0], np.zeros(44100, np.float32)])
     for format, codec in (("mov", "pcm_s16le"), ("mov", "pcm_f32le"), ("mov", "pcm_u8"), ("ipod", "alac")):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..utils.extras import extra
+from ..utils.names import local_path, path_text
 from .decoder import AudioInfo, AudioReadError, DecodedSamples, Decoder, UnknownFormatError
 from .pyav import PyAVDecoder, find_format
 from .sndfile import open_sndfile
@@ -28,7 +29,8 @@ class AudioReader(AbstractContextManager):
     Args:
         source: a path, `bytes`, a `{"path", "bytes"}` row of `datasets.Audio(decode=False)`, an
             `{"array", "sampling_rate"}` or `{"raw", "sampling_rate"}` dict, or a decoder with `get_all_samples()`
-            (torchcodec). Paths that contain `://` are opened with fsspec (`hf://`, `zip://...::`).
+            (torchcodec). `file:` URIs are local paths; other paths that contain `://` are opened with fsspec (`hf://`,
+            `zip://...::`).
 
     Raises:
         AudioReadError: missing, empty, damaged or truncated file, or no samples. Truncated mp3 and ogg files, whose
@@ -178,12 +180,12 @@ def encode_audio(samples: np.ndarray, sampling_rate: int, format: str, subtype: 
 
 
 def source_name(source: Any) -> str:
-    """Name of a source in messages and reports: its path, or "bytes", "array" or its type."""
+    """Name of a source in messages and tables: its path (see `path_text`), or "bytes", "array" or its type."""
     if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source)
+        return path_text(source)
     if isinstance(source, dict):
         if source.get("path"):
-            return os.fspath(source["path"])
+            return path_text(source["path"])
         return "array" if "array" in source or "raw" in source else "bytes"
     return "bytes" if isinstance(source, (bytes, bytearray, memoryview)) else type(source).__name__
 
@@ -223,6 +225,7 @@ def _open_file(source: Any, name: str) -> Decoder:
         keys = f" in {sorted(map(str, source))}, nor array and sampling_rate" if isinstance(source, dict) else ""
         raise AudioReadError(name, f"neither a path nor bytes{keys}")
     with _named_errors(name):
+        path = path if path is None else local_path(path)
         if content is None and "://" in os.fspath(path):
             content = _fetch(path)
         if content is None:

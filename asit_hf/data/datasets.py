@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.extras import extra
+from ..utils.names import path_text
 from .formats import AUDIO_EXTENSIONS, LeftOut, why_left_out
 from .labels import encode_labels
 from .manifests import AUDIO_COLUMNS, LABEL_COLUMNS, MANIFEST_EXTENSIONS, find_column, load_manifest
@@ -167,7 +168,7 @@ def _open(
         return load_manifest(path, split, audio_column, label_column, Path(options["root"] or path.parent))
     if path.is_file() and extension in AUDIO_EXTENSIONS:
         _check_options("one audio file", options)
-        return Dataset.from_dict({"audio": [str(path)]})
+        return Dataset.from_dict({"audio": [path_text(path)]})
     if path.is_file() and extension == ".tar":
         return _load_tars([path], streaming, options)
     if path.is_file() and extension != ".parquet":
@@ -223,13 +224,13 @@ def _load_folder(folder: Path, split: str | None, labels_from_folders: bool) -> 
             raise ValueError(f"no split {split!r} in {folder}: expected one of its subfolders {found}")
         folder = folder / split
     files = find_audio_files(folder)
-    columns: dict[str, list] = {"audio": [str(file) for file in files]}
+    columns: dict[str, list] = {"audio": [path_text(file) for file in files]}
     if labels_from_folders:
         outside = [file for file in files if file.parent == folder]
         if outside:
             got = f"{len(outside)} directly in it, first {outside[0].name}"
             raise ValueError(f"expected every file in a class folder of {folder}, got {got}")
-        columns["label"] = [file.relative_to(folder).parts[0] for file in files]
+        columns["label"] = [path_text(file.relative_to(folder).parts[0]).removeprefix("file:") for file in files]
     return Dataset.from_dict(columns)
 
 
@@ -270,7 +271,7 @@ def _read_tars(paths: list[str]) -> Iterator[dict[str, Any]]:
             with tarfile.open(path, "r|*") as archive:
                 for member in archive:
                     if member.isfile() and Path(member.name).suffix.lower() in AUDIO_EXTENSIONS:
-                        name = f"{os.path.basename(path)}/{member.name}"
+                        name = path_text(f"{os.path.basename(path)}/{member.name}")
                         yield {"audio": {"bytes": archive.extractfile(member).read(), "path": name}}
                     elif member.isfile():
                         left_out.add(member.name, lambda member=member: archive.extractfile(member).read())

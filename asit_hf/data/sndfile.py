@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from ..utils.extras import extra
+from ..utils.names import path_text
 from .decoder import AudioInfo, AudioReadError, Decoder, Links, UnknownFormatError
 from .headers import Pieces, file_size, repaired
 from .mpeg import MpegDecoder, begins_with_frame, count_frames
@@ -46,7 +47,8 @@ def open_sndfile(file: str | os.PathLike | bytes, name: str) -> Decoder:
         links = links or (_mpeg_links(stream, name) if begins_with_frame(stream) else [])
         if not links:
             source = file if is_path else io.BytesIO(file)
-            if is_path and os.fspath(file).lower().endswith(".raw"):  # soundfile expects the caller to know the rate
+            # soundfile expects the caller to know the rate of .raw, and names in UTF-8
+            if is_path and (os.fspath(file).lower().endswith(".raw") or path_text(file) != os.fspath(file)):
                 source = Pieces(stream, [(0, file_size(stream))])
             decoder = SndfileDecoder(source, name)
             # an mp3 may begin with something else

@@ -179,19 +179,21 @@ def test_a_cut_wav_is_refused(cut):
 
 
 # formats whose headers state no length: what is there is read
-OPEN_ENDED = {"OGG", "MP3", "IRCAM", "PAF", "PVF", "AVR", "MAT4", "MAT5", "MPC2K", "NIST", "SDS", "VOC", "WVE", "XI"}
+OPEN_ENDED = {"OGG", "MP3", "IRCAM", "PAF", "PVF", "XI"}
 
 
 @pytest.mark.parametrize("format", sorted(set(sf.available_formats()) - OPEN_ENDED - {"RAW", "SD2"}))
 def test_half_a_file_is_refused(format):
     for subtype in sf.available_subtypes(format):
-        try:
-            content = encode(sound(0.5), format, subtype, 8000 if format == "WVE" else RATE)
-        except sf.LibsndfileError:  # a subtype that is only read
-            continue
-        assert len(read_audio(content, RATE)) > 0
-        with pytest.raises(AudioReadError):
-            read_audio(content[: len(content) // 2], RATE)
+        for channels in (1, 2):
+            samples = np.tile(sound(0.5)[:, None], channels)
+            try:
+                content = encode(samples, format, subtype, 8000 if format == "WVE" else RATE)
+            except sf.LibsndfileError:  # a subtype that is only read, or only mono
+                continue
+            assert len(read_audio(content, RATE)) > 0
+            with pytest.raises(AudioReadError):
+                read_audio(content[: len(content) // 2], RATE)
 
 
 def test_what_decoders_raise_names_the_source(tmp_path):

@@ -53,7 +53,7 @@ class Pieces(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + (0, self._position, self._ends[-1])[whence]
+        self._position = max(0, offset + (0, self._position, self._ends[-1])[whence])
         return self._position
 
     def readinto(self, buffer: memoryview) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from ..utils.extras import extra
 from .decoder import AudioInfo, AudioReadError, Decoder, Links
 from .headers import Pieces, file_size, repaired, warn
-from .mpeg import MpegDecoder, begins_with_frame, count_frames
+from .mpeg import MpegDecoder, begins_with_frame, count_frames, is_recording
 from .rare_formats import declared_size
 
 if TYPE_CHECKING:  # imported where used: arrays do not need it
@@ -48,7 +48,13 @@ def open_sndfile(file: str | os.PathLike | bytes, name: str) -> Decoder:
             source = file if is_path else io.BytesIO(file)
             if is_path and os.fspath(file).lower().endswith(".raw"):  # soundfile expects the caller to know the rate
                 source = Pieces(stream, [(0, file_size(stream))])
-            decoder = SndfileDecoder(source, name)
+            try:
+                decoder = SndfileDecoder(source, name)
+            except AudioReadError:
+                if not is_recording(stream):
+                    raise
+                links = _mpeg_links(stream, name)
+        if not links:
             if (declared := declared_size(stream, decoder.format)) > (found := file_size(stream)):
                 decoder.close()
                 raise AudioReadError(name, f"truncated: its header declares {declared} bytes, it has {found}")

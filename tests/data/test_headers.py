@@ -101,6 +101,16 @@ def test_every_link_of_a_chained_ogg_is_read(subtype, tmp_path):
     check(links[0] + links[1] + links[0], expected, tmp_path / "a.ogg", atol=1e-3)
 
 
+def test_links_of_a_long_ogg_are_found():
+    """Only some pages of a long file are looked at."""
+    noise = np.random.default_rng(0).uniform(-0.9, 0.9, 3 * 48000).astype(np.float32)
+    link = encode(noise, "OGG", "VORBIS", 48000)
+    short = encode(noise[:48000], "OGG", "VORBIS", 48000)
+    times = 5 * 2**20 // len(link)
+    assert audio_info(link * times).num_samples == times * 3 * 48000
+    assert audio_info(short + link * times + short).num_samples == (times * 3 + 2) * 48000
+
+
 def test_links_of_different_rates_are_refused_and_of_different_channels_mixed():
     first, second = (encode(sound(1), "OGG", subtype, rate) for subtype, rate in (("OPUS", 48000), ("VORBIS", RATE)))
     with pytest.raises(AudioReadError, match="16000, 48000"):

@@ -40,12 +40,13 @@ class AudioReader(AbstractContextManager):
 
     def __init__(self, source: Any):
         self.name = source_name(source)
-        if hasattr(source, "get_all_samples"):
-            self._decoder = _decode_all(source, self.name)
-        elif isinstance(source, dict) and ("array" in source or "raw" in source):
-            self._decoder = _decode_array(source, self.name)
-        else:
+        is_array = isinstance(source, dict) and ("array" in source or "raw" in source)
+        decoded = _decode_all if hasattr(source, "get_all_samples") else _decode_array if is_array else None
+        if decoded is None:
             self._decoder = _open_file(source, self.name)
+        else:
+            with _named_errors(self.name):
+                self._decoder = decoded(source, self.name)
         if self.info.num_samples == 0:
             self.close()
             raise AudioReadError(self.name, "no samples")
@@ -86,7 +87,9 @@ class AudioReader(AbstractContextManager):
         first = max(0, start * rate // sampling_rate - context) // step * step
         last = min(self.info.num_samples, -(-stop * rate // sampling_rate) + context)
         skipped = start - first * sampling_rate // rate
-        waveform = resample(self._decode(first, last), rate, sampling_rate)[skipped : skipped + stop - start]
+        decoded = self._decode(first, last)
+        with _named_errors(self.name):
+            waveform = resample(decoded, rate, sampling_rate)[skipped : skipped + stop - start]
         if waveform.size == 0:
             raise self._nothing_at(start / sampling_rate)
         return waveform
@@ -191,10 +194,7 @@ def source_name(source: Any) -> str:
 
 
 def _decode_all(decoder: Any, name: str) -> Decoder:
-    try:
-        samples = decoder.get_all_samples()
-    except Exception as error:
-        raise AudioReadError(name, f"decoding failed: {error}") from error
+    samples = decoder.get_all_samples()
     channels = np.asarray(samples.data, dtype=np.float32)
     info = AudioInfo(int(samples.sample_rate), channels.shape[-1], channels.shape[0])
     return DecodedSamples(_checked(channels.mean(axis=0), name), info)
@@ -204,10 +204,7 @@ def _decode_array(source: dict, name: str) -> Decoder:
     if source.get("sampling_rate") is None:
         raise AudioReadError(name, f"expected a sampling_rate with the array, got the keys {sorted(source)}")
     array = source["array"] if "array" in source else source["raw"]
-    try:
-        samples = to_mono_float(array)
-    except ValueError as error:
-        raise AudioReadError(name, str(error)) from error
+    samples = to_mono_float(array)
     num_channels = int(np.prod(np.shape(array))) // samples.size
     return DecodedSamples(samples, AudioInfo(_positive_rate(source["sampling_rate"]), samples.size, num_channels))
 
@@ -251,7 +248,9 @@ def _named_errors(name: str) -> Iterator[None]:
         raise AudioReadError(name, "no such file") from error
     except OSError as error:
         raise AudioReadError(name, error.strerror or str(error)) from error
-    except Exception as error:  # decoders, and headers that promise the impossible
+    except ValueError as error:
+        raise AudioReadError(name, str(error)) from error
+    except Exception as error:  # of decoders, and of headers that promise the impossible
         raise AudioReadError(name, f"{type(error).__name__}: {error}") from error
 
 

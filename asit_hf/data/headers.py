@@ -11,7 +11,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import BinaryIO
 
 from .decoder import AudioReadError
@@ -31,6 +31,8 @@ _CHUNKED = {
 }
 _AUDIO_CHUNKS = (b"data", b"SSND", b"BODY")
 _FLAC_BLOCKS = (0, 192, *(576 << code for code in range(4)), 0, 0, *(256 << code for code in range(8)))
+_OGG_PAGE = 1 << 16  # bytes of the longest page, and more
+_LONG_OGG = 4 * _MIB
 _OGG_BEGINNING = re.compile(rb"OggS\0[\2\3\6\7]")
 
 
@@ -53,7 +55,7 @@ class Pieces(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + (0, self._position, self._ends[-1])[whence]
+        self._position = max(0, offset + (0, self._position, self._ends[-1])[whence])
         return self._position
 
     def readinto(self, buffer: memoryview) -> int:
@@ -328,7 +330,7 @@ def _ogg_links(file: BinaryIO, name: str) -> list[BinaryIO]:
     size = file_size(file)
     starts = []
     previous = -1  # end of the page before
-    for start in _ogg_beginnings(file, size):
+    for start in [0] if size > _LONG_OGG and _is_one_stream(file, size) else _ogg_beginnings(file, size):
         if start != previous:  # several streams that begin together are one link
             starts.append(start)
         previous = _page_end(read_at(file, start, 27 + 255), start)
@@ -344,6 +346,21 @@ def _ogg_beginnings(file: BinaryIO, size: int) -> Iterator[int]:
     for position in range(0, size, _MIB):
         data = read_at(file, position, _MIB + 5)
         yield from (position + found.start() for found in _OGG_BEGINNING.finditer(data))
+
+
+def _is_one_stream(file: BinaryIO, size: int, num_places: int = 16) -> bool:
+    """Whether pages all over the file are of one stream, in order: cheaper than to look at all of a long file."""
+    serials, numbers = set(), []
+    for place in range(num_places + 1):
+        position = min(size * place // num_places, size - _OGG_PAGE)
+        data = read_at(file, position, _OGG_PAGE + 27)
+        start = data.rfind(b"OggS\0") if place == num_places else data.find(b"OggS\0")
+        if start < 0 or start + 22 > len(data):
+            return False
+        serial, number = struct.unpack("<II", data[start + 14 : start + 22])
+        serials.add(serial)
+        numbers.append(number)
+    return len(serials) == 1 and all(before < after for before, after in pairwise(numbers))
 
 
 def _page_end(head: bytes, start: int) -> int:

@@ -29,7 +29,7 @@ _BIT_RATES = {
 }
 _RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}  # Hz, by bits of the version
 _SYNC = re.compile(rb"\xff[\xe2-\xff]|ID3")
-_INITIALS = b"XIV"  # of Xing, Info and VBRI
+_INITIALS = frozenset(b"XIV")  # of Xing, Info and VBRI
 _LARGEST = 2881  # bytes of a frame (layer 2, 384 kbit/s at 32 kHz: 1728), with much room
 _HEADER_REACH = 200  # bytes of a frame up to the end of such a header
 _RESERVOIR = 511  # bytes before a frame that it may need
@@ -94,6 +94,18 @@ def begins_with_frame(file: BinaryIO) -> bool:
     return len(head) == 4 and _frame_at(head, 0) is not None
 
 
+def is_recording(file: BinaryIO) -> bool:
+    """Whether a file begins in the middle of a frame, as recordings of streams do, and several others follow it."""
+    block = read_at(file, 0, 1 << 14)
+    for sync in _SYNC.finditer(block, 0, _LARGEST):
+        index, format, count = sync.start(), None, 0
+        while index + 4 <= len(block) and (found := _frame_at(block, index)) and format in (None, found[1]):
+            index, format, count = index + found[0], found[1], count + 1
+        if count > 3:
+            return True
+    return False
+
+
 def count_frames(file: BinaryIO) -> list[Stretch]:
     """The stretches of frames of an MPEG file; none if its header states its length rightly or it has no frame.
 
@@ -138,14 +150,14 @@ def count_frames(file: BinaryIO) -> list[Stretch]:
 def _add_frames(stretch: Stretch, block: bytes, index: int, begin: int) -> int:
     """Add the frames from `index` on that begin as the one before, without checks; returns where others begin."""
     second, is_mono = block[stretch.starts[-1] - begin + 1], stretch.format.is_mono
-    size_of, place = _sizes(second, stretch.format), _header_place(second, stretch.format)
+    size_of, place = _sizes(second, stretch.format), _header_place(stretch.format)
     starts, sizes = stretch.starts, stretch.sizes
     last = len(block) - _LARGEST
     while index < last and block[index] == 0xFF and block[index + 1] == second:
         size = size_of[block[index + 2]]
         if size == 0 or (block[index + 3] >= 0xC0) != is_mono:
             break
-        if block[index + place] in _INITIALS or block[index + 36] in _INITIALS:
+        if _INITIALS.intersection((block[index + place], block[index + place + 2], block[index + 36])):
             break
         starts.append(begin + index)
         sizes.append(size)
@@ -190,11 +202,12 @@ class MpegDecoder:
 
     def _lead_in(self, frame: int) -> int:
         """The frame to begin with so that `frame` is decoded as in the whole file."""
-        around, held = _header_place(0, self._stretch.format), 0
+        around, held = _header_place(self._stretch.format) + 2, 0
+        frame = max(0, frame - 2)  # for the overlap of frames and the filter's memory
         while frame > 0 and held < _RESERVOIR:
             frame -= 1
             held += max(0, self._stretch.sizes[frame] - around)
-        return max(0, frame - 2)  # the overlap of frames and the filter's memory
+        return frame
 
 
 def _frame_at(block: bytes, index: int) -> tuple[int, _Format] | None:
@@ -213,10 +226,9 @@ def _is_followed(file: BinaryIO, position: int, found: tuple[int, _Format], end:
     return other is not None and other[1] == found[1]
 
 
-def _header_place(second: int, format: _Format) -> int:
-    """Bytes of a frame before an Xing or Info header: the frame's header, its checksum and side information."""
-    side = {(1152, False): 32, (576, True): 9}.get((format.samples, format.is_mono), 17)
-    return 4 + (0 if second & 1 else 2) + side
+def _header_place(format: _Format) -> int:
+    """Bytes of a frame before an Xing or Info header: the frame's header and side information."""
+    return 4 + {(1152, False): 32, (576, True): 9}.get((format.samples, format.is_mono), 17)
 
 
 def _header(block: bytes, index: int, format: _Format) -> _Header | None:
@@ -226,8 +238,11 @@ def _header(block: bytes, index: int, format: _Format) -> _Header | None:
     if block[index + 36 : index + 40] == b"VBRI":
         num_bytes, num_frames = struct.unpack(">II", block[index + 46 : index + 54])
         return _Header(num_frames, num_bytes)
-    place = index + _header_place(block[index + 1], format)
-    if block[place : place + 4] not in (b"Xing", b"Info"):
+    place = index + _header_place(format)
+    names = (b"Xing", b"Info")
+    if block[place : place + 4] not in names:
+        place += 2  # some programs count the checksum of a frame, others do not
+    if block[place : place + 4] not in names:
         return None
     header = _Header()
     flags = block[place + 7]

@@ -11,8 +11,10 @@ import numpy as np
 from ..utils.extras import extra
 from ..utils.names import path_text
 from .decoder import AudioInfo, AudioReadError, Decoder, Links, UnknownFormatError
-from .headers import Pieces, file_size, repaired
-from .mpeg import MpegDecoder, begins_with_frame, count_frames
+from .headers import Pieces, file_size, repaired, warn
+from .mpeg import MpegDecoder, begins_with_frame, count_frames, is_recording
+from .pyav import find_format
+from .rare_formats import declared_size
 
 if TYPE_CHECKING:  # imported where used: arrays do not need it
     import soundfile
@@ -29,7 +31,7 @@ _REASONS = {
     "File does not exist or is not a regular file (possibly a pipe?)": "Format not recognised",
     "Unspecified internal error": "damaged: decoding failed",
 }
-_BLOCK = 1 << 22  # samples read at once: memory grows with what a file has, not with what its header states
+_BLOCK = 1 << 22  # numbers read at once: memory grows with what a file has, not with what its header states
 
 
 def open_sndfile(file: str | os.PathLike | bytes, name: str) -> Decoder:
@@ -43,14 +45,23 @@ def open_sndfile(file: str | os.PathLike | bytes, name: str) -> Decoder:
         is_path = isinstance(file, (str, os.PathLike))
         file = file if is_path else bytes(file)
         stream = stack.enter_context(open(file, "rb") if is_path else io.BytesIO(file))  # noqa: SIM115
-        links = [SndfileDecoder(link, name) for link in repaired(stream, name)]
+        links = _open_links(repaired(stream, name), name)
         links = links or (_mpeg_links(stream, name) if begins_with_frame(stream) else [])
         if not links:
             source = file if is_path else io.BytesIO(file)
             # soundfile expects the caller to know the rate of .raw, and names in UTF-8
             if is_path and (os.fspath(file).lower().endswith(".raw") or path_text(file) != os.fspath(file)):
                 source = Pieces(stream, [(0, file_size(stream))])
-            decoder = SndfileDecoder(source, name)
+            try:
+                decoder = SndfileDecoder(source, name)
+            except UnknownFormatError:
+                if find_format(file) or not is_recording(stream):  # mp4 may hold mp3
+                    raise
+                links = _mpeg_links(stream, name)
+        if not links:
+            if (declared := declared_size(stream, decoder.format)) > (found := file_size(stream)):
+                decoder.close()
+                raise AudioReadError(name, f"truncated: its header declares {declared} bytes, it has {found}")
             # an mp3 may begin with something else
             links = _mpeg_links(stream, name) if decoder.format == "MP3" and not begins_with_frame(stream) else []
             if source is file and not links:
@@ -59,6 +70,19 @@ def open_sndfile(file: str | os.PathLike | bytes, name: str) -> Decoder:
         joined = Links(links, stream, name)
         stack.pop_all()
         return joined
+
+
+def _open_links(files: list[BinaryIO], name: str) -> list[Decoder]:
+    """Decoders of the links of a file. All but the first may be cut so early that they cannot be opened."""
+    links = []
+    for number, file in enumerate(files, 1):
+        try:
+            links.append(SndfileDecoder(file, name))
+        except AudioReadError as error:
+            if number == 1:
+                raise
+            warn(name, f"part {number} of {len(files)} is left out: {error.reason}")
+    return links
 
 
 def _mpeg_links(stream: BinaryIO, name: str) -> list[Decoder]:
@@ -102,12 +126,12 @@ class SndfileDecoder:
 
     def _read(self, count: int) -> np.ndarray:
         """The next `count` samples, fewer at the end."""
-        blocks = []
-        while count > 0:
-            blocks.append(self._file.read(min(count, _BLOCK), dtype="float32", always_2d=True))
-            if len(blocks[-1]) == 0:
-                break
+        blocks, size = [], max(1, _BLOCK // self.info.num_channels)
+        while True:
+            blocks.append(self._file.read(min(count, size), dtype="float32", always_2d=True))
             count -= len(blocks[-1])
+            if len(blocks[-1]) == 0 or count == 0:
+                break
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
     def _open(self) -> "soundfile.SoundFile":

@@ -9,6 +9,7 @@ import pytest
 import soundfile as sf
 
 from asit_hf.data.audio import AudioReader, AudioReadError, audio_info, read_audio
+from asit_hf.utils.names import local_path
 
 RATE = 16000
 
@@ -101,6 +102,16 @@ def test_every_link_of_a_chained_ogg_is_read(subtype, tmp_path):
     check(links[0] + links[1] + links[0], expected, tmp_path / "a.ogg", atol=1e-3)
 
 
+def test_links_of_a_long_ogg_are_found():
+    """Only some pages of a long file are looked at."""
+    noise = np.random.default_rng(0).uniform(-0.9, 0.9, 3 * 48000).astype(np.float32)
+    link = encode(noise, "OGG", "VORBIS", 48000)
+    short = encode(noise[:48000], "OGG", "VORBIS", 48000)
+    times = 5 * 2**20 // len(link)
+    assert audio_info(link * times).num_samples == times * 3 * 48000
+    assert audio_info(short + link * times + short).num_samples == (times * 3 + 2) * 48000
+
+
 def test_links_of_different_rates_are_refused_and_of_different_channels_mixed():
     first, second = (encode(sound(1), "OGG", subtype, rate) for subtype, rate in (("OPUS", 48000), ("VORBIS", RATE)))
     with pytest.raises(AudioReadError, match="16000, 48000"):
@@ -179,19 +190,21 @@ def test_a_cut_wav_is_refused(cut):
 
 
 # formats whose headers state no length: what is there is read
-OPEN_ENDED = {"OGG", "MP3", "IRCAM", "PAF", "PVF", "AVR", "MAT4", "MAT5", "MPC2K", "NIST", "SDS", "VOC", "WVE", "XI"}
+OPEN_ENDED = {"OGG", "MP3", "IRCAM", "PAF", "PVF", "XI"}
 
 
 @pytest.mark.parametrize("format", sorted(set(sf.available_formats()) - OPEN_ENDED - {"RAW", "SD2"}))
 def test_half_a_file_is_refused(format):
     for subtype in sf.available_subtypes(format):
-        try:
-            content = encode(sound(0.5), format, subtype, 8000 if format == "WVE" else RATE)
-        except sf.LibsndfileError:  # a subtype that is only read
-            continue
-        assert len(read_audio(content, RATE)) > 0
-        with pytest.raises(AudioReadError):
-            read_audio(content[: len(content) // 2], RATE)
+        for channels in (1, 2):
+            samples = np.tile(sound(0.5)[:, None], channels)
+            try:
+                content = encode(samples, format, subtype, 8000 if format == "WVE" else RATE)
+            except sf.LibsndfileError:  # a subtype that is only read, or only mono
+                continue
+            assert len(read_audio(content, RATE)) > 0
+            with pytest.raises(AudioReadError):
+                read_audio(content[: len(content) // 2], RATE)
 
 
 def test_what_decoders_raise_names_the_source(tmp_path):
@@ -201,7 +214,7 @@ def test_what_decoders_raise_names_the_source(tmp_path):
     for source in sources:
         with pytest.raises(AudioReadError) as caught:
             read_audio(source, RATE)
-        assert caught.value.source == (source["path"] if isinstance(source, dict) else str(source))
+        assert local_path(caught.value.source) == (source["path"] if isinstance(source, dict) else str(source))
 
 
 def test_a_wav_called_raw_is_read(tmp_path):

@@ -93,7 +93,8 @@ def test_an_intact_header_is_trusted():
     content = mp3()
     with sf.SoundFile(io.BytesIO(content)) as file:
         expected = file.read(dtype="float32")
-    for source in (content, content + b"TAG" + bytes(125)):
+    checked = content[:1] + bytes([content[1] & 0xFE]) + content[2:]  # a checksum in the frame of the header
+    for source in (content, checked, content + b"TAG" + bytes(125)):
         np.testing.assert_array_equal(read_audio(source, 44100), expected)
 
 
@@ -104,6 +105,14 @@ def test_a_header_that_states_more_than_there_is():
     assert 44100 < num_samples < 3 * 44100
     whole = check(cut, num_samples)
     np.testing.assert_allclose(whole, read_audio(content, 44100)[:num_samples], rtol=0, atol=1e-6)
+
+
+def test_a_recording_that_begins_within_a_frame(tmp_path):
+    bare = without_header(mp3())
+    whole = read_audio(bare, 44100)
+    cut = bare[70:]
+    found = check(cut, len(whole) - 1152, tmp_path / "a.mp3")
+    np.testing.assert_allclose(found[4 * 1152 :], whole[5 * 1152 :], rtol=0, atol=1e-6)
 
 
 def test_parts_of_different_rates_are_refused():

@@ -13,8 +13,9 @@ from transformers.hf_argparser import HfArg
 
 from .audio import AudioReadError, audio_info
 from .corpora.registry import CORPORA, load_corpus
-from .datasets import filter_rows, load_audio_dataset
+from .datasets import filter_rows, find_splits, load_audio_dataset
 from .labels import encode_labels, label_names
+from .splits import default_splits
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -50,6 +51,17 @@ class DatasetArguments:
         """Calls [`load_labelled`] with these options."""
         options = {one.name: getattr(self, one.name) for one in fields(DatasetArguments)}
         return load_labelled(data, filters, **options, **kwargs)
+
+    def default_splits(self, data: str | PathLike) -> dict[str, str]:
+        """The names of the splits "train", "validation" and "test" of a corpus or local data, as far as there are any.
+
+        Raises:
+            ValueError: splits of which none is for training, or several are of one kind.
+        """
+        if self.corpus is not None:
+            return {name: name for name in CORPORA[self.corpus].splits}
+        splits = find_splits(data)
+        return default_splits(splits, data) if splits else {}
 
     def load_audio(
         self, data: str | PathLike, filters: Sequence[str] = (), split: str | None = None, streaming: bool = False
@@ -119,6 +131,14 @@ def problem_type_of(dataset: "Dataset") -> str:
     if hasattr(feature, "names"):
         return "single_label_classification"
     return "multi_label_classification" if hasattr(feature, "feature") else "regression"
+
+
+def check_classes(dataset: "Dataset", data: str | PathLike) -> None:
+    """Raise a `ValueError` for labelled clips of `data` that teach nothing, as all of them have the same one class."""
+    if problem_type_of(dataset) == "regression" or len(names := label_names(dataset)) > 1:
+        return
+    if all(label in (0, [0]) for label in dataset["label"][:]):
+        raise ValueError(f"expected clips of several classes in {data}, got {len(dataset)}, all of {names[0]!r}")
 
 
 def readable_rows(sources: Iterable[Any], strict: bool = False) -> list[int]:

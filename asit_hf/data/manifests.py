@@ -42,7 +42,7 @@ def load_manifest(
         columns = {name: [values[row] for row in kept] for name, values in columns.items()}
     audio = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", str(path))
     label = find_column(columns, label_column, LABEL_COLUMNS, "label", str(path))
-    columns[audio] = _resolve_paths(columns[audio], root, path)
+    columns[audio] = resolve_paths(columns[audio], root, path)
     if label is not None and any(isinstance(value, str) and _LABEL_SEPARATOR in value for value in columns[label]):
         lists = [[] if value is None else str(value).split(_LABEL_SEPARATOR) for value in columns[label]]
         columns[label] = [[name.strip() for name in names if name.strip()] for names in lists]
@@ -84,7 +84,7 @@ def _typed(values: list[str | None]) -> list:
     return values
 
 
-def _resolve_paths(values: list, root: Path, manifest: Path) -> list[str]:
+def resolve_paths(values: list, root: Path, manifest: Path) -> list[str]:
     paths = []
     for row, value in enumerate(values):
         if not isinstance(value, (str, int)):

@@ -4,7 +4,6 @@ Manifests in csv, tsv, json and jsonl: paths of audio files, labels, and any oth
 The readers of `datasets` infer other types: speaker "007" becomes 7, and labels "a;b" stay one label.
 """
 
-import csv
 import json
 import os
 import re
@@ -12,10 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .tables import TABLE_EXTENSIONS, read_table, read_text
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
-MANIFEST_EXTENSIONS = (".csv", ".tsv", ".json", ".jsonl")
+MANIFEST_EXTENSIONS = (*TABLE_EXTENSIONS, ".json", ".jsonl")
 AUDIO_COLUMNS = ("audio", "file", "path", "filename", "file_name", "filepath", "file_path", "audio_path", "wav")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
 _LABEL_SEPARATOR = ";"
@@ -29,7 +30,7 @@ def load_manifest(
     """The rows of a manifest with full paths; arguments as in [`~asit_hf.data.datasets.load_audio_dataset`]."""
     from datasets import Dataset
 
-    columns = _read_table(path) if path.suffix.lower() in (".csv", ".tsv") else _read_json(path)
+    columns = _read_table(path) if path.suffix.lower() in TABLE_EXTENSIONS else _read_json(path)
     rows = len(next(iter(columns.values()), []))
     if rows == 0:
         raise ValueError(f"no rows in {path}")
@@ -50,18 +51,12 @@ def load_manifest(
 
 
 def _read_table(path: Path) -> dict[str, list]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        rows = []
-        for row in reader:
-            if None in row:
-                raise ValueError(f"line {reader.line_num} of {path} has more fields than the header")
-            rows.append(row)
-        return {name: _typed([row[name] for row in rows]) for name in reader.fieldnames or []}
+    table = read_table(path)
+    return {name: _typed(table.column(name)) for name in table.names}
 
 
 def _read_json(path: Path) -> dict[str, list]:
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path)
     try:
         if text.lstrip().startswith("["):
             rows = json.loads(text)

@@ -106,8 +106,8 @@ def check_class_folders(folder: Path, files: Sequence[Path]) -> None:
     splits = [name for name in counts if split_kind(name)]
     if splits and (len({split_kind(name) for name in splits}) > 1 or not direct.issuperset(splits)):
         raise ValueError(
-            f"cannot tell splits from classes in {folder}: {', '.join(splits)} among {names}; move the classes into "
-            "a folder for each split, pass one folder of classes, or a manifest"
+            f"cannot tell splits from classes in {folder}: {', '.join(splits)} among {names}; name one folder "
+            "as split (--train_split, ...), move the classes into a folder for each split, or pass a manifest"
         )
     if splits and len(counts) > 1:
         logger.warning("the folder %s of %s is a class, as no other folder is a split", splits[0], folder)

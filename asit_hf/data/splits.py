@@ -282,6 +282,9 @@ def _draw_test_rows(
     def is_last(group: Hashable) -> bool:
         return any(taken[label] + count >= totals[label] for label, count in counts[group].items())
 
+    def alike(group: Hashable) -> tuple:
+        return frozenset(counts[group].items()), sizes[group]
+
     def take(group: Hashable) -> None:
         nonlocal rows
         taken.update(counts[group])
@@ -293,13 +296,17 @@ def _draw_test_rows(
         if cost(group) < 0 and not (protected and is_last(group)):
             take(group)
     aim = fraction * len(groups)
-    rest = [group for group in order if group not in chosen]
-    while rest and rows < aim:
-        possible = [group for group in rest if not (protected and is_last(group))]
+    rest: dict[Any, list] = {}  # groups of equal rows cost the same
+    for group in reversed([group for group in order if group not in chosen]):
+        rest.setdefault(alike(group), []).append(group)
+    positions = {group: position for position, group in enumerate(order)}
+    while rows < aim:
+        firsts = [same[-1] for same in rest.values() if same]
+        possible = [group for group in firsts if not (protected and is_last(group))]
         nearer = [group for group in possible if abs(rows + sizes[group] - aim) < aim - rows]
-        if not nearer and chosen:
+        if not possible or (not nearer and chosen):
             break
-        best = min(nearer or possible, key=cost)
+        best = min(nearer or possible, key=lambda group: (cost(group), positions[group]))
         take(best)
-        rest.remove(best)
+        rest[alike(best)].pop()
     return np.array([group in chosen for group in groups], dtype=bool)

@@ -218,16 +218,20 @@ def _open(
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             _check_options("a saved data set", options, "split")
             return _load_saved(path, split)
+        part = None if split is None else _part(path, split)
         manifest = _metadata_file(path)
         if manifest and not options["labels_from_folders"]:
             path = manifest
-        elif split is not None and (part := _part(path, split)):
+        elif part:
             return _open_part(path, part, audio_column, label_column, streaming, options)
         elif tars := _find_shards(path, ".tar"):
             return _load_tars(tars, streaming, options)
         elif not _find_shards(path, ".parquet"):
-            _check_options("a folder of audio", options, "split", "labels_from_folders")
-            return _load_folder(path, split, options["labels_from_folders"])
+            if split is not None:
+                found = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+                raise ValueError(f"no split {split!r} in {path}: expected one of its subfolders {found}")
+            _check_options("a folder of audio", options, "labels_from_folders")
+            return _load_folder(path, options["labels_from_folders"])
     extension = path.suffix.lower()
     if path.is_file() and extension in (*MANIFEST_EXTENSIONS, ".txt"):
         _check_options("a manifest", options, "split", "root")
@@ -269,7 +273,7 @@ def _part(folder: Path, split: str) -> Path | None:
     parts = _split_paths(folder)
     name = match_split(split, parts)
     if name is None:
-        return None
+        return folder / split if (folder / split).is_dir() else None
     if name != split:
         logger.info("split %s of %s: %s", split, folder, parts[name])
     return parts[name]
@@ -341,14 +345,9 @@ def _choose_split(splits: dict[str, Any], split: str | None, name: str) -> Any:
     return splits[found]
 
 
-def _load_folder(folder: Path, split: str | None, labels_from_folders: bool) -> "Dataset":
+def _load_folder(folder: Path, labels_from_folders: bool) -> "Dataset":
     from datasets import Dataset
 
-    if split is not None:
-        if not (folder / split).is_dir():
-            found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-            raise ValueError(f"no split {split!r} in {folder}: expected one of its subfolders {found}")
-        folder = folder / split
     files = find_audio_files(folder)
     splits = _split_paths(folder)
     if not labels_from_folders:

@@ -15,16 +15,16 @@ logger = logging.getLogger(__name__)
 # Names of columns, in order of preference, in lower case and without spaces and signs. Times may end in a unit.
 _COLUMNS = {
     "file": "filename segmentid file beginfile audiofilename audiofile infile fname audio path filepath audiopath "
-    "beginpath recording soundfile wav",
-    "onset": "onset start begin starttime begintime onsettime eventonset eventstart tstart tmin xmin",
-    "offset": "offset end stop endtime stoptime offsettime eventoffset eventend tend tmax xmax",
+    "beginpath recording recordingid soundfile wav wavfile clip clipname clipid audioid fileid",
+    "onset": "onset start begin starttime begintime onsettime eventonset eventstart timestart tstart tmin xmin from",
+    "offset": "offset end stop endtime stoptime offsettime eventoffset eventend timeend tend tmax xmax to",
     "duration": "duration length eventduration deltatime",
     "label": "eventlabel label labels class classname eventclass soundevent event category commonname species "
-    "annotation annotations tag manualid scientificname speciescode",
+    "annotation annotations tag tags primarylabel calltype soundtype manualid speciesname scientificname speciescode",
     "file offset": "fileoffset",  # onset in the file, where Raven's other times count from the first of several files
 }
 _COLUMNS = {role: names.split() for role, names in _COLUMNS.items()}
-_UNITS = dict.fromkeys(("", "s", "sec", "secs", "second", "seconds"), 1.0)
+_UNITS = dict.fromkeys(("", "s", "sec", "secs", "second", "seconds", "mmss", "hhmmss"), 1.0)
 _UNITS |= dict.fromkeys(("ms", "msec", "millisecond", "milliseconds"), 1e-3)
 _TIME = re.compile(r"[+-]?(\d+:){0,2}(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?")
 # what Raven and BirdNET append to the name of the audio file
@@ -118,7 +118,7 @@ def _read_rows(path: Path, own_file: str, label_column: str | None, one_of_many:
     """The rows of a table. `own_file` is the file of all rows, if the table does not name files."""
     table = read_table(path, header=False, comment=_FREQUENCIES)
     first = table.rows[0] if table.rows else []
-    if first and ("onset" in _find_columns(first) or not (len(first) < 3 or any(map(_TIME.fullmatch, first)))):
+    if ("onset" in _find_columns(first) or len(first) > 2) and not any(map(_TIME.fullmatch, first)):
         table = read_table(path, fill=True)
         rows = _rows_with_header(table, own_file, _find_columns(table.names, label_column), label_column)
     else:

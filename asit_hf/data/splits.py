@@ -106,8 +106,8 @@ def check_class_folders(folder: Path, files: Sequence[Path]) -> None:
     splits = [name for name in counts if split_kind(name)]
     if splits and (len({split_kind(name) for name in splits}) > 1 or not direct.issuperset(splits)):
         raise ValueError(
-            f"cannot tell splits from classes in {folder}: {', '.join(splits)} among {names}; move the classes into "
-            "a folder for each split, pass one folder of classes, or a manifest"
+            f"cannot tell splits from classes in {folder}: {', '.join(splits)} among {names}; name one folder "
+            "as split (--train_split, ...), move the classes into a folder for each split, or pass a manifest"
         )
     if splits and len(counts) > 1:
         logger.warning("the folder %s of %s is a class, as no other folder is a split", splits[0], folder)
@@ -282,6 +282,9 @@ def _draw_test_rows(
     def is_last(group: Hashable) -> bool:
         return any(taken[label] + count >= totals[label] for label, count in counts[group].items())
 
+    def alike(group: Hashable) -> tuple:
+        return frozenset(counts[group].items()), sizes[group]
+
     def take(group: Hashable) -> None:
         nonlocal rows
         taken.update(counts[group])
@@ -293,13 +296,17 @@ def _draw_test_rows(
         if cost(group) < 0 and not (protected and is_last(group)):
             take(group)
     aim = fraction * len(groups)
-    rest = [group for group in order if group not in chosen]
-    while rest and rows < aim:
-        possible = [group for group in rest if not (protected and is_last(group))]
+    rest: dict[Any, list] = {}  # groups of equal rows cost the same
+    for group in reversed([group for group in order if group not in chosen]):
+        rest.setdefault(alike(group), []).append(group)
+    positions = {group: position for position, group in enumerate(order)}
+    while rows < aim:
+        firsts = [same[-1] for same in rest.values() if same]
+        possible = [group for group in firsts if not (protected and is_last(group))]
         nearer = [group for group in possible if abs(rows + sizes[group] - aim) < aim - rows]
-        if not nearer and chosen:
+        if not possible or (not nearer and chosen):
             break
-        best = min(nearer or possible, key=cost)
+        best = min(nearer or possible, key=lambda group: (cost(group), positions[group]))
         take(best)
-        rest.remove(best)
+        rest[alike(best)].pop()
     return np.array([group in chosen for group in groups], dtype=bool)

@@ -35,7 +35,7 @@ from transformers.hf_argparser import HfArg
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.data import CORPORA, ClassificationCollator, LabelledClips, filter_rows, label_names, split_dataset
-from asit_hf.data.labelled import DatasetArguments, problem_type_of
+from asit_hf.data.labelled import DatasetArguments, check_classes, problem_type_of
 from asit_hf.evaluation.metrics import TOP_K, calibration_metrics, compute_metrics_for
 from asit_hf.finetuning.augmentation import Augmentation, TrainingClips
 from asit_hf.finetuning.reports import best_common_epoch, summarize_folds, write_reports
@@ -83,13 +83,18 @@ class ModelArguments:
 class DataArguments(DatasetArguments):
     train_data: str = HfArg(help="Folder of class folders, csv or json manifest, Hub data set, or root of a corpus.")
     eval_data: str | None = HfArg(default=None, help="Evaluation data (default: rows of --train_data).")
-    train_split: str | None = HfArg(default=None, help="Split of the training data.")
+    train_split: str | None = HfArg(
+        default=None, help="Split of the training data. Without any split named, those that local data have are used."
+    )
     validation_split: str | None = HfArg(default=None, help="Split of --train_data to select the best checkpoint.")
     eval_split: str | None = HfArg(default=None, help="Split of the evaluation data.")
     train_filter: list[str] = HfArg(default_factory=list, help="COLUMN=VALUE[,VALUE...]: training rows to keep.")
     eval_filter: list[str] = HfArg(default_factory=list, help="COLUMN=VALUE[,VALUE...]: evaluation rows to keep.")
     validation_fraction: float = HfArg(default=0.0, help="Share of --train_data held out as validation data.")
-    group_column: str | None = HfArg(default=None, help="Column whose groups are not split (default: speaker, ...).")
+    group_column: str | None = HfArg(
+        default=None,
+        help='Column whose groups are not split, "" for none. Default: speaker, source, fold, ... if one fits.',
+    )
     folds: str | None = HfArg(default=None, help="Cross-validation folds: 1,2,3,4 evaluates on each in turn.")
     fold_column: str = HfArg(default="fold", help="Column of the folds.")
     problem_type: str | None = HfArg(
@@ -99,8 +104,9 @@ class DataArguments(DatasetArguments):
     check_train_files: bool = HfArg(default=True, help="Check at the start that all training files can be opened.")
 
     def __post_init__(self):
-        if self.corpus is not None:
-            self._use_corpus()
+        if self.corpus is not None and self.corpus not in CORPORA:
+            raise ValueError(f"corpus must be one of {', '.join(CORPORA)}, got {self.corpus!r}")
+        self._use_splits()
         if self.folds is not None:
             self._check_folds()
         else:
@@ -124,15 +130,17 @@ class DataArguments(DatasetArguments):
     def fold_names(self) -> list[str]:
         return [fold.strip() for fold in self.folds.split(",")]
 
-    def _use_corpus(self) -> None:
-        if self.corpus not in CORPORA:
-            raise ValueError(f"corpus must be one of {', '.join(CORPORA)}, got {self.corpus!r}")
-        splits = CORPORA[self.corpus].splits
-        if splits:
-            self.train_split = self.train_split or "train"
-            self.eval_split = self.eval_split or "test"
-            if "validation" in splits and not self.validation_fraction:
-                self.validation_split = self.validation_split or "validation"
+    def _use_splits(self) -> None:
+        """Sets the splits that are not named: always those of a corpus, those of other data if none is named."""
+        named = self.train_split or self.validation_split or self.eval_split or self.folds
+        if self.corpus is None and (named or (self.eval_filter and not self.eval_data)):
+            return
+        splits = self.default_splits(self.train_data)
+        self.train_split = self.train_split or splits.get("train")
+        if self.eval_data is None or self.corpus is not None:
+            self.eval_split = self.eval_split or splits.get("test")
+        if not self.validation_fraction:
+            self.validation_split = self.validation_split or splits.get("validation")
 
     def _check_folds(self) -> None:
         if self.eval_data or self.eval_split or self.eval_filter or self.validation_split:
@@ -158,17 +166,29 @@ def load_data(args: DataArguments, seed: int, selects: bool = True) -> tuple[Dat
     (training, validation, evaluation) data; the last two are the same unless both were requested. `selects`: whether
     the validation data select a checkpoint.
     """
-    train = args.load(args.train_data, args.train_filter, split=args.train_split, check_files=args.check_train_files)
-    names = None if problem_type_of(train) == "regression" else label_names(train)
+    options = {"check_files": args.check_train_files, "problem_type": args.problem_type}
+    train = args.load(args.train_data, args.train_filter, split=args.train_split, **options)
+    check_classes(train, args.train_data)
+    form = problem_type_of(train)
+    like = {
+        "names": None if form == "regression" else label_names(train),
+        # single labels may be trained like lists and evaluated on them
+        "problem_type": form if args.problem_type in (None, form) else None,
+    }
     validation = evaluation = None
     if args.eval_data is not None:
-        evaluation = args.load(args.eval_data, args.eval_filter, names=names, split=args.eval_split)
+        evaluation = args.load(args.eval_data, args.eval_filter, split=args.eval_split, **like)
     if args.validation_split:
-        validation = args.load(args.train_data, args.train_filter, names=names, split=args.validation_split)
+        validation = args.load(args.train_data, args.train_filter, split=args.validation_split, **like)
     elif args.validation_fraction:
         train, validation = split_dataset(train, args.validation_fraction, seed, args.group_column)
     elif selects:
         logger.warning("the evaluation data also select the best checkpoint, which makes its score optimistic")
+    if args.train_split:
+        uses = ("train", train, args.train_split), ("select", validation, args.validation_split)
+        uses = *uses, ("evaluate", evaluation, args.eval_split)
+        used = [f"{what}: {len(rows)} clips of {name}" for what, rows, name in uses if rows is not None and name]
+        logger.info(f"{'; '.join(used)} (--train_split, --validation_split, --eval_split)")
     return train, validation or evaluation, evaluation or validation
 
 
@@ -297,8 +317,7 @@ def cross_validate(
         data_args.train_data, data_args.train_filter, split=data_args.train_split, check_files=False
     )
     for fold in folds:  # before the first fold is trained
-        if len(filter_rows(dataset, [f"{data_args.fold_column}={fold}"])) == 0:
-            raise ValueError(f"no row of {data_args.train_data} has {data_args.fold_column} {fold!r}")
+        filter_rows(dataset, [f"{data_args.fold_column}={fold}"], data_args.train_data)
     results, histories = {}, []
     for fold in folds:
         parsed = parse_arguments(GROUPS, [*arguments, "--output_dir", os.path.join(args.output_dir, f"fold-{fold}")])

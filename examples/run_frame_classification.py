@@ -4,12 +4,14 @@ Finetunes an ASiT encoder for sound event detection: a score for every class in 
     python examples/run_frame_classification.py --model_name_or_path CHECKPOINT --train_labels train.tsv \
         --eval_labels test.tsv --data FOLDER --output_dir runs/events --num_train_epochs 20 --learning_rate 1e-4
 
-Labels are tables of events, `filename onset offset event_label` (DCASE) or AudioSet's strong labels. The output folder
-holds the last model, `eval_results.json` and `events.tsv`, the detected events of the evaluation clips: runs of time
-patches above `--threshold` after a median filter of `--median_filter_size`. No choice depends on the evaluation data.
+Labels are tables of events from DCASE, AudioSet, Raven, BirdNET or Audacity, see `asit_hf/data/README.md`. The output
+folder holds the last model, `eval_results.json` and `events.tsv`, the detected events of the evaluation clips: runs of
+time patches above `--threshold` after a median filter of `--median_filter_size`. No choice depends on the evaluation
+data.
 """
 
 import logging
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,15 +22,13 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification
 from asit_hf.data import audio_info
 from asit_hf.data.epochs import EpochCallback
+from asit_hf.data.event_tables import Event, event_names, read_strong_labels, write_strong_labels
 from asit_hf.data.events import (
     IGNORED,
-    Event,
     FrameCollator,
     StronglyLabelledClips,
-    event_names,
-    read_strong_labels,
     time_patch_edges,
-    write_strong_labels,
+    warn_of_unlabelled_files,
 )
 from asit_hf.evaluation.metrics import score
 from asit_hf.evaluation.sound_events import PSDS_SCENARIOS, decode_events, psds, segment_metrics
@@ -70,9 +70,14 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    train_labels: str = field(metadata={"help": "tsv or csv table of training events, one per row."})
-    eval_labels: str = field(metadata={"help": "tsv or csv table of evaluation events, one per row."})
-    data: str = field(metadata={"help": "Folder of the audio files in the tables."})
+    train_labels: str = field(
+        metadata={"help": "Table of training events, one per row (csv, tsv, txt), or folder of a table for each clip."}
+    )
+    eval_labels: str = field(metadata={"help": "Table of evaluation events, or folder of tables."})
+    data: str = field(metadata={"help": "Folder of the audio files in the tables, searched recursively."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of the labels. Default: event_label, label, species, ..."}
+    )
     eval_data: str | None = field(
         default=None, metadata={"help": "Folder of the evaluation audio files. Default: --data."}
     )
@@ -157,7 +162,13 @@ class Scorer:
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         scores, edges = self.scores(prediction.predictions, prediction.label_ids)
         targets = np.concatenate([rows[rows[:, 0] != IGNORED] for rows in prediction.label_ids])
-        metrics = score(np.concatenate(list(scores.values())), targets)
+        if targets.any():
+            metrics = score(np.concatenate(list(scores.values())), targets)
+        else:
+            metrics = {
+                **dict.fromkeys(("mAP", "mAUC", "d_prime"), math.nan),
+                "classes_without_positives": len(self.names),
+            }
         segments = segment_metrics(
             self.reference, self.detect(scores, edges), self.names, self.durations, self.args.segment_seconds
         )
@@ -174,8 +185,12 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, card_args, args = parse_arguments(groups, arguments)
     start_run(args)
 
-    train_events, eval_events = (read_strong_labels(path) for path in (data_args.train_labels, data_args.eval_labels))
+    train_events, eval_events = (
+        read_strong_labels(path, data_args.label_column) for path in (data_args.train_labels, data_args.eval_labels)
+    )
     names = event_names(train_events)
+    if not names:
+        raise ValueError(f"expected events in {data_args.train_labels}, got {len(train_events)} clips without any")
     eval_events = known_events(eval_events, names, data_args)
     model, feature_extractor = build_model(model_args, names)
     rate = feature_extractor.sampling_rate
@@ -185,6 +200,14 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     if not data_args.strict:
         train.drop_unreadable()
         evaluation.drop_unreadable()
+    train.cut_to_durations()
+    evaluation.cut_to_durations()
+    warn_of_unlabelled_files(train, evaluation)
+    trained, evaluated = (event_names(dict(zip(clips.names, clips.events))) for clips in (train, evaluation))
+    if lost := sorted(set(names) - set(trained)):
+        logger.warning(f"no training event is left of {len(lost)} classes: {', '.join(lost)}")
+    if not evaluated:
+        logger.warning(f"no event is left in the {len(evaluation)} evaluation clips: most scores are undefined (NaN)")
     scorer = Scorer(evaluation, names, model.config.patch_size, data_args)
     trainer = FrameTrainer(
         model=model,
@@ -211,6 +234,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         write_strong_labels(Path(args.output_dir) / "events.tsv", scorer.detect(scores, edges))
         data = Path(data_args.eval_labels).name
         results = [(data, name, output.metrics[f"eval_{name}"]) for name in ("segment_f1", *PSDS_SCENARIOS)]
+        results = [row for row in results if not math.isnan(row[-1])]
         command = ["examples/run_frame_classification.py", *arguments]
         base_model = None if model_args.random_init else model_args.model_name_or_path
         describe_run(trainer, command, card_args, train.files, results, base_model)

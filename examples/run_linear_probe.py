@@ -10,6 +10,7 @@ attention pooling over time (`attentive`, the slowest).
 
 import argparse
 import json
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -24,13 +25,15 @@ from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTModel
 from asit_hf.configuration_asit import SIZES
 from asit_hf.data.audio import AudioReadError, source_name
 from asit_hf.data.clips import LabelledClips
-from asit_hf.data.labelled import DatasetArguments, problem_type_of
+from asit_hf.data.labelled import DatasetArguments, check_classes, problem_type_of
 from asit_hf.data.labels import label_names
 from asit_hf.data.splits import find_group_column
 from asit_hf.evaluation.attentive_probe import attentive_probe
 from asit_hf.evaluation.embeddings import POOLINGS, embed, embed_tokens
 from asit_hf.evaluation.probes import PROBES
 from asit_hf.loading import ENCODERS, load_config, load_encoder, load_feature_extractor
+
+logger = logging.getLogger(__name__)
 
 ATTENTIVE = "attentive"  # takes tokens, the others pooled embeddings
 ALL_PROBES = (*PROBES, ATTENTIVE)
@@ -58,7 +61,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder of class folders, csv or json manifest, or Hub data set; with --corpus, its root folder",
     )
     parser.add_argument("--test", help="test data in the same form (default: --train)")
-    parser.add_argument("--train_split", help="split of --train to fit on")
+    parser.add_argument(
+        "--train_split",
+        help="split of --train to fit on; without any test data named, the splits that it has are used",
+    )
     parser.add_argument("--test_split", help="split of --test to test on")
     parser.add_argument(
         "--train_filter", nargs="+", metavar="COLUMN=V1,V2", help="keep training rows with these values"
@@ -66,7 +72,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--test_filter", nargs="+", metavar="COLUMN=V1,V2", help="keep test rows with these values")
     parser.add_argument(
         "--group_column",
-        help="column of groups that cross-validation does not split (default: speaker, source or fold, if present)",
+        help='column of groups that cross-validation does not split, "" for none (default: speaker, source, fold, ... '
+        "if its groups can be divided with nearly all classes on both sides)",
     )
     parser.add_argument("--max_seconds", type=float, help="use only the beginning of longer clips")
     parser.add_argument("--pooling", choices=POOLINGS, help="pooling of the tokens (default: cls)")
@@ -99,6 +106,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.model_name_or_path and not args.random_init:
         parser.error("expected --model_name_or_path or --random_init")
     if args.test is None and args.test_split is None and args.test_filter is None:
+        use_splits(args)
+    if args.test is None and args.test_split is None and args.test_filter is None:
         parser.error("expected --test, --test_split or --test_filter: the test clips must not be the training clips")
     if args.size and args.model_name_or_path:
         parser.error("--size has no effect with --model_name_or_path, whose architecture is used")
@@ -115,6 +124,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def use_splits(args: argparse.Namespace) -> None:
+    """Fits on the training split of local data or a corpus, and tests on its test split, or else on its validation."""
+    splits = DatasetArguments.of(args).default_splits(args.train)
+    test = splits.get("test") or splits.get("validation")
+    if args.train_split or not test:
+        return
+    args.train_split, args.test_split = splits["train"], test
+    logger.warning(f"fits on the split {args.train_split} of {args.train} and tests on {test} (--test_split)")
+
+
 def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = None) -> dict:
     """
     Probes, prints and returns the scores. `cache` keeps embeddings by (seed of random weights, file) across calls
@@ -126,9 +145,9 @@ def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = 
     train = reading.load(args.train, args.train_filter or (), split=args.train_split)
     if problem_type_of(train) == "regression":
         raise ValueError("expected classes to probe, got floating-point labels")
-    test = reading.load(
-        args.test or args.train, args.test_filter or (), names=label_names(train), split=args.test_split
-    )
+    check_classes(train, args.train)
+    like = {"names": label_names(train), "problem_type": problem_type_of(train)}
+    test = reading.load(args.test or args.train, args.test_filter or (), split=args.test_split, **like)
     group_column = find_group_column(train) if args.group_column is None else args.group_column
     groups = train[group_column][:] if group_column else None
     train_y, test_y = targets(train), targets(test)
@@ -254,6 +273,8 @@ def print_table(results: dict) -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("asit_hf").setLevel(logging.INFO)
     try:
         main()
     except AudioReadError as error:

@@ -199,11 +199,42 @@ def test_validation_fraction_selects_and_eval_data_are_evaluated(sounds, encoder
     assert not folds[0] & folds[1]
 
 
+@pytest.fixture(scope="module")
+def split_folder(tmp_path_factory) -> Path:
+    """Class folders in Train, val and test, with 8, 4 and 2 clips."""
+    folder = tmp_path_factory.mktemp("splits")
+    for split, count in (("Train", 4), ("val", 2), ("test", 1)):
+        for name in ("low", "high"):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                soundfile.write(folder / split / name / f"{index}.wav", np.zeros(1600), 16000)
+    return folder
+
+
+def test_splits_of_a_folder_train_select_and_evaluate(split_folder, caplog):
+    def sizes(**options) -> list[int]:
+        return [len(part) for part in script.load_data(script.DataArguments(**options), seed=0)]
+
+    data = str(split_folder)
+    caplog.set_level("INFO")
+    assert sizes(train_data=data) == [8, 4, 2]
+    for part in ("8 clips of Train", "4 clips of val", "2 clips of test", "--train_split"):
+        assert part in caplog.text
+    assert sizes(train_data=data, validation_fraction=0.25) == [6, 2, 2]
+    assert sizes(train_data=data, train_split="train", eval_split="dev") == [8, 4, 4]  # named: nothing is added
+    assert sizes(train_data=data, eval_data=f"{data}/test") == [8, 4, 2]
+    assert sizes(train_data=f"{data}/Train", validation_fraction=0.25) == [6, 2, 2]
+    with pytest.raises(ValueError, match="splits Train, test, val"):
+        sizes(train_data=data, eval_filter=["label=low"])
+    with pytest.raises(ValueError, match="all of 'low'"):
+        sizes(train_data=data, train_filter=["label=low"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"eval_filter": "fold=9"}, "fold=9"),
-        ({"train_filter": "category=low"}, "label"),
+        ({"train_filter": "category=low"}, "10, all of 'low'"),
         ({"label_column": "tags", "problem_type": "single_label_classification"}, "problem_type.*single"),
         ({"label_column": "speaker"}, "speaker"),
         ({"encoder": "average"}, "average"),

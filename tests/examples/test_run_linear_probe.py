@@ -179,6 +179,21 @@ def test_wrong_options(sounds, capsys):
     assert "--test_filter" in capsys.readouterr().err
 
 
+def test_splits_of_a_folder_are_used(sounds, tmp_path, caplog):
+    for split in ("Training", "dev"):
+        shutil.copytree(sounds / "audio", tmp_path / split)
+    args = script.parse_args(["--train", str(tmp_path), "--random_init"])
+    assert (args.train_split, args.test_split) == ("Training", "dev")
+    assert "--test_split" in caplog.text
+    shutil.copytree(sounds / "audio", tmp_path / "test")
+    args = script.parse_args(["--train", str(tmp_path), "--random_init"])
+    assert (args.train_split, args.test_split) == ("Training", "test")
+    args = script.parse_args(
+        ["--train", str(tmp_path), "--random_init", "--train_split", "dev", "--test_split", "test"]
+    )
+    assert (args.train_split, args.test_split) == ("dev", "test")
+
+
 @pytest.mark.parametrize(
     "options",
     [

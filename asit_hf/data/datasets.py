@@ -314,10 +314,10 @@ def _load_folder(folder: Path, labels_from_folders: bool) -> "Dataset":
             logger.info("audio of all splits of %s: %s", folder, counts or f"{len(files)} files")
         return Dataset.from_dict({"audio": [str(file) for file in files]})
     if splits:
-        names = ", ".join(splits)
+        example = next((path for name, path in splits.items() if split_kind(name) == "train"), folder)
         raise ValueError(
-            f"expected class folders or a manifest in {folder}, got the splits {names}: name one of them "
-            f"(split, --train_split, ...), or pass {next(iter(splits.values()))}"
+            f"expected class folders or a manifest in {folder}, got the splits {', '.join(splits)}: name one of them "
+            f"(split, --train_split, ...), or pass one, such as {example}"
         )
     parts = [file.relative_to(folder).parts for file in files]
     if outside := [names[0] for names in parts if len(names) == 1]:

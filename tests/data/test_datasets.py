@@ -115,6 +115,11 @@ def test_folders_that_are_no_classes_are_refused(tmp_path, clips, words):
     assert len(load_unlabelled(str(root))) == len(clips)
 
 
+def test_splits_below_the_classes_are_named(tmp_path, caplog):
+    assert len(load_labelled(write_clips(tmp_path, "bus/train/1.wav", "bus/test/1.wav", "car/train/1.wav"))) == 3
+    assert "test, train" in caplog.text
+
+
 def test_a_class_may_be_called_train(tmp_path, caplog):
     assert label_names(load_labelled(write_clips(tmp_path, "bus/1.wav", "train/1.wav", "car/1.wav"))) == [
         "bus",

@@ -166,14 +166,20 @@ def load_data(args: DataArguments, seed: int, selects: bool = True) -> tuple[Dat
     (training, validation, evaluation) data; the last two are the same unless both were requested. `selects`: whether
     the validation data select a checkpoint.
     """
-    train = args.load(args.train_data, args.train_filter, split=args.train_split, check_files=args.check_train_files)
+    options = {"check_files": args.check_train_files, "problem_type": args.problem_type}
+    train = args.load(args.train_data, args.train_filter, split=args.train_split, **options)
     check_classes(train, args.train_data)
-    names = None if problem_type_of(train) == "regression" else label_names(train)
+    form = problem_type_of(train)
+    like = {
+        "names": None if form == "regression" else label_names(train),
+        # single labels may be trained like lists and evaluated on them
+        "problem_type": form if args.problem_type in (None, form) else None,
+    }
     validation = evaluation = None
     if args.eval_data is not None:
-        evaluation = args.load(args.eval_data, args.eval_filter, names=names, split=args.eval_split)
+        evaluation = args.load(args.eval_data, args.eval_filter, split=args.eval_split, **like)
     if args.validation_split:
-        validation = args.load(args.train_data, args.train_filter, names=names, split=args.validation_split)
+        validation = args.load(args.train_data, args.train_filter, split=args.validation_split, **like)
     elif args.validation_fraction:
         train, validation = split_dataset(train, args.validation_fraction, seed, args.group_column)
     elif selects:
@@ -311,8 +317,7 @@ def cross_validate(
         data_args.train_data, data_args.train_filter, split=data_args.train_split, check_files=False
     )
     for fold in folds:  # before the first fold is trained
-        if len(filter_rows(dataset, [f"{data_args.fold_column}={fold}"])) == 0:
-            raise ValueError(f"no row of {data_args.train_data} has {data_args.fold_column} {fold!r}")
+        filter_rows(dataset, [f"{data_args.fold_column}={fold}"], data_args.train_data)
     results, histories = {}, []
     for fold in folds:
         parsed = parse_arguments(GROUPS, [*arguments, "--output_dir", os.path.join(args.output_dir, f"fold-{fold}")])

@@ -146,9 +146,8 @@ def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = 
     if problem_type_of(train) == "regression":
         raise ValueError("expected classes to probe, got floating-point labels")
     check_classes(train, args.train)
-    test = reading.load(
-        args.test or args.train, args.test_filter or (), names=label_names(train), split=args.test_split
-    )
+    like = {"names": label_names(train), "problem_type": problem_type_of(train)}
+    test = reading.load(args.test or args.train, args.test_filter or (), split=args.test_split, **like)
     group_column = find_group_column(train) if args.group_column is None else args.group_column
     groups = train[group_column][:] if group_column else None
     train_y, test_y = targets(train), targets(test)

@@ -1,18 +1,29 @@
 """Loading audio as Hugging Face `datasets`: folders, manifests, shards, saved and Hub data sets, streams."""
 
+import csv
 import json
 import logging
 import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.extras import extra
-from .labels import encode_labels
-from .manifests import AUDIO_COLUMNS, LABEL_COLUMNS, MANIFEST_EXTENSIONS, find_column, load_manifest, resolve_paths
+from .files import AUDIO_EXTENSIONS, resolve_paths, walk
+from .labels import class_names, compose, divide_labels, encode_labels, shortened
+from .manifests import (
+    AUDIO_COLUMNS,
+    INTEGER,
+    LABEL_COLUMNS,
+    MANIFEST_EXTENSIONS,
+    NUMBER,
+    as_text,
+    find_column,
+    load_manifest,
+)
 from .splits import check_class_folders, first_folders, match_split, split_kind, split_paths
 
 if TYPE_CHECKING:
@@ -20,7 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64")
 _UNREADABLE_EXTENSIONS = (".aac", ".ac3", ".amr", ".ape", ".m4a", ".m4b", ".mp4", ".mka", ".webm", ".wma", ".wv")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -34,6 +44,8 @@ def load_audio_dataset(
     config_name: str | None = None,
     root: str | os.PathLike | None = None,
     labels_from_folders: bool = False,
+    label_separator: str | None = None,
+    names: Sequence[str] | None = None,
 ) -> "Dataset | IterableDataset":
     """Load audio as a column `audio` (`datasets.Audio(decode=False)`), with `label` if there are labels.
 
@@ -54,9 +66,12 @@ def load_audio_dataset(
         root: folder that a manifest's paths are relative to; by default the manifest's folder.
         labels_from_folders: label each file of a folder with the name of the first-level subfolder it is in; folders
             such as `_background_noise_` are left out.
+        label_separator: of several labels in a cell of text, or "none" to keep all cells whole. By default found from
+            the column, see [`~asit_hf.data.labels.find_lists`].
+        names: class names that are known, to find the labels in such cells; other labels are no error.
 
-    Labels become `ClassLabel`, or `List(ClassLabel)` if a row has several: a list in json, "a;b" in csv. The class
-    names are sorted. Floating-point labels stay floats, for regression.
+    Labels become `ClassLabel`, or `List(ClassLabel)` if a row has several. The class names are sorted. Floating-point
+    labels stay floats, for regression, unless all are whole.
 
     Raises:
         FileNotFoundError: no such file, folder or data set, or a folder without audio.
@@ -81,7 +96,7 @@ def load_audio_dataset(
         dataset = dataset.cast_column("audio", Audio(decode=False))
     if isinstance(dataset, Dataset):
         if label_column is not None:
-            dataset = encode_labels(dataset)
+            dataset = encode_labels(divide_labels(dataset, names, label_separator, name))
         if streaming:
             dataset = dataset.to_iterable_dataset(num_shards=max(1, min(64, len(dataset))))
     return dataset
@@ -111,18 +126,45 @@ def load_unlabelled(specs: "list[str | dict] | str | dict", **defaults: Any) -> 
     return concatenate_datasets(loaded)
 
 
-def filter_rows(dataset: Any, filters: Sequence[str]) -> Any:
-    """The rows that match all filters, each `COLUMN=VALUE[,VALUE...]`; labels are compared by class name."""
+def filter_rows(dataset: Any, filters: Sequence[str], source: Any = "the data set") -> Any:
+    """The rows that match all filters, each `COLUMN=VALUE[,VALUE...]`.
+
+    Labels are compared by class name and numbers by value; one item of a list has to match. A value with a comma may
+    be quoted, as in csv, but need not be if the column has it. `source` is for messages.
+
+    Raises:
+        ValueError: another form, no such column, or no matching row. A value that no row has is only reported if
+            others match. Streams are not checked.
+    """
+    kept = None
     for condition in filters:
-        column, separator, values = condition.partition("=")
-        if not separator or not values:
+        column, _, text = (part.strip() for part in condition.partition("="))
+        if not text:
             raise ValueError(f"expected a filter COLUMN=VALUE[,VALUE...], got {condition!r}")
         if column not in dataset.column_names:
             raise ValueError(f"expected a filter by one of the columns {dataset.column_names}, got {condition!r}")
-        names = getattr(dataset.features[column], "names", None)
-        wanted = set(values.split(","))
-        dataset = dataset.filter(_matches, input_columns=column, fn_kwargs={"wanted": wanted, "names": names})
-    return dataset
+        names = class_names(dataset.features[column])
+        if not hasattr(dataset, "select"):
+            wanted = {_plain(text), *_wanted(text, ())}
+            dataset = dataset.filter(_matches, input_columns=column, fn_kwargs={"wanted": wanted, "names": names})
+            continue
+        cells = [_values(cell, names) for cell in dataset[column][:]]
+        found = set().union(*cells)
+        wanted = _wanted(text, found)
+        absent = [value for value in wanted if value not in found]
+        if absent:
+            what = f"no row of {source} has the {column} {' or '.join(absent)} of the filter {condition}"
+            message = f"{what}: expected values among {shortened(sorted(found))}"
+            if len(absent) == len(wanted):
+                raise ValueError(message)
+            logger.warning_once(message)
+        rows = {row for row, values in enumerate(cells) if not values.isdisjoint(wanted)}
+        kept = rows if kept is None else kept & rows
+    if kept is None:
+        return dataset
+    if not kept:
+        raise ValueError(f"no row of {source} matches all of the filters {' and '.join(filters)}")
+    return dataset.select(sorted(kept))
 
 
 def find_splits(data: str | os.PathLike) -> dict[str, Path | None]:
@@ -154,7 +196,7 @@ def find_audio_files(folder: str | os.PathLike) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
-    files = _walk(folder)
+    files = walk(folder)
     audio = [file for file in files if file.suffix.lower() in AUDIO_EXTENSIONS]
     counts = Counter(file.suffix.lower() or "(no extension)" for file in files)
     if not audio:
@@ -191,7 +233,7 @@ def _open(
             _check_options("a folder of audio", options, "labels_from_folders")
             return _load_folder(path, options["labels_from_folders"])
     extension = path.suffix.lower()
-    if path.is_file() and extension in MANIFEST_EXTENSIONS:
+    if path.is_file() and extension in (*MANIFEST_EXTENSIONS, ".txt"):
         _check_options("a manifest", options, "split", "root")
         return load_manifest(path, split, audio_column, label_column, Path(options["root"] or path.parent))
     if path.is_file() and extension in AUDIO_EXTENSIONS:
@@ -200,7 +242,7 @@ def _open(
     if path.is_file() and extension == ".tar":
         return _load_tars([path], streaming, options)
     if path.is_file() and extension != ".parquet":
-        expected = " ".join((*AUDIO_EXTENSIONS, *MANIFEST_EXTENSIONS, ".parquet", ".tar"))
+        expected = " ".join((*AUDIO_EXTENSIONS, *MANIFEST_EXTENSIONS, ".txt", ".parquet", ".tar"))
         raise ValueError(f"expected a file with one of the extensions {expected}; got {path}")
     local = ("root",) if path.exists() else ()
     _check_options("a parquet or Hub data set", options, "split", "config_name", *local)
@@ -221,7 +263,7 @@ def _metadata_file(folder: Path) -> Path | None:
 
 
 def _split_paths(folder: Path) -> dict[str, Path]:
-    audio = [file for file in _walk(folder) if file.suffix.lower() in (*AUDIO_EXTENSIONS, ".parquet", ".tar")]
+    audio = [file for file in walk(folder) if file.suffix.lower() in (*AUDIO_EXTENSIONS, ".parquet", ".tar")]
     tables = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in (*MANIFEST_EXTENSIONS, ".parquet")]
     return split_paths(folder, audio, tables)
 
@@ -334,20 +376,9 @@ def _load_folder(folder: Path, labels_from_folders: bool) -> "Dataset":
     return Dataset.from_dict({"audio": [str(files[row]) for row in kept], "label": [parts[row][0] for row in kept]})
 
 
-def _walk(folder: Path) -> list[Path]:
-    """All files below `folder`, sorted, without hidden ones. Links to folders are followed, each folder once."""
-    files, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
-        files += [Path(parent, name) for name in names if not name.startswith(".") and real not in seen]
-        seen.add(real)
-    return sorted(files)
-
-
 def _find_shards(folder: Path, extension: str) -> list[Path]:
     """The files with `extension` below `folder`; none if there are audio files too, which take precedence."""
-    files = _walk(folder)
+    files = walk(folder)
     if any(file.suffix.lower() in AUDIO_EXTENSIONS for file in files):
         return []
     return [file for file in files if file.suffix.lower() == extension]
@@ -384,10 +415,7 @@ def _load_spec(spec: "str | dict", defaults: dict[str, Any]) -> "Dataset | Itera
         raise ValueError(f"expected the key 'data' in the description of a data set, got {sorted(spec)}")
     filters = options.pop("filter", None) or []
     dataset = _load_all_splits(options)
-    kept = filter_rows(dataset, [filters] if isinstance(filters, str) else filters)
-    if filters and hasattr(kept, "__len__") and len(kept) == 0:
-        raise ValueError(f"no row of {spec} matches its filter {filters}")
-    return kept
+    return filter_rows(dataset, [filters] if isinstance(filters, str) else filters, options["data"])
 
 
 def _load_all_splits(options: dict[str, Any]) -> "Dataset | IterableDataset":
@@ -403,8 +431,34 @@ def _load_all_splits(options: dict[str, Any]) -> "Dataset | IterableDataset":
     return concatenate_datasets(parts)
 
 
-def _matches(value: Any, wanted: set[str], names: list[str] | None) -> bool:
-    return str(names[value] if names is not None else value) in wanted
+def _matches(cell: Any, wanted: set[str], names: list[str] | None) -> bool:
+    return not _values(cell, names).isdisjoint(wanted)
+
+
+def _values(cell: Any, names: list[str] | None) -> set[str]:
+    """What a filter can name a cell by."""
+    items = cell if isinstance(cell, list) else [cell]
+    return {_plain(item if names is None else names[item]) for item in items if item is not None}
+
+
+def _plain(value: Any) -> str:
+    """One spelling of equal values: 1 and 1.0, True and true."""
+    text = as_text(value).strip()
+    if not INTEGER.fullmatch(text) and NUMBER.fullmatch(text):
+        return as_text(float(text))
+    return text.lower() if text.lower() in ("true", "false") else text
+
+
+def _wanted(text: str, found: Collection[str]) -> list[str]:
+    """The values of a filter, given those that the column has, of which some may have commas."""
+    if _plain(text) in found:
+        return [_plain(text)]
+    parts = next(csv.reader([text], skipinitialspace=True))
+    if '"' not in text:
+        parts = [part.strip() for part in parts]
+        whole = {tuple(part.strip() for part in value.split(",")): value for value in found if "," in value}
+        parts = compose(tuple(parts), {**{(part,): part for part in parts}, **whole})
+    return [_plain(part) for part in parts if part.strip()]
 
 
 def _rename(dataset: Any, columns: list[str], column: str | None, name: str) -> Any:

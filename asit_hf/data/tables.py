@@ -41,12 +41,14 @@ class Table:
         names: the header; empty if the table was read without one.
         rows: cells, as many in each row as there are names; without a header as many as the row has.
         lines: line number of each row in the file, from 1.
+        delimiter: between cells.
     """
 
     path: Path
     names: list[str]
     rows: list[list[str]]
     lines: list[int]
+    delimiter: str
 
     def column(self, name: str) -> list[str]:
         """The cells of a column, by row."""
@@ -87,7 +89,7 @@ def read_table(path: str | os.PathLike, header: bool = True, fill: bool = False,
         logger.warning_once(f"the cells of {path} are separated by {_DELIMITERS.get(delimiter, repr(delimiter))}")
     numbers, cells = [number for number, _ in rows], [row for _, row in rows]
     if not header or not rows:
-        return Table(path, [], cells, numbers)
+        return Table(path, [], cells, numbers, delimiter)
     width = max(map(len, cells))
     cells = [row + [""] * (width - len(row)) for row in cells]
     used = [index for index in range(width) if any(row[index] for row in cells)]  # Excel writes empty columns
@@ -97,7 +99,7 @@ def read_table(path: str | os.PathLike, header: bool = True, fill: bool = False,
     if repeated:
         what = f"expected the first row of {path} to name the columns"
         raise ValueError(f"{what}, each differently; got {repeated!r} more than once in {', '.join(names)}")
-    return Table(path, names, cells[1:], numbers[1:])
+    return Table(path, names, cells[1:], numbers[1:], delimiter)
 
 
 def read_text(path: str | os.PathLike) -> str:

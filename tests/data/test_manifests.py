@@ -87,7 +87,7 @@ def test_floating_point_labels_stay(folder):
             "no audio column 'clip' in .*file, b",
         ),
         ("file,b\nx,y\n", {"label_column": "c"}, ValueError, "no label column 'c' in .*file, b"),
-        ("file,b\nx,y\n", {}, FileNotFoundError, "none of the first 1 files .* set root"),
+        ("file,b\nx,y\n", {}, FileNotFoundError, "none of the 1 files .* set root"),
         ("file,b\nx,y\n", {"split": "test"}, ValueError, "no split 'test' in .*: expected a column 'split'"),
         ("file,b\nx,y,z\n", {}, ValueError, "expected 2 cells .*got 3 in line 2 of"),
         ("file,b\n,y\n", {}, ValueError, "expected a path in row 0 of .*, got None"),

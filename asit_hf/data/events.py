@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ from ..fbank_asit import window_and_hop
 from .audio import AudioReadError, audio_info
 from .clips import LabelledClips
 from .collators import readable_items
-from .datasets import AUDIO_EXTENSIONS, find_audio_files
+from .datasets import find_audio_files
 from .event_tables import Event
+from .files import resolve_paths
 from .labelled import readable_rows
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,7 @@ class StronglyLabelledClips(LabelledClips):
 
     Args:
         events: by file, as returned by `read_strong_labels`.
-        root: folder of the files, searched recursively. A file is found by its path in the folder or, if that is not
-            in it, by its name, each also without extension, unless several files have that name.
+        root: folder of the files, see [`~asit_hf.data.files.resolve_paths`].
         sampling_rate, options: as in `LabelledClips`; events are cut to the crop.
 
     Items: those of `LabelledClips`, with `events` in seconds from the waveform's first sample and its `duration` in
@@ -91,19 +91,10 @@ class StronglyLabelledClips(LabelledClips):
 
     def __init__(self, events: Mapping[str, Sequence[Event]], root: str | Path, sampling_rate: int, **options: Any):
         self.root = Path(root)
-        find = _file_finder(self.root)
-        clips: dict[Path, tuple[str, list[Event]]] = {}  # tables may name a file in several ways
-        for name, of_file in events.items():
-            clips.setdefault(find(name), (name, []))[1].extend(of_file)
-        files = list(clips)
-        if not any(file.exists() for file in files):
-            raise FileNotFoundError(
-                f"none of the {len(files)} files is in {root}, for instance {files[0]} (a table without a column of "
-                "files belongs to the audio file of the same name)"
-            )
+        files = [Path(file) for file in resolve_paths(list(events), root, "the events")]
         super().__init__(files, sampling_rate, **options)
-        self.names = [name for name, _ in clips.values()]
-        self.events = [sorted(of_file) for _, of_file in clips.values()]
+        self.names = list(events)
+        self.events = [list(of_file) for of_file in events.values()]
 
     @property
     def files(self) -> list[Path]:
@@ -209,28 +200,3 @@ class FrameCollator:
             edges = time_patch_edges(count, item["duration"], rate, self.patch_size)
             targets[:count] = torch.from_numpy(frame_targets(item["events"], self.names, edges))
         return batch
-
-
-def _file_finder(root: Path) -> Callable[[str], Path]:
-    """A function from a name in a table to a file below `root`, whether it exists or not."""
-    paths = [file.relative_to(root) for file in find_audio_files(root)]
-    paths.sort(key=lambda path: AUDIO_EXTENSIONS.index(path.suffix.lower()))
-    files: dict[str, Path | None] = {}
-    for path in paths:
-        files.setdefault(path.as_posix(), path)
-    for path in paths:
-        files.setdefault(path.with_suffix("").as_posix(), path)
-    for shorten in (lambda path: path.name, lambda path: path.stem):
-        alike: dict[str, list[Path]] = {}
-        for path in paths:
-            alike.setdefault(shorten(path), []).append(path)
-        for name, those in alike.items():  # None: in several folders
-            files.setdefault(name, those[0] if len({path.parent for path in those}) == 1 else None)
-
-    def find(name: str) -> Path:
-        if Path(root, name).is_file():
-            return root / name
-        path = PurePosixPath(name.replace("\\", "/"))
-        return root / (files.get(path.as_posix()) or files.get(path.name) or name)
-
-    return find

@@ -79,7 +79,7 @@ class StronglyLabelledClips(LabelledClips):
 
     Args:
         events: by file, as returned by `read_strong_labels`.
-        root: folder of the files, see [`~asit_hf.data.files.resolve_paths`].
+        root: folder of the files, which are found as by [`~asit_hf.data.files.resolve_paths`].
         sampling_rate, options: as in `LabelledClips`; events are cut to the crop.
 
     Items: those of `LabelledClips`, with `events` in seconds from the waveform's first sample and its `duration` in
@@ -91,10 +91,17 @@ class StronglyLabelledClips(LabelledClips):
 
     def __init__(self, events: Mapping[str, Sequence[Event]], root: str | Path, sampling_rate: int, **options: Any):
         self.root = Path(root)
-        files = [Path(file) for file in resolve_paths(list(events), root, "the events")]
-        super().__init__(files, sampling_rate, **options)
-        self.names = list(events)
-        self.events = [list(of_file) for of_file in events.values()]
+        try:
+            files = resolve_paths(list(events), root, "the events")
+        except FileNotFoundError as error:
+            hint = "a table without a column of files belongs to the audio file of the same name"
+            raise FileNotFoundError(f"{error} ({hint})") from None
+        clips: dict[Path, tuple[str, list[Event]]] = {}  # tables may name a file in several ways
+        for (name, of_file), file in zip(events.items(), files):
+            clips.setdefault(Path(file), (name, []))[1].extend(of_file)
+        super().__init__(list(clips), sampling_rate, **options)
+        self.names = [name for name, _ in clips.values()]
+        self.events = [sorted(of_file) for _, of_file in clips.values()]
 
     @property
     def files(self) -> list[Path]:

@@ -71,24 +71,37 @@ def resolve_paths(values: Sequence[Any], root: str | os.PathLike, source: str | 
 
 
 def _search(root: Path, names: Sequence[str], taken: set[str]) -> dict[str, str]:
-    """Files below `root` by the names that mean them, without those that are `taken` or that several names mean."""
+    """Files below `root` by the names that mean them. A file in other folders than a name says has to be the only one,
+    and neither `taken` nor meant by another name.
+    """
     by_name, by_stem = defaultdict(list), defaultdict(list)
     for file in walk(root):
-        if os.path.normpath(file) not in taken:
-            by_name[_composed(file.name)].append(file)
-            if file.suffix.lower() in AUDIO_EXTENSIONS:
-                by_stem[_composed(file.stem)].append(file)
-    found = {}
+        by_name[_composed(file.name)].append(file)
+        if file.suffix.lower() in AUDIO_EXTENSIONS:
+            by_stem[_composed(file.stem)].append(file)
+    found, uncertain = {}, set()
     for name in names:
-        parts = PureWindowsPath(_composed(name)).parts  # divided at / and at \
-        stem, extension = os.path.splitext(parts[-1])
-        files = by_name.get(parts[-1]) or by_stem.get(parts[-1])
+        *folders, last = PureWindowsPath(_composed(name)).parts  # divided at / and at \
+        stem, extension = os.path.splitext(last)
+        files = by_name.get(last) or by_stem.get(last)
         files = files or (by_stem.get(stem) if extension.lower() in AUDIO_EXTENSIONS else None) or []
-        shared = [_common_end(file.parts[:-1], parts[:-1]) for file in files]
-        if shared.count(max(shared, default=0)) == 1:
-            found[name] = str(files[shared.index(max(shared))])
+        shared = [_common_end(file.parts[:-1], folders) for file in files]
+        nearest = [file for file, count in zip(files, shared) if count == max(shared)]
+        if len({file.parent for file in nearest}) == 1:
+            found[name] = os.path.normpath(min(nearest, key=_preference))
+            if max(shared) < len(folders):
+                uncertain.add(name)
     counts = Counter(found.values())
-    return {name: file for name, file in found.items() if counts[file] == 1}
+    return {
+        name: file
+        for name, file in found.items()
+        if name not in uncertain or (counts[file] == 1 and file not in taken)
+    }
+
+
+def _preference(file: Path) -> int:
+    extension = file.suffix.lower()
+    return AUDIO_EXTENSIONS.index(extension) if extension in AUDIO_EXTENSIONS else len(AUDIO_EXTENSIONS)
 
 
 def _composed(name: str) -> str:

@@ -111,7 +111,7 @@ def test_times_beyond_the_clip_are_counted(folder, caplog):
     }
     clips = StronglyLabelledClips(events | {"b": []}, folder, 16000)
     clips.cut_to_durations()
-    assert clips.events[0] == [Event(1.0, 2.0, "in"), Event(2.5, 3.0, "over"), Event(1.0, 3.0, "in")]
+    assert clips.events[0] == [Event(1.0, 2.0, "in"), Event(1.0, 3.0, "in"), Event(2.5, 3.0, "over")]
     assert "dropped 1 of 4" in caplog.text
     assert "a.wav: 3 to 4 s, clip of 3 s" in caplog.text
     assert "cut 1 of 4" in caplog.text

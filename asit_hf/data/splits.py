@@ -111,10 +111,15 @@ def check_class_folders(folder: Path, files: Sequence[Path]) -> None:
         )
     if splits and len(counts) > 1:
         logger.warning("the folder %s of %s is a class, as no other folder is a split", splits[0], folder)
+    inner = {file.relative_to(folder).parts[1] for file in files}
+    if len(inner) > 1 and all(map(split_kind, inner)):
+        logger.warning(
+            "the classes of %s are divided into %s, all of which are read", folder, ", ".join(sorted(inner))
+        )
     (only, _), *others = counts.items()
-    if not others and len(inner := first_folders(folder / only, files)) > 0 and only not in direct:
+    if not others and only not in direct:
         raise ValueError(
-            f"expected class folders in {folder}, got one folder, {only}, that holds {', '.join(inner)}: pass "
+            f"expected class folders in {folder}, got one folder, {only}, that holds {', '.join(sorted(inner))}: pass "
             f"{folder / only}"
         )
 

@@ -1,18 +1,23 @@
 """ASiT model configuration, and the code files that let a saved folder load without this package."""
 
 import shutil
+from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # Saved with every model, so that it loads with `trust_remote_code=True` where the package is not installed.
 HUB_FILES = ("configuration_asit.py", "fbank_asit.py", "feature_extraction_asit.py", "modeling_asit.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_asit.ASiTConfig",
     "AutoFeatureExtractor": "feature_extraction_asit.ASiTFeatureExtractor",
+    "AutoProcessor": "feature_extraction_asit.ASiTFeatureExtractor",
     "AutoModel": "modeling_asit.ASiTModel",
     "AutoModelForAudioClassification": "modeling_asit.ASiTForAudioClassification",
     "AutoModelForAudioFrameClassification": "modeling_asit.ASiTForAudioFrameClassification",
@@ -127,6 +132,13 @@ class ASiTConfig(SavesHubFiles, PreTrainedConfig):
     local_loss_weight: float | int = 0.5
     reconstruction_loss_weight: float | int = 1.0
     local_loss_patches: str = "all"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # transformers keeps unknown fields, which also hold the user's own data; a misspelled one has no effect
+        for name in (name for name in kwargs if not hasattr(type(self), name)):
+            if close := get_close_matches(name, self.__dataclass_fields__, n=1, cutoff=0.8):
+                logger.warning_once(f"ASiTConfig has no field {name}, which has no effect: did you mean {close[0]}?")
+        super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         """Raises `ValueError` for values that do not give a model."""

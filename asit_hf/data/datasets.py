@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.extras import extra
+from .clips import undecoded
 from .labels import encode_labels
 from .manifests import AUDIO_COLUMNS, LABEL_COLUMNS, MANIFEST_EXTENSIONS, find_column, load_manifest
 
@@ -68,6 +69,7 @@ def load_audio_dataset(
         dataset, name = data, "the data set"
     else:
         dataset, name = _open(data, audio_column, label_column, streaming, options), os.fspath(data)
+    dataset = undecoded(dataset)
     columns = dataset.column_names or list(next(iter(dataset)))
     audio_column = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", name)
     label_column = find_column(columns, label_column, LABEL_COLUMNS, "label", name)

@@ -51,6 +51,31 @@ def load_encoder(path: str | PathLike, encoder: str = "teacher", **kwargs: Any) 
     return model
 
 
+def load_trained(path: str | PathLike, model_class: type, **kwargs: Any) -> tuple[Any, ASiTFeatureExtractor]:
+    """
+    A trained model of `model_class`, such as [`ASiTForAudioClassification`], and its feature extractor.
+
+    Args:
+        path, kwargs: as in `load_encoder`.
+
+    Raises:
+        FileNotFoundError: as in `load_encoder`.
+        ValueError: another kind of model, such as an encoder, which has no trained classifier.
+    """
+    check_architecture(load_config(path), model_class.__name__, path)
+    with _hub_errors(path):
+        model = model_class.from_pretrained(resolve_checkpoint(path), **kwargs)
+    return model, load_feature_extractor(path)
+
+
+def check_architecture(config: ASiTConfig, expected: str, path: str | PathLike) -> None:
+    """Raises a `ValueError` if the checkpoint of `config` is not of the class `expected`."""
+    if expected not in (config.architectures or []):
+        script = "frame" if "Frame" in expected else "audio"
+        hint = f"finetune it first (examples/run_{script}_classification.py)"
+        raise ValueError(f"{path}: expected an {expected}, got {config.architectures}; {hint}")
+
+
 def load_feature_extractor(path: str | PathLike, **kwargs: Any) -> ASiTFeatureExtractor:
     """
     Loads the feature extractor saved beside a checkpoint's weights, or else in its run folder.

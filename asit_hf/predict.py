@@ -15,7 +15,7 @@ from transformers import pipeline
 
 from .data.audio import AudioReadError, audio_info
 from .data.datasets import find_audio_files
-from .loading import load_config, load_feature_extractor, resolve_checkpoint
+from .loading import check_architecture, load_config, load_feature_extractor, resolve_checkpoint
 from .pipeline import ASiTAudioClassificationPipeline
 
 
@@ -28,12 +28,7 @@ def load_classifier(model: str | os.PathLike, device: str = "auto") -> ASiTAudio
         FileNotFoundError: no such folder or Hub name.
         ValueError: `model` is not a trained classifier.
     """
-    config = load_config(model)
-    if "ASiTForAudioClassification" not in (config.architectures or []):
-        raise ValueError(
-            f"{model}: expected an ASiTForAudioClassification, got {config.architectures}; finetune it first "
-            "(examples/run_audio_classification.py)"
-        )
+    check_architecture(load_config(model), "ASiTForAudioClassification", model)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return pipeline(

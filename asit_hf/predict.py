@@ -17,6 +17,7 @@ from .data.audio import AudioReadError, audio_info
 from .data.datasets import find_audio_files
 from .loading import check_architecture, load_config, load_feature_extractor, resolve_checkpoint
 from .pipeline import ASiTAudioClassificationPipeline
+from .utils.files import check_writable
 
 
 def load_classifier(model: str | os.PathLike, device: str = "auto") -> ASiTAudioClassificationPipeline:
@@ -143,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--output must end in .csv or .json, got {args.output}")
     try:
         if args.output is not None:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(args.output)
         names = ("batch_size", "top_k", "window_seconds", "overlap", "aggregate")
         options = {name: getattr(args, name) for name in names}
         classifier = load_classifier(args.model, args.device)

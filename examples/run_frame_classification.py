@@ -123,8 +123,8 @@ def known_events(events: dict[str, list[Event]], names: list[str], args: DataArg
         return events
     if not args.drop_unknown_labels:
         raise ValueError(
-            f"expected the classes of {args.train_labels or 'the model'} in {args.eval_labels}, got {len(unknown)} others, first "
-            f"{unknown[0]!r}: --drop_unknown_labels drops their events"
+            f"expected the classes of {args.train_labels or 'the model'} in {args.eval_labels}, got {len(unknown)} "
+            f"others, first {unknown[0]!r}: --drop_unknown_labels drops their events"
         )
     kept = {file: [event for event in of_file if event.label not in unknown] for file, of_file in events.items()}
     dropped = sum(map(len, events.values())) - sum(map(len, kept.values()))

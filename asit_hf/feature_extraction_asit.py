@@ -3,15 +3,17 @@
 from difflib import get_close_matches
 from inspect import signature
 from numbers import Integral
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.utils import PaddingStrategy, TensorType, logging
+from transformers.utils import FEATURE_EXTRACTOR_NAME, PaddingStrategy, TensorType, logging
 
-from .configuration_asit import SavesHubFiles
+from .configuration_asit import SavesHubFiles, read_adapter
 from .fbank_asit import log_mel_spectrogram, num_fbank_frames, whole_rate, window_and_hop
 
 logger = logging.get_logger(__name__)
@@ -80,6 +82,16 @@ class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
         if not kwargs.get("return_unused_kwargs"):
             _warn_of_unknown(kwargs)
         return super().from_dict(saved, **kwargs)
+
+    @classmethod
+    def get_feature_extractor_dict(
+        cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in Transformers; an adapter of peft saved without a feature extractor has that of its base model."""
+        folder = pretrained_model_name_or_path
+        adapter = None if (Path(folder) / FEATURE_EXTRACTOR_NAME).is_file() else read_adapter(folder)
+        path = folder if adapter is None else adapter["base_model_name_or_path"]
+        return super().get_feature_extractor_dict(path, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """As in Transformers, with this class as the processor, so that `AutoProcessor` need not ask for one."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from huggingface_hub.utils import httpx
 from torch.utils.data import Dataset
-from transformers import AudioClassificationPipeline
+from transformers import AudioClassificationPipeline, AutoFeatureExtractor
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import ChunkPipeline
 
@@ -47,11 +47,13 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
     ```
     """
 
+    _load_feature_extractor = None  # `pipeline()` looks for that of an adapter in its folder only
+
     def __init__(self, *args: Any, **kwargs: Any):
         _check_batch_size(kwargs.get("batch_size"))
         super().__init__(*args, **kwargs)
         if self.feature_extractor is None:
-            raise ValueError("expected a feature_extractor, got None")
+            self.feature_extractor = _feature_extractor_of(self.model)
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """
@@ -173,10 +175,21 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
 class _AudioClassification(AudioClassificationPipeline):
     """The task's registered class: builds ASiT's pipeline for ASiT models, transformers' own for all others."""
 
+    _load_feature_extractor = None
+
     def __new__(cls, *args: Any, model: Any, **kwargs: Any) -> AudioClassificationPipeline:
-        is_asit = getattr(model.config, "model_type", None) == "asit"
-        chosen = ASiTAudioClassificationPipeline if is_asit else AudioClassificationPipeline
-        return chosen(*args, model=model, **kwargs)
+        if getattr(model.config, "model_type", None) == "asit":
+            return ASiTAudioClassificationPipeline(*args, model=model, **kwargs)
+        if kwargs.get("feature_extractor") is None:
+            kwargs["feature_extractor"] = _feature_extractor_of(model)
+        return AudioClassificationPipeline(*args, model=model, **kwargs)
+
+
+def _feature_extractor_of(model: Any) -> Any:
+    """The feature extractor saved with a model, or an error that says where there is none."""
+    if not (name := getattr(model, "name_or_path", "")):
+        raise ValueError("expected a feature_extractor, got None")
+    return AutoFeatureExtractor.from_pretrained(name)
 
 
 def register_pipeline() -> None:

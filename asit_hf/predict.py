@@ -15,27 +15,28 @@ from transformers import pipeline
 
 from .data.audio import AudioReadError, audio_info
 from .data.datasets import find_audio_files
-from .loading import check_architecture, load_config, load_feature_extractor, resolve_checkpoint
+from .loading import load_trained
+from .modeling_asit import ASiTForAudioClassification
 from .pipeline import ASiTAudioClassificationPipeline
 from .utils.files import check_writable
 
 
 def load_classifier(model: str | os.PathLike, device: str = "auto") -> ASiTAudioClassificationPipeline:
     """
-    The pipeline of an ASiT classifier, a folder or Hub name, on `device`: `"cpu"`, `"cuda"`, or `"auto"`, which takes
-    cuda if available.
+    The pipeline of an ASiT classifier, a folder, adapter or Hub name, on `device`: `"cpu"`, `"cuda"`, or
+    `"auto"`, which takes cuda if available.
 
     Raises:
         FileNotFoundError: no such folder or Hub name.
         ValueError: `model` is not a trained classifier.
     """
-    check_architecture(load_config(model), "ASiTForAudioClassification", model)
+    trained, feature_extractor = load_trained(model, ASiTForAudioClassification, dtype="auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return pipeline(
         "audio-classification",
-        model=str(resolve_checkpoint(model)),
-        feature_extractor=load_feature_extractor(model),
+        model=trained,
+        feature_extractor=feature_extractor,
         device=device,
         pipeline_class=ASiTAudioClassificationPipeline,
     )

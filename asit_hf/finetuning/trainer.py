@@ -165,6 +165,12 @@ class FinetuningTrainer(TimeBudgetMixin, PushMixin, Trainer):
             inputs = {**inputs, "labels": smooth_labels(inputs["labels"], num_labels, factor)}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        if hasattr(model, "get_base_model"):  # of peft, whose adapters do not name the classes
+            model.get_base_model().config.save_pretrained(output_dir or self.args.output_dir)
+
     def load_average(self) -> None:
         """Replaces the trained weights by the mean of those saved after the last `average_checkpoints` epochs."""
         self.accelerator.wait_for_everyone()  # until the main process has saved the last epoch

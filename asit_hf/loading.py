@@ -11,11 +11,19 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
-from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    CONFIG_NAME,
+    FEATURE_EXTRACTOR_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
 
-from .configuration_asit import ASiTConfig
+from .configuration_asit import ASiTConfig, read_adapter
 from .feature_extraction_asit import ASiTFeatureExtractor
-from .modeling_asit import ASiTModel
+from .modeling_asit import ASiTForAudioClassification, ASiTForAudioFrameClassification, ASiTModel
+from .utils.extras import extra
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +37,8 @@ def load_encoder(path: str | PathLike, encoder: str = "teacher", **kwargs: Any) 
     Loads the encoder of any ASiT checkpoint. For a pretraining checkpoint, only the chosen encoder is built.
 
     Args:
-        path: folder, Trainer run folder or Hub name of an encoder, a classifier or a pretraining checkpoint.
+        path: folder, Trainer run folder or Hub name of an encoder, a classifier or a pretraining checkpoint; or the
+            folder of an adapter of peft, which is merged into its base model.
         encoder: `"teacher"` or `"student"`, of a pretraining checkpoint; others have only one encoder.
         kwargs: passed to `from_pretrained`.
 
@@ -42,6 +51,8 @@ def load_encoder(path: str | PathLike, encoder: str = "teacher", **kwargs: Any) 
     if encoder == "teacher" and is_pretraining_checkpoint(load_config(path)):
         kwargs["key_mapping"] = TEACHER_KEYS
     path = resolve_checkpoint(path)
+    if read_adapter(path) is not None:
+        return _merged(path, **kwargs)
     with _hub_errors(path), _without_load_report():
         model, info = ASiTModel.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     if missing := sorted(info["missing_keys"]):
@@ -49,6 +60,41 @@ def load_encoder(path: str | PathLike, encoder: str = "teacher", **kwargs: Any) 
     for name, found, expected in info["mismatched_keys"]:
         raise ValueError(f"{path}: expected {name} of shape {tuple(expected)}, got {tuple(found)}")
     return model
+
+
+def _merged(path: Path, **kwargs: Any) -> ASiTModel:
+    """The encoder of an adapter's base model, with the adapter's changes in its weights."""
+    with extra("peft"):
+        from peft import PeftModel
+
+    config = load_config(path)
+    classes = {one.__name__: one for one in (ASiTModel, ASiTForAudioClassification, ASiTForAudioFrameClassification)}
+    with _hub_errors(path), _without_load_report():
+        base = read_adapter(path)["base_model_name_or_path"]
+        model = classes[config.architectures[0]].from_pretrained(base, config=config, **kwargs)
+        model = PeftModel.from_pretrained(model, path).merge_and_unload()
+    return getattr(model, model.base_model_prefix, model).eval()
+
+
+def load_trained(path: str | PathLike, model_class: type, **kwargs: Any) -> tuple[Any, ASiTFeatureExtractor]:
+    """
+    A trained model of `model_class`, such as [`ASiTForAudioClassification`], and its feature extractor.
+
+    Args:
+        path, kwargs: as in `load_encoder`.
+
+    Raises:
+        FileNotFoundError: as in `load_encoder`.
+        ValueError: another kind of model, such as an encoder, which has no trained classifier.
+    """
+    config, expected = load_config(path), model_class.__name__
+    if expected not in (config.architectures or []):
+        script = "frame" if "Frame" in expected else "audio"
+        hint = f"finetune it first (examples/run_{script}_classification.py)"
+        raise ValueError(f"{path}: expected an {expected}, got {config.architectures}; {hint}")
+    with _hub_errors(path):
+        model = model_class.from_pretrained(resolve_checkpoint(path), **kwargs)
+    return model, load_feature_extractor(path)
 
 
 def load_feature_extractor(path: str | PathLike, **kwargs: Any) -> ASiTFeatureExtractor:
@@ -66,6 +112,10 @@ def load_feature_extractor(path: str | PathLike, **kwargs: Any) -> ASiTFeatureEx
     if not Path(path).is_dir():
         with _hub_errors(path):
             return ASiTFeatureExtractor.from_pretrained(path, **kwargs)
+    if all(not (folder / FEATURE_EXTRACTOR_NAME).is_file() for folder in folders) and (
+        adapter := read_adapter(_config_folder(path))
+    ):
+        return load_feature_extractor(adapter["base_model_name_or_path"], **kwargs)
     for folder in folders:
         if (folder / FEATURE_EXTRACTOR_NAME).is_file():
             return ASiTFeatureExtractor.from_pretrained(folder, **kwargs)
@@ -149,6 +199,9 @@ def find_checkpoint(folder: str | PathLike) -> Path:
 
 def why_incomplete(folder: Path) -> str | None:
     """Why no model can be loaded from `folder`, or `None`."""
+    if read_adapter(folder) is not None:
+        names = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
+        return None if any((folder / name).is_file() for name in names) else f"no {names[0]}"
     if not (folder / CONFIG_NAME).is_file():
         return f"no {CONFIG_NAME}"
     names = [SAFE_WEIGHTS_NAME]

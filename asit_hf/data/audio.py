@@ -6,11 +6,11 @@ import stat
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from math import gcd
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
+from ..fbank_asit import whole_rate
 from ..utils.extras import extra
 from ..utils.names import local_path, path_text
 from .decoder import AudioInfo, AudioReadError, DecodedSamples, Decoder, UnknownFormatError
@@ -64,6 +64,7 @@ class AudioReader(AbstractContextManager):
 
     def num_samples(self, sampling_rate: int) -> int:
         """Samples of the whole source at `sampling_rate`; of an mp3, an estimate until a `read` finds fewer."""
+        sampling_rate = whole_rate(sampling_rate)
         return (2 * self.info.num_samples * sampling_rate + self.info.sampling_rate) // (2 * self.info.sampling_rate)
 
     def read(self, sampling_rate: int, start: int = 0, length: int | None = None) -> np.ndarray:
@@ -74,7 +75,7 @@ class AudioReader(AbstractContextManager):
         Raises:
             AudioReadError: no samples at `start`, a damaged file, or samples that are not finite.
         """
-        rate = self.info.sampling_rate
+        rate, sampling_rate = self.info.sampling_rate, whole_rate(sampling_rate)
         total = self.num_samples(sampling_rate)
         stop = total if length is None else min(start + length, total)
         if start >= stop:
@@ -122,7 +123,7 @@ def read_audio(source: Any, sampling_rate: int, offset: float = 0.0, duration: f
         AudioReadError: unreadable audio, or an offset at or past its end.
         ValueError: a negative offset, or a duration that is not positive.
     """
-    sampling_rate = _positive_rate(sampling_rate)
+    sampling_rate = whole_rate(sampling_rate)
     if offset < 0 or (duration is not None and duration <= 0):
         raise ValueError(f"expected offset >= 0 and duration > 0 seconds, got {offset} and {duration}")
     start = round(offset * sampling_rate)
@@ -163,7 +164,7 @@ def to_mono_float(array: Any) -> np.ndarray:
 
 def resample(waveform: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     """Resample `(samples,)` from one rate in Hz to another: `round(samples * to_rate / from_rate)` samples."""
-    from_rate, to_rate = _positive_rate(from_rate), _positive_rate(to_rate)
+    from_rate, to_rate = whole_rate(from_rate), whole_rate(to_rate)
     if from_rate == to_rate:
         return waveform
     with extra():
@@ -206,7 +207,7 @@ def _decode_array(source: dict, name: str) -> Decoder:
     array = source["array"] if "array" in source else source["raw"]
     samples = to_mono_float(array)
     num_channels = int(np.prod(np.shape(array))) // samples.size
-    return DecodedSamples(samples, AudioInfo(_positive_rate(source["sampling_rate"]), samples.size, num_channels))
+    return DecodedSamples(samples, AudioInfo(whole_rate(source["sampling_rate"]), samples.size, num_channels))
 
 
 def _open_file(source: Any, name: str) -> Decoder:
@@ -280,12 +281,6 @@ def _fetch(url: str) -> bytes:
         raise
     except Exception as error:  # each protocol has its own errors
         raise AudioReadError(url, f"{type(error).__name__}: {error}") from error
-
-
-def _positive_rate(rate: Any) -> int:
-    if not isinstance(rate, Real) or rate <= 0 or rate % 1:
-        raise ValueError(f"expected a sampling rate in whole Hz above 0, got {rate!r}")
-    return int(rate)
 
 
 def _checked(waveform: np.ndarray, name: str) -> np.ndarray:

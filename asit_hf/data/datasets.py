@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..utils.extras import extra
 from ..utils.names import path_text
+from .clips import undecoded
 from .files import resolve_paths, walk
 from .formats import AUDIO_EXTENSIONS, LeftOut, why_left_out
 from .labels import class_names, compose, divide_labels, encode_labels, shortened
@@ -89,6 +90,7 @@ def load_audio_dataset(
         dataset, name = data, "the data set"
     else:
         dataset, name = _open(data, audio_column, label_column, streaming, options), os.fspath(data)
+    dataset = undecoded(dataset)
     columns = dataset.column_names or list(next(iter(dataset)))
     audio_column = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", name)
     label_column = find_column(columns, label_column, LABEL_COLUMNS, "label", name)

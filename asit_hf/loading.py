@@ -243,7 +243,7 @@ def _check_weights(folder: Path, config: ASiTConfig, prefix: str, encoder: str) 
     layers = {key.split(".")[1] for key in saved if key.startswith("layers.")}
     config = copy(config)
     config.num_hidden_layers = min(config.num_hidden_layers, len(layers) + 1)  # one missing layer is enough to know
-    with torch.device("meta"):
+    with torch.device("meta"), _names_file(folder / CONFIG_NAME):
         expected = {name: tuple(weight.shape) for name, weight in ASiTModel(config).state_dict().items()}
     for name, shape in expected.items():
         if name not in saved:
@@ -282,7 +282,7 @@ def _names_file(path: str | PathLike) -> Iterator[None]:
     """Turns errors of settings of a wrong type or value into a `ValueError` that names their file."""
     try:
         yield
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: cannot be used: {reason}") from error
 

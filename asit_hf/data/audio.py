@@ -17,6 +17,8 @@ from .decoder import AudioInfo, AudioReadError, DecodedSamples, Decoder, Unknown
 from .pyav import PyAVDecoder, find_format
 from .sndfile import open_sndfile
 
+# A lower rate is a damaged header, of which resampling would make many times the file's size.
+_MIN_RATE = 1000
 # samples of context on each side of a window for the resampling filter, at the lower of the two rates
 _RESAMPLING_CONTEXT = 256
 HEADERLESS_EXTENSIONS = (".raw", ".pcm", ".g722")  # of files that hold samples and no header
@@ -47,9 +49,10 @@ class AudioReader(AbstractContextManager):
         else:
             with _named_errors(self.name):
                 self._decoder = decoded(source, self.name)
-        if self.info.num_samples == 0:
+        if self.info.num_samples == 0 or self.info.sampling_rate < _MIN_RATE:
             self.close()
-            raise AudioReadError(self.name, "no samples")
+            too_low = f"expected a sampling rate of at least {_MIN_RATE} Hz, got {self.info.sampling_rate} Hz"
+            raise AudioReadError(self.name, "no samples" if self.info.num_samples == 0 else too_low)
 
     def __exit__(self, *exception: object) -> None:
         self.close()

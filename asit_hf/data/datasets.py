@@ -323,6 +323,7 @@ def _open_part(folder: Path, part: Path, *args: Any) -> "Dataset | IterableDatas
 
 def _load_hub(name: str, path: Path, config_name: str | None, split: str | None, streaming: bool) -> Any:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
         if path.is_file():
@@ -334,6 +335,11 @@ def _load_hub(name: str, path: Path, config_name: str | None, split: str | None,
             raise
         reason = f"{type(error).__name__}: {error}"
         raise FileNotFoundError(f"{name!r} is neither a local file or folder nor on the Hub ({reason})") from error
+    except (OSError, ValueError, DatasetsError) as error:  # pyarrow's are of all kinds, and name no file
+        if not path.exists():
+            raise
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"cannot read {path}, damaged or not of this format: {reason}") from error
     return _choose_split(loaded, split, name)
 
 

@@ -46,7 +46,7 @@ def test_outcomes(read, outcome, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_does_not_answer_is_killed(monkeypatch):
-    monkeypatch.setattr(fuzz, "SECONDS", 0.0)
+    monkeypatch.setattr(fuzz, "HANG_SECONDS", 0.0)
     [(number, _, outcome, _)] = fuzz.run(1, first=5)
     assert number == 5
     assert "hangs" in outcome

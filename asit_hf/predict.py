@@ -15,32 +15,29 @@ from transformers import pipeline
 
 from .data.audio import AudioReadError, audio_info
 from .data.datasets import find_audio_files
-from .loading import load_config, load_feature_extractor, resolve_checkpoint
+from .loading import load_trained
+from .modeling_asit import ASiTForAudioClassification
 from .pipeline import ASiTAudioClassificationPipeline
+from .utils.files import check_writable
 from .utils.names import path_text
 
 
 def load_classifier(model: str | os.PathLike, device: str = "auto") -> ASiTAudioClassificationPipeline:
     """
-    The pipeline of an ASiT classifier, a folder or Hub name, on `device`: `"cpu"`, `"cuda"`, or `"auto"`, which takes
-    cuda if available.
+    The pipeline of an ASiT classifier, a folder, adapter or Hub name, on `device`: `"cpu"`, `"cuda"`, or
+    `"auto"`, which takes cuda if available.
 
     Raises:
         FileNotFoundError: no such folder or Hub name.
         ValueError: `model` is not a trained classifier.
     """
-    config = load_config(model)
-    if "ASiTForAudioClassification" not in (config.architectures or []):
-        raise ValueError(
-            f"{model}: expected an ASiTForAudioClassification, got {config.architectures}; finetune it first "
-            "(examples/run_audio_classification.py)"
-        )
+    trained, feature_extractor = load_trained(model, ASiTForAudioClassification, dtype="auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return pipeline(
         "audio-classification",
-        model=str(resolve_checkpoint(model)),
-        feature_extractor=load_feature_extractor(model),
+        model=trained,
+        feature_extractor=feature_extractor,
         device=device,
         pipeline_class=ASiTAudioClassificationPipeline,
     )
@@ -66,7 +63,8 @@ def predict_folder(
 
     Returns:
         One dict per file, sorted by `"file"`, its path relative to `folder` (see `path_text`). It has `"labels"`, a
-        list of `{"score", "label"}`, and with `return_timeline` a `"timeline"`; or `"error"`, the reason.
+        list of `{"score", "label"}`, and with `return_timeline` a `"timeline"`; or `"error"`, the reason why the file
+        could not be read.
 
     Raises:
         FileNotFoundError: no such folder, or no audio in it.
@@ -149,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--output must end in .csv or .json, got {args.output}")
     try:
         if args.output is not None:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(args.output)
         names = ("batch_size", "top_k", "window_seconds", "overlap", "aggregate")
         options = {name: getattr(args, name) for name in names}
         classifier = load_classifier(args.model, args.device)

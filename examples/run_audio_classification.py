@@ -19,6 +19,11 @@ holds `eval_results.json`, `predictions.csv`, `per_class.csv` and, for up to 100
 With single labels the results include the expected calibration error (`eval_ece_percent`) and the best temperature
 for the same evaluation clips (`eval_in_sample_temperature`).
 `--folds 1,2,3,4,5` cross-validates, with an output folder for each fold and `fold_results.json`.
+
+`--do_train False --do_eval True` evaluates a trained classifier instead, and writes the same tables:
+
+    python examples/run_audio_classification.py --model_name_or_path runs/classifier --eval_data test.csv \
+        --output_dir runs/scores --do_train False --do_eval True
 """
 
 import json
@@ -32,18 +37,21 @@ from pathlib import Path
 
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
+from transformers.trainer_utils import PredictionOutput
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.data import CORPORA, ClassificationCollator, LabelledClips, filter_rows, label_names, split_dataset
-from asit_hf.data.labelled import DatasetArguments, problem_type_of
+from asit_hf.data.labelled import DatasetArguments, check_classes, problem_type_of
+from asit_hf.data.manifests import SPLIT_COLUMNS
 from asit_hf.evaluation.metrics import TOP_K, calibration_metrics, compute_metrics_for
 from asit_hf.finetuning.augmentation import Augmentation, TrainingClips
 from asit_hf.finetuning.reports import best_common_epoch, summarize_folds, write_reports
 from asit_hf.finetuning.sampling import balanced_weights
 from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer
 from asit_hf.hub.cards import CardArguments, describe_run
-from asit_hf.loading import is_pretraining_checkpoint, load_config, load_encoder, load_feature_extractor
+from asit_hf.loading import is_pretraining_checkpoint, load_config, load_encoder, load_feature_extractor, load_trained
 from asit_hf.utils.arguments import (
+    OptionError,
     checkpoint_to_resume,
     finished_run,
     parse_arguments,
@@ -81,15 +89,23 @@ class ModelArguments:
 
 @dataclass(kw_only=True)
 class DataArguments(DatasetArguments):
-    train_data: str = HfArg(help="Folder of class folders, csv or json manifest, Hub data set, or root of a corpus.")
+    train_data: str | None = HfArg(
+        default=None,
+        help="Folder of class folders, csv or json manifest, Hub data set, or root of a corpus. Needed to train.",
+    )
     eval_data: str | None = HfArg(default=None, help="Evaluation data (default: rows of --train_data).")
-    train_split: str | None = HfArg(default=None, help="Split of the training data.")
+    train_split: str | None = HfArg(
+        default=None, help="Split of the training data. Without any split named, those that local data have are used."
+    )
     validation_split: str | None = HfArg(default=None, help="Split of --train_data to select the best checkpoint.")
     eval_split: str | None = HfArg(default=None, help="Split of the evaluation data.")
     train_filter: list[str] = HfArg(default_factory=list, help="COLUMN=VALUE[,VALUE...]: training rows to keep.")
     eval_filter: list[str] = HfArg(default_factory=list, help="COLUMN=VALUE[,VALUE...]: evaluation rows to keep.")
     validation_fraction: float = HfArg(default=0.0, help="Share of --train_data held out as validation data.")
-    group_column: str | None = HfArg(default=None, help="Column whose groups are not split (default: speaker, ...).")
+    group_column: str | None = HfArg(
+        default=None,
+        help='Column whose groups are not split, "" for none. Default: speaker, source, fold, ... if one fits.',
+    )
     folds: str | None = HfArg(default=None, help="Cross-validation folds: 1,2,3,4 evaluates on each in turn.")
     fold_column: str = HfArg(default="fold", help="Column of the folds.")
     problem_type: str | None = HfArg(
@@ -99,8 +115,9 @@ class DataArguments(DatasetArguments):
     check_train_files: bool = HfArg(default=True, help="Check at the start that all training files can be opened.")
 
     def __post_init__(self):
-        if self.corpus is not None:
-            self._use_corpus()
+        if self.corpus is not None and self.corpus not in CORPORA:
+            raise ValueError(f"corpus must be one of {', '.join(CORPORA)}, got {self.corpus!r}")
+        self._use_splits()
         if self.folds is not None:
             self._check_folds()
         else:
@@ -124,15 +141,18 @@ class DataArguments(DatasetArguments):
     def fold_names(self) -> list[str]:
         return [fold.strip() for fold in self.folds.split(",")]
 
-    def _use_corpus(self) -> None:
-        if self.corpus not in CORPORA:
-            raise ValueError(f"corpus must be one of {', '.join(CORPORA)}, got {self.corpus!r}")
-        splits = CORPORA[self.corpus].splits
-        if splits:
-            self.train_split = self.train_split or "train"
-            self.eval_split = self.eval_split or "test"
-            if "validation" in splits and not self.validation_fraction:
-                self.validation_split = self.validation_split or "validation"
+    def _use_splits(self) -> None:
+        """Sets the splits that are not named: always those of a corpus, those of other data if none is named."""
+        named = self.train_split or self.validation_split or self.eval_split or self.folds
+        filtered = any(one.partition("=")[0].strip() in SPLIT_COLUMNS for one in self.train_filter)
+        if self.corpus is None and (named or filtered or (self.eval_filter and not self.eval_data)):
+            return
+        splits = self.default_splits(self.train_data)
+        self.train_split = self.train_split or splits.get("train")
+        if self.eval_data is None or self.corpus is not None:
+            self.eval_split = self.eval_split or splits.get("test")
+        if not self.validation_fraction:
+            self.validation_split = self.validation_split or splits.get("validation")
 
     def _check_folds(self) -> None:
         if self.eval_data or self.eval_split or self.eval_filter or self.validation_split:
@@ -158,17 +178,29 @@ def load_data(args: DataArguments, seed: int, selects: bool = True) -> tuple[Dat
     (training, validation, evaluation) data; the last two are the same unless both were requested. `selects`: whether
     the validation data select a checkpoint.
     """
-    train = args.load(args.train_data, args.train_filter, split=args.train_split, check_files=args.check_train_files)
-    names = None if problem_type_of(train) == "regression" else label_names(train)
+    options = {"check_files": args.check_train_files, "problem_type": args.problem_type}
+    train = args.load(args.train_data, args.train_filter, split=args.train_split, **options)
+    check_classes(train, args.train_data)
+    form = problem_type_of(train)
+    like = {
+        "names": None if form == "regression" else label_names(train),
+        # single labels may be trained like lists and evaluated on them
+        "problem_type": form if args.problem_type in (None, form) else None,
+    }
     validation = evaluation = None
     if args.eval_data is not None:
-        evaluation = args.load(args.eval_data, args.eval_filter, names=names, split=args.eval_split)
+        evaluation = args.load(args.eval_data, args.eval_filter, split=args.eval_split, **like)
     if args.validation_split:
-        validation = args.load(args.train_data, args.train_filter, names=names, split=args.validation_split)
+        validation = args.load(args.train_data, args.train_filter, split=args.validation_split, **like)
     elif args.validation_fraction:
         train, validation = split_dataset(train, args.validation_fraction, seed, args.group_column)
     elif selects:
         logger.warning("the evaluation data also select the best checkpoint, which makes its score optimistic")
+    if args.train_split:
+        uses = ("train", train, args.train_split), ("select", validation, args.validation_split)
+        uses = *uses, ("evaluate", evaluation, args.eval_split)
+        used = [f"{what}: {len(rows)} clips of {name}" for what, rows, name in uses if rows is not None and name]
+        logger.info(f"{'; '.join(used)} (--train_split, --validation_split, --eval_split)")
     return train, validation or evaluation, evaluation or validation
 
 
@@ -220,6 +252,8 @@ def finetune(
 ) -> tuple[dict[str, float], list[dict]]:
     """The metrics on the evaluation data and the log history. `arguments` is the command line, for the model card."""
     start_run(args)
+    if data_args.train_data is None:
+        raise OptionError("expected --train_data, the training data, got none")
     if model_args.freeze_encoder:
         refuse_without_effect(args, ["layer_decay"], "with freeze_encoder")
     train, validation, evaluation = load_data(data_args, args.seed, args.load_best_model_at_end)
@@ -227,7 +261,8 @@ def finetune(
     names = None if problem_type == "regression" else label_names(train)
     if problem_type == "regression" and (data_args.balanced_sampling or args.label_smoothing):
         raise ValueError("balanced_sampling and label_smoothing need classes, but the labels are numbers")
-    args.choose_metric(problem_type_of(train))
+    compute_metrics = compute_metrics_for(problem_type, names or ["value"])
+    args.choose_metric(problem_type_of(train), compute_metrics, len(names or ["value"]))
     predictions = Path(args.output_dir, "predictions.csv")  # is written last
     if predictions.is_file() and (finished := finished_run(args, len(train))):
         logger.warning(f"nothing to do: {args.output_dir} holds a finished run of {finished.global_step} steps")
@@ -253,7 +288,7 @@ def finetune(
             problem_type,
             partial(augmentation.spectrogram, patch_size=model.config.patch_size),
         ),
-        compute_metrics=compute_metrics_for(problem_type, names or ["value"]),
+        compute_metrics=compute_metrics,
         processing_class=feature_extractor,
     )
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
@@ -265,12 +300,7 @@ def finetune(
     trainer.save_model()
     trainer.save_state()
 
-    output = trainer.predict(LabelledClips(evaluation, **held_out), metric_key_prefix="eval")
-    if problem_type == "single_label_classification":
-        calibration = calibration_metrics(output.predictions, output.label_ids)
-        output.metrics.update({f"eval_{metric}": value for metric, value in calibration.items()})
-    trainer.log_metrics("eval", output.metrics)
-    trainer.save_metrics("eval", output.metrics, combined=False)
+    output = score(trainer, LabelledClips(evaluation, **held_out), problem_type)
     if trainer.is_world_process_zero() and model.config.model_type == "asit":
         split = ", ".join(data_args.eval_filter) or data_args.eval_split or "evaluation"
         data = f"{Path(data_args.eval_data or data_args.train_data).name} ({split})"
@@ -286,6 +316,58 @@ def finetune(
     return output.metrics, trainer.state.log_history
 
 
+def score(trainer: FinetuningTrainer, clips: LabelledClips, problem_type: str) -> PredictionOutput:
+    """Predictions for clips and their metrics, which are logged and saved."""
+    output = trainer.predict(clips, metric_key_prefix="eval")
+    if problem_type == "single_label_classification":
+        calibration = calibration_metrics(output.predictions, output.label_ids)
+        output.metrics.update({f"eval_{metric}": value for metric, value in calibration.items()})
+    trainer.log_metrics("eval", output.metrics)
+    trainer.save_metrics("eval", output.metrics, combined=False)
+    return output
+
+
+def evaluate(
+    model_args: ModelArguments, data_args: DataArguments, inputs: InputArguments, args: FinetuningArguments
+) -> dict[str, float]:
+    """The metrics of a trained classifier, with its own classes, on the evaluation data."""
+    start_run(args)
+    if data_args.eval_data is None:
+        raise OptionError("expected --eval_data, the data to evaluate on, with do_train False")
+    refuse_without_effect(model_args, ["random_init", "pooling_mode", "freeze_encoder"], "with do_train False")
+    refuse_without_effect(data_args, ["folds", "validation_fraction"], "with do_train False")
+    model, feature_extractor = load_trained(
+        model_args.model_name_or_path,
+        ASiTForAudioClassification,
+        attn_implementation=model_args.attn_implementation,
+    )
+    for name in ("mean", "std"):
+        if (value := getattr(inputs, name)) is not None:
+            setattr(feature_extractor, name, value)
+    problem_type, names = model.config.problem_type, None
+    if problem_type != "regression":
+        names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    data = data_args.load(data_args.eval_data, data_args.eval_filter, names=names, split=data_args.eval_split)
+    problem_type = check_problem_type(problem_type, data)
+    if (problem_type == "regression") != (names is None):
+        raise ValueError(f"expected labels of the classes {', '.join(names)}, got numbers in {data_args.eval_data}")
+    logger.info(f"{len(data)} evaluation clips, {problem_type}")
+    args.eval_strategy = args.save_strategy = "no"  # of training
+    trainer = FinetuningTrainer(
+        model=model,
+        args=args,
+        data_collator=ClassificationCollator(feature_extractor, model.config.num_labels, problem_type),
+        compute_metrics=compute_metrics_for(problem_type, names or ["value"]),
+        processing_class=feature_extractor,
+    )
+    output = score(
+        trainer, LabelledClips(data, feature_extractor.sampling_rate, inputs.max_eval_seconds), problem_type
+    )
+    if trainer.is_world_process_zero():
+        write_reports(Path(args.output_dir), data, output, problem_type, names)
+    return output.metrics
+
+
 def cross_validate(
     arguments: list[str], data_args: DataArguments, args: FinetuningArguments, build: Callable
 ) -> dict[str, float]:
@@ -297,8 +379,7 @@ def cross_validate(
         data_args.train_data, data_args.train_filter, split=data_args.train_split, check_files=False
     )
     for fold in folds:  # before the first fold is trained
-        if len(filter_rows(dataset, [f"{data_args.fold_column}={fold}"])) == 0:
-            raise ValueError(f"no row of {data_args.train_data} has {data_args.fold_column} {fold!r}")
+        filter_rows(dataset, [f"{data_args.fold_column}={fold}"], data_args.train_data)
     results, histories = {}, []
     for fold in folds:
         parsed = parse_arguments(GROUPS, [*arguments, "--output_dir", os.path.join(args.output_dir, f"fold-{fold}")])
@@ -319,6 +400,8 @@ def main(arguments: list[str] | None = None, build: Callable = build_model) -> d
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parsed = parse_arguments(GROUPS, arguments)
     data_args, args = parsed[1], parsed[-1]
+    if not args.do_train:
+        return evaluate(parsed[0], data_args, parsed[2], args)
     if data_args.folds is not None:
         return cross_validate(arguments, data_args, args, build)
     return finetune(*parsed, arguments, build=build)[0]

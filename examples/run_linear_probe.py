@@ -10,7 +10,7 @@ attention pooling over time (`attentive`, the slowest).
 
 import argparse
 import json
-import sys
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,15 +22,19 @@ from transformers import HfArgumentParser
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTModel
 from asit_hf.configuration_asit import SIZES
-from asit_hf.data.audio import AudioReadError, source_name
+from asit_hf.data.audio import source_name
 from asit_hf.data.clips import LabelledClips
-from asit_hf.data.labelled import DatasetArguments, problem_type_of
+from asit_hf.data.labelled import DatasetArguments, check_classes, problem_type_of
 from asit_hf.data.labels import label_names
 from asit_hf.data.splits import find_group_column
 from asit_hf.evaluation.attentive_probe import attentive_probe
-from asit_hf.evaluation.embeddings import POOLINGS, embed, embed_tokens
-from asit_hf.evaluation.probes import PROBES
+from asit_hf.evaluation.embeddings import POOLINGS, embed, embed_tokens, window_time_patches
+from asit_hf.evaluation.probes import PROBES, check_folds
 from asit_hf.loading import ENCODERS, load_config, load_encoder, load_feature_extractor
+from asit_hf.utils.arguments import run_script
+from asit_hf.utils.files import check_writable
+
+logger = logging.getLogger(__name__)
 
 ATTENTIVE = "attentive"  # takes tokens, the others pooled embeddings
 ALL_PROBES = (*PROBES, ATTENTIVE)
@@ -58,7 +62,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder of class folders, csv or json manifest, or Hub data set; with --corpus, its root folder",
     )
     parser.add_argument("--test", help="test data in the same form (default: --train)")
-    parser.add_argument("--train_split", help="split of --train to fit on")
+    parser.add_argument(
+        "--train_split",
+        help="split of --train to fit on; without any test data named, the splits that it has are used",
+    )
     parser.add_argument("--test_split", help="split of --test to test on")
     parser.add_argument(
         "--train_filter", nargs="+", metavar="COLUMN=V1,V2", help="keep training rows with these values"
@@ -66,7 +73,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--test_filter", nargs="+", metavar="COLUMN=V1,V2", help="keep test rows with these values")
     parser.add_argument(
         "--group_column",
-        help="column of groups that cross-validation does not split (default: speaker, source or fold, if present)",
+        help='column of groups that cross-validation does not split, "" for none (default: speaker, source, fold, ... '
+        "if its groups can be divided with nearly all classes on both sides)",
     )
     parser.add_argument("--max_seconds", type=float, help="use only the beginning of longer clips")
     parser.add_argument("--pooling", choices=POOLINGS, help="pooling of the tokens (default: cls)")
@@ -99,6 +107,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.model_name_or_path and not args.random_init:
         parser.error("expected --model_name_or_path or --random_init")
     if args.test is None and args.test_split is None and args.test_filter is None:
+        use_splits(args)
+    if args.test is None and args.test_split is None and args.test_filter is None:
         parser.error("expected --test, --test_split or --test_filter: the test clips must not be the training clips")
     if args.size and args.model_name_or_path:
         parser.error("--size has no effect with --model_name_or_path, whose architecture is used")
@@ -110,9 +120,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--group_column has no effect on the knn probe, which is not cross-validated")
     if args.pooling and set(args.probes) == {ATTENTIVE}:
         parser.error("--pooling has no effect on the attentive probe, which learns its own")
+    for name in ("k", "num_layers", "batch_size", "max_seconds", "window_seconds"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            parser.error(f"--{name} must be above 0, got {value}")
     args.pooling = args.pooling or "cls"
     args.encoder, args.size, args.k = args.encoder or "teacher", args.size or "tiny", 20 if args.k is None else args.k
     return args
+
+
+def use_splits(args: argparse.Namespace) -> None:
+    """Fits on the training split of local data or a corpus, and tests on its test split, or else on its validation."""
+    splits = DatasetArguments.of(args).default_splits(args.train)
+    test = splits.get("test") or splits.get("validation")
+    if args.train_split or not test:
+        return
+    args.train_split, args.test_split = splits["train"], test
+    logger.warning(f"fits on the split {args.train_split} of {args.train} and tests on {test} (--test_split)")
+
+
+def check_options(args: argparse.Namespace, train: Dataset, groups: Sequence | None) -> None:
+    """Raises `ValueError` or `OSError` for what would fail after the clips are embedded."""
+    path = args.model_name_or_path
+    config = load_config(path) if path else ASiTConfig.from_size(args.size)
+    if args.num_layers is not None and args.num_layers > config.num_hidden_layers:
+        raise ValueError(f"expected --num_layers from 1 to {config.num_hidden_layers}, got {args.num_layers}")
+    if args.window_seconds is not None:
+        feature_extractor = load_feature_extractor(path) if path else ASiTFeatureExtractor()
+        window_time_patches(args.window_seconds, feature_extractor.sampling_rate, config.patch_size)
+    if "knn" in args.probes and args.k > len(train):
+        raise ValueError(f"expected --k from 1 to {len(train)}, the number of training clips, got {args.k}")
+    if set(args.probes) != {"knn"}:
+        check_folds(targets(train), groups)
+    torch.empty(0, device=args.device)
+    if args.output:
+        check_writable(Path(args.output))
 
 
 def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = None) -> dict:
@@ -126,11 +167,12 @@ def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = 
     train = reading.load(args.train, args.train_filter or (), split=args.train_split)
     if problem_type_of(train) == "regression":
         raise ValueError("expected classes to probe, got floating-point labels")
-    test = reading.load(
-        args.test or args.train, args.test_filter or (), names=label_names(train), split=args.test_split
-    )
+    check_classes(train, args.train)
+    like = {"names": label_names(train), "problem_type": problem_type_of(train)}
+    test = reading.load(args.test or args.train, args.test_filter or (), split=args.test_split, **like)
     group_column = find_group_column(train) if args.group_column is None else args.group_column
     groups = train[group_column][:] if group_column else None
+    check_options(args, train, groups)
     train_y, test_y = targets(train), targets(test)
 
     pooled = set(args.probes) != {ATTENTIVE}
@@ -173,7 +215,6 @@ def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = 
     }
     print_table(results)
     if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
     return results
 
@@ -254,7 +295,6 @@ def print_table(results: dict) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except AudioReadError as error:
-        sys.exit(f"error: {error}; repair this file or remove it from the data")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("asit_hf").setLevel(logging.INFO)
+    run_script(main)

@@ -31,7 +31,7 @@ from asit_hf.data import (
     label_names,
     load_unlabelled,
 )
-from asit_hf.data.labelled import load_labelled
+from asit_hf.data.labelled import check_classes, load_labelled
 from asit_hf.data.parcels import is_parcels
 from asit_hf.hub.cards import CardArguments, describe_run
 from asit_hf.loading import (
@@ -253,6 +253,7 @@ def build_feature_extractor(model: ModelArguments, data: DataArguments, num_mel_
 
 def build_knn_probe(data: DataArguments, trainer: ASiTPreTrainer) -> KnnProbeCallback:
     train = load_labelled(data.knn_train)
+    check_classes(train, data.knn_train)
     test = load_labelled(data.knn_test, names=label_names(train))
     rate = trainer.processing_class.sampling_rate
     return KnnProbeCallback(trainer, LabelledClips(train, rate), LabelledClips(test, rate), data.knn_steps)

@@ -6,17 +6,19 @@ import stat
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from math import gcd
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
+from ..fbank_asit import whole_rate
 from ..utils.extras import extra
 from ..utils.names import local_path, path_text
 from .decoder import AudioInfo, AudioReadError, DecodedSamples, Decoder, UnknownFormatError
 from .pyav import PyAVDecoder, find_format
 from .sndfile import open_sndfile
 
+# A lower rate is a damaged header, of which resampling would make many times the file's size.
+_MIN_RATE = 1000
 # samples of context on each side of a window for the resampling filter, at the lower of the two rates
 _RESAMPLING_CONTEXT = 256
 HEADERLESS_EXTENSIONS = (".raw", ".pcm", ".g722")  # of files that hold samples and no header
@@ -47,9 +49,10 @@ class AudioReader(AbstractContextManager):
         else:
             with _named_errors(self.name):
                 self._decoder = decoded(source, self.name)
-        if self.info.num_samples == 0:
+        if self.info.num_samples == 0 or self.info.sampling_rate < _MIN_RATE:
             self.close()
-            raise AudioReadError(self.name, "no samples")
+            too_low = f"expected a sampling rate of at least {_MIN_RATE} Hz, got {self.info.sampling_rate} Hz"
+            raise AudioReadError(self.name, "no samples" if self.info.num_samples == 0 else too_low)
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -64,6 +67,7 @@ class AudioReader(AbstractContextManager):
 
     def num_samples(self, sampling_rate: int) -> int:
         """Samples of the whole source at `sampling_rate`; of an mp3, an estimate until a `read` finds fewer."""
+        sampling_rate = whole_rate(sampling_rate)
         return (2 * self.info.num_samples * sampling_rate + self.info.sampling_rate) // (2 * self.info.sampling_rate)
 
     def read(self, sampling_rate: int, start: int = 0, length: int | None = None) -> np.ndarray:
@@ -74,7 +78,7 @@ class AudioReader(AbstractContextManager):
         Raises:
             AudioReadError: no samples at `start`, a damaged file, or samples that are not finite.
         """
-        rate = self.info.sampling_rate
+        rate, sampling_rate = self.info.sampling_rate, whole_rate(sampling_rate)
         total = self.num_samples(sampling_rate)
         stop = total if length is None else min(start + length, total)
         if start >= stop:
@@ -122,7 +126,7 @@ def read_audio(source: Any, sampling_rate: int, offset: float = 0.0, duration: f
         AudioReadError: unreadable audio, or an offset at or past its end.
         ValueError: a negative offset, or a duration that is not positive.
     """
-    sampling_rate = _positive_rate(sampling_rate)
+    sampling_rate = whole_rate(sampling_rate)
     if offset < 0 or (duration is not None and duration <= 0):
         raise ValueError(f"expected offset >= 0 and duration > 0 seconds, got {offset} and {duration}")
     start = round(offset * sampling_rate)
@@ -163,7 +167,7 @@ def to_mono_float(array: Any) -> np.ndarray:
 
 def resample(waveform: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     """Resample `(samples,)` from one rate in Hz to another: `round(samples * to_rate / from_rate)` samples."""
-    from_rate, to_rate = _positive_rate(from_rate), _positive_rate(to_rate)
+    from_rate, to_rate = whole_rate(from_rate), whole_rate(to_rate)
     if from_rate == to_rate:
         return waveform
     with extra():
@@ -206,7 +210,7 @@ def _decode_array(source: dict, name: str) -> Decoder:
     array = source["array"] if "array" in source else source["raw"]
     samples = to_mono_float(array)
     num_channels = int(np.prod(np.shape(array))) // samples.size
-    return DecodedSamples(samples, AudioInfo(_positive_rate(source["sampling_rate"]), samples.size, num_channels))
+    return DecodedSamples(samples, AudioInfo(whole_rate(source["sampling_rate"]), samples.size, num_channels))
 
 
 def _open_file(source: Any, name: str) -> Decoder:
@@ -280,12 +284,6 @@ def _fetch(url: str) -> bytes:
         raise
     except Exception as error:  # each protocol has its own errors
         raise AudioReadError(url, f"{type(error).__name__}: {error}") from error
-
-
-def _positive_rate(rate: Any) -> int:
-    if not isinstance(rate, Real) or rate <= 0 or rate % 1:
-        raise ValueError(f"expected a sampling rate in whole Hz above 0, got {rate!r}")
-    return int(rate)
 
 
 def _checked(waveform: np.ndarray, name: str) -> np.ndarray:

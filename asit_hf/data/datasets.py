@@ -1,20 +1,34 @@
 """Loading audio as Hugging Face `datasets`: folders, manifests, shards, saved and Hub data sets, streams."""
 
+import csv
 import json
 import logging
 import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.extras import extra
 from ..utils.names import path_text
+from .clips import undecoded
+from .files import resolve_paths, walk
 from .formats import AUDIO_EXTENSIONS, LeftOut, why_left_out
-from .labels import encode_labels
-from .manifests import AUDIO_COLUMNS, LABEL_COLUMNS, MANIFEST_EXTENSIONS, find_column, load_manifest
+from .labels import class_names, compose, divide_labels, encode_labels, shortened
+from .manifests import (
+    AUDIO_COLUMNS,
+    INTEGER,
+    LABEL_COLUMNS,
+    MANIFEST_EXTENSIONS,
+    NUMBER,
+    as_text,
+    find_column,
+    load_manifest,
+    manifest_splits,
+)
+from .splits import check_class_folders, first_folders, match_split, split_kind, split_paths
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -33,31 +47,39 @@ def load_audio_dataset(
     config_name: str | None = None,
     root: str | os.PathLike | None = None,
     labels_from_folders: bool = False,
+    label_separator: str | None = None,
+    names: Sequence[str] | None = None,
 ) -> "Dataset | IterableDataset":
     """Load audio as a column `audio` (`datasets.Audio(decode=False)`), with `label` if there are labels.
 
     Args:
         data: an audio file; a folder of audio files (searched recursively, sorted, without hidden files); a csv, tsv,
-            json or jsonl manifest, or a folder with `metadata.csv` or `metadata.jsonl`; a parquet file or folder; a
-            tar file or a folder of tar files (webdataset's layout; only the audio is read, as a stream); a folder
-            written by `save_to_disk`; the name of a data set on the Hub; or a `datasets` object. Other columns stay.
+            json or jsonl manifest, or a folder with one called `metadata` (csv, jsonl, parquet, ...); a parquet file
+            or folder; a tar file or a folder of tar files (webdataset's layout; only the audio is read, as a stream);
+            a folder written by `save_to_disk`; the name of a data set on the Hub; or a `datasets` object. A parquet
+            file may hold paths. Other columns stay.
         split: the split of a Hub, parquet or saved data set; for a manifest, the value of its `split` column; for a
-            folder of audio, the subfolder.
+            folder of audio, the subfolder or the manifest (train.csv), see `find_splits`. Another case or the usual
+            other names (val, dev, Training) are found if only one fits. By default a folder's audio of all splits.
         audio_column, label_column: names of the columns; by default the first of the usual names. A manifest's audio
             column holds paths. An unused column called `audio` or `label` is renamed to `original_audio` or
             `original_label`.
         streaming: return an `IterableDataset`. Strings read from a stream stay strings: see `encode_labels`.
         config_name: configuration of a Hub or parquet data set.
         root: folder that a manifest's paths are relative to; by default the manifest's folder.
-        labels_from_folders: label each file of a folder with the name of the first-level subfolder it is in.
+        labels_from_folders: label each file of a folder with the name of the first-level subfolder it is in; folders
+            such as `_background_noise_` are left out.
+        label_separator: of several labels in a cell of text, or "none" to keep all cells whole. By default found from
+            the column, see [`~asit_hf.data.labels.find_lists`].
+        names: class names that are known, to find the labels in such cells; other labels are no error.
 
-    Labels become `ClassLabel`, or `List(ClassLabel)` if a row has several: a list in json, "a;b" in csv. The class
-    names are sorted. Floating-point labels stay floats, for regression.
+    Labels become `ClassLabel`, or `List(ClassLabel)` if a row has several. The class names are sorted. Floating-point
+    labels stay floats, for regression, unless all are whole.
 
     Raises:
         FileNotFoundError: no such file, folder or data set, or a folder without audio.
-        ValueError: a missing column or split, a damaged manifest, or an option that does not apply to this kind of
-            data.
+        ValueError: a missing column or split, a damaged manifest, an option that does not apply to this kind of data,
+            or, with `labels_from_folders`, first-level folders that are splits or folds.
     """
     with extra("train"):
         from datasets import Audio, Dataset, IterableDataset
@@ -68,6 +90,7 @@ def load_audio_dataset(
         dataset, name = data, "the data set"
     else:
         dataset, name = _open(data, audio_column, label_column, streaming, options), os.fspath(data)
+    dataset = undecoded(dataset)
     columns = dataset.column_names or list(next(iter(dataset)))
     audio_column = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", name)
     label_column = find_column(columns, label_column, LABEL_COLUMNS, "label", name)
@@ -77,7 +100,7 @@ def load_audio_dataset(
         dataset = dataset.cast_column("audio", Audio(decode=False))
     if isinstance(dataset, Dataset):
         if label_column is not None:
-            dataset = encode_labels(dataset)
+            dataset = encode_labels(divide_labels(dataset, names, label_separator, name))
         if streaming:
             dataset = dataset.to_iterable_dataset(num_shards=max(1, min(64, len(dataset))))
     return dataset
@@ -107,18 +130,70 @@ def load_unlabelled(specs: "list[str | dict] | str | dict", **defaults: Any) -> 
     return concatenate_datasets(loaded)
 
 
-def filter_rows(dataset: Any, filters: Sequence[str]) -> Any:
-    """The rows that match all filters, each `COLUMN=VALUE[,VALUE...]`; labels are compared by class name."""
+def filter_rows(dataset: Any, filters: Sequence[str], source: Any = "the data set") -> Any:
+    """The rows that match all filters, each `COLUMN=VALUE[,VALUE...]`.
+
+    Labels are compared by class name and numbers by value; one item of a list has to match. A value with a comma may
+    be quoted, as in csv, but need not be if the column has it. `source` is for messages.
+
+    Raises:
+        ValueError: another form, no such column, or no matching row. A value that no row has is only reported if
+            others match. Streams are not checked.
+    """
+    kept = None
     for condition in filters:
-        column, separator, values = condition.partition("=")
-        if not separator or not values:
+        column, _, text = (part.strip() for part in condition.partition("="))
+        if not text:
             raise ValueError(f"expected a filter COLUMN=VALUE[,VALUE...], got {condition!r}")
         if column not in dataset.column_names:
             raise ValueError(f"expected a filter by one of the columns {dataset.column_names}, got {condition!r}")
-        names = getattr(dataset.features[column], "names", None)
-        wanted = set(values.split(","))
-        dataset = dataset.filter(_matches, input_columns=column, fn_kwargs={"wanted": wanted, "names": names})
-    return dataset
+        names = class_names(dataset.features[column])
+        if not hasattr(dataset, "select"):
+            wanted = {_plain(text), *_wanted(text, ())}
+            dataset = dataset.filter(_matches, input_columns=column, fn_kwargs={"wanted": wanted, "names": names})
+            continue
+        cells = [_values(cell, names) for cell in dataset[column][:]]
+        found = set().union(*cells)
+        wanted = _wanted(text, found)
+        absent = [value for value in wanted if value not in found]
+        if absent:
+            what = f"no row of {source} has the {column} {' or '.join(absent)} of the filter {condition}"
+            message = f"{what}: expected values among {shortened(sorted(found))}"
+            if len(absent) == len(wanted):
+                raise ValueError(message)
+            logger.warning_once(message)
+        rows = {row for row, values in enumerate(cells) if not values.isdisjoint(wanted)}
+        kept = rows if kept is None else kept & rows
+    if kept is None:
+        return dataset
+    if not kept:
+        raise ValueError(f"no row of {source} matches all of the filters {' and '.join(filters)}")
+    return dataset.select(sorted(kept))
+
+
+def find_splits(data: str | os.PathLike) -> dict[str, Path | None]:
+    """The splits of local data by name; none for a Hub data set, other files, and data without splits.
+
+    Splits are first-level folders, if all of them have names of splits (train, val, Test, eval, ...); or manifests
+    with such names in the folder (train.csv, test.csv), one of them for training; each with its path. Or they are the
+    splits of a folder written by `save_to_disk`, of parquet files, or of a manifest's column `split`; each with None.
+    """
+    path = Path(data).expanduser()
+    manifest = _metadata_file(path) or path
+    if manifest.is_file() and manifest.suffix.lower() in (*MANIFEST_EXTENSIONS, ".txt"):
+        names = manifest_splits(manifest)
+        if all(map(split_kind, names)) and "train" in map(split_kind, names):
+            return dict.fromkeys(names)
+    if (path / "dataset_dict.json").exists():
+        return dict.fromkeys(json.loads((path / "dataset_dict.json").read_text())["splits"])
+    if path.is_dir() and not (path / "state.json").exists():
+        if _find_shards(path, ".parquet"):
+            from datasets import load_dataset
+
+            shards = load_dataset(str(path), streaming=True)
+            return dict.fromkeys(shards) if len(shards) > 1 else {}
+        return _split_paths(path)
+    return {}
 
 
 def find_audio_files(folder: str | os.PathLike) -> list[Path]:
@@ -130,7 +205,7 @@ def find_audio_files(folder: str | os.PathLike) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
-    files = _walk(folder)
+    files = walk(folder)
     audio = [file for file in files if file.suffix.lower() in AUDIO_EXTENSIONS]
     left_out = LeftOut(folder)
     for file in files:
@@ -151,19 +226,30 @@ def _open(
 
     path, split = Path(data).expanduser(), options["split"]
     if path.is_dir():
-        manifests = [file for file in (path / "metadata.csv", path / "metadata.jsonl") if file.exists()]
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             _check_options("a saved data set", options, "split")
             return _load_saved(path, split)
-        if manifests and not options["labels_from_folders"]:
-            path = manifests[0]
+        part = None if split is None else _part(path, split)
+        manifest = None if options["labels_from_folders"] else _metadata_file(path)
+        if manifest and part and part.is_dir() and not _has_split(manifest, split):
+            dataset = _open(manifest, audio_column, label_column, False, {**options, "split": None})
+            column = find_column(dataset.column_names, audio_column, AUDIO_COLUMNS, "audio", str(manifest))
+            inside = [Path(file).is_relative_to(part) for file in dataset[column][:]]
+            return dataset.select([row for row, is_inside in enumerate(inside) if is_inside])
+        if manifest:
+            path = manifest
+        elif part:
+            return _open_part(path, part, audio_column, label_column, streaming, options)
         elif tars := _find_shards(path, ".tar"):
             return _load_tars(tars, streaming, options)
         elif not _find_shards(path, ".parquet"):
-            _check_options("a folder of audio", options, "split", "labels_from_folders")
-            return _load_folder(path, split, options["labels_from_folders"])
+            if split is not None:
+                found = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+                raise ValueError(f"no split {split!r} in {path}: expected one of its subfolders {found}")
+            _check_options("a folder of audio", options, "labels_from_folders")
+            return _load_folder(path, options["labels_from_folders"])
     extension = path.suffix.lower()
-    if path.is_file() and extension in MANIFEST_EXTENSIONS:
+    if path.is_file() and extension in (*MANIFEST_EXTENSIONS, ".txt"):
         _check_options("a manifest", options, "split", "root")
         return load_manifest(path, split, audio_column, label_column, Path(options["root"] or path.parent))
     if path.is_file() and extension in AUDIO_EXTENSIONS:
@@ -172,17 +258,72 @@ def _open(
     if path.is_file() and extension == ".tar":
         return _load_tars([path], streaming, options)
     if path.is_file() and extension != ".parquet":
-        expected = " ".join((*AUDIO_EXTENSIONS, *MANIFEST_EXTENSIONS, ".parquet", ".tar"))
+        expected = " ".join((*AUDIO_EXTENSIONS, *MANIFEST_EXTENSIONS, ".txt", ".parquet", ".tar"))
         reason = why_left_out(extension, lambda: path)
         raise ValueError(f"expected a file with one of the extensions {expected}; got {path}: {reason or 'no audio'}")
-    _check_options("a parquet or Hub data set", options, "split", "config_name")
+    local = ("root",) if path.exists() else ()
+    _check_options("a parquet or Hub data set", options, "split", "config_name", *local)
     if not path.exists() and not _HUB_NAME.fullmatch(os.fspath(data)):
         raise FileNotFoundError(f"no such file or folder: {path}")
-    return _load_hub(os.fspath(data), path, options["config_name"], split, streaming)
+    dataset = _load_hub(os.fspath(data), path, options["config_name"], split, streaming)
+    if not path.exists():
+        return dataset
+    return _resolve_paths(
+        dataset, audio_column, Path(options["root"] or (path if path.is_dir() else path.parent)), path
+    )
+
+
+def _metadata_file(folder: Path) -> Path | None:
+    """The manifest called `metadata` that describes the files of a folder."""
+    files = (folder / f"metadata{extension}" for extension in (*MANIFEST_EXTENSIONS, ".parquet"))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _has_split(manifest: Path, split: str) -> bool:
+    return manifest.suffix.lower() != ".parquet" and match_split(split, manifest_splits(manifest)) is not None
+
+
+def _split_paths(folder: Path) -> dict[str, Path]:
+    audio = [file for file in walk(folder) if file.suffix.lower() in (*AUDIO_EXTENSIONS, ".parquet", ".tar")]
+    tables = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in (*MANIFEST_EXTENSIONS, ".parquet")]
+    return split_paths(folder, audio, tables)
+
+
+def _part(folder: Path, split: str) -> Path | None:
+    """The subfolder or manifest of a split, if there is one."""
+    parts = _split_paths(folder)
+    name = match_split(split, parts)
+    if name is None:
+        return folder / split if (folder / split).is_dir() else None
+    if name != split:
+        logger.info("split %s of %s: %s", split, folder, parts[name])
+    return parts[name]
+
+
+def _open_part(folder: Path, part: Path, *args: Any) -> "Dataset | IterableDataset":
+    """One split of a folder, as if it were all. A manifest may name files relative to the folder of its split."""
+    *columns, options = args
+    options = {**options, "split": None}
+    if part.is_dir():
+        return _open(part, *columns, options)
+    options["labels_from_folders"] = False
+    kind = split_kind(part.stem)
+    folders = [one for one in sorted(folder.iterdir()) if one.is_dir() and split_kind(one.name) == kind]
+    if options["root"] or len(folders) != 1:
+        return _open(part, *columns, options)
+    try:
+        dataset = _open(part, *columns, options)
+        column = find_column(dataset.column_names, columns[0], AUDIO_COLUMNS, "audio", str(part))
+        if all(os.path.exists(file) for file in dataset[column][:] if "://" not in file):
+            return dataset
+    except FileNotFoundError:
+        pass
+    return _open(part, *columns, {**options, "root": folders[0]})
 
 
 def _load_hub(name: str, path: Path, config_name: str | None, split: str | None, streaming: bool) -> Any:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
         if path.is_file():
@@ -194,7 +335,24 @@ def _load_hub(name: str, path: Path, config_name: str | None, split: str | None,
             raise
         reason = f"{type(error).__name__}: {error}"
         raise FileNotFoundError(f"{name!r} is neither a local file or folder nor on the Hub ({reason})") from error
+    except (OSError, ValueError, DatasetsError) as error:  # pyarrow's are of all kinds, and name no file
+        if not path.exists():
+            raise
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"cannot read {path}, damaged or not of this format: {reason}") from error
     return _choose_split(loaded, split, name)
+
+
+def _resolve_paths(dataset: Any, audio_column: str | None, root: Path, source: Path) -> Any:
+    """Parquet data with full paths, if they hold paths instead of audio."""
+    columns = dataset.column_names or list(next(iter(dataset)))
+    column = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", str(source))
+    if getattr((dataset.features or {}).get(column), "dtype", None) not in ("string", "large_string"):
+        return dataset
+    if hasattr(dataset, "__len__"):
+        paths = resolve_paths(dataset[column][:], root, source)
+        return dataset.remove_columns(column).add_column(column, paths)
+    return dataset.map(lambda path: {column: os.path.join(root, path)}, input_columns=column)
 
 
 def _load_saved(path: Path, split: str | None) -> "Dataset":
@@ -210,44 +368,47 @@ def _load_saved(path: Path, split: str | None) -> "Dataset":
 def _choose_split(splits: dict[str, Any], split: str | None, name: str) -> Any:
     if split is None and len(splits) == 1:
         return next(iter(splits.values()))
-    if split not in splits:
+    found = None if split is None else match_split(split, splits)
+    if found is None:
         raise ValueError(f"expected one of the splits of {name}, {', '.join(splits)}; got {split!r}")
-    return splits[split]
+    return splits[found]
 
 
-def _load_folder(folder: Path, split: str | None, labels_from_folders: bool) -> "Dataset":
+def _load_folder(folder: Path, labels_from_folders: bool) -> "Dataset":
     from datasets import Dataset
 
-    if split is not None:
-        if not (folder / split).is_dir():
-            found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-            raise ValueError(f"no split {split!r} in {folder}: expected one of its subfolders {found}")
-        folder = folder / split
     files = find_audio_files(folder)
-    columns: dict[str, list] = {"audio": [path_text(file) for file in files]}
-    if labels_from_folders:
-        outside = [file for file in files if file.parent == folder]
-        if outside:
-            got = f"{len(outside)} directly in it, first {outside[0].name}"
-            raise ValueError(f"expected every file in a class folder of {folder}, got {got}")
-        columns["label"] = [path_text(file.relative_to(folder).parts[0]).removeprefix("file:") for file in files]
-    return Dataset.from_dict(columns)
-
-
-def _walk(folder: Path) -> list[Path]:
-    """All files below `folder`, sorted, without hidden ones. Links to folders are followed, each folder once."""
-    files, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
-        files += [Path(parent, name) for name in names if not name.startswith(".") and real not in seen]
-        seen.add(real)
-    return sorted(files)
+    splits = _split_paths(folder)
+    if not labels_from_folders:
+        if splits:
+            counts = ", ".join(f"{name} ({count} files)" for name, count in first_folders(folder, files).items())
+            logger.info("audio of all splits of %s: %s", folder, counts or f"{len(files)} files")
+        return Dataset.from_dict({"audio": [path_text(file) for file in files]})
+    if splits:
+        example = next((path for name, path in splits.items() if split_kind(name) == "train"), folder)
+        raise ValueError(
+            f"expected class folders or a manifest in {folder}, got the splits {', '.join(splits)}: name one of them "
+            f"(split, --train_split, ...), or pass one, such as {example}"
+        )
+    parts = [file.relative_to(folder).parts for file in files]
+    if outside := [names[0] for names in parts if len(names) == 1]:
+        got = f"{len(outside)} directly in it, first {outside[0]}"
+        raise ValueError(f"expected every file in a class folder of {folder}, got {got}")
+    kept = [row for row, names in enumerate(parts) if not names[0].startswith("_")]
+    left_out = Counter(names[0] for names in parts if names[0].startswith("_"))
+    if left_out:
+        counts = ", ".join(f"{name} ({count} files)" for name, count in left_out.items())
+        logger.warning("folders that begin with _ are no classes, left out of %s: %s", folder, counts)
+    if not kept:
+        raise ValueError(f"expected class folders in {folder}, got {', '.join(left_out)} only")
+    check_class_folders(folder, [files[row] for row in kept])
+    labels = [path_text(parts[row][0]).removeprefix("file:") for row in kept]
+    return Dataset.from_dict({"audio": [path_text(files[row]) for row in kept], "label": labels})
 
 
 def _find_shards(folder: Path, extension: str) -> list[Path]:
     """The files with `extension` below `folder`; none if there are audio files too, which take precedence."""
-    files = _walk(folder)
+    files = walk(folder)
     if any(file.suffix.lower() in AUDIO_EXTENSIONS for file in files):
         return []
     return [file for file in files if file.suffix.lower() == extension]
@@ -287,15 +448,52 @@ def _load_spec(spec: "str | dict", defaults: dict[str, Any]) -> "Dataset | Itera
     if "data" not in options:
         raise ValueError(f"expected the key 'data' in the description of a data set, got {sorted(spec)}")
     filters = options.pop("filter", None) or []
-    dataset = load_audio_dataset(**options)
-    kept = filter_rows(dataset, [filters] if isinstance(filters, str) else filters)
-    if filters and hasattr(kept, "__len__") and len(kept) == 0:
-        raise ValueError(f"no row of {spec} matches its filter {filters}")
-    return kept
+    dataset = _load_all_splits(options)
+    return filter_rows(dataset, [filters] if isinstance(filters, str) else filters, options["data"])
 
 
-def _matches(value: Any, wanted: set[str], names: list[str] | None) -> bool:
-    return str(names[value] if names is not None else value) in wanted
+def _load_all_splits(options: dict[str, Any]) -> "Dataset | IterableDataset":
+    """The data of all splits if none is named; those of a folder of audio are read in one go anyway."""
+    from datasets import concatenate_datasets
+
+    path = Path(options["data"]).expanduser()
+    found = find_splits(path) if path.is_dir() and not _metadata_file(path) and not options.get("split") else {}
+    names = [name for name, path in found.items() if path is None]
+    if not names:
+        return load_audio_dataset(**options)
+    parts = [load_audio_dataset(**{**options, "split": name}) for name in names]
+    logger.info("audio of all splits of %s: %s", options["data"], ", ".join(names))
+    return concatenate_datasets(parts)
+
+
+def _matches(cell: Any, wanted: set[str], names: list[str] | None) -> bool:
+    return not _values(cell, names).isdisjoint(wanted)
+
+
+def _values(cell: Any, names: list[str] | None) -> set[str]:
+    """What a filter can name a cell by."""
+    items = cell if isinstance(cell, list) else [cell]
+    return {_plain(item if names is None else names[item]) for item in items if item is not None}
+
+
+def _plain(value: Any) -> str:
+    """One spelling of equal values: 1 and 1.0, True and true."""
+    text = as_text(value).strip()
+    if not INTEGER.fullmatch(text) and NUMBER.fullmatch(text):
+        return as_text(float(text))
+    return text.lower() if text.lower() in ("true", "false") else text
+
+
+def _wanted(text: str, found: Collection[str]) -> list[str]:
+    """The values of a filter, given those that the column has, of which some may have commas."""
+    if _plain(text) in found:
+        return [_plain(text)]
+    parts = next(csv.reader([text], skipinitialspace=True))
+    if '"' not in text:
+        parts = [part.strip() for part in parts]
+        whole = {tuple(part.strip() for part in value.split(",")): value for value in found if "," in value}
+        parts = compose(tuple(parts), {**{(part,): part for part in parts}, **whole})
+    return [_plain(part) for part in parts if part.strip()]
 
 
 def _rename(dataset: Any, columns: list[str], column: str | None, name: str) -> Any:

@@ -1,81 +1,27 @@
-"""Strong labels: tables of events with onset and offset, clips with their events, and targets per time patch."""
+"""Clips with their events, and targets per time patch."""
 
-import csv
-import os
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..fbank_asit import window_and_hop
+from .audio import AudioReadError, audio_info
 from .clips import LabelledClips
 from .collators import readable_items
+from .datasets import find_audio_files
+from .event_tables import Event
+from .files import resolve_paths
 from .labelled import readable_rows
 
-# file, onset, offset and label: column names of DCASE first, then of AudioSet's strong labels
-_COLUMNS = (
-    ("filename", "segment_id", "file"),
-    ("onset", "start_time_seconds"),
-    ("offset", "end_time_seconds"),
-    ("event_label", "label"),
-)
+logger = logging.getLogger(__name__)
+
+ROUNDING_SECONDS = 0.01
 IGNORED = -100.0
-
-
-class Event(NamedTuple):
-    """`onset` and `offset` in seconds, and the class name."""
-
-    onset: float
-    offset: float
-    label: str
-
-
-def read_strong_labels(path: str | os.PathLike) -> dict[str, list[Event]]:
-    """Events by file, in the order of the table, sorted by onset within each file.
-
-    Args:
-        path: a tsv or csv table with a header: `filename onset offset event_label` (DCASE), or `segment_id
-            start_time_seconds end_time_seconds label` (AudioSet's strong labels); other columns are ignored. A row
-            with only a file name denotes a clip without events.
-
-    Raises:
-        ValueError: a missing column, or times that are not numbers or not in order; the message has the line.
-    """
-    events: dict[str, list[Event]] = {}
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        header = file.readline()
-        file.seek(0)
-        reader = csv.DictReader(file, delimiter="\t" if "\t" in header else ",")
-        names = [_column(reader.fieldnames or [], usual, path) for usual in _COLUMNS]
-        for row in reader:
-            name, *event = ((row[column] or "").strip() for column in names)
-            place = f"line {reader.line_num} of {path}"
-            if not name:
-                raise ValueError(f"expected a file name in {place}, got an empty field")
-            of_file = events.setdefault(name, [])
-            if any(event):
-                of_file.append(_event(*event, place))
-    if not events:
-        raise ValueError(f"no rows in {path}")
-    return {name: sorted(of_file) for name, of_file in events.items()}
-
-
-def write_strong_labels(path: str | os.PathLike, events: Mapping[str, Iterable[Event]]) -> None:
-    """Writes events as a tsv with DCASE's columns and times in milliseconds, for `read_strong_labels` to read."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow([names[0] for names in _COLUMNS])
-        for name, of_file in events.items():
-            rows = [(name, f"{event.onset:.3f}", f"{event.offset:.3f}", event.label) for event in of_file]
-            writer.writerows(rows or [(name, "", "", "")])
-
-
-def event_names(events: Mapping[str, Iterable[Event]]) -> list[str]:
-    """Sorted class names of all events."""
-    return sorted({event.label for of_file in events.values() for event in of_file})
 
 
 def time_patch_edges(
@@ -133,8 +79,7 @@ class StronglyLabelledClips(LabelledClips):
 
     Args:
         events: by file, as returned by `read_strong_labels`.
-        root: folder that the file names are relative to. Tables of segment ids name no extensions: if a file does not
-            exist, `.wav`, `.flac`, `.ogg` and `.mp3` are tried.
+        root: folder of the files, which are found as by [`~asit_hf.data.files.resolve_paths`].
         sampling_rate, options: as in `LabelledClips`; events are cut to the crop.
 
     Items: those of `LabelledClips`, with `events` in seconds from the waveform's first sample and its `duration` in
@@ -145,12 +90,18 @@ class StronglyLabelledClips(LabelledClips):
     """
 
     def __init__(self, events: Mapping[str, Sequence[Event]], root: str | Path, sampling_rate: int, **options: Any):
-        files = [_find_file(Path(root), name) for name in events]
-        if not any(file.exists() for file in files):
-            raise FileNotFoundError(f"none of the {len(files)} files is in {root}, for instance {files[0]}")
-        super().__init__(files, sampling_rate, **options)
-        self.names = list(events)
-        self.events = [list(of_file) for of_file in events.values()]
+        self.root = Path(root)
+        try:
+            files = resolve_paths(list(events), root, "the events")
+        except FileNotFoundError as error:
+            hint = "a table without a column of files belongs to the audio file of the same name"
+            raise FileNotFoundError(f"{error} ({hint})") from None
+        clips: dict[Path, tuple[str, list[Event]]] = {}  # tables may name a file in several ways
+        for (name, of_file), file in zip(events.items(), files):
+            clips.setdefault(Path(file), (name, []))[1].extend(of_file)
+        super().__init__(list(clips), sampling_rate, **options)
+        self.names = [name for name, _ in clips.values()]
+        self.events = [sorted(of_file) for _, of_file in clips.values()]
 
     @property
     def files(self) -> list[Path]:
@@ -164,11 +115,58 @@ class StronglyLabelledClips(LabelledClips):
         return item
 
     def drop_unreadable(self) -> None:
-        """Removes the clips that cannot be opened and reports each of them."""
-        kept = readable_rows(self.sources)
+        """Removes the clips that do not exist, with their number, and those that cannot be opened, with each name."""
+        there = [index for index, file in enumerate(self.sources) if file.exists()]
+        if missing := sorted(set(range(len(self))) - set(there)):
+            first = self.names[missing[0]]
+            logger.warning("skipped %d of %d files, not in %s, first %s", len(missing), len(self), self.root, first)
+            self._keep(there)
+        self._keep(readable_rows(self.sources))
+
+    def cut_to_durations(self) -> None:
+        """Cuts the events that end after their clip and drops those that begin after it, with a warning of each kind.
+
+        Raises:
+            ValueError: there are events, and all begin after their clips.
+        """
+        beyond, cut, total = [], [], 0
+        for index, file in enumerate(self.sources):
+            try:
+                duration = audio_info(file).duration
+            except AudioReadError:  # is reported when it is read
+                continue
+            total += len(self.events[index])
+            for event in self.events[index]:
+                if event.onset >= duration or event.offset > duration + ROUNDING_SECONDS:
+                    example = f"{self.names[index]}: {event.onset:g} to {event.offset:g} s, clip of {duration:g} s"
+                    (beyond if event.onset >= duration else cut).append(example)
+            self.events[index] = cut_events(self.events[index], 0.0, duration)
+        if beyond and len(beyond) == total:
+            raise ValueError(
+                f"all {total} events begin after the end of their clips, for instance {beyond[0]}: expected seconds "
+                "from the beginning of the clip; columns in milliseconds are called onset_ms and offset_ms"
+            )
+        if beyond:
+            logger.warning(
+                "dropped %d of %d events beyond their clips, for instance %s", len(beyond), total, beyond[0]
+            )
+        if cut:
+            logger.warning("cut %d of %d events that end after their clips, for instance %s", len(cut), total, cut[0])
+
+    def _keep(self, kept: Sequence[int]) -> None:
         self.names, self.events, self.sources = (
             [values[index] for index in kept] for values in (self.names, self.events, self.sources)
         )
+
+
+def warn_of_unlabelled_files(*sets: StronglyLabelledClips) -> None:
+    """Counts the audio files in the folders of some clips that none of the tables names."""
+    named = {file.resolve() for clips in sets for file in clips.files}
+    for root in dict.fromkeys(clips.root for clips in sets):
+        if others := [file for file in find_audio_files(root) if file.resolve() not in named]:
+            logger.warning(
+                "%d audio files of %s are in no table and are left out, first %s", len(others), root, others[0]
+            )
 
 
 def cut_events(events: Iterable[Event], start: float, duration: float) -> list[Event]:
@@ -209,30 +207,3 @@ class FrameCollator:
             edges = time_patch_edges(count, item["duration"], rate, self.patch_size)
             targets[:count] = torch.from_numpy(frame_targets(item["events"], self.names, edges))
         return batch
-
-
-def _column(columns: Sequence[str], usual: Sequence[str], path: str | os.PathLike) -> str:
-    for name in usual:
-        if name in columns:
-            return name
-    raise ValueError(f"expected a column {' or '.join(usual)} in {path}, got {', '.join(columns)}")
-
-
-def _event(onset: str, offset: str, label: str, place: str) -> Event:
-    try:
-        event = Event(float(onset), float(offset), label)
-    except ValueError:
-        raise ValueError(f"expected times in seconds, got {onset!r} and {offset!r} in {place}") from None
-    if not 0 <= event.onset < event.offset < float("inf"):
-        raise ValueError(f"expected 0 <= onset < offset, got {onset} and {offset} in {place}")
-    if not label:
-        raise ValueError(f"expected a label for the event in {place}, got an empty field")
-    return event
-
-
-def _find_file(root: Path, name: str) -> Path:
-    file = root / name
-    if file.exists():
-        return file
-    others = (root / f"{name}{extension}" for extension in (".wav", ".flac", ".ogg", ".mp3"))
-    return next((other for other in others if other.exists()), file)

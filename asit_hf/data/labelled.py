@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -11,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from .audio import AudioReadError, audio_info
+from .audio import AudioReadError, audio_info, source_name
 from .corpora.registry import CORPORA, load_corpus
-from .datasets import filter_rows, load_audio_dataset
+from .datasets import filter_rows, find_splits, load_audio_dataset
 from .labels import encode_labels, label_names
+from .manifests import NUMBER
+from .splits import default_splits
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -29,6 +33,10 @@ class DatasetArguments:
     corpus: str | None = HfArg(default=None, help=f"Published data set with splits and classes: {', '.join(CORPORA)}.")
     audio_column: str | None = HfArg(default=None, help="Column of the audio or its path. Default: audio, file, ...")
     label_column: str | None = HfArg(default=None, help="Column of the labels. Default: label, class, category, ...")
+    label_separator: str | None = HfArg(
+        default=None,
+        help="Separator of several labels in a cell, or none to keep cells whole. Default: from the column.",
+    )
     root: str | None = HfArg(default=None, help="Base folder of relative paths. Default: the manifest's folder.")
     strict: bool = HfArg(default=False, help="Stop at the first unreadable file instead of skipping it.")
 
@@ -51,13 +59,24 @@ class DatasetArguments:
         options = {one.name: getattr(self, one.name) for one in fields(DatasetArguments)}
         return load_labelled(data, filters, **options, **kwargs)
 
+    def default_splits(self, data: str | PathLike) -> dict[str, str]:
+        """The names of the splits "train", "validation" and "test" of a corpus or local data, as far as there are any.
+
+        Raises:
+            ValueError: splits of which none is for training, or several are of one kind.
+        """
+        if self.corpus is not None:
+            return {name: name for name in CORPORA[self.corpus].splits}
+        splits = find_splits(data)
+        return default_splits(splits, data) if splits else {}
+
     def load_audio(
         self, data: str | PathLike, filters: Sequence[str] = (), split: str | None = None, streaming: bool = False
     ) -> "Dataset | IterableDataset":
         """The filtered rows of a data set or corpus, with or without labels, including unreadable files."""
-        columns = {name: getattr(self, name) for name in ("audio_column", "label_column", "root")}
+        columns = {name: getattr(self, name) for name in ("audio_column", "label_column", "label_separator", "root")}
         dataset = _load(data, self.corpus, split=split, streaming=streaming, **columns)
-        return _filter(dataset, filters, self.label_column)
+        return _filter(dataset, filters, self.label_column, data)
 
 
 def load_labelled(
@@ -67,6 +86,7 @@ def load_labelled(
     strict: bool = False,
     corpus: str | None = None,
     check_files: bool = True,
+    problem_type: str | None = None,
     **kwargs: Any,
 ) -> "Dataset":
     """Audio with labels, from a corpus or anything that [`~asit_hf.data.datasets.load_audio_dataset`] reads.
@@ -76,20 +96,25 @@ def load_labelled(
     Args:
         data: folder, manifest, or Hub name; with `corpus` the root folder of that corpus.
         filters: conditions that rows must meet, see [`~asit_hf.data.datasets.filter_rows`].
-        names: class names by id, for instance a model's; any other label is an error. By default the sorted names of
-            the labels in the filtered rows.
+        names: class names by id, for instance a model's or those of the training data; any other label is an error. By
+            default the sorted names of the labels in the filtered rows.
         strict: raise for a file that cannot be opened instead of reporting and skipping it.
         corpus: one of [`~asit_hf.data.corpora.registry.CORPORA`].
         check_files: open every file beforehand to find the unreadable ones.
+        problem_type: "regression" takes labels as numbers, also if they are whole. With `names`, the labels have the
+            form that this type of training data has: a list per clip, or one label.
         kwargs: passed to `load_audio_dataset`; with `corpus` only `split` is accepted.
 
     Returns:
         `datasets.Dataset` with `audio` and `label`: a `ClassLabel`, a list of them, or a float.
 
     Raises:
-        ValueError: no labels, no such column, no rows after filtering, or a label outside `names`.
+        ValueError: no labels or a missing one, no such column, no rows after filtering, or a label outside `names`.
         AudioReadError: a file that cannot be opened, with `strict`.
     """
+    like_training = names is not None
+    if corpus is None:
+        kwargs["names"] = names
     dataset = _load(data, corpus, **kwargs)
     if corpus is not None:
         names = label_names(dataset) if names is None else names
@@ -97,20 +122,21 @@ def load_labelled(
         dataset = load_audio_dataset(data, labels_from_folders=True, **kwargs)
     if "label" not in dataset.column_names:
         raise ValueError(f"expected a label column in {data}, got {', '.join(dataset.column_names)}: set label_column")
-    dataset = _filter(dataset, filters, kwargs.get("label_column"))
+    dataset = _filter(dataset, filters, kwargs.get("label_column"), data)
     if len(dataset) == 0:
-        raise ValueError(f"no row of {data} matches the filters {filters}")
+        raise ValueError(f"no rows in {data}")
     if check_files:
         # before anything counts rows, so that predictions stay aligned with their files
         dataset = dataset.select(readable_rows((row["audio"] for row in dataset.select_columns("audio")), strict))
+    _check_present(dataset, data)
+    if problem_type == "regression":
+        return _as_numbers(dataset, data)
     if names is None and problem_type_of(dataset) != "regression":
         all_names, labels = label_names(dataset), dataset["label"][:]
-        if None in labels:
-            missing = f"{labels.count(None)} have none, first row {labels.index(None)}"
-            raise ValueError(f"expected a label in every row, {missing}")
         used = {one for label in labels for one in (label if isinstance(label, list) else [label])}
         names = [all_names[index] for index in sorted(used)]
-    return dataset if names is None else encode_labels(dataset, names)
+    dataset = dataset if names is None else encode_labels(dataset, names)
+    return _with_form(dataset, problem_type, data) if like_training else _check_form(dataset, problem_type, data)
 
 
 def problem_type_of(dataset: "Dataset") -> str:
@@ -119,6 +145,14 @@ def problem_type_of(dataset: "Dataset") -> str:
     if hasattr(feature, "names"):
         return "single_label_classification"
     return "multi_label_classification" if hasattr(feature, "feature") else "regression"
+
+
+def check_classes(dataset: "Dataset", data: str | PathLike) -> None:
+    """Raise a `ValueError` for labelled clips of `data` that teach nothing, as all of them have the same one class."""
+    if problem_type_of(dataset) == "regression" or len(names := label_names(dataset)) > 1:
+        return
+    if all(label in (0, [0]) for label in dataset["label"][:]):
+        raise ValueError(f"expected clips of several classes in {data}, got {len(dataset)}, all of {names[0]!r}")
 
 
 def readable_rows(sources: Iterable[Any], strict: bool = False) -> list[int]:
@@ -147,6 +181,54 @@ def readable_rows(sources: Iterable[Any], strict: bool = False) -> list[int]:
     return readable
 
 
+def _check_present(dataset: "Dataset", data: str | PathLike) -> None:
+    labels = dataset["label"][:]
+    missing = [row for row, one in enumerate(labels) if one is None or (isinstance(one, float) and math.isnan(one))]
+    if missing:
+        first = source_name(dataset[missing[0]]["audio"])
+        what = f"{len(missing)} of {len(labels)} rows of {data} have none, first row {missing[0]} ({first})"
+        raise ValueError(f"expected a label in every row: {what}")
+
+
+def _check_form(dataset: "Dataset", problem_type: str | None, data: str | PathLike) -> "Dataset":
+    """Reports labels that may be lists, if lists are wanted and every clip has one label."""
+    if problem_type == "multi_label_classification" and problem_type_of(dataset) == "single_label_classification":
+        names = label_names(dataset)
+        unclear = [name for name in names if re.search("[,/+&]", name)]
+        if unclear:
+            what = f"every clip of {data} has one label, but {len(unclear)} of {len(names)} have a possible separator"
+            logger.warning_once(f"{what}, such as {unclear[0]!r}: if they are lists, set label_separator")
+    return dataset
+
+
+def _with_form(dataset: "Dataset", problem_type: str | None, data: str | PathLike) -> "Dataset":
+    """Single labels as lists for multi-label data; lists are an error for single-label data."""
+    form, labels = problem_type_of(dataset), dataset["label"][:]
+    if form == "multi_label_classification" and problem_type == "single_label_classification":
+        row = max(range(len(labels)), key=lambda row: len(labels[row]))
+        got = f"{[label_names(dataset)[one] for one in labels[row]]} for {source_name(dataset[row]['audio'])}"
+        raise ValueError(f"expected one label per clip of {data}, as in the training data; got {got}")
+    if form == "single_label_classification" and problem_type == "multi_label_classification":
+        from datasets import List
+
+        feature = List(dataset.features["label"])
+        return dataset.remove_columns("label").add_column("label", [[one] for one in labels], feature=feature)
+    return dataset
+
+
+def _as_numbers(dataset: "Dataset", data: str | PathLike) -> "Dataset":
+    """The data set with labels that are numbers, for regression, instead of classes named by numbers."""
+    if problem_type_of(dataset) == "regression":
+        return dataset
+    names = label_names(dataset)
+    wrong = next((name for name in names if not NUMBER.fullmatch(name)), None)
+    if wrong is not None or problem_type_of(dataset) == "multi_label_classification":
+        got = "several in a cell" if wrong is None else repr(wrong)
+        raise ValueError(f"expected one number as the label of each clip of {data} for regression, got {got}")
+    values = [float(names[label]) for label in dataset["label"][:]]
+    return dataset.remove_columns("label").add_column("label", values)
+
+
 def _load(data: str | PathLike, corpus: str | None, **kwargs: Any) -> "Dataset | IterableDataset":
     if corpus is None:
         return load_audio_dataset(data, **kwargs)
@@ -156,8 +238,8 @@ def _load(data: str | PathLike, corpus: str | None, **kwargs: Any) -> "Dataset |
     return load_corpus(corpus, data, kwargs.get("split"))
 
 
-def _filter(dataset: Any, filters: Sequence[str], label_column: str | None) -> Any:
+def _filter(dataset: Any, filters: Sequence[str], label_column: str | None, data: str | PathLike) -> Any:
     """`filter_rows` by the columns of the original data, whose label column has been renamed to `label`."""
     old = f"{label_column}="
     filters = [f"label={one.removeprefix(old)}" if one.startswith(old) else one for one in filters]
-    return filter_rows(dataset, filters)
+    return filter_rows(dataset, filters, data)

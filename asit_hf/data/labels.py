@@ -1,23 +1,163 @@
-"""Class names and class ids of the `label` column."""
+"""Class names and class ids of the `label` column, and cells that hold several labels."""
 
+import ast
+import logging
+import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .audio import source_name
-from .manifests import INTEGER
+from .manifests import INTEGER, as_text
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
+logger = logging.getLogger(__name__)
+
+NO_SEPARATOR = "none"
+_ITEM = r"""(?:np\.str_\()?('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\)?"""
+_QUOTED_LIST = re.compile(rf"[\[({{]\s*{_ITEM}(?:(?:\s*,\s*|\s*){_ITEM})*\s*,?\s*[\])}}]")
+_NUMBER_LIST = re.compile(r"\[\s*(?:-?\d+\.?(?:\s*,\s*|\s+|(?=\])))*\]")  # or an empty one
+_BARE_LIST = re.compile(r"\[[^\[\]'\"]*\]")
+_MIDS = re.compile(r"(/[mgt]/\w+)(\s*,\s*/[mgt]/\w+)+")  # ids of AudioSet
+_TIGHT_COMMA = re.compile(r",(?=\S)")
+
 
 def label_names(dataset: "Dataset | IterableDataset") -> list[str]:
     """Class names of the `label` column, by class id."""
-    names = _class_names((dataset.features or {}).get("label"))
+    names = class_names((dataset.features or {}).get("label"))
     if names is None:
         raise ValueError(f"expected a label column with class names among {dataset.column_names}: see encode_labels")
     return names
+
+
+def divide_labels(
+    dataset: "Dataset", names: Sequence[str] | None = None, separator: str | None = None, source: str = "the data set"
+) -> "Dataset":
+    """Turn a `label` column of text into lists if its cells hold several labels, as found by `find_lists`.
+
+    Args:
+        dataset: any; a column of other types stays as it is.
+        names: class names that are known, for instance those of the training data.
+        separator: of labels in a cell, or "none" to keep all cells whole. By default found from the column.
+        source: of the labels, for messages.
+    """
+    feature = dataset.features["label"]
+    if separator == NO_SEPARATOR or str(getattr(feature, "dtype", "")) not in ("string", "large_string"):
+        return dataset
+    cells = [cell.strip() if cell else None for cell in dataset["label"][:]]
+    texts = sorted({cell for cell in cells if cell})
+    if separator:
+        lists = {text: _split(text, separator) for text in texts if separator in text}
+    else:
+        lists = find_lists(texts, names)
+    if lists:
+        example = next(cell for cell in cells if cell in lists)
+        what = f"{sum(cell in lists for cell in cells)} of {len(cells)} label cells of {source} are lists"
+        what += f", such as {example!r} of {' and '.join(map(repr, lists[example])) or 'nothing'}"
+        if None in cells:
+            what += f", and {cells.count(None)} are empty, for clips without a label"
+        logger.log(logging.INFO if separator else logging.WARNING, f"{what} (label_separator=none keeps them whole)")
+        cells = [lists.get(cell, [cell] if cell else []) for cell in cells]
+    elif cells == dataset["label"][:]:
+        return dataset
+    return dataset.remove_columns("label").add_column("label", cells)
+
+
+def find_lists(texts: Iterable[str], names: Sequence[str] | None = None) -> dict[str, list[str]]:
+    """The labels in those texts of a column that are lists of labels.
+
+    A text is a list if it is written as one (`['dog', 'cat']`), holds `;` or `|`, or ids of AudioSet between commas,
+    or if it divides at commas into other labels of the column, or into `names`; commas that this leaves divide, those
+    without a space if any part of such a text is found in another text, and those with a space if most parts are.
+
+    So "Speech, Music" is a list beside "Speech" and "Music", "Accordion,Instrument,Music" is one beside
+    "Drum,Instrument,Music", and "Inside, small room" is a class, also beside "Inside, public space".
+
+    Args:
+        texts: different texts of the column.
+        names: class names, if they are known; texts among them are no lists, and no others divide at commas.
+    """
+    known, lists, commas = set(names or ()), {}, []
+    texts = [text for text in texts if text not in known]
+    bare = all(_BARE_LIST.fullmatch(text) for text in texts) and any("," in text for text in texts)
+    for text in texts:
+        items = _written_list(text)
+        if items is not None:
+            lists[text] = items
+        elif bare:
+            lists[text] = _split(text[1:-1], ",")
+        elif ";" in text or "|" in text:
+            lists[text] = _split(text, "[;|]")
+        elif _MIDS.fullmatch(text):
+            lists[text] = _split(text, ",")
+        elif "," in text:
+            commas.append(text)
+    if names is None:
+        known = {text for text in texts if text not in lists and "," not in text}
+        known.update(label for labels in lists.values() for label in labels)
+    divided = _divide_at_commas(commas, known, names is None)
+    return lists | divided
+
+
+def _written_list(text: str) -> list[str] | None:
+    """The items of a list in the syntax of Python, numpy or json."""
+    if _QUOTED_LIST.fullmatch(text):
+        return _cleaned(ast.literal_eval(item) for item in re.findall(_ITEM, text))
+    if _NUMBER_LIST.fullmatch(text):
+        return re.findall(r"-?\d+", text)
+    return None
+
+
+def _split(text: str, separator: str) -> list[str]:
+    return _cleaned(re.split(separator if separator == "[;|]" else re.escape(separator), text))
+
+
+def _cleaned(labels: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(label.strip() for label in labels if label.strip()))
+
+
+def _divide_at_commas(texts: Sequence[str], known: set[str], guess: bool) -> dict[str, list[str]]:
+    labels = {tuple(_split(label, ",")): label for label in known}
+    lists, rest = {}, []
+    for text in sorted(texts, key=lambda text: text.count(",")):  # a text can be a label of longer ones
+        parts = tuple(_split(text, ","))
+        composed = compose(parts, labels)
+        if composed:
+            lists[text] = composed
+        elif guess:
+            labels[parts] = text
+            rest.append(text)
+    units = {text: _units(text) for text in rest}
+    counts = Counter(unit for parts in units.values() for unit in parts)
+    counts.update(known)
+    counts.update(label for composed in lists.values() for label in composed if "," not in label)
+    for tight, least in ((True, 0.0), (False, 0.5)):
+        group = [text for text in rest if bool(_TIGHT_COMMA.search(text)) == tight]
+        shared = [counts[unit] > 1 for text in group for unit in units[text]]
+        if sum(shared) > least * len(shared):
+            lists.update((text, units[text]) for text in group)
+    return {
+        text: _cleaned(one for label in found for one in lists.get(label, [label])) for text, found in lists.items()
+    }
+
+
+def _units(text: str) -> list[str]:
+    return _cleaned(_TIGHT_COMMA.split(text) if _TIGHT_COMMA.search(text) else text.split(","))
+
+
+def compose(parts: tuple[str, ...], labels: dict[tuple, str]) -> list[str] | None:
+    """The labels that `parts` consist of, the longest first; None if they do not."""
+    if not parts:
+        return []
+    for end in range(len(parts), 0, -1):
+        if parts[:end] in labels and (rest := compose(parts[end:], labels)) is not None:
+            return [labels[parts[:end]], *rest]
+    return None
 
 
 def encode_labels(dataset: Any, names: Sequence[str] | None = None) -> "Dataset | IterableDataset":
@@ -25,7 +165,8 @@ def encode_labels(dataset: Any, names: Sequence[str] | None = None) -> "Dataset 
 
     Args:
         dataset: `Dataset` or `IterableDataset` with strings, integers (the class named "7"), class ids, or lists of
-            them as `label`.
+            them as `label`. Floating-point numbers that are all whole are integers (pandas writes them so if one is
+            missing); others stay, for regression.
         names: class names by id, for instance a model's; by default the sorted labels of the data set. Required for a
             stream.
 
@@ -37,12 +178,13 @@ def encode_labels(dataset: Any, names: Sequence[str] | None = None) -> "Dataset 
     feature = (dataset.features or {}).get("label")
     if dataset.column_names is not None and "label" not in dataset.column_names:
         raise ValueError(f"expected a label column, got {dataset.column_names}")
-    own_names = _class_names(feature)
+    own_names = class_names(feature)
     if own_names is not None and (names is None or list(names) == own_names):
         return dataset
-    if str(getattr(getattr(feature, "feature", feature), "dtype", "")).startswith("float"):
+    is_float = str(getattr(getattr(feature, "feature", feature), "dtype", "")).startswith("float")
+    if is_float and not (isinstance(dataset, Dataset) and _are_whole(dataset["label"][:])):
         if names is not None:
-            raise ValueError(f"expected labels among {_shortened(names)}, got floating-point numbers")
+            raise ValueError(f"expected labels among {shortened(names)}, got floating-point numbers")
         return dataset
     if not isinstance(dataset, Dataset):
         return _encode_stream(dataset, names, own_names)
@@ -50,6 +192,11 @@ def encode_labels(dataset: Any, names: Sequence[str] | None = None) -> "Dataset 
     if names is None:
         found = {name for label in labels for name in (label if isinstance(label, list) else [label])} - {None}
         names = sorted(found, key=int if all(INTEGER.fullmatch(name) for name in found) else None)
+        if is_float:
+            shown = shortened(names, 5)
+            logger.warning_once(
+                f"labels that are whole numbers are classes: {shown} (numbers: problem_type=regression)"
+            )
     multiple = any(isinstance(label, list) for label in labels)
 
     def place(row: int) -> str:
@@ -59,7 +206,8 @@ def encode_labels(dataset: Any, names: Sequence[str] | None = None) -> "Dataset 
     return dataset.remove_columns("label").add_column("label", ids, feature=_label_feature(names, multiple))
 
 
-def _class_names(feature: Any) -> list[str] | None:
+def class_names(feature: Any) -> list[str] | None:
+    """Class names of a column's feature, by class id; None if its values are not class ids."""
     names = getattr(getattr(feature, "feature", feature), "names", None)
     return None if names is None else list(names)
 
@@ -72,12 +220,22 @@ def _label_feature(names: Sequence[str], multiple: bool) -> Any:
 
 
 def _as_strings(label: Any, names: list[str] | None) -> Any:
-    """A label or a list of labels as class names; None stays None."""
+    """A label or a list of labels as class names without spaces around them; missing ones are None, and in lists no
+    labels.
+    """
     if isinstance(label, (list, tuple, np.ndarray)):
-        return [_as_strings(one, names) for one in label]
+        labels = (_as_strings(one, names) for one in label)
+        return list(dict.fromkeys(one for one in labels if one is not None))
     if label is None or isinstance(label, str):
-        return label
-    return str(label) if names is None else names[label]
+        return (label or "").strip() or None
+    if isinstance(label, float) and math.isnan(label):
+        return None
+    return as_text(label) if names is None else names[label]
+
+
+def _are_whole(labels: Sequence) -> bool:
+    present = [label for label in labels if label is not None and not (isinstance(label, float) and math.isnan(label))]
+    return bool(present) and all(isinstance(label, float) and label.is_integer() for label in present)
 
 
 def _class_ids(labels: Iterable, names: Sequence[str], place: Callable[[int], str]) -> list:
@@ -86,7 +244,7 @@ def _class_ids(labels: Iterable, names: Sequence[str], place: Callable[[int], st
     for row, label in enumerate(labels):
         for name in label if isinstance(label, list) else [label]:
             if name is not None and name not in ids:
-                raise ValueError(f"expected a label among {_shortened(names)}; got {name!r} in {place(row)}")
+                raise ValueError(f"expected a label among {shortened(names)}; got {name!r} in {place(row)}")
         encoded.append([ids[name] for name in label] if isinstance(label, list) else ids.get(label))
     return encoded
 
@@ -112,6 +270,7 @@ def _encode_stream(dataset: "IterableDataset", names: Sequence[str] | None, own_
     return dataset.with_format("arrow").map(encode, batched=True, features=features).with_format(None)
 
 
-def _shortened(names: Sequence[str], limit: int = 60) -> str:
+def shortened(names: Sequence[str], limit: int = 60) -> str:
+    """Names for a message."""
     shown = ", ".join(names[:limit])
     return f"{shown}, ... ({len(names)} in total)" if len(names) > limit else shown

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from asit_hf import ASiTFeatureExtractor
 from asit_hf.data import LabelledClips, label_names
-from asit_hf.data.labelled import DatasetArguments
+from asit_hf.data.labelled import DatasetArguments, problem_type_of
 from examples import run_linear_probe as probe
 
 NUM_COEFFICIENTS = 20
@@ -44,9 +44,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     args = probe.parse_args(["--random_init", *(sys.argv[1:] if arguments is None else arguments)])
     reading = DatasetArguments.of(args)
     train = reading.load(args.train, args.train_filter or (), split=args.train_split)
-    test = reading.load(
-        args.test or args.train, args.test_filter or (), names=label_names(train), split=args.test_split
-    )
+    like = {"names": label_names(train), "problem_type": problem_type_of(train)}
+    test = reading.load(args.test or args.train, args.test_filter or (), split=args.test_split, **like)
     train_x, test_x = (mfcc_statistics(LabelledClips(dataset, 16000)) for dataset in (train, test))
     train_y, test_y = probe.targets(train), probe.targets(test)
     scores: dict[str, list[float]] = {"random_forest": [], "logistic_regression": []}

@@ -12,6 +12,7 @@ from sounds import embedded, names_of
 from asit_hf.data import datasets
 from asit_hf.data.audio import read_audio
 from asit_hf.data.datasets import filter_rows, find_audio_files, load_audio_dataset, load_unlabelled
+from asit_hf.data.labelled import DatasetArguments, load_labelled
 from asit_hf.data.labels import encode_labels, label_names
 
 
@@ -36,6 +37,107 @@ def test_split_of_a_folder_is_its_subfolder(folder):
     assert names_of(load_audio_dataset(folder, split="dog")) == ["dog/a.flac", "deep/c.wav"]
     with pytest.raises(ValueError, match=r"no split 'test' .*\['bird', 'dog', 'rain'\]"):
         load_audio_dataset(folder, split="test")
+
+
+def write_clips(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        sf.write(root / name, np.zeros(80), 8000)
+    return root
+
+
+SPLIT_CLIPS = [
+    f"{split}/{name}/{i}.wav" for split in ("Training", "val", "test") for name in ("cat", "dog") for i in "12"
+]
+
+
+@pytest.mark.parametrize(
+    "kind", ["folders", "csv", "jsonl", "parquet", "one csv", "manifests", "manifests in folders", "shards"]
+)
+def test_split_folders(tmp_path, kind):
+    """Twelve clips of two classes in three splits, whose names are found in other spellings."""
+    root = write_clips(tmp_path / "set", *SPLIT_CLIPS, "docs/readme/../../docs/.keep.wav")
+    for split in ("Training", "val", "test"):
+        rows = [(f"{name}/{i}.wav", name) for name in ("cat", "dog") for i in "12"]
+        if kind == "shards":
+            rows = [{"audio": (root / split / path).read_bytes(), "label": name} for path, name in rows]
+            (tmp_path / "shards" / "data").mkdir(parents=True, exist_ok=True)
+            part = {"Training": "train", "val": "validation"}.get(split, split)
+            Dataset.from_list(rows).to_parquet(tmp_path / "shards" / "data" / f"{part}-00000-of-00001.parquet")
+            continue
+        rows = [{"file_name": path, "label": name.upper()} for path, name in rows]
+        if kind.startswith("manifests"):
+            folder = f"{split}/" if kind == "manifests" else ""
+            lines = [f"{folder}{row['file_name']},{row['label']}" for row in rows]
+            (root / f"{split}.csv").write_text("\n".join(["file_name,label", *lines]))
+        elif kind == "csv":
+            lines = [",".join(row.values()) for row in rows]
+            (root / split / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+        elif kind == "one csv":
+            lines = [f"{split}/{row['file_name']},{row['label']}" for row in rows]
+            with open(root / "metadata.csv", "a") as file:
+                file.write("\n".join(["" if file.tell() else "file_name,label", *lines]))
+        elif kind == "jsonl":
+            (root / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        elif kind == "parquet":
+            Dataset.from_list(rows).to_parquet(root / split / "metadata.parquet")
+    root = tmp_path / "shards" if kind == "shards" else root
+    splits = DatasetArguments().default_splits(root)
+    assert {name: split_name.lower()[:3] for name, split_name in splits.items()} == {
+        "train": "tra",
+        "validation": "val",
+        "test": "tes",
+    }
+    for split in (splits["train"], "train", "TEST", "dev"):
+        dataset = load_labelled(root, split=split)
+        assert [name.lower() for name in label_names(dataset)] == ["cat", "dog"]
+        assert (label_names(dataset)[0] == "CAT") == (kind not in ("folders", "shards"))
+        assert dataset["label"][:] == [0, 0, 1, 1]
+    assert len(load_unlabelled(str(root))) == 12
+    if kind != "one csv":
+        with pytest.raises(ValueError, match="splits .*" + ".*".join(sorted(splits.values()))):
+            load_labelled(root)
+
+
+def test_folders_with_underscores_are_no_classes(tmp_path, caplog):
+    root = write_clips(tmp_path, "yes/1.wav", "no/1.wav", "_background_noise_/1.wav", "_background_noise_/2.wav")
+    assert label_names(load_labelled(root)) == ["no", "yes"]
+    assert "_background_noise_ (2 files)" in caplog.text
+    assert len(load_unlabelled(str(root))) == 4
+
+
+@pytest.mark.parametrize(
+    ("clips", "words"),
+    [
+        (["dog/1.wav", "cat/1.wav", "test/dog/1.wav", "test/cat/1.wav"], ["splits from classes", "test (2 files)"]),
+        (["dog/1.wav", "cat/1.wav", "test/1.wav", "train/1.wav"], ["splits from classes", "test, train"]),
+        (["audio/dog/1.wav", "audio/cat/1.wav"], ["audio, that holds cat, dog"]),
+        (["wav/train/dog/1.wav", "wav/test/cat/1.wav"], ["wav, that holds test, train"]),
+        (["fold1/1.wav", "fold2/1.wav", "fold10/1.wav"], ["folds", "fold10 (1 files)"]),
+        (["train/1.wav", "test/1.wav"], ["splits", "test, train"]),
+        (["_noise/1.wav"], ["_noise only"]),
+    ],
+)
+def test_folders_that_are_no_classes_are_refused(tmp_path, clips, words):
+    root = write_clips(tmp_path, *clips)
+    with pytest.raises(ValueError) as error:
+        load_labelled(root)
+    assert all(word in str(error.value) for word in words)
+    assert len(load_unlabelled(str(root))) == len(clips)
+
+
+def test_splits_below_the_classes_are_named(tmp_path, caplog):
+    assert len(load_labelled(write_clips(tmp_path, "bus/train/1.wav", "bus/test/1.wav", "car/train/1.wav"))) == 3
+    assert "test, train" in caplog.text
+
+
+def test_a_class_may_be_called_train(tmp_path, caplog):
+    assert label_names(load_labelled(write_clips(tmp_path, "bus/1.wav", "train/1.wav", "car/1.wav"))) == [
+        "bus",
+        "car",
+        "train",
+    ]
+    assert "the folder train" in caplog.text
 
 
 def test_links_to_folders_are_followed_once(folder, tmp_path):

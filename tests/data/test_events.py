@@ -5,64 +5,15 @@ import torch
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification
 from asit_hf.data.audio import AudioReadError
+from asit_hf.data.event_tables import Event
 from asit_hf.data.events import (
-    Event,
     FrameCollator,
     StronglyLabelledClips,
     cut_events,
-    event_names,
     frame_targets,
-    read_strong_labels,
     time_patch_edges,
-    write_strong_labels,
+    warn_of_unlabelled_files,
 )
-
-DCASE = "filename\tonset\toffset\tevent_label\na.wav\t1.5\t2.25\tDog\na.wav\t0.0\t1.0\tSpeech\nquiet.wav\t\t\t\n"
-AUDIOSET = "segment_id\tstart_time_seconds\tend_time_seconds\tlabel\nYx_30000\t0.5\t10.0\t/m/04rlf\n"
-EVENTS = {"a.wav": [Event(0.0, 1.0, "Speech"), Event(1.5, 2.25, "Dog")], "quiet.wav": []}
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (DCASE, EVENTS),
-        (DCASE.replace("\t", ","), EVENTS),
-        ("\ufeff" + DCASE, EVENTS),
-        (AUDIOSET, {"Yx_30000": [Event(0.5, 10.0, "/m/04rlf")]}),
-    ],
-)
-def test_tables_are_read(tmp_path, text, expected):
-    path = tmp_path / "labels.tsv"
-    path.write_text(text, encoding="utf-8")
-    assert read_strong_labels(path) == expected
-
-
-def test_written_tables_are_read_back(tmp_path):
-    write_strong_labels(tmp_path / "labels.tsv", EVENTS)
-    assert read_strong_labels(tmp_path / "labels.tsv") == EVENTS
-    assert event_names(EVENTS) == ["Dog", "Speech"]
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("event_label", "what", "column event_label or label in .*filename, onset, offset, what"),
-        ("\t2.25", "\t1.5", r"expected 0 <= onset < offset, got 1.5 and 1.5 in line 2 of"),
-        ("\t2.25", "\tnan", "0 <= onset < offset"),
-        ("\t1.5", "\t-1", "0 <= onset < offset"),
-        ("\t2.25", "\tlater", "in seconds, got '1.5' and 'later' in line 2 of"),
-        ("\tDog", "\t", "label for the event in line 2 of"),
-        ("a.wav\t0", "\t0", "file name in line 3 of"),
-    ],
-)
-def test_damaged_tables(tmp_path, old, new, message):
-    path = tmp_path / "labels.tsv"
-    path.write_text(DCASE.replace(old, new))
-    with pytest.raises(ValueError, match=message):
-        read_strong_labels(path)
-    path.write_text(DCASE.splitlines()[0])
-    with pytest.raises(ValueError, match="no rows"):
-        read_strong_labels(path)
 
 
 def test_edges_of_time_patches():
@@ -147,10 +98,44 @@ def test_bad_files(folder, caplog):
         collate([lax[2]])
     lax.drop_unreadable()
     assert lax.names == ["a.wav", "b"]
-    assert "2 of 4 files" in caplog.text
+    assert "1 of 4 files" in caplog.text
+    assert "1 of 3 files" in caplog.text
     assert lax[1]["events"] == TONES["b"]
     with pytest.raises(FileNotFoundError, match="none of the 1 files"):
         StronglyLabelledClips({"gone": []}, folder, 16000)
+
+
+def test_times_beyond_the_clip_are_counted(folder, caplog):
+    events = {
+        "a.wav": [Event(1.0, 2.0, "in"), Event(2.5, 4.0, "over"), Event(3.0, 4.0, "out"), Event(1.0, 3.005, "in")]
+    }
+    clips = StronglyLabelledClips(events | {"b": []}, folder, 16000)
+    clips.cut_to_durations()
+    assert clips.events[0] == [Event(1.0, 2.0, "in"), Event(1.0, 3.0, "in"), Event(2.5, 3.0, "over")]
+    assert "dropped 1 of 4" in caplog.text
+    assert "a.wav: 3 to 4 s, clip of 3 s" in caplog.text
+    assert "cut 1 of 4" in caplog.text
+    assert "a.wav: 2.5 to 4 s" in caplog.text
+    late = StronglyLabelledClips({"a.wav": [Event(1000, 2000, "ms")], "b": []}, folder, 16000)
+    with pytest.raises(ValueError, match=r"all 1 events .*a\.wav: 1000 to 2000 s, clip of 3 s.*onset_ms"):
+        late.cut_to_durations()
+    StronglyLabelledClips({"a.wav": []}, folder, 16000).cut_to_durations()
+
+
+def test_files_are_found_by_path_or_name(folder, caplog):
+    for name in ("deep/c.wav", "one/d.wav", "two/d.wav", "e.wav"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes((folder / "a.wav").read_bytes())
+    names = ["c.wav", "one/d", "C:\\recordings\\b.flac", "/gone/a", "d.wav"]
+    clips = StronglyLabelledClips({name: [Event(0, 1, name)] for name in names}, folder, 16000)
+    files = [file.relative_to(folder).as_posix() for file in clips.files[:4]]
+    assert files == ["deep/c.wav", "one/d.wav", "b.flac", "a.wav"]
+    clips.drop_unreadable()
+    assert "1 of 5 files" in caplog.text
+    assert "first d.wav" in caplog.text  # in two folders
+    warn_of_unlabelled_files(clips, clips)
+    assert "2 audio files" in caplog.text
+    assert str(folder / "e.wav") in caplog.text
 
 
 def test_a_batch_fits_the_model_and_padding_does_not_count(folder):

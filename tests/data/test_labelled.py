@@ -2,7 +2,7 @@ import pytest
 from sounds import write_csv
 
 from asit_hf.data import AudioReadError, label_names
-from asit_hf.data.labelled import DatasetArguments, load_labelled, problem_type_of, readable_rows
+from asit_hf.data.labelled import DatasetArguments, check_classes, load_labelled, problem_type_of, readable_rows
 
 
 def test_folders_and_manifests_are_filtered_and_encoded(folder):
@@ -18,7 +18,7 @@ def test_folders_and_manifests_are_filtered_and_encoded(folder):
     assert (label_names(kept), kept["label"][:]) == (["a", "c"], [0, 1])
     assert problem_type_of(kept) == "single_label_classification"
     assert load_labelled(table, ["kind=a,c"], ["c", "b", "a"], label_column="kind")["label"][:] == [2, 0]
-    with pytest.raises(ValueError, match="no row of .*kind=d"):
+    with pytest.raises(ValueError, match=r"no row of .*table\.csv has the label d"):
         load_labelled(table, ["kind=d"], label_column="kind")
     with pytest.raises(ValueError, match="expected a label column in .*got file, kind|audio, kind"):
         load_labelled(table)
@@ -45,3 +45,9 @@ def test_options_of_scripts(folder):
     assert len(list(options.load_audio(folder, streaming=True))) == 5
     with pytest.raises(ValueError, match="audio_column cannot be used with the corpus esc50"):
         DatasetArguments(corpus="esc50", audio_column="clip").load_audio(folder)
+
+
+def test_one_class_teaches_nothing(folder):
+    check_classes(load_labelled(folder), folder)
+    with pytest.raises(ValueError, match="2, all of 'dog'"):
+        check_classes(load_labelled(folder, ["label=dog"]), folder)

@@ -132,6 +132,38 @@ def test_regression(sounds, encoder, tmp_path):
     assert metrics["eval_mse"] < np.var(labels)
 
 
+@pytest.mark.parametrize("column", ["category", "tags", "pitch"])
+def test_a_trained_classifier_is_evaluated_without_training(sounds, encoder, tmp_path, monkeypatch, column):
+    trained = script.main(arguments(sounds, encoder, tmp_path / "run", label_column=column, max_steps=4))
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(script.FinetuningTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    options = {"train_data": None, "train_filter": None, "eval_data": sounds / "meta.csv", "learning_rate": None}
+    options |= {"label_column": column, "do_train": False, "do_eval": True, "num_train_epochs": None}
+    metrics = script.main(arguments(sounds, tmp_path / "run", tmp_path / "scores", **options))
+    for name, value in trained.items():
+        if not name.endswith(("_runtime", "_per_second")):
+            assert metrics[name] == pytest.approx(value, rel=1e-4, nan_ok=True), name
+    assert json.loads((tmp_path / "scores" / "eval_results.json").read_text()) == metrics
+    for row, expected in zip(*(read_predictions(tmp_path / name) for name in ("scores", "run")), strict=True):
+        assert [row[name] for name in ("file", "label")] == [expected[name] for name in ("file", "label")]
+        assert column == "pitch" or row == expected
+    tables = {"per_class.csv", "confusion.png", "predictions.csv"}
+    tables = {name for name in tables if (tmp_path / "run" / name).exists()}
+    assert {path.name for path in (tmp_path / "scores").iterdir()} == {"eval_results.json", *tables}
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_evaluation_needs_a_classifier_and_its_classes(sounds, encoder, tmp_path):
+    only_evaluate = {"do_train": False, "do_eval": True}
+    with pytest.raises(ValueError, match="ASiTForAudioClassification, got .*ASiTForPreTraining"):
+        script.main(arguments(sounds, encoder, tmp_path, **only_evaluate))
+    labels = {"id2label": {0: "high", 1: "low"}, "label2id": {"high": 0, "low": 1}}
+    ASiTForAudioClassification(ASiTConfig(**SMALL, **labels)).save_pretrained(tmp_path)
+    ASiTFeatureExtractor().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="middle"):
+        script.main(arguments(sounds, tmp_path, tmp_path / "scores", **only_evaluate))
+
+
 def test_frozen_encoder(sounds, encoder, tmp_path):
     script.main(arguments(sounds, encoder, tmp_path, max_steps=3, freeze_encoder=True))
     trained = ASiTForAudioClassification.from_pretrained(tmp_path)
@@ -199,11 +231,49 @@ def test_validation_fraction_selects_and_eval_data_are_evaluated(sounds, encoder
     assert not folds[0] & folds[1]
 
 
+@pytest.fixture(scope="module")
+def split_folder(tmp_path_factory) -> Path:
+    """Class folders in Train, val and test, with 8, 4 and 2 clips."""
+    folder = tmp_path_factory.mktemp("splits")
+    for split, count in (("Train", 4), ("val", 2), ("test", 1)):
+        for name in ("low", "high"):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                soundfile.write(folder / split / name / f"{index}.wav", np.zeros(1600), 16000)
+    return folder
+
+
+def test_splits_of_a_folder_train_select_and_evaluate(split_folder, caplog):
+    def sizes(**options) -> list[int]:
+        return [len(part) for part in script.load_data(script.DataArguments(**options), seed=0)]
+
+    data = str(split_folder)
+    caplog.set_level("INFO")
+    assert sizes(train_data=data) == [8, 4, 2]
+    for part in ("8 clips of Train", "4 clips of val", "2 clips of test", "--train_split"):
+        assert part in caplog.text
+    assert sizes(train_data=data, validation_fraction=0.25) == [6, 2, 2]
+    assert sizes(train_data=data, train_split="train", eval_split="dev") == [8, 4, 4]  # named: nothing is added
+    assert sizes(train_data=data, eval_data=f"{data}/test") == [8, 4, 2]
+    assert sizes(train_data=f"{data}/Train", validation_fraction=0.25) == [6, 2, 2]
+    with pytest.raises(ValueError, match="splits Train, test, val"):
+        sizes(train_data=data, eval_filter=["label=low"])
+    with pytest.raises(ValueError, match="all of 'low'"):
+        sizes(train_data=data, train_filter=["label=low"])
+    table = "\n".join(
+        f"{split}/{name}/0.wav,{name},{split}" for split in ("Train", "test") for name in ("low", "high")
+    )
+    (split_folder / "list.csv").write_text(f"file,label,split\n{table}\n")
+    assert sizes(train_data=f"{data}/list.csv") == [2, 2, 2]
+    assert sizes(train_data=f"{data}/list.csv", train_filter=["split=test"], eval_data=f"{data}/val") == [2, 4, 4]
+    assert sizes(train_data=f"{data}/list.csv", eval_filter=["label=low"]) == [4, 2, 2]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"eval_filter": "fold=9"}, "fold=9"),
-        ({"train_filter": "category=low"}, "label"),
+        ({"train_filter": "category=low"}, "10, all of 'low'"),
         ({"label_column": "tags", "problem_type": "single_label_classification"}, "problem_type.*single"),
         ({"label_column": "speaker"}, "speaker"),
         ({"encoder": "average"}, "average"),

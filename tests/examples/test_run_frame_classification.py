@@ -8,7 +8,7 @@ import soundfile
 import torch
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification, ASiTModel
-from asit_hf.data.events import Event, read_strong_labels, write_strong_labels
+from asit_hf.data.event_tables import Event, read_strong_labels, write_strong_labels
 from asit_hf.evaluation.sound_events import segment_metrics
 from examples import run_frame_classification as script
 
@@ -94,12 +94,26 @@ def test_crops_resume_and_bad_files(sounds, encoder, tmp_path, caplog):
     options |= {"eval_strategy": "steps", "eval_steps": 1}
     script.main(arguments(sounds, encoder, tmp_path / "run", max_steps=2, **options))
     assert "1 of 17 files" in caplog.text
+    assert "no training event" not in caplog.text
     resumed = {"max_steps": 4, "resume_from_checkpoint": "True"}
     script.main(arguments(sounds, encoder, tmp_path / "run", **options, **resumed))
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "eval_segment_f1" in entry] == [1, 2, 3, 4]
     with pytest.raises(ValueError, match=r"gone\.flac"):
         script.main(arguments(sounds, encoder, tmp_path / "strict", max_steps=5, strict=True, train_labels=labels))
+
+
+def test_a_trained_model_is_evaluated_without_training(sounds, encoder, tmp_path, monkeypatch):
+    trained = script.main(arguments(sounds, encoder, tmp_path / "run", max_steps=2))
+    monkeypatch.setattr(script.FrameTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    options = {"train_labels": None, "do_train": False, "do_eval": True}
+    metrics = script.main(arguments(sounds, tmp_path / "run", tmp_path / "scores", **options))
+    for name, value in trained.items():
+        if not name.endswith(("_runtime", "_per_second")):
+            assert metrics[name] == pytest.approx(value, rel=1e-4, nan_ok=True), name
+    assert (tmp_path / "scores" / "events.tsv").read_text() == (tmp_path / "run" / "events.tsv").read_text()
+    with pytest.raises(ValueError, match="ASiTForAudioFrameClassification"):
+        script.main(arguments(sounds, encoder, tmp_path / "scores", **options))
 
 
 def test_wrong_input(sounds, encoder, tmp_path, caplog):
@@ -117,6 +131,27 @@ def test_wrong_input(sounds, encoder, tmp_path, caplog):
         script.main(arguments(sounds, encoder, tmp_path, size="tiny"))
     with pytest.raises(ValueError, match="--encoder has no effect"):
         script.main([*arguments(sounds, encoder, tmp_path, random_init=True), "--encoder", "student"])
+
+
+def test_an_evaluation_without_events_ends_with_results_and_card(sounds, encoder, tmp_path, caplog):
+    """One evaluation clip has no event, the other is missing; two training events are beyond their clip."""
+    (tmp_path / "test.tsv").write_text("filename\tonset\toffset\tevent_label\n16.flac\ngone.flac\t0\t1\tlow\n")
+    rows = "0.flac\t3000\t4000\tbell\n0.flac\t1.4\t3000\tlow\n"
+    (tmp_path / "train.tsv").write_text((sounds / "train.tsv").read_text() + rows)
+    tables = {"train_labels": tmp_path / "train.tsv", "eval_labels": tmp_path / "test.tsv"}
+    metrics = script.main(arguments(sounds, encoder, tmp_path / "run", max_steps=1, **tables))
+    assert np.isnan([metrics["eval_mAP"], metrics["eval_psds1"]]).all()
+    assert metrics["eval_classes_without_positives"] == 3
+    assert "eval_mAP" in json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert "psds1" not in (tmp_path / "run" / "README.md").read_text()
+    for part in (
+        "dropped 1 of 34 events",
+        "cut 1 of 34",
+        "of 1 classes: bell",
+        "no event is left in the 1 evaluation",
+    ):
+        assert part in caplog.text
+    assert "7 audio files" in caplog.text  # in neither table
 
 
 def test_a_run_by_minutes(sounds, encoder, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """AudioSet (Gemmeke et al. 2017): segment lists with audio files, or parquet shards."""
 
-import csv
 import logging
 import os
 import re
@@ -9,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..manifests import NUMBER
-from .files import audio_files, build_dataset, check_folder, published_file, read_table
+from ..tables import read_table
+from .files import audio_files, build_dataset, check_folder, published_file, read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,7 +47,7 @@ def load_audioset(root: str | os.PathLike, parts: Sequence[str]) -> "Dataset":
     if not parts or not set(parts).issubset(_PARTS):
         raise ValueError(f"expected parts of AudioSet, {', '.join(_PARTS)}; got {parts!r}")
     root = check_folder(root)
-    classes = read_table(published_file(root, _CLASSES, AUDIOSET_URL), ("index", "mid", "display_name"))
+    classes = read_rows(published_file(root, _CLASSES, AUDIOSET_URL), ("index", "mid", "display_name"))
     classes.sort(key=lambda row: int(row["index"]))
     names = [row["display_name"] for row in classes]
     ids = {name: index for index, row in enumerate(classes) for name in (row["mid"], row["display_name"])}
@@ -82,9 +82,7 @@ AUDIOSET_PARTS = {
 
 def _segments(path: Path) -> list[list[str]]:
     """(video id, start, end, comma-separated mids) of each line that is not a comment."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        lines = (line for line in file if line.strip() and not line.startswith("#"))
-        rows = list(csv.reader(lines, skipinitialspace=True))
+    rows = read_table(path, header=False, comment="#").rows
     wrong = next((row for row in rows if len(row) != 4 or not all(map(NUMBER.fullmatch, row[1:3]))), None)
     if wrong or not rows:
         raise ValueError(f"expected lines of id, start, end and labels in {path}, got {wrong or 'none'}")

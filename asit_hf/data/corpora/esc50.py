@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import audio_files, build_dataset, check_folder, incomplete, published_file, read_table
+from .files import audio_files, build_dataset, check_folder, incomplete, published_file, read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,7 +24,7 @@ def load_esc50(root: str | os.PathLike) -> "Dataset":
     root = check_folder(root)
     table = root / "esc50.csv"
     table = table if table.is_file() else published_file(root, "meta/esc50.csv", ESC50_URL)
-    rows = read_table(table, ("filename", "fold", "target", "category", "src_file"))
+    rows = read_rows(table, ("filename", "fold", "target", "category", "src_file"))
     names = {int(row["target"]): row["category"] for row in rows}
     ids = {target: index for index, target in enumerate(sorted(names))}
     files = {file.stem: file for file in audio_files(root / "audio", ESC50_URL)}

@@ -1,6 +1,5 @@
 """Reading the published files of a corpus."""
 
-import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...utils.names import path_text
 from ..datasets import find_audio_files
+from ..tables import read_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,15 +37,13 @@ def audio_files(folder: Path, url: str) -> list[Path]:
         raise FileNotFoundError(f"{error}; download it from {url}") from None
 
 
-def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a csv file with a header; no rows, or a missing one of `columns`, is an error."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        rows, found = list(reader), reader.fieldnames or []
-    if not rows or not set(columns).issubset(found):
-        wanted = ", ".join(columns)
-        raise ValueError(f"expected rows with the columns {wanted} in {path}, got {len(rows)} with {', '.join(found)}")
-    return rows
+def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a table with a header; no rows, or a missing one of `columns`, is an error."""
+    table = read_table(path)
+    if not table.rows or not set(columns).issubset(table.names):
+        wanted, got = ", ".join(columns), f"{len(table.rows)} with {', '.join(table.names)}"
+        raise ValueError(f"expected rows with the columns {wanted} in {path}, got {got}")
+    return [dict(zip(table.names, row)) for row in table.rows]
 
 
 def published_file(root: Path, name: str, url: str) -> Path:

@@ -1,0 +1,116 @@
+"""Audio files on disk: walking a folder, and the files that the names in a table mean."""
+
+import logging
+import os
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from ..utils.names import local_path, path_text
+from .formats import AUDIO_EXTENSIONS
+
+logger = logging.getLogger(__name__)
+
+_CHECKED = 10000
+
+
+def walk(folder: Path) -> list[Path]:
+    """All files below `folder`, sorted, without hidden ones. Links to folders are followed, each folder once."""
+    files, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
+        files += [Path(parent, name) for name in names if not name.startswith(".") and real not in seen]
+        seen.add(real)
+    return sorted(files)
+
+
+def resolve_paths(values: Sequence[Any], root: str | os.PathLike, source: str | os.PathLike) -> list[str]:
+    """Full paths of the files that a table names, relative to `root`, see `path_text`. URLs stay as they are.
+
+    If files are not there, all files below `root` are searched: for the name in another folder, for the name plus an
+    extension (`64760` for `64760.wav`), and for the name with another extension. Several such files are told apart by
+    the folders in the table; what is found so is reported with its number and an example. Names that remain are left
+    to the reader of the files.
+
+    Args:
+        values: names by row; whole numbers are names too.
+        root: folder that the names are relative to.
+        source: of the names, for messages.
+
+    Raises:
+        ValueError: a row without a name.
+        FileNotFoundError: no file at all is found.
+    """
+    names = []
+    for row, value in enumerate(values):
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            raise ValueError(f"expected a path in row {row} of {source}, got {value!r}")
+        names.append(local_path(str(value)))
+    paths = [name if "://" in name else os.path.join(root, name) for name in names]
+    local = [row for row, name in enumerate(names) if "://" not in name]
+    if all(os.path.isfile(paths[row]) for row in local[:: max(1, len(local) // _CHECKED)]):
+        return [path_text(path) for path in paths]
+    missing = {row for row in local if not os.path.isfile(paths[row])}
+    taken = {os.path.normpath(path) for row, path in enumerate(paths) if row not in missing}
+    found = _search(Path(root), sorted({names[row] for row in missing}), taken)
+    if not found and len(missing) == len(local):
+        what = f"none of the {len(local)} files of {source} exists, for instance {paths[local[0]]}"
+        raise FileNotFoundError(f"{what}: set root to the folder that the paths are relative to")
+    moved = [row for row in sorted(missing) if names[row] in found]
+    if moved:
+        example = f"{names[moved[0]]} as {found[names[moved[0]]]}"
+        logger.warning_once(
+            f"{len(moved)} of {len(names)} files of {source} were found below {root}, such as {example}"
+        )
+    for row in moved:
+        paths[row] = found[names[row]]
+    return [path_text(path) for path in paths]
+
+
+def _search(root: Path, names: Sequence[str], taken: set[str]) -> dict[str, str]:
+    """Files below `root` by the names that mean them. A file in other folders than a name says has to be the only one,
+    and neither `taken` nor meant by another name.
+    """
+    by_name, by_stem = defaultdict(list), defaultdict(list)
+    for file in walk(root):
+        by_name[_composed(file.name)].append(file)
+        if file.suffix.lower() in AUDIO_EXTENSIONS:
+            by_stem[_composed(file.stem)].append(file)
+    found, uncertain = {}, set()
+    for name in names:
+        *folders, last = PureWindowsPath(_composed(name)).parts  # divided at / and at \
+        stem, extension = os.path.splitext(last)
+        files = by_name.get(last) or by_stem.get(last)
+        files = files or (by_stem.get(stem) if extension.lower() in AUDIO_EXTENSIONS else None) or []
+        shared = [_common_end(file.parts[:-1], folders) for file in files]
+        nearest = [file for file, count in zip(files, shared) if count == max(shared)]
+        if len({file.parent for file in nearest}) == 1:
+            found[name] = os.path.normpath(min(nearest, key=_preference))
+            if max(shared) < len(folders):
+                uncertain.add(name)
+    counts = Counter(found.values())
+    return {
+        name: file
+        for name, file in found.items()
+        if name not in uncertain or (counts[file] == 1 and file not in taken)
+    }
+
+
+def _preference(file: Path) -> int:
+    extension = file.suffix.lower()
+    return AUDIO_EXTENSIONS.index(extension) if extension in AUDIO_EXTENSIONS else len(AUDIO_EXTENSIONS)
+
+
+def _composed(name: str) -> str:
+    """One spelling of accented letters, which some systems store as two characters."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _common_end(first: Sequence[str], second: Sequence[str]) -> int:
+    pairs = zip(reversed(first), reversed(second))
+    return next((index for index, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))

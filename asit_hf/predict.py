@@ -17,6 +17,7 @@ from .data.audio import AudioReadError, audio_info
 from .data.datasets import find_audio_files
 from .loading import load_config, load_feature_extractor, resolve_checkpoint
 from .pipeline import ASiTAudioClassificationPipeline
+from .utils.names import path_text
 
 
 def load_classifier(model: str | os.PathLike, device: str = "auto") -> ASiTAudioClassificationPipeline:
@@ -64,8 +65,8 @@ def predict_folder(
         options: options of the pipeline: `top_k`, `window_seconds`, `overlap`, `aggregate`, `return_timeline`, ...
 
     Returns:
-        One dict per file, sorted by `"file"`, its path relative to `folder`. It has `"labels"`, a list of
-        `{"score", "label"}`, and with `return_timeline` a `"timeline"`; or `"error"`, why the file could not be read.
+        One dict per file, sorted by `"file"`, its path relative to `folder` (see `path_text`). It has `"labels"`, a
+        list of `{"score", "label"}`, and with `return_timeline` a `"timeline"`; or `"error"`, the reason.
 
     Raises:
         FileNotFoundError: no such folder, or no audio in it.
@@ -87,7 +88,7 @@ def predict_folder(
             batch = by_length[start : start + batch_size]
             predictions.update(_classify(classifier, batch, batch_size, options))
             bar.update(len(batch))
-    return [{"file": file.relative_to(root).as_posix(), **predictions[file]} for file in sorted(files)]
+    return [{"file": path_text(file.relative_to(root).as_posix()), **predictions[file]} for file in sorted(files)]
 
 
 def _classify(
@@ -157,6 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if args.output is None:
+        if hasattr(sys.stdout, "reconfigure"):  # names and labels may have characters that a terminal lacks
+            sys.stdout.reconfigure(errors="backslashreplace")
         write_predictions(predictions, sys.stdout)
     else:
         with args.output.open("w", newline="", encoding="utf-8") as file:

@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 
 from ..utils.extras import extra
-from .decoder import AudioInfo, AudioReadError, DecodedSamples, Decoder
+from ..utils.names import local_path, path_text
+from .decoder import AudioInfo, AudioReadError, DecodedSamples, Decoder, UnknownFormatError
+from .pyav import PyAVDecoder, find_format
 from .sndfile import open_sndfile
 
 # samples of context on each side of a window for the resampling filter, at the lower of the two rates
 _RESAMPLING_CONTEXT = 256
+HEADERLESS_EXTENSIONS = (".raw", ".pcm", ".g722")  # of files that hold samples and no header
 _BLOCK = 1 << 16  # libsndfile's Ogg encoder crashes on long blocks
 
 
@@ -26,7 +29,8 @@ class AudioReader(AbstractContextManager):
     Args:
         source: a path, `bytes`, a `{"path", "bytes"}` row of `datasets.Audio(decode=False)`, an
             `{"array", "sampling_rate"}` or `{"raw", "sampling_rate"}` dict, or a decoder with `get_all_samples()`
-            (torchcodec). Paths that contain `://` are opened with fsspec (`hf://`, `zip://...::`).
+            (torchcodec). `file:` URIs are local paths; other paths that contain `://` are opened with fsspec (`hf://`,
+            `zip://...::`).
 
     Raises:
         AudioReadError: missing, empty, damaged or truncated file, or no samples. Truncated mp3 and ogg files, whose
@@ -179,12 +183,12 @@ def encode_audio(samples: np.ndarray, sampling_rate: int, format: str, subtype: 
 
 
 def source_name(source: Any) -> str:
-    """Name of a source in messages and reports: its path, or "bytes", "array" or its type."""
+    """Name of a source in messages and tables: its path (see `path_text`), or "bytes", "array" or its type."""
     if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source)
+        return path_text(source)
     if isinstance(source, dict):
         if source.get("path"):
-            return os.fspath(source["path"])
+            return path_text(source["path"])
         return "array" if "array" in source or "raw" in source else "bytes"
     return "bytes" if isinstance(source, (bytes, bytearray, memoryview)) else type(source).__name__
 
@@ -218,6 +222,7 @@ def _open_file(source: Any, name: str) -> Decoder:
         keys = f" in {sorted(map(str, source))}, nor array and sampling_rate" if isinstance(source, dict) else ""
         raise AudioReadError(name, f"neither a path nor bytes{keys}")
     with _named_errors(name):
+        path = path if path is None else local_path(path)
         if content is None and "://" in os.fspath(path):
             content = _fetch(path)
         if content is None:
@@ -229,7 +234,7 @@ def _open_file(source: Any, name: str) -> Decoder:
                     raise AudioReadError(name, "empty file")
         elif len(content) == 0:
             raise AudioReadError(name, "empty")
-        return open_sndfile(path if content is None else content, name)
+        return _decode_file(path if content is None else content, name)
 
 
 @contextmanager
@@ -247,6 +252,22 @@ def _named_errors(name: str) -> Iterator[None]:
         raise AudioReadError(name, str(error)) from error
     except Exception as error:  # of decoders, and of headers that promise the impossible
         raise AudioReadError(name, f"{type(error).__name__}: {error}") from error
+
+
+def _decode_file(file: str | os.PathLike | bytes, name: str) -> Decoder:
+    """libsndfile's decoder, or PyAV's for the formats that only ffmpeg knows, by content."""
+    try:
+        return open_sndfile(file, name)
+    except UnknownFormatError as error:
+        format = find_format(file)
+        if format is None and name.lower().endswith(HEADERLESS_EXTENSIONS):
+            raise AudioReadError(name, f"{error.reason}: samples without a header, convert them to wav") from error
+        if format is None:
+            raise
+        try:
+            return PyAVDecoder(file, format, name)
+        except ModuleNotFoundError as missing:
+            raise AudioReadError(name, f"{error.reason}: {missing}") from error
 
 
 def _fetch(url: str) -> bytes:

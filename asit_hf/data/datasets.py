@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.extras import extra
+from ..utils.names import path_text
+from .formats import AUDIO_EXTENSIONS, LeftOut, why_left_out
 from .labels import encode_labels
 from .manifests import AUDIO_COLUMNS, LABEL_COLUMNS, MANIFEST_EXTENSIONS, find_column, load_manifest
 
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64")
-_UNREADABLE_EXTENSIONS = (".aac", ".ac3", ".amr", ".ape", ".m4a", ".m4b", ".mp4", ".mka", ".webm", ".wma", ".wv")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -132,13 +132,15 @@ def find_audio_files(folder: str | os.PathLike) -> list[Path]:
         raise FileNotFoundError(f"no such folder: {folder}")
     files = _walk(folder)
     audio = [file for file in files if file.suffix.lower() in AUDIO_EXTENSIONS]
-    counts = Counter(file.suffix.lower() or "(no extension)" for file in files)
+    left_out = LeftOut(folder)
+    for file in files:
+        if file.suffix.lower() not in AUDIO_EXTENSIONS:
+            left_out.add(file.name, lambda file=file: file)
+    left_out.report()
     if not audio:
+        counts = Counter(file.suffix.lower() or "(no extension)" for file in files)
         found = ", ".join(f"{count} {extension}" for extension, count in sorted(counts.items())) or "no files at all"
         raise FileNotFoundError(f"no audio in {folder}: expected {' '.join(AUDIO_EXTENSIONS)}, got {found}")
-    unreadable = {extension: counts[extension] for extension in _UNREADABLE_EXTENSIONS if counts[extension]}
-    if unreadable:
-        logger.warning("skipped audio of unsupported formats in %s (files by extension): %s", folder, unreadable)
     return audio
 
 
@@ -166,12 +168,13 @@ def _open(
         return load_manifest(path, split, audio_column, label_column, Path(options["root"] or path.parent))
     if path.is_file() and extension in AUDIO_EXTENSIONS:
         _check_options("one audio file", options)
-        return Dataset.from_dict({"audio": [str(path)]})
+        return Dataset.from_dict({"audio": [path_text(path)]})
     if path.is_file() and extension == ".tar":
         return _load_tars([path], streaming, options)
     if path.is_file() and extension != ".parquet":
         expected = " ".join((*AUDIO_EXTENSIONS, *MANIFEST_EXTENSIONS, ".parquet", ".tar"))
-        raise ValueError(f"expected a file with one of the extensions {expected}; got {path}")
+        reason = why_left_out(extension, lambda: path)
+        raise ValueError(f"expected a file with one of the extensions {expected}; got {path}: {reason or 'no audio'}")
     _check_options("a parquet or Hub data set", options, "split", "config_name")
     if not path.exists() and not _HUB_NAME.fullmatch(os.fspath(data)):
         raise FileNotFoundError(f"no such file or folder: {path}")
@@ -221,13 +224,13 @@ def _load_folder(folder: Path, split: str | None, labels_from_folders: bool) -> 
             raise ValueError(f"no split {split!r} in {folder}: expected one of its subfolders {found}")
         folder = folder / split
     files = find_audio_files(folder)
-    columns: dict[str, list] = {"audio": [str(file) for file in files]}
+    columns: dict[str, list] = {"audio": [path_text(file) for file in files]}
     if labels_from_folders:
         outside = [file for file in files if file.parent == folder]
         if outside:
             got = f"{len(outside)} directly in it, first {outside[0].name}"
             raise ValueError(f"expected every file in a class folder of {folder}, got {got}")
-        columns["label"] = [file.relative_to(folder).parts[0] for file in files]
+        columns["label"] = [path_text(file.relative_to(folder).parts[0]).removeprefix("file:") for file in files]
     return Dataset.from_dict(columns)
 
 
@@ -263,14 +266,18 @@ def _load_tars(files: list[Path], streaming: bool, options: dict) -> "IterableDa
 
 def _read_tars(paths: list[str]) -> Iterator[dict[str, Any]]:
     for path in paths:
+        left_out = LeftOut(path)
         try:
             with tarfile.open(path, "r|*") as archive:
                 for member in archive:
                     if member.isfile() and Path(member.name).suffix.lower() in AUDIO_EXTENSIONS:
-                        name = f"{os.path.basename(path)}/{member.name}"
+                        name = path_text(f"{os.path.basename(path)}/{member.name}")
                         yield {"audio": {"bytes": archive.extractfile(member).read(), "path": name}}
+                    elif member.isfile():
+                        left_out.add(member.name, lambda member=member: archive.extractfile(member).read())
         except tarfile.TarError as error:
             raise ValueError(f"cannot read {path}: damaged or truncated tar file ({error})") from error
+        left_out.report()
 
 
 def _load_spec(spec: "str | dict", defaults: dict[str, Any]) -> "Dataset | IterableDataset":

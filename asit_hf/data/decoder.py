@@ -21,6 +21,10 @@ class AudioReadError(ValueError):
         return f"cannot read {self.source}: {self.reason}"
 
 
+class UnknownFormatError(AudioReadError):
+    """A file that a decoder does not recognize; another one may."""
+
+
 @dataclass(frozen=True)
 class AudioInfo:
     """Format of a file: its `sampling_rate` in Hz, and at that rate its `num_samples` per channel."""

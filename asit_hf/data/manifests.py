@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..utils.names import local_path, path_text
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -89,8 +91,8 @@ def _resolve_paths(values: list, root: Path, manifest: Path) -> list[str]:
     for row, value in enumerate(values):
         if not isinstance(value, (str, int)):
             raise ValueError(f"expected a path in row {row} of {manifest}, got {value!r}")
-        paths.append(str(value) if "://" in str(value) else os.path.join(root, str(value)))
-    first = [path for path in paths[:20] if "://" not in path]
+        paths.append(str(value) if "://" in str(value) else path_text(os.path.join(root, local_path(str(value)))))
+    first = [path for path in map(local_path, paths[:20]) if "://" not in path]
     if first and not any(os.path.exists(path) for path in first):
         what = f"none of the first {len(first)} files of {manifest} exists, for instance {first[0]}"
         raise FileNotFoundError(f"{what}: set root to the folder that the paths are relative to")

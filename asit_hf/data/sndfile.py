@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from ..utils.extras import extra
-from .decoder import AudioInfo, AudioReadError, Decoder, Links
+from ..utils.names import path_text
+from .decoder import AudioInfo, AudioReadError, Decoder, Links, UnknownFormatError
 from .headers import Pieces, file_size, repaired, warn
 from .mpeg import MpegDecoder, begins_with_frame, count_frames, is_recording
 from .rare_formats import declared_size
@@ -36,7 +37,8 @@ def open_sndfile(file: str | os.PathLike | bytes, name: str) -> Decoder:
     """Decoder of a path or content, with its true length whatever its header states; `name` is used in errors.
 
     Raises:
-        AudioReadError: a format that libsndfile does not know, or a damaged or truncated file.
+        UnknownFormatError: a format that libsndfile does not know, or a damaged header.
+        AudioReadError: a truncated file.
     """
     with ExitStack() as stack:
         is_path = isinstance(file, (str, os.PathLike))
@@ -47,7 +49,8 @@ def open_sndfile(file: str | os.PathLike | bytes, name: str) -> Decoder:
             links = _mpeg_links(stream, name) or links
         if not links:
             source = file if is_path else io.BytesIO(file)
-            if is_path and os.fspath(file).lower().endswith(".raw"):  # soundfile expects the caller to know the rate
+            # soundfile expects the caller to know the rate of .raw, and names in UTF-8
+            if is_path and (os.fspath(file).lower().endswith(".raw") or path_text(file) != os.fspath(file)):
                 source = Pieces(stream, [(0, file_size(stream))])
             try:
                 decoder = SndfileDecoder(source, name)
@@ -96,7 +99,7 @@ class SndfileDecoder:
         name: of the file, in errors.
 
     Raises:
-        AudioReadError: a format that libsndfile does not know, or a damaged file.
+        UnknownFormatError: a format that libsndfile does not know, or a damaged header.
     """
 
     def __init__(self, file: str | os.PathLike | BinaryIO, name: str):
@@ -139,7 +142,7 @@ class SndfileDecoder:
                 self._source.seek(0)
             file = soundfile.SoundFile(self._source)
         except soundfile.LibsndfileError as error:
-            raise AudioReadError(self.name, _reason(error)) from error
+            raise UnknownFormatError(self.name, _reason(error)) from error
         file.seekable = lambda: False  # soundfile seeks after every read, after which lossy formats go on inexactly
         return file
 

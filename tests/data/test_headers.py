@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from asit_hf.data.audio import AudioReader, AudioReadError, audio_info, read_audio
+from asit_hf.data.audio import AudioReader, AudioReadError, audio_info, read_audio, source_name
 
 RATE = 16000
 
@@ -213,7 +213,7 @@ def test_what_decoders_raise_names_the_source(tmp_path):
     for source in sources:
         with pytest.raises(AudioReadError) as caught:
             read_audio(source, RATE)
-        assert caught.value.source == (source["path"] if isinstance(source, dict) else str(source))
+        assert caught.value.source == source_name(source)
 
 
 def test_a_wav_called_raw_is_read(tmp_path):

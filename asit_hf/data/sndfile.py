@@ -107,7 +107,8 @@ class SndfileDecoder:
         self._source = file
         self._file = self._open()
         self.format: str = self._file.format
-        self.info = AudioInfo(self._file.samplerate, self._file.frames, self._file.channels)
+        self._first = file.first_sample if isinstance(file, Pieces) else 0
+        self.info = AudioInfo(self._file.samplerate, self._file.frames - self._first, self._file.channels)
 
     def close(self) -> None:
         self._file.close()
@@ -175,7 +176,8 @@ class SndfileDecoder:
         import soundfile
 
         try:
-            if self._file.tell() == frame or self._file.seek(frame) == frame:
+            place = frame + self._first
+            if self._file.tell() == place or self._file.seek(place) == place:
                 return frame
         except soundfile.LibsndfileError:
             pass

@@ -75,6 +75,26 @@ def test_flac_of_unknown_length_that_was_cut_ends_with_its_last_whole_frame():
     check(cut, whole[: len(found)])
 
 
+@pytest.mark.parametrize("total", [0, 3 * RATE])
+def test_a_part_of_a_flac_stream_keeps_its_frame_numbers(total, tmp_path):
+    flac = encode(sound(3), "FLAC")
+    whole = read_audio(flac, RATE)
+    begin = flac.index(b"\xff\xf8", 42)
+    starts = [at for at in range(begin, len(flac)) if flac[at : at + 4] == flac[begin : begin + 4]]
+    part = flac_with_total(flac[:begin] + flac[starts[5] :], total)
+    length = audio_info(part).num_samples
+    assert RATE < length < 2.6 * RATE
+    check(part, whole[-length:], tmp_path / "a.flac")
+
+
+@pytest.mark.parametrize("seconds", [(1.5, 1.5), (1.5, 0.7), (0.7, 1.5)])
+def test_joined_flac_files_are_read_one_after_another(seconds, tmp_path):
+    first, second = (encode(sound(length, seed), "FLAC") for seed, length in enumerate(seconds))
+    expected = np.concatenate([read_audio(first, RATE), read_audio(second, RATE)])
+    check(first + second, expected, tmp_path / "a.flac")
+    check(flac_with_total(first, 0) + second, expected)
+
+
 def ogg_page(packet: bytes, kind: int, granule: int, number: int) -> bytes:
     sizes = bytes([255] * (len(packet) // 255) + [len(packet) % 255])
     return b"OggS\0" + struct.pack("<BqIII", kind, granule, 7, number, 0) + bytes([len(sizes)]) + sizes + packet

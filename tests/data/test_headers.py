@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from asit_hf.data.audio import AudioReader, AudioReadError, audio_info, read_audio
-from asit_hf.utils.names import local_path
+from asit_hf.data.audio import AudioReader, AudioReadError, audio_info, read_audio, source_name
 
 RATE = 16000
 
@@ -74,6 +73,26 @@ def test_flac_of_unknown_length_that_was_cut_ends_with_its_last_whole_frame():
     found = read_audio(cut, RATE)
     assert RATE < len(found) < 2 * RATE
     check(cut, whole[: len(found)])
+
+
+@pytest.mark.parametrize("total", [0, 3 * RATE])
+def test_a_part_of_a_flac_stream_keeps_its_frame_numbers(total, tmp_path):
+    flac = encode(sound(3), "FLAC")
+    whole = read_audio(flac, RATE)
+    begin = flac.index(b"\xff\xf8", 42)
+    starts = [at for at in range(begin, len(flac)) if flac[at : at + 4] == flac[begin : begin + 4]]
+    part = flac_with_total(flac[:begin] + flac[starts[5] :], total)
+    length = audio_info(part).num_samples
+    assert RATE < length < 2.6 * RATE
+    check(part, whole[-length:], tmp_path / "a.flac")
+
+
+@pytest.mark.parametrize("seconds", [(1.5, 1.5), (1.5, 0.7), (0.7, 1.5)])
+def test_joined_flac_files_are_read_one_after_another(seconds, tmp_path):
+    first, second = (encode(sound(length, seed), "FLAC") for seed, length in enumerate(seconds))
+    expected = np.concatenate([read_audio(first, RATE), read_audio(second, RATE)])
+    check(first + second, expected, tmp_path / "a.flac")
+    check(flac_with_total(first, 0) + second, expected)
 
 
 def ogg_page(packet: bytes, kind: int, granule: int, number: int) -> bytes:
@@ -214,7 +233,7 @@ def test_what_decoders_raise_names_the_source(tmp_path):
     for source in sources:
         with pytest.raises(AudioReadError) as caught:
             read_audio(source, RATE)
-        assert local_path(caught.value.source) == (source["path"] if isinstance(source, dict) else str(source))
+        assert caught.value.source == source_name(source)
 
 
 def test_a_wav_called_raw_is_read(tmp_path):

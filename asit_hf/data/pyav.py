@@ -50,6 +50,7 @@ _SIGNATURE = re.compile(b"|".join(b"(?P<%s>%s)" % (name.encode(), s) for name, s
 _HEAD = 400  # bytes, two packets of an MPEG transport stream
 # without a header that declares their length: ffmpeg estimates it from the bit rate
 _OF_UNKNOWN_LENGTH = ("aac", "amr", "ac3", "eac3", "dts", "mpeg", "mpegts")
+_WITHOUT_SEEKING = ("mpeg",)  # the time stamps after a seek are not those of the whole file
 _DELAYED = ("wmav1", "wmav2", "wmavoice")  # decoders that return the last frame after the last packet
 _WITHOUT_RESET = ("amrnb", "amrwb", "libopencore_amrnb", "libopencore_amrwb")  # decoders that a seek does not reset
 # Seconds decoded before a window. Codecs carry state from packet to packet: AAC one, Opus 80 ms, mp3 up to 0.4 s.
@@ -187,7 +188,7 @@ class PyAVDecoder:
             AudioReadError: it is before the end that the header declares.
         """
         end, seconds = None, Fraction(0)
-        for start in (_END, self._first_pts):
+        for start in (self._first_pts,) if self._format in _WITHOUT_SEEKING else (_END, self._first_pts):
             self._container.seek(start, stream=self._stream)
             for packet in self._container.demux():
                 if packet.pts is None:
@@ -206,7 +207,10 @@ class PyAVDecoder:
             missing = round((self._stream.duration or 0) * self._per_tick) - end
             tolerance = self._packet_samples()
         else:  # only the whole file has a declared length, not each of its tracks
-            missing = round((Fraction(self._container.duration or 0, 1_000_000) - seconds) * rate)
+            declared = Fraction(self._container.duration or 0, 1_000_000)
+            if self._format == "avi":  # of a file without its index, ffmpeg estimates the duration
+                declared = max(declared, self._stream.frames * self._stream.time_base)
+            missing = round((declared - seconds) * rate)
             tolerance = self._packet_samples() if len(self._container.streams) == 1 else rate
         if missing > tolerance and self._format not in _OF_UNKNOWN_LENGTH:
             raise self._damaged(f"its header declares {missing / rate:.3f} s more than the {end / rate:.3f} s it has")
@@ -223,7 +227,7 @@ class PyAVDecoder:
         self._container.seek(pts, stream=self._stream)
         frames = self._frames(pts)
         frame = next(frames, None)
-        if begin > 0 and (self._format == "mpeg" or frame is None or self._position(frame.pts) > first):
+        if begin > 0 and (self._format in _WITHOUT_SEEKING or frame is None or self._position(frame.pts) > first):
             self._container.seek(self._first_pts, stream=self._stream)  # the file has no index that leads there
             frames = self._frames(pts)
             frame = next(frames, None)

@@ -30,6 +30,7 @@ FORMATS = {
     "3gp": ("3gp", "libopencore_amrnb", 8000, {}, {}, 0, 0, 1e-4),
     "amr": ("amr", "libopencore_amrnb", 8000, {}, {}, 0, 160, 1e-4),
     "avi, mp3": ("avi", "libmp3lame", 44100, {}, {}, 1105, 1152, 1e-6),
+    "mpg, mp2": ("mpeg", "mp2", 44100, {}, {}, 481, 1152, 1e-4),
     "flv": ("flv", "aac", 44100, {}, EXACT_AAC, 1024, 1024, 0),
     "ts": ("mpegts", "aac", 44100, {}, EXACT_AAC, 1024, 1024, 0),
     "wavpack": ("wv", "wavpack", 44100, {}, {}, 0, 0, 0),
@@ -124,6 +125,10 @@ def test_channels_of_all_layouts_are_mixed():
 
 def test_a_video_file(caplog):
     content = encode(tone(2, 48000), 48000, "matroska", "aac", codec_options=EXACT_AAC, video=True)
+    for format, codec in (("avi", "libmp3lame"), ("matroska", "aac"), ("mp4", "aac")):
+        cut = encode(tone(4, 48000), 48000, format, codec, video=True)
+        with pytest.raises(AudioReadError):
+            read_audio(cut[: len(cut) * 3 // 5], 48000)
     whole = read_audio(content, 48000)
     assert np.std(whole[24000:90000] - tone(2, 48000)[0][24000:90000]) < 0.02
     np.testing.assert_array_equal(read_audio(content, 48000, 1.5, 0.25), whole[72000:84000])

@@ -50,7 +50,7 @@ _SIGNATURE = re.compile(b"|".join(b"(?P<%s>%s)" % (name.encode(), s) for name, s
 _HEAD = 400  # bytes, two packets of an MPEG transport stream
 # without a header that declares their length: ffmpeg estimates it from the bit rate
 _OF_UNKNOWN_LENGTH = ("aac", "amr", "ac3", "eac3", "dts", "mpeg", "mpegts")
-_WITHOUT_SEEKING = ("mpeg",)  # the time stamps after a seek are not those of the whole file
+_WITHOUT_SEEKING = ("mpeg", "ac3", "eac3", "dts")  # time stamps after a seek are not those of the whole file
 _DELAYED = ("wmav1", "wmav2", "wmavoice")  # decoders that return the last frame after the last packet
 _WITHOUT_RESET = ("amrnb", "amrwb", "libopencore_amrnb", "libopencore_amrwb")  # decoders that a seek does not reset
 # Seconds decoded before a window. Codecs carry state from packet to packet: AAC one, Opus 80 ms, mp3 up to 0.4 s.

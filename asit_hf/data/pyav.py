@@ -52,7 +52,8 @@ _HEAD = 400  # bytes, two packets of an MPEG transport stream
 _OF_UNKNOWN_LENGTH = ("aac", "amr", "ac3", "eac3", "dts", "mpeg", "mpegts")
 _WITHOUT_SEEKING = ("mpeg", "ac3", "eac3", "dts")  # time stamps after a seek are not those of the whole file
 _DELAYED = ("wmav1", "wmav2", "wmavoice")  # decoders that return the last frame after the last packet
-_WITHOUT_RESET = ("amrnb", "amrwb", "libopencore_amrnb", "libopencore_amrwb")  # decoders that a seek does not reset
+# decoders that a seek does not reset
+_WITHOUT_RESET = ("amrnb", "amrwb", "libopencore_amrnb", "libopencore_amrwb", "ac3", "eac3")
 # Seconds decoded before a window. Codecs carry state from packet to packet: AAC one, Opus 80 ms, mp3 up to 0.4 s.
 _LEAD_IN = 1.0
 # Recorders of live streams leave out packets of silence; elsewhere, and if it is longer, a gap is damage.

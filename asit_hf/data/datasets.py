@@ -260,11 +260,14 @@ def _open(
     if not path.exists() and not _HUB_NAME.fullmatch(os.fspath(data)):
         raise FileNotFoundError(f"no such file or folder: {path}")
     dataset = _load_hub(os.fspath(data), path, options["config_name"], split, streaming)
-    if not path.exists():
+    columns = dataset.column_names or []
+    column = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", os.fspath(data)) if columns else None
+    if not path.exists() or getattr((dataset.features or {}).get(column), "dtype", None) != "string":
         return dataset
-    return _resolve_paths(
-        dataset, audio_column, Path(options["root"] or (path if path.is_dir() else path.parent)), path
-    )
+    if streaming:  # a table of paths is small
+        dataset = _load_hub(os.fspath(data), path, options["config_name"], split, False)
+    paths = resolve_paths(dataset[column][:], options["root"] or (path if path.is_dir() else path.parent), path)
+    return dataset.remove_columns(column).add_column(column, paths)
 
 
 def _metadata_file(folder: Path) -> Path | None:
@@ -329,18 +332,6 @@ def _load_hub(name: str, path: Path, config_name: str | None, split: str | None,
         reason = f"{type(error).__name__}: {error}"
         raise FileNotFoundError(f"{name!r} is neither a local file or folder nor on the Hub ({reason})") from error
     return _choose_split(loaded, split, name)
-
-
-def _resolve_paths(dataset: Any, audio_column: str | None, root: Path, source: Path) -> Any:
-    """Parquet data with full paths, if they hold paths instead of audio."""
-    columns = dataset.column_names or list(next(iter(dataset)))
-    column = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", str(source))
-    if getattr((dataset.features or {}).get(column), "dtype", None) not in ("string", "large_string"):
-        return dataset
-    if hasattr(dataset, "__len__"):
-        paths = resolve_paths(dataset[column][:], root, source)
-        return dataset.remove_columns(column).add_column(column, paths)
-    return dataset.map(lambda path: {column: os.path.join(root, path)}, input_columns=column)
 
 
 def _load_saved(path: Path, split: str | None) -> "Dataset":

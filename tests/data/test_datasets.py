@@ -89,6 +89,8 @@ def test_split_folders(tmp_path, kind):
         assert [name.lower() for name in label_names(dataset)] == ["cat", "dog"]
         assert (label_names(dataset)[0] == "CAT") == (kind not in ("folders", "shards"))
         assert dataset["label"][:] == [0, 0, 1, 1]
+        stream = load_audio_dataset(root, split=split, streaming=True)
+        assert len([row["audio"] for row in stream]) == 4
     assert len(load_unlabelled(str(root))) == 12
     if kind != "one csv":
         with pytest.raises(ValueError, match="splits .*" + ".*".join(sorted(splits.values()))):

@@ -97,7 +97,7 @@ def check_class_folders(folder: Path, files: Sequence[Path]) -> None:
     """
     counts = first_folders(folder, files)
     names = ", ".join(f"{name} ({count} files)" for name, count in counts.items())
-    if len(counts) > 1 and all(re.fullmatch(r"fold[ _-]?\d+", name.lower()) for name in counts):
+    if len(counts) > 1 and all(re.fullmatch(r"(fold|part|split)[ _-]?\d+", name.lower()) for name in counts):
         raise ValueError(
             f"expected class folders in {folder}, got folds: {names}; pass one fold, or a manifest with a column of "
             "labels and one of folds"

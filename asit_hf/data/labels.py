@@ -74,7 +74,8 @@ def find_lists(texts: Iterable[str], names: Sequence[str] | None = None) -> dict
 
     A text is a list if it is written as one (`['dog', 'cat']`), holds `;` or `|`, or ids of AudioSet between commas,
     or if it divides at commas into other labels of the column, or into `names`; commas that this leaves divide, those
-    without a space if any part of such a text is found in another text, and those with a space if most parts are.
+    without a space if any part of such a text is found in another text, and those with a space if most parts are,
+    counting parts that only occur next to each other as one.
 
     So "Speech, Music" is a list beside "Speech" and "Music", "Accordion,Instrument,Music" is one beside
     "Drum,Instrument,Music", and "Inside, small room" is a class, also beside "Inside, public space".

@@ -19,6 +19,11 @@ holds `eval_results.json`, `predictions.csv`, `per_class.csv` and, for up to 100
 With single labels the results include the expected calibration error (`eval_ece_percent`) and the best temperature
 for the same evaluation clips (`eval_in_sample_temperature`).
 `--folds 1,2,3,4,5` cross-validates, with an output folder for each fold and `fold_results.json`.
+
+`--do_train False --do_eval True` evaluates a trained classifier instead, and writes the same tables:
+
+    python examples/run_audio_classification.py --model_name_or_path runs/classifier --eval_data test.csv \
+        --output_dir runs/scores --do_train False --do_eval True
 """
 
 import json
@@ -32,6 +37,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
+from transformers.trainer_utils import PredictionOutput
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.data import CORPORA, ClassificationCollator, LabelledClips, filter_rows, label_names, split_dataset
@@ -43,8 +49,9 @@ from asit_hf.finetuning.reports import best_common_epoch, summarize_folds, write
 from asit_hf.finetuning.sampling import balanced_weights
 from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer
 from asit_hf.hub.cards import CardArguments, describe_run
-from asit_hf.loading import is_pretraining_checkpoint, load_config, load_encoder, load_feature_extractor
+from asit_hf.loading import is_pretraining_checkpoint, load_config, load_encoder, load_feature_extractor, load_trained
 from asit_hf.utils.arguments import (
+    OptionError,
     checkpoint_to_resume,
     finished_run,
     parse_arguments,
@@ -82,7 +89,10 @@ class ModelArguments:
 
 @dataclass(kw_only=True)
 class DataArguments(DatasetArguments):
-    train_data: str = HfArg(help="Folder of class folders, csv or json manifest, Hub data set, or root of a corpus.")
+    train_data: str | None = HfArg(
+        default=None,
+        help="Folder of class folders, csv or json manifest, Hub data set, or root of a corpus. Needed to train.",
+    )
     eval_data: str | None = HfArg(default=None, help="Evaluation data (default: rows of --train_data).")
     train_split: str | None = HfArg(
         default=None, help="Split of the training data. Without any split named, those that local data have are used."
@@ -242,6 +252,8 @@ def finetune(
 ) -> tuple[dict[str, float], list[dict]]:
     """The metrics on the evaluation data and the log history. `arguments` is the command line, for the model card."""
     start_run(args)
+    if data_args.train_data is None:
+        raise OptionError("expected --train_data, the training data, got none")
     if model_args.freeze_encoder:
         refuse_without_effect(args, ["layer_decay"], "with freeze_encoder")
     train, validation, evaluation = load_data(data_args, args.seed, args.load_best_model_at_end)
@@ -249,7 +261,8 @@ def finetune(
     names = None if problem_type == "regression" else label_names(train)
     if problem_type == "regression" and (data_args.balanced_sampling or args.label_smoothing):
         raise ValueError("balanced_sampling and label_smoothing need classes, but the labels are numbers")
-    args.choose_metric(problem_type_of(train))
+    compute_metrics = compute_metrics_for(problem_type, names or ["value"])
+    args.choose_metric(problem_type_of(train), compute_metrics, len(names or ["value"]))
     predictions = Path(args.output_dir, "predictions.csv")  # is written last
     if predictions.is_file() and (finished := finished_run(args, len(train))):
         logger.warning(f"nothing to do: {args.output_dir} holds a finished run of {finished.global_step} steps")
@@ -275,7 +288,7 @@ def finetune(
             problem_type,
             partial(augmentation.spectrogram, patch_size=model.config.patch_size),
         ),
-        compute_metrics=compute_metrics_for(problem_type, names or ["value"]),
+        compute_metrics=compute_metrics,
         processing_class=feature_extractor,
     )
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
@@ -287,12 +300,7 @@ def finetune(
     trainer.save_model()
     trainer.save_state()
 
-    output = trainer.predict(LabelledClips(evaluation, **held_out), metric_key_prefix="eval")
-    if problem_type == "single_label_classification":
-        calibration = calibration_metrics(output.predictions, output.label_ids)
-        output.metrics.update({f"eval_{metric}": value for metric, value in calibration.items()})
-    trainer.log_metrics("eval", output.metrics)
-    trainer.save_metrics("eval", output.metrics, combined=False)
+    output = score(trainer, LabelledClips(evaluation, **held_out), problem_type)
     if trainer.is_world_process_zero() and model.config.model_type == "asit":
         split = ", ".join(data_args.eval_filter) or data_args.eval_split or "evaluation"
         data = f"{Path(data_args.eval_data or data_args.train_data).name} ({split})"
@@ -306,6 +314,58 @@ def finetune(
     if trainer.is_world_process_zero():
         write_reports(Path(args.output_dir), evaluation, output, problem_type, names)
     return output.metrics, trainer.state.log_history
+
+
+def score(trainer: FinetuningTrainer, clips: LabelledClips, problem_type: str) -> PredictionOutput:
+    """Predictions for clips and their metrics, which are logged and saved."""
+    output = trainer.predict(clips, metric_key_prefix="eval")
+    if problem_type == "single_label_classification":
+        calibration = calibration_metrics(output.predictions, output.label_ids)
+        output.metrics.update({f"eval_{metric}": value for metric, value in calibration.items()})
+    trainer.log_metrics("eval", output.metrics)
+    trainer.save_metrics("eval", output.metrics, combined=False)
+    return output
+
+
+def evaluate(
+    model_args: ModelArguments, data_args: DataArguments, inputs: InputArguments, args: FinetuningArguments
+) -> dict[str, float]:
+    """The metrics of a trained classifier, with its own classes, on the evaluation data."""
+    start_run(args)
+    if data_args.eval_data is None:
+        raise OptionError("expected --eval_data, the data to evaluate on, with do_train False")
+    refuse_without_effect(model_args, ["random_init", "pooling_mode", "freeze_encoder"], "with do_train False")
+    refuse_without_effect(data_args, ["folds", "validation_fraction"], "with do_train False")
+    model, feature_extractor = load_trained(
+        model_args.model_name_or_path,
+        ASiTForAudioClassification,
+        attn_implementation=model_args.attn_implementation,
+    )
+    for name in ("mean", "std"):
+        if (value := getattr(inputs, name)) is not None:
+            setattr(feature_extractor, name, value)
+    problem_type, names = model.config.problem_type, None
+    if problem_type != "regression":
+        names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    data = data_args.load(data_args.eval_data, data_args.eval_filter, names=names, split=data_args.eval_split)
+    problem_type = check_problem_type(problem_type, data)
+    if (problem_type == "regression") != (names is None):
+        raise ValueError(f"expected labels of the classes {', '.join(names)}, got numbers in {data_args.eval_data}")
+    logger.info(f"{len(data)} evaluation clips, {problem_type}")
+    args.eval_strategy = args.save_strategy = "no"  # of training
+    trainer = FinetuningTrainer(
+        model=model,
+        args=args,
+        data_collator=ClassificationCollator(feature_extractor, model.config.num_labels, problem_type),
+        compute_metrics=compute_metrics_for(problem_type, names or ["value"]),
+        processing_class=feature_extractor,
+    )
+    output = score(
+        trainer, LabelledClips(data, feature_extractor.sampling_rate, inputs.max_eval_seconds), problem_type
+    )
+    if trainer.is_world_process_zero():
+        write_reports(Path(args.output_dir), data, output, problem_type, names)
+    return output.metrics
 
 
 def cross_validate(
@@ -340,6 +400,8 @@ def main(arguments: list[str] | None = None, build: Callable = build_model) -> d
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parsed = parse_arguments(GROUPS, arguments)
     data_args, args = parsed[1], parsed[-1]
+    if not args.do_train:
+        return evaluate(parsed[0], data_args, parsed[2], args)
     if data_args.folds is not None:
         return cross_validate(arguments, data_args, args, build)
     return finetune(*parsed, arguments, build=build)[0]

@@ -1,11 +1,13 @@
 """Labelled clips, read whole or cropped, and how every data set of clips reads its audio."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from ..fbank_asit import whole_rate
 from .audio import AudioReader, AudioReadError
 from .randomness import Seeded, sample_key
 
@@ -42,7 +44,7 @@ class LabelledClips(Seeded, Dataset):
         self.sources = select_audio(dataset)
         labelled = "label" in (getattr(dataset, "column_names", None) or ())
         self.labels = dataset["label"][:] if labelled else None
-        self.sampling_rate = sampling_rate
+        self.sampling_rate = whole_rate(sampling_rate)
         self.max_seconds = max_seconds
         self.train = train
         self.strict = strict
@@ -99,11 +101,66 @@ def draw_crops(reader: AudioReader, sampling_rate: int, draw: Callable[[int], An
 
 def select_audio(dataset: Any) -> Any:
     """The `audio` column of a data set, so that reading a row reads nothing else; other sequences are unchanged."""
+    dataset = undecoded(dataset)
     if not hasattr(dataset, "select_columns"):
         return dataset
     if dataset.column_names is not None and "audio" not in dataset.column_names:
         raise ValueError(f"expected an audio column, got {dataset.column_names}")
     return dataset.select_columns("audio")
+
+
+def undecoded(data: Any) -> Any:
+    """
+    A `datasets` object, one of its columns, or a torch data set around one (`KeyDataset`, `Subset`), with all its
+    audio as paths and bytes for `AudioReader`: decoding it would need torchcodec. Anything else is unchanged.
+    """
+    if hasattr(data, "source") and hasattr(data, "column_name"):  # data["audio"], also nested
+        return type(data)(undecoded(data.source), data.column_name)
+    if not hasattr(data, "select_columns"):
+        if (inner := getattr(data, "dataset", None)) is None or (read := undecoded(inner)) is inner:
+            return data
+        data = copy.copy(data)
+        data.dataset = read
+        return data
+    if not data.features or not _decodes(data.features):
+        return data
+    from datasets import Audio, Features
+
+    if hasattr(data, "decode"):  # a stream, which may also decode in threads
+        return data.decode(False)
+    features = Features({name: _as_stored(feature) for name, feature in data.features.items()})
+    for name, feature in data.features.items():
+        if isinstance(feature, Audio):
+            data = data.cast_column(name, features[name])
+    if _decodes(data.features):  # nested: `cast` would rewrite the table, whose stored type is the same
+        data = copy.deepcopy(data)
+        data.info.features = features
+    return data
+
+
+def _decodes(feature: Any) -> bool:
+    """Whether reading a feature decodes audio."""
+    if isinstance(feature, (dict, list, tuple)):
+        return any(map(_decodes, feature.values() if isinstance(feature, dict) else feature))
+    return _decodes(feature.feature) if hasattr(feature, "feature") else _is_decoded_audio(feature)
+
+
+def _as_stored(feature: Any) -> Any:
+    """The feature with its audio undecoded."""
+    if isinstance(feature, dict):
+        return {name: _as_stored(one) for name, one in feature.items()}
+    if isinstance(feature, (list, tuple)):
+        return [_as_stored(one) for one in feature]
+    feature = copy.copy(feature)
+    if hasattr(feature, "feature"):
+        feature.feature = _as_stored(feature.feature)
+    elif _is_decoded_audio(feature):
+        feature.decode = False
+    return feature
+
+
+def _is_decoded_audio(feature: Any) -> bool:
+    return type(feature).__name__ == "Audio" and feature.decode
 
 
 def audio_of(row: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.audio import AudioReader, AudioReadError
+from ..data.clips import audio_of, undecoded
 from ..fbank_asit import window_and_hop
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..modeling_asit import ASiTModel, ASiTPreTrainedModel
@@ -159,7 +160,7 @@ def embed_files(
     Args:
         model, feature_extractor, pooling, batch_size, device, num_layers: as in [`embed`]; timestamps come from the
             last layer.
-        sources: see [`~asit_hf.data.audio.AudioReader`].
+        sources: see [`~asit_hf.data.audio.AudioReader`]; or a data set with a column `audio`, or one of its columns.
         window_seconds (`float`, defaults to 30): longer clips are read and embedded in windows of this length, cut to
             whole time patches, and pooled over all of them as in [`embed`].
         max_seconds (`float`, *optional*): use only the beginning of longer clips.
@@ -170,6 +171,7 @@ def embed_files(
     window = _window_samples(model, feature_extractor, window_seconds)
     if max_seconds is not None and max_seconds <= 0:
         raise ValueError(f"expected max_seconds above 0, got {max_seconds}")
+    sources = map(audio_of, undecoded(sources))
     windows = _file_windows(sources, feature_extractor.sampling_rate, window, max_seconds)
     yield from _embed_windows(
         windows, model, feature_extractor, pooling, batch_size, device, num_layers, _SORTED_WINDOW_BATCHES

@@ -103,6 +103,19 @@ def test_crops_resume_and_bad_files(sounds, encoder, tmp_path, caplog):
         script.main(arguments(sounds, encoder, tmp_path / "strict", max_steps=5, strict=True, train_labels=labels))
 
 
+def test_a_trained_model_is_evaluated_without_training(sounds, encoder, tmp_path, monkeypatch):
+    trained = script.main(arguments(sounds, encoder, tmp_path / "run", max_steps=2))
+    monkeypatch.setattr(script.FrameTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    options = {"train_labels": None, "do_train": False, "do_eval": True}
+    metrics = script.main(arguments(sounds, tmp_path / "run", tmp_path / "scores", **options))
+    for name, value in trained.items():
+        if not name.endswith(("_runtime", "_per_second")):
+            assert metrics[name] == pytest.approx(value, rel=1e-4, nan_ok=True), name
+    assert (tmp_path / "scores" / "events.tsv").read_text() == (tmp_path / "run" / "events.tsv").read_text()
+    with pytest.raises(ValueError, match="ASiTForAudioFrameClassification"):
+        script.main(arguments(sounds, encoder, tmp_path / "scores", **options))
+
+
 def test_wrong_input(sounds, encoder, tmp_path, caplog):
     labels = tmp_path / "test.tsv"
     labels.write_text((sounds / "test.tsv").read_text().replace("low", "bell"))

@@ -36,6 +36,7 @@ from transformers.hf_argparser import HfArg
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.data import CORPORA, ClassificationCollator, LabelledClips, filter_rows, label_names, split_dataset
 from asit_hf.data.labelled import DatasetArguments, check_classes, problem_type_of
+from asit_hf.data.manifests import SPLIT_COLUMNS
 from asit_hf.evaluation.metrics import TOP_K, calibration_metrics, compute_metrics_for
 from asit_hf.finetuning.augmentation import Augmentation, TrainingClips
 from asit_hf.finetuning.reports import best_common_epoch, summarize_folds, write_reports
@@ -133,7 +134,8 @@ class DataArguments(DatasetArguments):
     def _use_splits(self) -> None:
         """Sets the splits that are not named: always those of a corpus, those of other data if none is named."""
         named = self.train_split or self.validation_split or self.eval_split or self.folds
-        if self.corpus is None and (named or (self.eval_filter and not self.eval_data)):
+        filtered = any(one.partition("=")[0].strip() in SPLIT_COLUMNS for one in self.train_filter)
+        if self.corpus is None and (named or filtered or (self.eval_filter and not self.eval_data)):
             return
         splits = self.default_splits(self.train_data)
         self.train_split = self.train_split or splits.get("train")

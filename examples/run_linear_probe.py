@@ -27,7 +27,7 @@ from asit_hf.data.audio import AudioReadError, source_name
 from asit_hf.data.clips import LabelledClips
 from asit_hf.data.labelled import DatasetArguments, check_classes, problem_type_of
 from asit_hf.data.labels import label_names
-from asit_hf.data.splits import find_group_column
+from asit_hf.data.splits import find_group_column, group_ids
 from asit_hf.evaluation.attentive_probe import attentive_probe
 from asit_hf.evaluation.embeddings import POOLINGS, embed, embed_tokens
 from asit_hf.evaluation.probes import PROBES
@@ -148,8 +148,10 @@ def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = 
     check_classes(train, args.train)
     like = {"names": label_names(train), "problem_type": problem_type_of(train)}
     test = reading.load(args.test or args.train, args.test_filter or (), split=args.test_split, **like)
-    group_column = find_group_column(train) if args.group_column is None else args.group_column
-    groups = train[group_column][:] if group_column else None
+    group_column = None
+    if set(args.probes) != {"knn"}:
+        group_column = find_group_column(train, args.group_column)
+    groups = group_ids(train, group_column) if group_column else None
     train_y, test_y = targets(train), targets(test)
 
     pooled = set(args.probes) != {ATTENTIVE}

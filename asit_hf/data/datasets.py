@@ -23,6 +23,7 @@ from .manifests import (
     as_text,
     find_column,
     load_manifest,
+    manifest_splits,
 )
 from .splits import check_class_folders, first_folders, match_split, split_kind, split_paths
 
@@ -175,9 +176,14 @@ def find_splits(data: str | os.PathLike) -> dict[str, Path | None]:
     splits of a folder written by `save_to_disk`, of parquet files, or of a manifest's column `split`; each with None.
     """
     path = Path(data).expanduser()
-    if path.is_dir() and (path / "dataset_dict.json").exists():
+    manifest = _metadata_file(path) or path
+    if manifest.is_file() and manifest.suffix.lower() in (*MANIFEST_EXTENSIONS, ".txt"):
+        names = manifest_splits(manifest)
+        if all(map(split_kind, names)) and "train" in map(split_kind, names):
+            return dict.fromkeys(names)
+    if (path / "dataset_dict.json").exists():
         return dict.fromkeys(json.loads((path / "dataset_dict.json").read_text())["splits"])
-    if path.is_dir() and not (path / "state.json").exists() and not _metadata_file(path):
+    if path.is_dir() and not (path / "state.json").exists():
         if _find_shards(path, ".parquet"):
             from datasets import load_dataset
 
@@ -219,8 +225,13 @@ def _open(
             _check_options("a saved data set", options, "split")
             return _load_saved(path, split)
         part = None if split is None else _part(path, split)
-        manifest = _metadata_file(path)
-        if manifest and not options["labels_from_folders"]:
+        manifest = None if options["labels_from_folders"] else _metadata_file(path)
+        if manifest and part and part.is_dir() and not _has_split(manifest, split):
+            dataset = _open(manifest, audio_column, label_column, False, {**options, "split": None})
+            column = find_column(dataset.column_names, audio_column, AUDIO_COLUMNS, "audio", str(manifest))
+            inside = [Path(file).is_relative_to(part) for file in dataset[column][:]]
+            return dataset.select([row for row, is_inside in enumerate(inside) if is_inside])
+        if manifest:
             path = manifest
         elif part:
             return _open_part(path, part, audio_column, label_column, streaming, options)
@@ -249,17 +260,24 @@ def _open(
     if not path.exists() and not _HUB_NAME.fullmatch(os.fspath(data)):
         raise FileNotFoundError(f"no such file or folder: {path}")
     dataset = _load_hub(os.fspath(data), path, options["config_name"], split, streaming)
-    if not path.exists():
+    columns = dataset.column_names or []
+    column = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", os.fspath(data)) if columns else None
+    if not path.exists() or getattr((dataset.features or {}).get(column), "dtype", None) != "string":
         return dataset
-    return _resolve_paths(
-        dataset, audio_column, Path(options["root"] or (path if path.is_dir() else path.parent)), path
-    )
+    if streaming:  # a table of paths is small
+        dataset = _load_hub(os.fspath(data), path, options["config_name"], split, False)
+    paths = resolve_paths(dataset[column][:], options["root"] or (path if path.is_dir() else path.parent), path)
+    return dataset.remove_columns(column).add_column(column, paths)
 
 
 def _metadata_file(folder: Path) -> Path | None:
     """The manifest called `metadata` that describes the files of a folder."""
     files = (folder / f"metadata{extension}" for extension in (*MANIFEST_EXTENSIONS, ".parquet"))
     return next((file for file in files if file.is_file()), None)
+
+
+def _has_split(manifest: Path, split: str) -> bool:
+    return manifest.suffix.lower() != ".parquet" and match_split(split, manifest_splits(manifest)) is not None
 
 
 def _split_paths(folder: Path) -> dict[str, Path]:
@@ -286,16 +304,18 @@ def _open_part(folder: Path, part: Path, *args: Any) -> "Dataset | IterableDatas
     if part.is_dir():
         return _open(part, *columns, options)
     options["labels_from_folders"] = False
-    roots = [options["root"]] if options["root"] else [folder]
-    if not options["root"]:
-        kind = split_kind(part.stem)
-        roots += [one for one in sorted(folder.iterdir()) if one.is_dir() and split_kind(one.name) == kind]
-    for root in roots[:-1]:
-        try:
-            return _open(part, *columns, {**options, "root": root})
-        except FileNotFoundError:
-            continue
-    return _open(part, *columns, {**options, "root": roots[-1]})
+    kind = split_kind(part.stem)
+    folders = [one for one in sorted(folder.iterdir()) if one.is_dir() and split_kind(one.name) == kind]
+    if options["root"] or len(folders) != 1:
+        return _open(part, *columns, options)
+    try:
+        dataset = _open(part, *columns, options)
+        column = find_column(dataset.column_names, columns[0], AUDIO_COLUMNS, "audio", str(part))
+        if all(os.path.exists(file) for file in dataset[column][:] if "://" not in file):
+            return dataset
+    except FileNotFoundError:
+        pass
+    return _open(part, *columns, {**options, "root": folders[0]})
 
 
 def _load_hub(name: str, path: Path, config_name: str | None, split: str | None, streaming: bool) -> Any:
@@ -312,18 +332,6 @@ def _load_hub(name: str, path: Path, config_name: str | None, split: str | None,
         reason = f"{type(error).__name__}: {error}"
         raise FileNotFoundError(f"{name!r} is neither a local file or folder nor on the Hub ({reason})") from error
     return _choose_split(loaded, split, name)
-
-
-def _resolve_paths(dataset: Any, audio_column: str | None, root: Path, source: Path) -> Any:
-    """Parquet data with full paths, if they hold paths instead of audio."""
-    columns = dataset.column_names or list(next(iter(dataset)))
-    column = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", str(source))
-    if getattr((dataset.features or {}).get(column), "dtype", None) not in ("string", "large_string"):
-        return dataset
-    if hasattr(dataset, "__len__"):
-        paths = resolve_paths(dataset[column][:], root, source)
-        return dataset.remove_columns(column).add_column(column, paths)
-    return dataset.map(lambda path: {column: os.path.join(root, path)}, input_columns=column)
 
 
 def _load_saved(path: Path, split: str | None) -> "Dataset":
@@ -356,10 +364,10 @@ def _load_folder(folder: Path, labels_from_folders: bool) -> "Dataset":
             logger.info("audio of all splits of %s: %s", folder, counts or f"{len(files)} files")
         return Dataset.from_dict({"audio": [str(file) for file in files]})
     if splits:
-        names = ", ".join(splits)
+        example = next((path for name, path in splits.items() if split_kind(name) == "train"), folder)
         raise ValueError(
-            f"expected class folders or a manifest in {folder}, got the splits {names}: name one of them "
-            f"(split, --train_split, ...), or pass {next(iter(splits.values()))}"
+            f"expected class folders or a manifest in {folder}, got the splits {', '.join(splits)}: name one of them "
+            f"(split, --train_split, ...), or pass one, such as {example}"
         )
     parts = [file.relative_to(folder).parts for file in files]
     if outside := [names[0] for names in parts if len(names) == 1]:
@@ -422,7 +430,8 @@ def _load_all_splits(options: dict[str, Any]) -> "Dataset | IterableDataset":
     """The data of all splits if none is named; those of a folder of audio are read in one go anyway."""
     from datasets import concatenate_datasets
 
-    found = {} if options.get("split") else find_splits(options["data"])
+    path = Path(options["data"]).expanduser()
+    found = find_splits(path) if path.is_dir() and not _metadata_file(path) and not options.get("split") else {}
     names = [name for name, path in found.items() if path is None]
     if not names:
         return load_audio_dataset(**options)

@@ -5,9 +5,11 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from .files import AUDIO_EXTENSIONS
 from .tables import TABLE_EXTENSIONS, Table, read_table
 
 logger = logging.getLogger(__name__)
@@ -116,14 +118,30 @@ def event_names(events: Mapping[str, Iterable[Event]]) -> list[str]:
 
 def _read_rows(path: Path, own_file: str, label_column: str | None, one_of_many: bool) -> list[_Row]:
     """The rows of a table. `own_file` is the file of all rows, if the table does not name files."""
-    table = read_table(path, header=False, comment=_FREQUENCIES)
+    table = _divide_words(read_table(path, header=False, comment=_FREQUENCIES))
     first = table.rows[0] if table.rows else []
     if ("onset" in _find_columns(first) or len(first) > 2) and not any(map(_TIME.fullmatch, first)):
         table = read_table(path, fill=True)
-        rows = _rows_with_header(table, own_file, _find_columns(table.names, label_column), label_column)
+        if len(table.names) == 1:
+            table = _divide_words(table)
+        rows = _rows_with_header(table, own_file, label_column)
     else:
         rows = _rows_without_header(table, own_file)
     return rows or [_Row(own_file, None, str(path))] if one_of_many else rows
+
+
+def _divide_words(table: Table) -> Table:
+    """A table of one column divided at spaces, of which the last column may have some."""
+    if any(len(row) > 1 for row in table.rows):
+        return table
+    if table.names:
+        names = table.names[0].split()
+        counts = [len(names) - 1] * len(table.rows)
+    else:
+        names, counts = [], [2 if _TIME.fullmatch(row[0].split()[0]) else 3 for row in table.rows]
+    rows = [row[0].split(maxsplit=count) for row, count in zip(table.rows, counts)]
+    rows = [row + [""] * (len(names) - len(row)) for row in rows]
+    return replace(table, names=names, rows=rows)
 
 
 def _find_columns(names: Sequence[str], label_column: str | None = None) -> dict[str, tuple[int, float]]:
@@ -145,9 +163,13 @@ def _find_columns(names: Sequence[str], label_column: str | None = None) -> dict
     return found
 
 
-def _rows_with_header(
-    table: Table, own_file: str, columns: dict[str, tuple[int, float]], label_column: str | None
-) -> list[_Row]:
+def _rows_with_header(table: Table, own_file: str, label_column: str | None) -> list[_Row]:
+    columns = _find_columns(table.names, label_column)
+    if "file" not in columns:
+        is_audio = [all(cell.lower().endswith(AUDIO_EXTENSIONS) for cell in cells) for cells in zip(*table.rows)]
+        if any(is_audio):
+            columns["file"] = is_audio.index(True), 1.0
+            logger.warning("files of %s: column %s", table.path, table.names[columns["file"][0]])
     end = "offset" if "offset" in columns else "duration"
     wanted = {"onset": "onset", end: "offset or duration", "label": label_column or "event_label or label"}
     for role, name in wanted.items():
@@ -161,7 +183,7 @@ def _rows_with_header(
         if not file:
             raise ValueError(f"expected a file name in {place}, got an empty field")
         texts, label = [row[columns[role][0]] for role in roles], row[columns["label"][0]]
-        if not any((*texts, label)):
+        if all(cell.lower() in ("", "nan") for cell in (*texts, label)):
             rows.append(_Row(file, None, place))
             continue
         onset, offset, *moved = (
@@ -176,9 +198,6 @@ def _rows_with_header(
 
 def _rows_without_header(table: Table, own_file: str) -> list[_Row]:
     cells = table.rows
-    if all(len(row) == 1 for row in cells):  # separated by spaces: the label is the rest
-        counts = [2 if _TIME.fullmatch(row[0].split()[0]) else 3 for row in cells]
-        cells = [row[0].split(maxsplit=count) for row, count in zip(cells, counts)]
     onsets = [_find_onset(row) for row in cells]
     first = next((index for index in onsets if index is not None), None)
     if cells and first is None:

@@ -63,8 +63,7 @@ def load_manifest(
     """The rows of a manifest with full paths; arguments as in [`~asit_hf.data.datasets.load_audio_dataset`]."""
     from datasets import Dataset
 
-    is_table = path.suffix.lower() in TABLE_EXTENSIONS
-    columns = _read_columns(path, audio_column) if is_table else _read_json(path, audio_column)
+    columns = _read(path, audio_column)
     rows = len(next(iter(columns.values()), []))
     if rows == 0:
         raise ValueError(f"no rows in {path}" + (f" below its first row {', '.join(columns)}" if columns else ""))
@@ -79,6 +78,13 @@ def load_manifest(
         columns = _select_split(columns, split, path)
     columns[audio] = resolve_paths(columns[audio], root, path)
     return Dataset.from_dict({name: _uniform(values, name, path) for name, values in columns.items()})
+
+
+def manifest_splits(path: Path) -> list[str]:
+    """The values of a manifest's column of splits, if there is one."""
+    columns = _read(path, None)
+    column = find_column(columns, None, SPLIT_COLUMNS, "split", str(path))
+    return sorted({as_text(value) for value in columns[column] if value is not None}) if column else []
 
 
 def find_column(columns: Iterable[str], wanted: str | None, usual: tuple, kind: str, source: str) -> str | None:
@@ -108,6 +114,10 @@ def find_column(columns: Iterable[str], wanted: str | None, usual: tuple, kind: 
 def as_text(value: Any) -> str:
     """A cell as text: 1.0 is "1"."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _read(path: Path, audio_column: str | None) -> dict[str, list]:
+    return (_read_columns if path.suffix.lower() in TABLE_EXTENSIONS else _read_json)(path, audio_column)
 
 
 def _read_columns(path: Path, audio_column: str | None) -> dict[str, list]:

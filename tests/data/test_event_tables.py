@@ -21,6 +21,7 @@ EVENTS = {"a.wav": [Event(0.0, 1.0, "Speech"), Event(1.5, 2.25, "Dog")], "quiet.
     [
         (DCASE, EVENTS),
         (DCASE.replace("\t", ","), EVENTS),
+        (DCASE.replace("wav\t\t\t", "wav\tnan\tNaN\tnan"), EVENTS),
         ("\ufeff" + DCASE, EVENTS),
         (DCASE.replace("\t", ";").replace(".", ",").replace(",wav", ".wav"), EVENTS),
         (DCASE.split("\n", 1)[1], EVENTS),
@@ -36,6 +37,8 @@ EVENTS = {"a.wav": [Event(0.0, 1.0, "Speech"), Event(1.5, 2.25, "Dog")], "quiet.
         ("12\t1\t2\tdog\n", {"12": [Event(1, 2, "dog")]}),
         ("a.wav\thome\t1\t2\tdog\tmixture\n", DOG),
         ("a.wav 1 2 dog\n", DOG),
+        ("onset offset label\n1 2 big dog\n", {"labels": [Event(1.0, 2.0, "big dog")]}),
+        ("slice_file_name,fsID,start,end,class\na.wav,9,1,2,dog\n", DOG),
         ("a.wav\t1\t2\tstart\n", {"a.wav": [Event(1.0, 2.0, "start")]}),
         ("clip;From;To;Tags\na.wav;1,0;2,0;dog\n", DOG),
     ],

@@ -123,21 +123,19 @@ def test_times_beyond_the_clip_are_counted(folder, caplog):
 
 
 def test_files_are_found_by_path_or_name(folder, caplog):
-    for name in ("deep/c.wav", "one/d.wav", "two/d.wav", "a.ogg"):
+    for name in ("deep/c.wav", "one/d.wav", "two/d.wav", "e.wav"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes((folder / "a.wav").read_bytes())
-    names = ["deep/c.wav", "one/d", "C:\\recordings\\b.flac", "/gone/a", "c", "d.wav", str(folder / "two" / "d.wav")]
+    names = ["c.wav", "one/d", "C:\\recordings\\b.flac", "/gone/a", "d.wav"]
     clips = StronglyLabelledClips({name: [Event(0, 1, name)] for name in names}, folder, 16000)
-    files = [file.relative_to(folder).as_posix() for file in clips.files]
-    assert files[:4] == ["deep/c.wav", "one/d.wav", "b.flac", "a.wav"]
-    assert files[5] == "two/d.wav"  # "d.wav" alone could be either
-    assert [event.label for event in clips.events[0]] == ["c", "deep/c.wav"]
+    files = [file.relative_to(folder).as_posix() for file in clips.files[:4]]
+    assert files == ["deep/c.wav", "one/d.wav", "b.flac", "a.wav"]
     clips.drop_unreadable()
-    assert "1 of 6 files" in caplog.text
-    assert "first d.wav" in caplog.text
+    assert "1 of 5 files" in caplog.text
+    assert "first d.wav" in caplog.text  # in two folders
     warn_of_unlabelled_files(clips, clips)
-    assert "1 audio files" in caplog.text
-    assert str(folder / "a.ogg") in caplog.text
+    assert "2 audio files" in caplog.text
+    assert str(folder / "e.wav") in caplog.text
 
 
 def test_a_batch_fits_the_model_and_padding_does_not_count(folder):

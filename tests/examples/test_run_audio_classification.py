@@ -228,6 +228,13 @@ def test_splits_of_a_folder_train_select_and_evaluate(split_folder, caplog):
         sizes(train_data=data, eval_filter=["label=low"])
     with pytest.raises(ValueError, match="all of 'low'"):
         sizes(train_data=data, train_filter=["label=low"])
+    table = "\n".join(
+        f"{split}/{name}/0.wav,{name},{split}" for split in ("Train", "test") for name in ("low", "high")
+    )
+    (split_folder / "list.csv").write_text(f"file,label,split\n{table}\n")
+    assert sizes(train_data=f"{data}/list.csv") == [2, 2, 2]
+    assert sizes(train_data=f"{data}/list.csv", train_filter=["split=test"], eval_data=f"{data}/val") == [2, 4, 4]
+    assert sizes(train_data=f"{data}/list.csv", eval_filter=["label=low"]) == [4, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -353,6 +353,16 @@ def test_texts_of_parquet_files_are_lists_too(folder, tmp_path, streaming):
         assert dataset["label"][:] == [[1, 0], [1], [0, 2], [0], [1]]
 
 
+def test_labels_that_are_not_used_are_not_reported(joined, caplog):
+    rows = "filename,category\n0.wav,a;b\n1.wav,a\n"
+    (joined / "lists.csv").write_text(rows)
+    spec = {"data": str(joined / "lists.csv"), "root": str(joined / "audio"), "audio_column": "filename"}
+    assert file_names(load_unlabelled(spec)) == ["0.wav", "1.wav"]
+    assert not caplog.records
+    assert file_names(load_unlabelled({**spec, "filter": "label=b"})) == ["0.wav"]
+    assert "a;b" in caplog.text
+
+
 def test_a_filter_that_keeps_nothing_is_refused(joined):
     with pytest.raises(ValueError, match="fold=9"):
         load_unlabelled({"data": str(joined / "meta.csv"), "root": str(joined / "audio"), "filter": ["fold=9"]})

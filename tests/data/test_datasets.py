@@ -1,10 +1,12 @@
 import json
+import os
 import tarfile
 
 import numpy as np
 import pytest
 import soundfile as sf
 from datasets import Audio, Dataset, DatasetDict, Features, IterableDataset, Value
+from odd_names import copy_with_odd_names
 from sounds import embedded, names_of
 
 from asit_hf.data import datasets
@@ -432,3 +434,21 @@ def test_labels_that_are_not_used_are_not_reported(joined, caplog):
 def test_a_filter_that_keeps_nothing_is_refused(joined):
     with pytest.raises(ValueError, match="fold=9"):
         load_unlabelled({"data": str(joined / "meta.csv"), "root": str(joined / "audio"), "filter": ["fold=9"]})
+
+
+def test_names_of_any_bytes_are_rows_that_can_be_read(folder, tmp_path):
+    texts = copy_with_odd_names(folder / "bird" / "a.wav", tmp_path / "odd" / os.fsdecode(b"caf\xe9"))
+    dataset = load_audio_dataset(tmp_path / "odd", labels_from_folders=True)
+    assert label_names(dataset) == ["caf%E9"]
+    names = [row["path"].rsplit("/", 1)[-1] for row in dataset["audio"]]
+    assert names == [text.removeprefix("file:") for text in texts]
+    expected = read_audio(folder / "bird" / "a.wav", 8000)
+    for row in dataset:
+        np.testing.assert_array_equal(read_audio(row["audio"], 8000), expected)
+    (odd,) = load_audio_dataset(tmp_path / "odd" / os.fsdecode(b"caf\xe9/na\xefve.wav"))
+    np.testing.assert_array_equal(read_audio(odd["audio"], 8000), expected)
+    with tarfile.open(tmp_path / "odd.tar", "w") as archive:
+        archive.add(tmp_path / "odd", "odd")
+    names = [row["audio"]["path"] for row in load_audio_dataset(tmp_path / "odd.tar", streaming=True)]
+    assert len(names) == len(texts)
+    assert "file:odd.tar/odd/caf%E9/na%EFve.wav" in names

@@ -52,7 +52,10 @@ def load_encoder(path: str | PathLike, encoder: str = "teacher", **kwargs: Any) 
         kwargs["key_mapping"] = TEACHER_KEYS
     path = resolve_checkpoint(path)
     if read_adapter(path) is not None:
-        return _merged(path, **kwargs)
+        classes = {one.__name__: one for one in (ASiTForAudioClassification, ASiTForAudioFrameClassification)}
+        with extra("peft"):
+            model = classes.get(load_config(path).architectures[0], ASiTModel).from_pretrained(path, **kwargs)
+        return getattr(model, model.base_model_prefix, model)
     with _hub_errors(path), _without_load_report():
         model, info = ASiTModel.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     if missing := sorted(info["missing_keys"]):
@@ -60,20 +63,6 @@ def load_encoder(path: str | PathLike, encoder: str = "teacher", **kwargs: Any) 
     for name, found, expected in info["mismatched_keys"]:
         raise ValueError(f"{path}: expected {name} of shape {tuple(expected)}, got {tuple(found)}")
     return model
-
-
-def _merged(path: Path, **kwargs: Any) -> ASiTModel:
-    """The encoder of an adapter's base model, with the adapter's changes in its weights."""
-    with extra("peft"):
-        from peft import PeftModel
-
-    config = load_config(path)
-    classes = {one.__name__: one for one in (ASiTModel, ASiTForAudioClassification, ASiTForAudioFrameClassification)}
-    with _hub_errors(path), _without_load_report():
-        base = read_adapter(path)["base_model_name_or_path"]
-        model = classes[config.architectures[0]].from_pretrained(base, config=config, **kwargs)
-        model = PeftModel.from_pretrained(model, path).merge_and_unload()
-    return getattr(model, model.base_model_prefix, model).eval()
 
 
 def load_trained(path: str | PathLike, model_class: type, **kwargs: Any) -> tuple[Any, ASiTFeatureExtractor]:

@@ -20,6 +20,7 @@ from transformers import EvalPrediction, Trainer
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification
 from asit_hf.data import audio_info
+from asit_hf.data.clips import MAX_SECONDS, warn_of_longer
 from asit_hf.data.epochs import EpochCallback
 from asit_hf.data.events import (
     IGNORED,
@@ -88,7 +89,7 @@ class DataArguments:
         default=None, metadata={"help": "Folder of the evaluation audio files. Default: --data."}
     )
     max_seconds: float | None = field(
-        default=None, metadata={"help": "Train on random crops of this length. Default: whole clips."}
+        default=None, metadata={"help": "Train on random crops of this length. Default: 30; inf: whole clips."}
     )
     threshold: float = field(default=0.5, metadata={"help": "Detection threshold of a class score. Default: 0.5."})
     median_filter_size: int = field(
@@ -190,7 +191,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     if model is None:
         model, feature_extractor = build_model(model_args, names)
     rate = feature_extractor.sampling_rate
-    crop = {"max_seconds": data_args.max_seconds, "train": True, "seed": args.seed}
+    crop = {"max_seconds": data_args.max_seconds or MAX_SECONDS, "train": True, "seed": args.seed}
     train = None
     if args.do_train:
         train = StronglyLabelledClips(train_events, data_args.data, rate, strict=data_args.strict, **crop)
@@ -198,6 +199,12 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     for clips in (train, evaluation):
         if clips is not None and not data_args.strict:
             clips.drop_unreadable()
+    if train is not None and data_args.max_seconds is None:
+        warn_of_longer(train.files, MAX_SECONDS, "training takes random crops of this length (--max_seconds)")
+    if args.per_device_eval_batch_size > 1 and warn_of_longer(
+        evaluation.files, MAX_SECONDS, "clips are evaluated one by one (per_device_eval_batch_size 1)"
+    ):
+        args.per_device_eval_batch_size = 1  # a batch would be padded to the longest
     scorer = Scorer(evaluation, names, model.config.patch_size, data_args)
     trainer = FrameTrainer(
         model=model,

@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTModel
 from asit_hf.configuration_asit import SIZES
 from asit_hf.data.audio import source_name
-from asit_hf.data.clips import LabelledClips
+from asit_hf.data.clips import MAX_SECONDS, LabelledClips, warn_of_longer
 from asit_hf.data.labelled import DatasetArguments, check_classes, problem_type_of
 from asit_hf.data.labels import label_names
 from asit_hf.data.splits import find_group_column, group_ids
@@ -84,7 +84,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="number of last layers to concatenate (default: 1) or, by the attentive probe, to average (default: all)",
     )
     parser.add_argument(
-        "--window_seconds", type=float, help="embed longer clips in windows of this length and pool over them"
+        "--window_seconds",
+        type=float,
+        help="embed longer clips in windows of this length and pool over them (default: 30)",
     )
     parser.add_argument(
         "--probes",
@@ -154,6 +156,10 @@ def check_options(args: argparse.Namespace, train: Dataset, groups: Sequence | N
     torch.empty(0, device=args.device)
     if args.output:
         check_writable(Path(args.output))
+    if args.window_seconds is None:
+        args.window_seconds = MAX_SECONDS
+        if args.max_seconds is None:
+            warn_of_longer(train, MAX_SECONDS, "they are embedded in windows of this length (--window_seconds)")
 
 
 def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = None) -> dict:

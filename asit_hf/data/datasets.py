@@ -16,7 +16,7 @@ from ..utils.names import local_path, path_text
 from .clips import undecoded
 from .files import resolve_paths, walk
 from .formats import AUDIO_EXTENSIONS, LeftOut, why_left_out
-from .labels import class_names, compose, divide_labels, encode_labels, shortened
+from .labels import NO_SEPARATOR, class_names, compose, divide_labels, encode_labels, shortened
 from .manifests import (
     AUDIO_COLUMNS,
     INTEGER,
@@ -440,6 +440,8 @@ def _load_spec(spec: "str | dict", defaults: dict[str, Any]) -> "Dataset | Itera
     if "data" not in options:
         raise ValueError(f"expected the key 'data' in the description of a data set, got {sorted(spec)}")
     filters = options.pop("filter", None) or []
+    if not filters:  # the labels are not used
+        options.setdefault("label_separator", NO_SEPARATOR)
     dataset = _load_all_splits(options)
     return filter_rows(dataset, [filters] if isinstance(filters, str) else filters, options["data"])
 

@@ -11,7 +11,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import BinaryIO
 
 from .decoder import AudioReadError
@@ -31,11 +31,20 @@ _CHUNKED = {
 }
 _AUDIO_CHUNKS = (b"data", b"SSND", b"BODY")
 _FLAC_BLOCKS = (0, 192, *(576 << code for code in range(4)), 0, 0, *(256 << code for code in range(8)))
+_FLAC_SYNC = re.compile(rb"\xff[\xf8\xf9]")
+_OGG_PAGE = 1 << 16  # bytes of the longest page, and more
+_LONG = _MIB  # bytes of files that are searched through whatever their headers state
+_FLAC_BEGINNING = re.compile(rb"fLaC\0\0\0\x22")
 _OGG_BEGINNING = re.compile(rb"OggS\0[\2\3\6\7]")
 
 
 class Pieces(io.RawIOBase):
-    """A file made of `parts`: bytes, (start, stop) of `file`, or a number of zeros."""
+    """A file made of `parts`: bytes, (start, stop) of `file`, or a number of zeros.
+
+    `first_sample` is the number that the file has for its first sample.
+    """
+
+    first_sample = 0
 
     def __init__(self, file: BinaryIO, parts: list[bytes | tuple[int, int] | int]):
         self._file = file
@@ -105,17 +114,16 @@ def repaired(file: BinaryIO, name: str) -> list[BinaryIO]:
     Raises:
         AudioReadError: shorter than its header declares.
     """
-    begin = skip_id3(file)
-    magic = read_at(file, begin, 4)
-    if begin and magic == b"fLaC":
+    if (begin := skip_id3(file)) and read_at(file, begin, 4) in (*_CHUNKED, b"OggS", b"fLaC"):
         file = Pieces(file, [(begin, file_size(file))])
-        return _with_flac_length(file, name) or [file]
+        return repaired(file, name) or [file]
+    magic = read_at(file, 0, 4)
     if magic in _CHUNKED or magic in (b".snd", b"dns."):
         return _with_audio_size(file, magic, name)
     if magic == b"OggS":
         return _ogg_links(file, name)
     if magic == b"fLaC":
-        return _with_flac_length(file, name)
+        return _flac_links(file, name)
     return []
 
 
@@ -226,50 +234,76 @@ def _patched(file: BinaryIO, position: int, new: bytes, size: int) -> Pieces:
     return Pieces(file, [(0, position), new, (position + len(new), size)])
 
 
+def _flac_links(file: BinaryIO, name: str) -> list[BinaryIO]:
+    """The parts of joined FLAC files, with their lengths; a long file is searched if its length is not as declared."""
+    size = file_size(file)
+    if size > _LONG and (not (stated := _flac_stated(file))[1] or _flac_end(file, *stated)[0] == stated[1]):
+        return _with_flac_length(file, name)
+    starts = list(_find(file, _FLAC_BEGINNING))
+    if len(starts) < 2:
+        return _with_flac_length(file, name)
+    flacs = [Pieces(file, [bound]) for bound in zip(starts, [*starts[1:], size])]
+    return [link for flac in flacs for link in _with_flac_length(flac, name) or [flac]]
+
+
+def _flac_stated(file: BinaryIO) -> tuple[int, int]:
+    """Samples of a frame and of the file according to the header of a FLAC file."""
+    header = read_at(file, 8, 18)
+    return int.from_bytes(header[2:4], "big"), int.from_bytes(header[10:18], "big") & (1 << 36) - 1
+
+
 def _with_flac_length(file: BinaryIO, name: str) -> list[BinaryIO]:
     """FLAC with the number of samples that its last frame ends at."""
     size = file_size(file)
-    header = read_at(file, 8, 34)
-    if len(header) < 34:
-        return []
-    fields = int.from_bytes(header[10:18], "big")
-    declared = fields & (1 << 36) - 1
-    end = audio_end(file)
-    total, is_whole = _flac_end(file, end, int.from_bytes(header[2:4], "big"), declared)
+    block, declared = _flac_stated(file)
+    fields = int.from_bytes(read_at(file, 18, 8), "big")
+    first = _flac_begin(file, block)
+    total, is_whole = _flac_end(file, block, declared)
     # a file that ends in the middle of a frame is damaged: reading up to there is possible, past it is an error
-    if total in (0, declared) or (declared > total and not is_whole):
+    if total <= first or (first == 0 and (total == declared or (declared > total and not is_whole))):
         return []
-    if declared:
-        warn(name, f"its header declares {declared} samples, it has {total}; all of them are read")
-    return [_patched(file, 18, (fields - declared + total).to_bytes(8, "big"), size)]
+    if declared not in (0, total - first):
+        warn(name, f"its header declares {declared} samples, it has {total - first}; all of them are read")
+    repaired = _patched(file, 18, (fields - declared + total).to_bytes(8, "big"), size)
+    repaired.first_sample = first
+    return [repaired]
 
 
-def _flac_end(file: BinaryIO, end: int, block: int, declared: int) -> tuple[int, bool]:
+def _flac_begin(file: BinaryIO, block: int) -> int:
+    """Sample that the first frame begins with: not 0 in a recording of a part of a stream."""
+    position, is_last = 4, False
+    while not is_last and len(head := read_at(file, position, 4)) == 4:
+        is_last, position = head[0] >= 0x80, position + 4 + int.from_bytes(head[1:], "big")
+    frame = _flac_frame(read_at(file, position, 16), 0, block)
+    return frame[0] if frame else 0
+
+
+def _flac_end(file: BinaryIO, block: int, declared: int) -> tuple[int, bool]:
     """Samples up to the end of the last whole frame, 0 if there is none, and whether the file ends there."""
+    end = audio_end(file)
     reach = 1 << 15
     while True:
         start = max(0, end - reach)
         tail = read_at(file, start, end - start)
         stops = [len(tail)]  # where the frame that is looked for may end
-        position = len(tail)
-        while (position := tail.rfind(b"\xff", 0, position)) >= 0:
-            found = _flac_frame(tail, position, block)
-            if found is None:
+        for sync in reversed(list(_FLAC_SYNC.finditer(tail))):
+            frame = _flac_frame(tail, sync.start(), block)
+            if frame is None:
                 continue
-            if found == declared:
-                return found, True
+            if frame[1] == declared:
+                return declared, True
             for stop in stops[:4]:
-                if _crc16(tail[position:stop]) == 0:
-                    return found, stop == len(tail)
-            stops.insert(0, position)
-        if start == 0:
+                if _crc16(tail[sync.start() : stop]) == 0:
+                    return frame[1], stop == len(tail)
+            stops.insert(0, sync.start())
+        if start == 0 or reach > 16 * _MIB:
             return 0, False
         reach *= 4
 
 
-def _flac_frame(data: bytes, start: int, block: int) -> int | None:
-    """The sample that the frame at `start` ends before, or `None` if there is no frame header; `block` is the usual
-    number of samples of a frame (RFC 9639, section 9.1)."""
+def _flac_frame(data: bytes, start: int, block: int) -> tuple[int, int] | None:
+    """The sample that the frame at `start` begins with and the one it ends before, or `None` if there is no frame
+    header; `block` is the usual number of samples of a frame (RFC 9639, section 9.1)."""
     head = data[start : start + 16]
     if len(head) < 6 or head[1] not in (0xF8, 0xF9):
         return None
@@ -292,7 +326,8 @@ def _flac_frame(data: bytes, start: int, block: int) -> int | None:
     place += {12: 1, 13: 2, 14: 2}.get(rate, 0)
     if place >= len(head) or _crc8(head[: place + 1]) != 0:
         return None
-    return (number if head[1] == 0xF9 else number * block) + count
+    first = number if head[1] == 0xF9 else number * block
+    return first, first + count
 
 
 def _crc8(data: bytes) -> int:
@@ -328,7 +363,7 @@ def _ogg_links(file: BinaryIO, name: str) -> list[BinaryIO]:
     size = file_size(file)
     starts = []
     previous = -1  # end of the page before
-    for start in _ogg_beginnings(file, size):
+    for start in [0] if size > _LONG and _is_one_stream(file, size) else _find(file, _OGG_BEGINNING):
         if start != previous:  # several streams that begin together are one link
             starts.append(start)
         previous = _page_end(read_at(file, start, 27 + 255), start)
@@ -339,11 +374,26 @@ def _ogg_links(file: BinaryIO, name: str) -> list[BinaryIO]:
     return [Pieces(file, [bound]) for bound in bounds] if len(bounds) > 1 else []
 
 
-def _ogg_beginnings(file: BinaryIO, size: int) -> Iterator[int]:
-    """Positions of the pages that a stream begins with."""
-    for position in range(0, size, _MIB):
-        data = read_at(file, position, _MIB + 5)
-        yield from (position + found.start() for found in _OGG_BEGINNING.finditer(data))
+def _find(file: BinaryIO, pattern: re.Pattern) -> Iterator[int]:
+    """Positions of a pattern of at most 8 bytes."""
+    for position in range(0, file_size(file), _MIB):
+        data = read_at(file, position, _MIB + 7)
+        yield from (position + found.start() for found in pattern.finditer(data) if found.start() < _MIB)
+
+
+def _is_one_stream(file: BinaryIO, size: int, num_places: int = 16) -> bool:
+    """Whether pages all over the file are of one stream, in order: cheaper than to look at all of a long file."""
+    serials, numbers = set(), []
+    for place in range(num_places + 1):
+        position = min(size * place // num_places, size - _OGG_PAGE)
+        data = read_at(file, position, _OGG_PAGE + 27)
+        start = data.rfind(b"OggS\0") if place == num_places else data.find(b"OggS\0")
+        if start < 0 or start + 22 > len(data):
+            return False
+        serial, number = struct.unpack("<II", data[start + 14 : start + 22])
+        serials.add(serial)
+        numbers.append(number)
+    return len(serials) == 1 and all(before < after for before, after in pairwise(numbers))
 
 
 def _page_end(head: bytes, start: int) -> int:

@@ -210,6 +210,10 @@ def encode_labels(dataset: Any, names: Sequence[str] | None = None) -> "Dataset 
     if names is None:
         found = {name for label in labels for name in (label if isinstance(label, list) else [label])} - {None}
         names = sorted(found, key=int if all(INTEGER.fullmatch(name) for name in found) else None)
+        spellings = Counter(name.casefold() for name in found)
+        alike = [name for name in names if spellings[name.casefold()] > 1]
+        if alike:
+            logger.warning_once(f"classes that differ only in case: {shortened(alike, 10)}")
         if is_float:
             shown = shortened(names, 5)
             logger.warning_once(

@@ -54,8 +54,8 @@ LABEL_COLUMNS = (
 )
 SPLIT_COLUMNS = ("split", "subset", "partition")
 INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
-NUMBER = re.compile(r"-?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
-_DECIMAL_COMMA = re.compile(r"-?(0|[1-9]\d*)(,\d+)?")
+NUMBER = re.compile(r"-?((0|[1-9]\d{0,17})(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+_DECIMAL_COMMA = re.compile(r"-?(0|[1-9]\d{0,14})(,\d+)?")
 
 
 def load_manifest(
@@ -140,7 +140,7 @@ def _typed(values: list[str], name: str, delimiter: str, path: Path) -> list:
         return [int(value) if INTEGER.fullmatch(value) else None for value in values]
     if all(NUMBER.fullmatch(value) for value in filled):
         return [float(value) if NUMBER.fullmatch(value) else None for value in values]
-    if delimiter == ";" and all(_DECIMAL_COMMA.fullmatch(value) for value in filled):
+    if delimiter == ";" and "," in "".join(filled) and all(_DECIMAL_COMMA.fullmatch(value) for value in filled):
         example = next(value for value in filled if "," in value)
         logger.warning_once(f"column {name} of {path} has decimal commas: {example} is {example.replace(',', '.')}")
         return [float(value.replace(",", ".")) if _DECIMAL_COMMA.fullmatch(value) else None for value in values]

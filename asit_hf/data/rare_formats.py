@@ -55,13 +55,11 @@ def _sds(file: BinaryIO) -> int:
 
 
 def _voc(file: BinaryIO) -> int:
-    begin = int.from_bytes(read_at(file, 20, 2), "little")
-
-    def block(position: int) -> int:
-        head = read_at(file, position, 4)
-        return position + 4 + int.from_bytes(head[1:], "little") if head[0] else file_size(file)
-
-    return _walk(file, begin, 4, block)
+    """Up to the end of the first block of samples (types 1 and 9): SoX misplaces what is after it."""
+    position, kind = int.from_bytes(read_at(file, 20, 2), "little"), -1
+    while kind not in (0, 1, 9) and len(head := read_at(file, position, 4)) == 4:
+        kind, position = head[0], position + 4 + int.from_bytes(head[1:], "little")
+    return position if kind else 0
 
 
 def _wve(file: BinaryIO) -> int:

@@ -45,7 +45,8 @@ def open_sndfile(file: str | os.PathLike | bytes, name: str) -> Decoder:
         file = file if is_path else bytes(file)
         stream = stack.enter_context(open(file, "rb") if is_path else io.BytesIO(file))  # noqa: SIM115
         links = _open_links(repaired(stream, name), name)
-        links = links or (_mpeg_links(stream, name) if begins_with_frame(stream) else [])
+        if begins_with_frame(stream) or any(link.is_mpeg for link in links):
+            links = _mpeg_links(stream, name) or links
         if not links:
             source = file if is_path else io.BytesIO(file)
             # soundfile expects the caller to know the rate of .raw, and names in UTF-8
@@ -61,8 +62,8 @@ def open_sndfile(file: str | os.PathLike | bytes, name: str) -> Decoder:
             if (declared := declared_size(stream, decoder.format)) > (found := file_size(stream)):
                 decoder.close()
                 raise AudioReadError(name, f"truncated: its header declares {declared} bytes, it has {found}")
-            # an mp3 may begin with something else
-            links = _mpeg_links(stream, name) if decoder.format == "MP3" and not begins_with_frame(stream) else []
+            # an mp3 may begin with something else, such as the header of a wav
+            links = _mpeg_links(stream, name) if decoder.is_mpeg and not begins_with_frame(stream) else []
             if source is file and not links:
                 return decoder
             links = links or [decoder]
@@ -71,7 +72,7 @@ def open_sndfile(file: str | os.PathLike | bytes, name: str) -> Decoder:
         return joined
 
 
-def _open_links(files: list[BinaryIO], name: str) -> list[Decoder]:
+def _open_links(files: list[BinaryIO], name: str) -> list["SndfileDecoder"]:
     """Decoders of the links of a file. All but the first may be cut so early that they cannot be opened."""
     links = []
     for number, file in enumerate(files, 1):
@@ -106,7 +107,8 @@ class SndfileDecoder:
         self._source = file
         self._file = self._open()
         self.format: str = self._file.format
-        self.info = AudioInfo(self._file.samplerate, self._file.frames, self._file.channels)
+        self._first = file.first_sample if isinstance(file, Pieces) else 0
+        self.info = AudioInfo(self._file.samplerate, self._file.frames - self._first, self._file.channels)
 
     def close(self) -> None:
         self._file.close()
@@ -148,7 +150,7 @@ class SndfileDecoder:
     def _ended_early(self, first: int, count: int) -> None:
         """Fewer samples than declared: an error, except in mp3 and vorbis' last block, where `info` is corrected."""
         missing = self.info.num_samples - first - count
-        if not self._is_mpeg() and not (self._file.subtype == "VORBIS" and missing <= _VORBIS_BLOCK):
+        if not self.is_mpeg and not (self._file.subtype == "VORBIS" and missing <= _VORBIS_BLOCK):
             declared = f"its header declares {self.info.num_samples} samples"
             raise AudioReadError(self.name, f"damaged or truncated: {declared}, got none from {first + count} on")
         total = first + count
@@ -159,13 +161,14 @@ class SndfileDecoder:
 
     def _lead_in(self, first: int) -> int:
         """Samples to decode before `first` so that those from `first` on are decoded as in the whole file."""
-        if self._is_mpeg():
+        if self.is_mpeg:
             return _MPEG_LEAD_IN
         if self._file.subtype == "VORBIS":
             return max(0, first - (self.info.num_samples - _VORBIS_PAGE))
         return 0
 
-    def _is_mpeg(self) -> bool:
+    @property
+    def is_mpeg(self) -> bool:
         return self._file.subtype.startswith("MPEG")
 
     def _seek(self, frame: int) -> int:
@@ -173,7 +176,8 @@ class SndfileDecoder:
         import soundfile
 
         try:
-            if self._file.tell() == frame or self._file.seek(frame) == frame:
+            place = frame + self._first
+            if self._file.tell() == place or self._file.seek(place) == place:
                 return frame
         except soundfile.LibsndfileError:
             pass

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from asit_hf.data.audio import AudioReader, AudioReadError, audio_info, read_audio
+from asit_hf.data.audio import AudioReader, AudioReadError, audio_info, read_audio, source_name
 
 RATE = 16000
 
@@ -75,6 +75,26 @@ def test_flac_of_unknown_length_that_was_cut_ends_with_its_last_whole_frame():
     check(cut, whole[: len(found)])
 
 
+@pytest.mark.parametrize("total", [0, 3 * RATE])
+def test_a_part_of_a_flac_stream_keeps_its_frame_numbers(total, tmp_path):
+    flac = encode(sound(3), "FLAC")
+    whole = read_audio(flac, RATE)
+    begin = flac.index(b"\xff\xf8", 42)
+    starts = [at for at in range(begin, len(flac)) if flac[at : at + 4] == flac[begin : begin + 4]]
+    part = flac_with_total(flac[:begin] + flac[starts[5] :], total)
+    length = audio_info(part).num_samples
+    assert RATE < length < 2.6 * RATE
+    check(part, whole[-length:], tmp_path / "a.flac")
+
+
+@pytest.mark.parametrize("seconds", [(1.5, 1.5), (1.5, 0.7), (0.7, 1.5)])
+def test_joined_flac_files_are_read_one_after_another(seconds, tmp_path):
+    first, second = (encode(sound(length, seed), "FLAC") for seed, length in enumerate(seconds))
+    expected = np.concatenate([read_audio(first, RATE), read_audio(second, RATE)])
+    check(first + second, expected, tmp_path / "a.flac")
+    check(flac_with_total(first, 0) + second, expected)
+
+
 def ogg_page(packet: bytes, kind: int, granule: int, number: int) -> bytes:
     sizes = bytes([255] * (len(packet) // 255) + [len(packet) % 255])
     return b"OggS\0" + struct.pack("<BqIII", kind, granule, 7, number, 0) + bytes([len(sizes)]) + sizes + packet
@@ -99,6 +119,16 @@ def test_every_link_of_a_chained_ogg_is_read(subtype, tmp_path):
     links = [encode(sound(1.5, seed), "OGG", subtype) for seed in (1, 2)]
     expected = np.concatenate([read_audio(link, RATE) for link in (*links, links[0])])
     check(links[0] + links[1] + links[0], expected, tmp_path / "a.ogg", atol=1e-3)
+
+
+def test_links_of_a_long_ogg_are_found():
+    """Only some pages of a long file are looked at."""
+    noise = np.random.default_rng(0).uniform(-0.9, 0.9, 3 * 48000).astype(np.float32)
+    link = encode(noise, "OGG", "VORBIS", 48000)
+    short = encode(noise[:48000], "OGG", "VORBIS", 48000)
+    times = 5 * 2**20 // len(link)
+    assert audio_info(link * times).num_samples == times * 3 * 48000
+    assert audio_info(short + link * times + short).num_samples == (times * 3 + 2) * 48000
 
 
 def test_links_of_different_rates_are_refused_and_of_different_channels_mixed():
@@ -203,7 +233,7 @@ def test_what_decoders_raise_names_the_source(tmp_path):
     for source in sources:
         with pytest.raises(AudioReadError) as caught:
             read_audio(source, RATE)
-        assert caught.value.source == (source["path"] if isinstance(source, dict) else str(source))
+        assert caught.value.source == source_name(source)
 
 
 def test_a_wav_called_raw_is_read(tmp_path):

@@ -155,3 +155,9 @@ def test_whole_numbers_are_classes(caplog):
     assert "regression" in caplog.text
     assert encode_labels(labelled([10.0, 9.0]), ["9", "10", "11"])["label"][:] == [1, 0]
     assert encode_labels(labelled([1.0, 0.5]))["label"][:] == [1.0, 0.5]
+
+
+def test_classes_that_differ_in_case_are_reported(caplog):
+    assert label_names(encode_labels(labelled(["Dog", "dog", "cat"]))) == ["Dog", "cat", "dog"]
+    assert "Dog, dog" in caplog.text
+    assert "cat" not in caplog.text

@@ -146,7 +146,8 @@ class DataArguments(DatasetArguments):
         """Sets the splits that are not named: always those of a corpus, those of other data if none is named."""
         named = self.train_split or self.validation_split or self.eval_split or self.folds
         filtered = any(one.partition("=")[0].strip() in SPLIT_COLUMNS for one in self.train_filter)
-        if self.corpus is None and (named or filtered or (self.eval_filter and not self.eval_data)):
+        by_filter = filtered or (self.eval_filter and not self.eval_data)
+        if self.corpus is None and (named or by_filter or not self.train_data):
             return
         splits = self.default_splits(self.train_data)
         self.train_split = self.train_split or splits.get("train")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NO_SEPARATOR = "none"
-_ITEM = r"""(?:np\.str_\()?('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\)?"""
+_ITEM = r"""(?:np\.str_\()?('(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")\)?"""
 _QUOTED_LIST = re.compile(rf"[\[({{]\s*{_ITEM}(?:(?:\s*,\s*|\s*){_ITEM})*\s*,?\s*[\])}}]")
 _NUMBER_LIST = re.compile(r"\[\s*(?:-?\d+\.?(?:\s*,\s*|\s+|(?=\])))*\]")  # or an empty one
 _BARE_LIST = re.compile(r"\[[^\[\]'\"]*\]")

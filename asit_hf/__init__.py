@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForAudioClassification,
     AutoModelForAudioFrameClassification,
     AutoModelForPreTraining,
+    AutoProcessor,
 )
 
 from .configuration_asit import ASiTConfig
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 AutoConfig.register("asit", ASiTConfig, exist_ok=True)
 AutoFeatureExtractor.register(ASiTConfig, ASiTFeatureExtractor, exist_ok=True)
+AutoProcessor.register(ASiTConfig, ASiTFeatureExtractor, exist_ok=True)
 AutoModel.register(ASiTConfig, ASiTModel, exist_ok=True)
 AutoModelForAudioClassification.register(ASiTConfig, ASiTForAudioClassification, exist_ok=True)
 AutoModelForAudioFrameClassification.register(ASiTConfig, ASiTForAudioFrameClassification, exist_ok=True)

@@ -1,18 +1,31 @@
 """ASiT model configuration, and the code files that let a saved folder load without this package."""
 
+import json
 import shutil
+from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    logging,
+)
+
+logger = logging.get_logger(__name__)
 
 # Saved with every model, so that it loads with `trust_remote_code=True` where the package is not installed.
 HUB_FILES = ("configuration_asit.py", "fbank_asit.py", "feature_extraction_asit.py", "modeling_asit.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_asit.ASiTConfig",
     "AutoFeatureExtractor": "feature_extraction_asit.ASiTFeatureExtractor",
+    "AutoProcessor": "feature_extraction_asit.ASiTFeatureExtractor",
     "AutoModel": "modeling_asit.ASiTModel",
     "AutoModelForAudioClassification": "modeling_asit.ASiTForAudioClassification",
     "AutoModelForAudioFrameClassification": "modeling_asit.ASiTForAudioFrameClassification",
@@ -38,6 +51,33 @@ def copy_hub_files(folder: str | PathLike) -> None:
     for name in HUB_FILES:
         if (source / name).is_file() and source.resolve() != target.resolve():
             shutil.copyfile(source / name, target / name)
+
+
+def read_adapter(folder: str | PathLike | None) -> dict[str, Any] | None:
+    """
+    The settings of an adapter of peft in a local folder without the weights of a model, otherwise `None`. Raises
+    `ValueError` if they name no base model.
+    """
+    folder = Path(folder or "")
+    file = folder / "adapter_config.json"
+    if not file.is_file() or (folder / SAFE_WEIGHTS_NAME).is_file() or (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        return None
+    adapter = json.loads(file.read_text(encoding="utf-8"))
+    if not adapter.get("base_model_name_or_path"):
+        raise ValueError(
+            f"{file}: expected base_model_name_or_path, the folder or Hub name of the base model, got none"
+        )
+    return adapter
+
+
+def _count_classes(folder: Path) -> int | None:
+    """Number of classes of a classifier that was trained and saved with an adapter."""
+    from transformers.modeling_utils import load_state_dict
+
+    names = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    weights = {} if file is None else load_state_dict(str(file))
+    return next((len(weight) for name, weight in weights.items() if name.endswith("classifier.weight")), None)
 
 
 class SavesHubFiles:
@@ -128,6 +168,13 @@ class ASiTConfig(SavesHubFiles, PreTrainedConfig):
     reconstruction_loss_weight: float | int = 1.0
     local_loss_patches: str = "all"
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        # transformers keeps unknown fields, which also hold the user's own data; a misspelled one has no effect
+        for name in (name for name in kwargs if not hasattr(type(self), name)):
+            if close := get_close_matches(name, self.__dataclass_fields__, n=1, cutoff=0.8):
+                logger.warning_once(f"ASiTConfig has no field {name}, which has no effect: did you mean {close[0]}?")
+        super().__post_init__(**kwargs)
+
     def validate_architecture(self) -> None:
         """Raises `ValueError` for values that do not give a model."""
         for name in POSITIVE_FIELDS:
@@ -150,6 +197,36 @@ class ASiTConfig(SavesHubFiles, PreTrainedConfig):
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> tuple[dict, dict]:
+        """
+        As in Transformers. A local adapter of peft has the `config.json` saved beside it, otherwise that of its base
+        model, with the number of classes of the adapter's classifier.
+        """
+        adapter, folder = read_adapter(pretrained_model_name_or_path), Path(pretrained_model_name_or_path)
+        if adapter is None:
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        own = (folder / CONFIG_NAME).is_file()
+        path = folder if own else adapter["base_model_name_or_path"]
+        fields, unused = super().get_config_dict(path, **kwargs)
+        num_classes = _count_classes(folder)
+        if (name := (adapter.get("auto_mapping") or {}).get("base_model_class")) is not None:
+            fields["architectures"] = [name]
+        elif num_classes is not None and "Classification" not in str(fields.get("architectures")):
+            fields["architectures"] = ["ASiTForAudioClassification"]
+        if not own and num_classes is not None:
+            names = fields.get("id2label") or {}
+            if len(names) != num_classes:
+                fields = {name: value for name, value in fields.items() if name not in ("id2label", "label2id")}
+                names = {index: f"LABEL_{index}" for index in range(num_classes)}
+                fields |= {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+            if all(str(name).startswith("LABEL_") for name in names.values()):
+                logger.warning(
+                    f"{folder}: the names of its {num_classes} classes are not known; "
+                    "model.get_base_model().config.save_pretrained(folder) saves them beside the adapter"
+                )
+        return fields, unused
 
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "ASiTConfig":

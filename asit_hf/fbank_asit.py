@@ -2,6 +2,8 @@
 
 import math
 from functools import lru_cache
+from numbers import Real
+from typing import Any
 
 import torch
 
@@ -11,6 +13,17 @@ LOW_FREQUENCY = 20.0
 PREEMPHASIS = 0.97
 # Frames per chunk on a CPU, so that buffers stay in its cache; one pass over a large batch is slower.
 CHUNK_FRAMES = 512
+
+
+def whole_rate(rate: Any) -> int:
+    """
+    A sampling rate in whole Hz above 0 as `int`. It may be a number, also with a fraction of 0, or an array or tensor
+    of one, as data sets in other formats and loaders give it. Raises `ValueError` for anything else.
+    """
+    number = rate.item() if hasattr(rate, "item") and math.prod(rate.shape) == 1 else rate
+    if isinstance(number, bool) or not isinstance(number, Real) or number <= 0 or number % 1:
+        raise ValueError(f"sampling_rate: expected a sampling rate in whole Hz above 0, got {rate!r}")
+    return int(number)
 
 
 def window_and_hop(sampling_rate: int) -> tuple[int, int]:

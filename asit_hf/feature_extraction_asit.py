@@ -1,16 +1,20 @@
 """ASiT feature extractor: waveforms to normalized log-mel spectrograms, in batch, on the waveforms' device."""
 
+from difflib import get_close_matches
+from inspect import signature
 from numbers import Integral
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.utils import PaddingStrategy, TensorType, logging
+from transformers.utils import FEATURE_EXTRACTOR_NAME, PaddingStrategy, TensorType, logging
 
-from .configuration_asit import SavesHubFiles
-from .fbank_asit import log_mel_spectrogram, num_fbank_frames, window_and_hop
+from .configuration_asit import SavesHubFiles, read_adapter
+from .fbank_asit import log_mel_spectrogram, num_fbank_frames, whole_rate, window_and_hop
 
 logger = logging.get_logger(__name__)
 
@@ -25,16 +29,18 @@ class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
     Turns waveforms into `input_values`: Kaldi log-mel filter banks normalized as `(x - mean) / (2 * std)`.
 
     The defaults are the statistics of AudioSet, which the published checkpoints use. Clips shorter than one 25 ms
-    window are padded with zeros. Padded frames hold `padding_value` and are 0 in `attention_mask`.
+    window are padded with zeros. Padded frames hold `padding_value` and are 0 in `attention_mask`. Other options than
+    these have no effect and give a warning.
 
     Args:
         feature_size (`int`, *optional*): width of the sequences that `pad` accepts: `num_mel_bins` (default) or 1.
         sampling_rate (`int`, defaults to 16000): required sampling rate of the waveforms in Hz.
-        padding_value (`float`, defaults to 0.0): value of padded frames, on the normalized scale.
+        padding_value (`float`, defaults to 0.0): value of padded frames, on the scale of `input_values`.
         num_mel_bins (`int`, defaults to 128): number of mel bins.
         mean (`float`, defaults to -4.2677393): mean of the log-mel values.
         std (`float`, defaults to 4.5689974): their standard deviation.
         return_attention_mask (`bool`, defaults to `True`): whether to return `attention_mask`.
+        do_normalize (`bool`, defaults to `True`): whether to normalize; `False` returns the log-mel values.
     """
 
     model_input_names = ["input_values", "attention_mask"]
@@ -48,14 +54,17 @@ class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
         mean: float = -4.2677393,
         std: float = 4.5689974,
         return_attention_mask: bool = True,
+        do_normalize: bool = True,
         **kwargs: Any,
     ):
+        _warn_of_unknown(kwargs)
         if kwargs.get("padding_side", "right") != "right":
             raise ValueError(f"padding_side must be 'right', as the models expect, got {kwargs['padding_side']!r}")
         feature_size = num_mel_bins if feature_size is None else feature_size
         if feature_size not in (1, num_mel_bins):
             raise ValueError(f"feature_size must be num_mel_bins {num_mel_bins} or 1, got {feature_size}")
-        for name, value in {"sampling_rate": sampling_rate, "num_mel_bins": num_mel_bins, "std": std}.items():
+        sampling_rate = whole_rate(sampling_rate)
+        for name, value in {"num_mel_bins": num_mel_bins, "std": std}.items():
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         super().__init__(
@@ -64,10 +73,33 @@ class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
         self.num_mel_bins = num_mel_bins
         self.mean = mean
         self.std = std
+        self.do_normalize = do_normalize
+
+    @classmethod
+    def from_dict(cls, feature_extractor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in Transformers, but options also override fields that the saved file lacks."""
+        saved = {**feature_extractor_dict, **{name: kwargs.pop(name) for name in [*kwargs] if name in _FIELDS}}
+        if not kwargs.get("return_unused_kwargs"):
+            _warn_of_unknown(kwargs)
+        return super().from_dict(saved, **kwargs)
+
+    @classmethod
+    def get_feature_extractor_dict(
+        cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in Transformers; an adapter of peft saved without a feature extractor has that of its base model."""
+        folder = pretrained_model_name_or_path
+        adapter = None if (Path(folder) / FEATURE_EXTRACTOR_NAME).is_file() else read_adapter(folder)
+        path = folder if adapter is None else adapter["base_model_name_or_path"]
+        return super().get_feature_extractor_dict(path, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers, with this class as the processor, so that `AutoProcessor` need not ask for one."""
+        return {**super().to_dict(), "processor_class": type(self).__name__}
 
     def normalize(self, log_mel: torch.Tensor) -> torch.Tensor:
-        """`(x - mean) / (2 * std)`, any shape."""
-        return (log_mel - self.mean) / (2 * self.std)
+        """`(x - mean) / (2 * std)`, any shape; with `do_normalize=False` the values themselves."""
+        return (log_mel - self.mean) / (2 * self.std) if self.do_normalize else log_mel
 
     def extract(self, waveforms: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -90,7 +122,8 @@ class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
             mean = waveforms.sum(-1, keepdim=True) / lengths[..., None]
             waveforms = (waveforms - mean) * real
         log_mel = log_mel_spectrogram(waveforms, self.sampling_rate, self.num_mel_bins)
-        return log_mel.sub_(self.mean).div_(2 * self.std)  # `normalize`, in place
+        # `normalize`, in place
+        return log_mel.sub_(self.mean).div_(2 * self.std) if self.do_normalize else log_mel
 
     def __call__(
         self,
@@ -110,9 +143,11 @@ class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
 
         Args:
             raw_speech: one mono waveform of shape `(samples,)`, or a batch as a list or an array of shape
-                `(batch, samples)`. Waveforms are numpy arrays, torch tensors (whose device is kept) or lists of
-                floats in [-1, 1]; int16 and int32 PCM is scaled to that range.
-            sampling_rate (`int`): sampling rate of the waveforms in Hz, which must be this extractor's.
+                `(batch, samples)`, as in Transformers: average the channels of stereo first. Waveforms are numpy
+                arrays, torch tensors (whose device is kept) or lists of floats in [-1, 1]; int16 and int32 PCM is
+                scaled to that range.
+            sampling_rate (`int`, or an array or tensor of one): sampling rate of the waveforms in Hz, which must be
+                this extractor's.
             padding (`bool` or `str`, defaults to `True`): `True` or `"longest"` pads to the longest clip,
                 `"max_length"` to `num_frames`, and `False` does not pad.
             truncation (`bool`, defaults to `False`): cut clips to `num_frames`.
@@ -168,7 +203,7 @@ class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
             logger.warning_once(
                 f"{type(self).__name__} assumes {self.sampling_rate} Hz; pass sampling_rate to have the rate checked"
             )
-        elif sampling_rate != self.sampling_rate:
+        elif whole_rate(sampling_rate) != self.sampling_rate:
             raise ValueError(f"expected waveforms at {self.sampling_rate} Hz, got {sampling_rate} Hz: resample them")
 
     @staticmethod
@@ -220,6 +255,23 @@ class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
         features = self.extract(batch, None if same_length else torch.tensor(lengths, device=batch.device))
         frames = [num_fbank_frames(max(length, window), self.sampling_rate) for length in lengths]
         return [feature[:count] for feature, count in zip(features, frames)]
+
+
+_FIELDS = [name for name in signature(ASiTFeatureExtractor.__init__).parameters if name not in ("self", "kwargs")]
+# written or passed on by transformers and its users for other parts of a model, as are names that begin with `_`
+_OF_TRANSFORMERS = {
+    *("feature_extractor_type", "processor_class", "auto_map", "name_or_path", "padding_side", "truncation_side"),
+    *("trust_remote_code", "code_revision", "return_unused_kwargs", "dtype", "torch_dtype", "device_map", "use_fast"),
+    *("backend", "attn_implementation", "quantization_config", "transformers_version"),
+}
+
+
+def _warn_of_unknown(options: dict[str, Any]) -> None:
+    unknown = sorted(name for name in options if name not in _OF_TRANSFORMERS and not name.startswith("_"))
+    for name in unknown:
+        close = get_close_matches(name, _FIELDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"its options are {', '.join(_FIELDS)}"
+        logger.warning(f"ASiTFeatureExtractor has no option {name}, which has no effect: {hint}")
 
 
 def _to_array(clip: Any, index: int) -> np.ndarray:

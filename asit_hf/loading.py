@@ -4,18 +4,29 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from os import PathLike
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
+import torch
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
-from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    CONFIG_NAME,
+    FEATURE_EXTRACTOR_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
 
-from .configuration_asit import ASiTConfig
+from .configuration_asit import ASiTConfig, read_adapter
 from .feature_extraction_asit import ASiTFeatureExtractor
-from .modeling_asit import ASiTModel
+from .modeling_asit import ASiTForAudioClassification, ASiTForAudioFrameClassification, ASiTModel
+from .utils.extras import extra
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +40,8 @@ def load_encoder(path: str | PathLike, encoder: str = "teacher", **kwargs: Any) 
     Loads the encoder of any ASiT checkpoint. For a pretraining checkpoint, only the chosen encoder is built.
 
     Args:
-        path: folder, Trainer run folder or Hub name of an encoder, a classifier or a pretraining checkpoint.
+        path: folder, Trainer run folder or Hub name of an encoder, a classifier or a pretraining checkpoint; or the
+            folder of an adapter of peft, which is merged into its base model.
         encoder: `"teacher"` or `"student"`, of a pretraining checkpoint; others have only one encoder.
         kwargs: passed to `from_pretrained`.
 
@@ -39,16 +51,46 @@ def load_encoder(path: str | PathLike, encoder: str = "teacher", **kwargs: Any) 
     """
     if encoder not in ENCODERS:
         raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {encoder!r}")
-    if encoder == "teacher" and is_pretraining_checkpoint(load_config(path)):
-        kwargs["key_mapping"] = TEACHER_KEYS
+    config = load_config(path)
+    is_teacher = encoder == "teacher" and is_pretraining_checkpoint(config)
     path = resolve_checkpoint(path)
+    if read_adapter(path) is not None:
+        classes = {one.__name__: one for one in (ASiTForAudioClassification, ASiTForAudioFrameClassification)}
+        with extra("peft"):
+            model = classes.get((config.architectures or [""])[0], ASiTModel).from_pretrained(path, **kwargs)
+        return getattr(model, model.base_model_prefix, model)
+    if isinstance(path, Path):
+        _check_weights(path, config, "teacher.asit." if is_teacher else "asit.", encoder)
+    if is_teacher:
+        kwargs["key_mapping"] = TEACHER_KEYS
     with _hub_errors(path), _without_load_report():
         model, info = ASiTModel.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{path} lacks {len(missing)} weights of the {encoder}'s encoder, first {missing[0]}")
+        raise ValueError(f"{path} lacks weights of the {encoder}'s encoder, first {missing[0]}")
     for name, found, expected in info["mismatched_keys"]:
         raise ValueError(f"{path}: expected {name} of shape {tuple(expected)}, got {tuple(found)}")
     return model
+
+
+def load_trained(path: str | PathLike, model_class: type, **kwargs: Any) -> tuple[Any, ASiTFeatureExtractor]:
+    """
+    A trained model of `model_class`, such as [`ASiTForAudioClassification`], and its feature extractor.
+
+    Args:
+        path, kwargs: as in `load_encoder`.
+
+    Raises:
+        FileNotFoundError: as in `load_encoder`.
+        ValueError: another kind of model, such as an encoder, which has no trained classifier.
+    """
+    config, expected = load_config(path), model_class.__name__
+    if expected not in (config.architectures or []):
+        script = "frame" if "Frame" in expected else "audio"
+        hint = f"finetune it first (examples/run_{script}_classification.py)"
+        raise ValueError(f"{path}: expected an {expected}, got {config.architectures}; {hint}")
+    with _hub_errors(path):
+        model = model_class.from_pretrained(resolve_checkpoint(path), **kwargs)
+    return model, load_feature_extractor(path)
 
 
 def load_feature_extractor(path: str | PathLike, **kwargs: Any) -> ASiTFeatureExtractor:
@@ -61,14 +103,20 @@ def load_feature_extractor(path: str | PathLike, **kwargs: Any) -> ASiTFeatureEx
 
     Raises:
         FileNotFoundError: no such folder or Hub name, or no `preprocessor_config.json` in it.
+        ValueError: a damaged file, or settings that the extractor refuses.
     """
     folders = dict.fromkeys([_config_folder(path), Path(path)])
     if not Path(path).is_dir():
         with _hub_errors(path):
             return ASiTFeatureExtractor.from_pretrained(path, **kwargs)
+    if all(not (folder / FEATURE_EXTRACTOR_NAME).is_file() for folder in folders) and (
+        adapter := read_adapter(_config_folder(path))
+    ):
+        return load_feature_extractor(adapter["base_model_name_or_path"], **kwargs)
     for folder in folders:
         if (folder / FEATURE_EXTRACTOR_NAME).is_file():
-            return ASiTFeatureExtractor.from_pretrained(folder, **kwargs)
+            with _names_file(folder / FEATURE_EXTRACTOR_NAME):
+                return ASiTFeatureExtractor.from_pretrained(folder, **kwargs)
     where = " or ".join(map(str, folders))
     raise FileNotFoundError(
         f"no {FEATURE_EXTRACTOR_NAME} in {where}: save the ASiTFeatureExtractor of the training there"
@@ -84,17 +132,22 @@ def load_config(path: str | PathLike, **kwargs: Any) -> ASiTConfig:
 
     Raises:
         FileNotFoundError: no such folder or Hub name, or no model in it.
-        ValueError: the checkpoint is of another model type.
+        ValueError: the checkpoint is of another model type, or its configuration is damaged or gives no model.
     """
     if (model_type := read_model_type(path)) != ASiTConfig.model_type:
         raise ValueError(f"{path}: expected model_type 'asit', got {model_type!r}")
-    return ASiTConfig.from_pretrained(_config_folder(path), **kwargs)
+    folder = _config_folder(path)
+    with _names_file(folder):
+        config = ASiTConfig.from_pretrained(folder, **kwargs)
+        if not isinstance(config.dtype, (torch.dtype, str, NoneType)):
+            raise ValueError(f"expected dtype to be the name of a torch type, got {config.dtype!r}")
+    return config
 
 
 def read_model_type(path: str | PathLike) -> str | None:
     """The `model_type` of any transformers checkpoint, which transformers need not support."""
     folder = _config_folder(path)
-    with _hub_errors(folder):
+    with _hub_errors(folder), _names_file(folder):
         return ASiTConfig.get_config_dict(folder)[0].get("model_type")
 
 
@@ -149,11 +202,15 @@ def find_checkpoint(folder: str | PathLike) -> Path:
 
 def why_incomplete(folder: Path) -> str | None:
     """Why no model can be loaded from `folder`, or `None`."""
+    if read_adapter(folder) is not None:
+        names = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
+        return None if any((folder / name).is_file() for name in names) else f"no {names[0]}"
     if not (folder / CONFIG_NAME).is_file():
         return f"no {CONFIG_NAME}"
-    names = [SAFE_WEIGHTS_NAME]
-    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        names = sorted(set(json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())["weight_map"].values()))
+    try:
+        names = _weight_files(folder)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"damaged {SAFE_WEIGHTS_INDEX_NAME}: {error}"
     for name in names:
         try:
             with safe_open(folder / name, framework="pt"):
@@ -163,6 +220,33 @@ def why_incomplete(folder: Path) -> str | None:
         except SafetensorError as error:
             return f"damaged {name}: {error}"
     return None
+
+
+def _check_weights(folder: Path, config: ASiTConfig, prefix: str, encoder: str) -> None:
+    """Raises `ValueError` for weights that do not fit the configuration, before memory is allocated for them."""
+    saved = {}
+    for name in _weight_files(folder):
+        with safe_open(folder / name, framework="pt") as weights:
+            keys = weights.keys()
+            saved |= {key.removeprefix(prefix): tuple(weights.get_slice(key).get_shape()) for key in keys}
+    layers = {key.split(".")[1] for key in saved if key.startswith("layers.")}
+    config = copy(config)
+    config.num_hidden_layers = min(config.num_hidden_layers, len(layers) + 1)  # one missing layer is enough to know
+    with torch.device("meta"), _names_file(folder / CONFIG_NAME):
+        expected = {name: tuple(weight.shape) for name, weight in ASiTModel(config).state_dict().items()}
+    for name, shape in expected.items():
+        if name not in saved:
+            raise ValueError(f"{folder} lacks weights of the {encoder}'s encoder, first {name}")
+        if saved[name] != shape:
+            raise ValueError(f"{folder}: expected {name} of shape {shape}, got {saved[name]}")
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the files with a saved model's weights."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    return (
+        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [SAFE_WEIGHTS_NAME]
+    )
 
 
 def _config_folder(path: str | PathLike) -> str | Path:
@@ -180,6 +264,16 @@ def _hub_errors(path: str | PathLike) -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(f"no such folder: {path}, and loading it from the Hub failed: {reason}") from error
+
+
+@contextmanager
+def _names_file(path: str | PathLike) -> Iterator[None]:
+    """Turns errors of settings of a wrong type or value into a `ValueError` that names their file."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be used: {reason}") from error
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """PyTorch ASiT encoder and its classifiers ([arXiv 2211.13189](https://arxiv.org/abs/2211.13189))."""
 
 from collections.abc import Callable
+from importlib import import_module
+from os import PathLike
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_asit import ASiTConfig
+from .configuration_asit import ASiTConfig, read_adapter
 
 logger = logging.get_logger(__name__)
 
@@ -238,6 +240,37 @@ class ASiTPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": ASiTLayer, "attentions": ASiTAttention}
     _input_embed_layer = "patch_embeddings"
     accepts_loss_kwargs = False  # losses are means over the batch, so Trainer must divide them by accumulation steps
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike | None,
+        *args: Any,
+        config: ASiTConfig | str | PathLike | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        As in Transformers. The local folder of an adapter of peft gives its base model with the adapter merged into
+        it and with the classes of the `config.json` saved beside it.
+        """
+        path, adapter_kwargs = pretrained_model_name_or_path, kwargs.get("adapter_kwargs") or {}
+        folder = adapter_kwargs.get("_adapter_model_path", path)  # the auto classes pass the base model as the path
+        if (adapter := read_adapter(folder)) is None:
+            return super().from_pretrained(path, *args, config=config, **kwargs)
+        kwargs.pop("adapter_kwargs", None)
+        dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+        # a `config` from `pipeline()` may be that of the base model, which does not know the adapter's classes
+        config, kwargs = cls.config_class.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
+        base, verbosity = adapter["base_model_name_or_path"], logging.get_verbosity()
+        logging.set_verbosity_error()  # the base model lacks the classifier, which the adapter has
+        try:
+            loaded = super().from_pretrained(base, *args, config=config, **dtype, **kwargs)
+        finally:
+            logging.set_verbosity(verbosity)
+        model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
+        # not `load_adapter`, which in transformers 5.6 leaves out the classifier
+        model = import_module("peft").PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
+        return (model, *info) if info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

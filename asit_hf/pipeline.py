@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from huggingface_hub.utils import httpx
 from torch.utils.data import Dataset
-from transformers import AudioClassificationPipeline
+from transformers import AudioClassificationPipeline, AutoFeatureExtractor
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import ChunkPipeline
 
 from .data.audio import AudioReader, AudioReadError
+from .data.clips import MAX_SECONDS, undecoded
 from .fbank_asit import WINDOW_SECONDS
+from .feature_extraction_asit import MAX_CHANNELS
 
-# Default window length: the cost of attention is quadratic in the length.
-MAX_SECONDS = 30.0
 # A larger one is a mistake: torch's loader lists all its indices before the first clip.
 MAX_BATCH_SIZE = 2**16
 
@@ -45,11 +45,13 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
     ```
     """
 
+    _load_feature_extractor = None  # `pipeline()` looks for that of an adapter in its folder only
+
     def __init__(self, *args: Any, **kwargs: Any):
         _check_batch_size(kwargs.get("batch_size"))
         super().__init__(*args, **kwargs)
         if self.feature_extractor is None:
-            raise ValueError("expected a feature_extractor, got None")
+            self.feature_extractor = _feature_extractor_of(self.model)
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """
@@ -60,7 +62,10 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
                 (`str` or `Path`), an http(s) URL, the `bytes` of a file, a numpy array or torch tensor at the model's
                 sampling rate, an `{"array" or "raw", "sampling_rate"}` dict at any rate, a `{"path", "bytes"}` dict, a
                 decoder with `get_all_samples()` (torchcodec), or a data set's row with one of these in its column
-                `"audio"`. The channels of two-dimensional arrays are averaged.
+                `"audio"`; if a data set has one audio column, its name does not matter. Data sets' audio is read
+                undecoded, without torchcodec. Channels are averaged: of files, of an array in a dict or list, and of
+                `(samples, channels)`. A bare array `(rows, samples)` is refused, because the feature extractor, like
+                those of Transformers, takes it as a batch; with one row it is one clip for both.
             top_k (`int`, *optional*, defaults to 5): number of labels to return; `None` returns all.
             function_to_apply (`str`, *optional*): `"softmax"`, `"sigmoid"` or `"none"`; default by
                 `config.problem_type`: sigmoid for multi-label, none for regression, otherwise softmax.
@@ -81,6 +86,8 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
             TypeError, ValueError: an input of another type, or an argument out of range.
         """
         _check_batch_size(kwargs.get("batch_size"))
+        _check_is_one_clip(inputs)
+        inputs = _audio_column(undecoded(inputs))
         if not isinstance(inputs, Iterable) or isinstance(inputs, _NOT_CLIPS):
             return super().__call__(inputs, **kwargs)
         if isinstance(inputs, Sequence) and len(inputs) == 0:
@@ -166,10 +173,21 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
 class _AudioClassification(AudioClassificationPipeline):
     """The task's registered class: builds ASiT's pipeline for ASiT models, transformers' own for all others."""
 
+    _load_feature_extractor = None
+
     def __new__(cls, *args: Any, model: Any, **kwargs: Any) -> AudioClassificationPipeline:
-        is_asit = getattr(model.config, "model_type", None) == "asit"
-        chosen = ASiTAudioClassificationPipeline if is_asit else AudioClassificationPipeline
-        return chosen(*args, model=model, **kwargs)
+        if getattr(model.config, "model_type", None) == "asit":
+            return ASiTAudioClassificationPipeline(*args, model=model, **kwargs)
+        if kwargs.get("feature_extractor") is None:
+            kwargs["feature_extractor"] = _feature_extractor_of(model)
+        return AudioClassificationPipeline(*args, model=model, **kwargs)
+
+
+def _feature_extractor_of(model: Any) -> Any:
+    """The feature extractor saved with a model, or an error that says where there is none."""
+    if not (name := getattr(model, "name_or_path", "")):
+        raise ValueError("expected a feature_extractor, got None")
+    return AutoFeatureExtractor.from_pretrained(name)
 
 
 def register_pipeline() -> None:
@@ -181,6 +199,24 @@ def register_pipeline() -> None:
 def _check_batch_size(batch_size: int | None) -> None:
     if batch_size is not None and not (isinstance(batch_size, Integral) and 1 <= batch_size <= MAX_BATCH_SIZE):
         raise ValueError(f"batch_size must be an integer from 1 to {MAX_BATCH_SIZE}, got {batch_size!r}")
+
+
+def _check_is_one_clip(inputs: Any) -> None:
+    shape = tuple(inputs.shape) if isinstance(inputs, (np.ndarray, torch.Tensor)) else ()
+    if len(shape) == 2 and shape[0] > 1 and not shape[1] <= MAX_CHANNELS < shape[0]:
+        raise ValueError(
+            f"expected one clip, got an array of shape {shape}, a batch or channels: pass list(array) for {shape[0]} "
+            'clips, or {"array": array, "sampling_rate": ...} for one clip whose channels are averaged'
+        )
+
+
+def _audio_column(inputs: Any) -> Any:
+    """The only audio column of a data set that has none called `audio`; anything else is unchanged."""
+    features = getattr(inputs, "features", None)
+    if not hasattr(inputs, "select_columns") or not features or "audio" in features:
+        return inputs
+    columns = [name for name, feature in features.items() if type(feature).__name__ == "Audio"]
+    return (row[columns[0]] for row in inputs.select_columns(columns)) if len(columns) == 1 else inputs
 
 
 def _to_source(clip: Any, sampling_rate: int) -> Any:

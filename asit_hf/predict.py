@@ -15,31 +15,29 @@ from transformers import pipeline
 
 from .data.audio import AudioReadError, audio_info
 from .data.datasets import find_audio_files
-from .loading import load_config, load_feature_extractor, resolve_checkpoint
+from .loading import load_trained
+from .modeling_asit import ASiTForAudioClassification
 from .pipeline import ASiTAudioClassificationPipeline
+from .utils.files import check_writable
+from .utils.names import path_text
 
 
 def load_classifier(model: str | os.PathLike, device: str = "auto") -> ASiTAudioClassificationPipeline:
     """
-    The pipeline of an ASiT classifier, a folder or Hub name, on `device`: `"cpu"`, `"cuda"`, or `"auto"`, which takes
-    cuda if available.
+    The pipeline of an ASiT classifier, a folder, adapter or Hub name, on `device`: `"cpu"`, `"cuda"`, or
+    `"auto"`, which takes cuda if available.
 
     Raises:
         FileNotFoundError: no such folder or Hub name.
         ValueError: `model` is not a trained classifier.
     """
-    config = load_config(model)
-    if "ASiTForAudioClassification" not in (config.architectures or []):
-        raise ValueError(
-            f"{model}: expected an ASiTForAudioClassification, got {config.architectures}; finetune it first "
-            "(examples/run_audio_classification.py)"
-        )
+    trained, feature_extractor = load_trained(model, ASiTForAudioClassification, dtype="auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return pipeline(
         "audio-classification",
-        model=str(resolve_checkpoint(model)),
-        feature_extractor=load_feature_extractor(model),
+        model=trained,
+        feature_extractor=feature_extractor,
         device=device,
         pipeline_class=ASiTAudioClassificationPipeline,
     )
@@ -64,8 +62,8 @@ def predict_folder(
         options: options of the pipeline: `top_k`, `window_seconds`, `overlap`, `aggregate`, `return_timeline`, ...
 
     Returns:
-        One dict per file, sorted by `"file"`, its path relative to `folder`. It has `"labels"`, a list of
-        `{"score", "label"}`, and with `return_timeline` a `"timeline"`; or `"error"`, why the file could not be read.
+        One dict per file, sorted by `"file"`, its path relative to `folder` (see `path_text`). It has `"labels"`, a
+        list of `{"score", "label"}`, and with `return_timeline` a `"timeline"`; or `"error"`, the reason.
 
     Raises:
         FileNotFoundError: no such folder, or no audio in it.
@@ -87,7 +85,7 @@ def predict_folder(
             batch = by_length[start : start + batch_size]
             predictions.update(_classify(classifier, batch, batch_size, options))
             bar.update(len(batch))
-    return [{"file": file.relative_to(root).as_posix(), **predictions[file]} for file in sorted(files)]
+    return [{"file": path_text(file.relative_to(root).as_posix()), **predictions[file]} for file in sorted(files)]
 
 
 def _classify(
@@ -148,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--output must end in .csv or .json, got {args.output}")
     try:
         if args.output is not None:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(args.output)
         names = ("batch_size", "top_k", "window_seconds", "overlap", "aggregate")
         options = {name: getattr(args, name) for name in names}
         classifier = load_classifier(args.model, args.device)
@@ -157,6 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if args.output is None:
+        if hasattr(sys.stdout, "reconfigure"):  # names and labels may have characters that a terminal lacks
+            sys.stdout.reconfigure(errors="backslashreplace")
         write_predictions(predictions, sys.stdout)
     else:
         with args.output.open("w", newline="", encoding="utf-8") as file:

@@ -26,6 +26,7 @@ from asit_hf.evaluation.embeddings import embed
 from asit_hf.hub.export import export_encoder
 from asit_hf.loading import load_encoder, load_feature_extractor
 from asit_hf.plotting import plot_confusion, plot_embeddings, plot_log_mel
+from asit_hf.utils.names import local_path, path_text
 
 EXAMPLES = Path(__file__).parent
 GROUP_COLUMNS = ("speaker", "speaker_id", "src_file", "source")
@@ -82,7 +83,7 @@ def write_split(audio: Path, output_dir: Path) -> tuple[Path, Path, bool]:
     """Splits class folders into train.csv and test.csv (file, label, group); returns both and whether groups exist."""
     dataset = load_audio_dataset(audio, labels_from_folders=True)
     table = find_groups(audio)
-    files = [Path(row["path"]) for row in dataset["audio"]]
+    files = [Path(local_path(row["path"])) for row in dataset["audio"]]
     groups = [table.get(path.relative_to(audio).as_posix(), table.get(path.name)) for path in files]
     if any(groups) and not all(groups):
         print(f"{groups.count(None)} of {len(groups)} files have no speaker or source in a csv: splitting by file")
@@ -94,7 +95,7 @@ def write_split(audio: Path, output_dir: Path) -> tuple[Path, Path, bool]:
     manifests = []
     for name, part in (("train", train), ("test", test)):
         columns = {
-            "file": [Path(row["path"]).resolve() for row in part["audio"]],
+            "file": [path_text(Path(local_path(row["path"])).resolve()) for row in part["audio"]],
             "label": [names[label] for label in part["label"]],
         }
         if has_groups:

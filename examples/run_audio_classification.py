@@ -19,6 +19,11 @@ holds `eval_results.json`, `predictions.csv`, `per_class.csv` and, for up to 100
 With single labels the results include the expected calibration error (`eval_ece_percent`) and the best temperature
 for the same evaluation clips (`eval_in_sample_temperature`).
 `--folds 1,2,3,4,5` cross-validates, with an output folder for each fold and `fold_results.json`.
+
+`--do_train False --do_eval True` evaluates a trained classifier instead, and writes the same tables:
+
+    python examples/run_audio_classification.py --model_name_or_path runs/classifier --eval_data test.csv \
+        --output_dir runs/scores --do_train False --do_eval True
 """
 
 import json
@@ -32,9 +37,11 @@ from pathlib import Path
 
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
+from transformers.trainer_utils import PredictionOutput
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.data import CORPORA, ClassificationCollator, LabelledClips, filter_rows, label_names, split_dataset
+from asit_hf.data.clips import MAX_SECONDS, warn_of_longer
 from asit_hf.data.labelled import DatasetArguments, check_classes, problem_type_of
 from asit_hf.data.manifests import SPLIT_COLUMNS
 from asit_hf.evaluation.metrics import TOP_K, calibration_metrics, compute_metrics_for
@@ -43,8 +50,9 @@ from asit_hf.finetuning.reports import best_common_epoch, summarize_folds, write
 from asit_hf.finetuning.sampling import balanced_weights
 from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer
 from asit_hf.hub.cards import CardArguments, describe_run
-from asit_hf.loading import is_pretraining_checkpoint, load_config, load_encoder, load_feature_extractor
+from asit_hf.loading import is_pretraining_checkpoint, load_config, load_encoder, load_feature_extractor, load_trained
 from asit_hf.utils.arguments import (
+    OptionError,
     checkpoint_to_resume,
     finished_run,
     parse_arguments,
@@ -82,7 +90,10 @@ class ModelArguments:
 
 @dataclass(kw_only=True)
 class DataArguments(DatasetArguments):
-    train_data: str = HfArg(help="Folder of class folders, csv or json manifest, Hub data set, or root of a corpus.")
+    train_data: str | None = HfArg(
+        default=None,
+        help="Folder of class folders, csv or json manifest, Hub data set, or root of a corpus. Needed to train.",
+    )
     eval_data: str | None = HfArg(default=None, help="Evaluation data (default: rows of --train_data).")
     train_split: str | None = HfArg(
         default=None, help="Split of the training data. Without any split named, those that local data have are used."
@@ -135,7 +146,8 @@ class DataArguments(DatasetArguments):
         """Sets the splits that are not named: always those of a corpus, those of other data if none is named."""
         named = self.train_split or self.validation_split or self.eval_split or self.folds
         filtered = any(one.partition("=")[0].strip() in SPLIT_COLUMNS for one in self.train_filter)
-        if self.corpus is None and (named or filtered or (self.eval_filter and not self.eval_data)):
+        by_filter = filtered or (self.eval_filter and not self.eval_data)
+        if self.corpus is None and (named or by_filter or not self.train_data):
             return
         splits = self.default_splits(self.train_data)
         self.train_split = self.train_split or splits.get("train")
@@ -156,8 +168,26 @@ class DataArguments(DatasetArguments):
 class InputArguments:
     mean: float | None = HfArg(default=None, help="Mean of log-mel values (default: checkpoint's or AudioSet's).")
     std: float | None = HfArg(default=None, help="Standard deviation of log-mel values (default: as for mean).")
-    max_seconds: float | None = HfArg(default=None, help="Train on random crops of this length in seconds.")
-    max_eval_seconds: float | None = HfArg(default=None, help="Evaluate only the first seconds of each clip.")
+    max_seconds: float | None = HfArg(
+        default=None, help="Train on random crops of this length in seconds (default: 30; inf: whole clips)."
+    )
+    max_eval_seconds: float | None = HfArg(
+        default=None, help="Evaluate only the first seconds of each clip (default: 30, or max_seconds if longer)."
+    )
+
+    def training_seconds(self, clips: Dataset, check_files: bool) -> float:
+        """The bound of training clips. A bound by default is reported with the number of longer clips."""
+        if self.max_seconds is None and check_files:
+            warn_of_longer(clips, MAX_SECONDS, "training takes random crops of this length (--max_seconds)")
+        return MAX_SECONDS if self.max_seconds is None else self.max_seconds
+
+    def evaluation_seconds(self, clips: Dataset) -> float:
+        """The bound of evaluation clips, likewise."""
+        if self.max_eval_seconds is not None:
+            return self.max_eval_seconds
+        seconds = max(MAX_SECONDS, self.max_seconds or 0.0)
+        warn_of_longer(clips, seconds, "evaluation takes their beginning (--max_eval_seconds)")
+        return seconds
 
 
 GROUPS = (ModelArguments, DataArguments, InputArguments, Augmentation, CardArguments, FinetuningArguments)
@@ -242,6 +272,8 @@ def finetune(
 ) -> tuple[dict[str, float], list[dict]]:
     """The metrics on the evaluation data and the log history. `arguments` is the command line, for the model card."""
     start_run(args)
+    if data_args.train_data is None:
+        raise OptionError("expected --train_data, the training data, got none")
     if model_args.freeze_encoder:
         refuse_without_effect(args, ["layer_decay"], "with freeze_encoder")
     train, validation, evaluation = load_data(data_args, args.seed, args.load_best_model_at_end)
@@ -249,7 +281,8 @@ def finetune(
     names = None if problem_type == "regression" else label_names(train)
     if problem_type == "regression" and (data_args.balanced_sampling or args.label_smoothing):
         raise ValueError("balanced_sampling and label_smoothing need classes, but the labels are numbers")
-    args.choose_metric(problem_type_of(train))
+    compute_metrics = compute_metrics_for(problem_type, names or ["value"])
+    args.choose_metric(problem_type_of(train), compute_metrics, len(names or ["value"]))
     predictions = Path(args.output_dir, "predictions.csv")  # is written last
     if predictions.is_file() and (finished := finished_run(args, len(train))):
         logger.warning(f"nothing to do: {args.output_dir} holds a finished run of {finished.global_step} steps")
@@ -260,8 +293,9 @@ def finetune(
     logger.info(f"{len(train)} training clips, {len(evaluation)} evaluation clips, {problem_type}{classes}")
 
     rate = feature_extractor.sampling_rate
-    held_out = {"sampling_rate": rate, "max_seconds": inputs.max_eval_seconds}
-    clips = LabelledClips(train, rate, inputs.max_seconds, train=True, seed=args.seed, strict=data_args.strict)
+    held_out = {"sampling_rate": rate, "max_seconds": inputs.evaluation_seconds(evaluation)}
+    seconds = inputs.training_seconds(train, data_args.check_train_files)
+    clips = LabelledClips(train, rate, seconds, train=True, seed=args.seed, strict=data_args.strict)
     weights = balanced_weights(clips.labels, len(names or ())) if data_args.balanced_sampling else None
     trainer = FinetuningTrainer(
         model=model,
@@ -275,7 +309,7 @@ def finetune(
             problem_type,
             partial(augmentation.spectrogram, patch_size=model.config.patch_size),
         ),
-        compute_metrics=compute_metrics_for(problem_type, names or ["value"]),
+        compute_metrics=compute_metrics,
         processing_class=feature_extractor,
     )
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
@@ -287,12 +321,7 @@ def finetune(
     trainer.save_model()
     trainer.save_state()
 
-    output = trainer.predict(LabelledClips(evaluation, **held_out), metric_key_prefix="eval")
-    if problem_type == "single_label_classification":
-        calibration = calibration_metrics(output.predictions, output.label_ids)
-        output.metrics.update({f"eval_{metric}": value for metric, value in calibration.items()})
-    trainer.log_metrics("eval", output.metrics)
-    trainer.save_metrics("eval", output.metrics, combined=False)
+    output = score(trainer, LabelledClips(evaluation, **held_out), problem_type)
     if trainer.is_world_process_zero() and model.config.model_type == "asit":
         split = ", ".join(data_args.eval_filter) or data_args.eval_split or "evaluation"
         data = f"{Path(data_args.eval_data or data_args.train_data).name} ({split})"
@@ -306,6 +335,57 @@ def finetune(
     if trainer.is_world_process_zero():
         write_reports(Path(args.output_dir), evaluation, output, problem_type, names)
     return output.metrics, trainer.state.log_history
+
+
+def score(trainer: FinetuningTrainer, clips: LabelledClips, problem_type: str) -> PredictionOutput:
+    """Predictions for clips and their metrics, which are logged and saved."""
+    output = trainer.predict(clips, metric_key_prefix="eval")
+    if problem_type == "single_label_classification":
+        calibration = calibration_metrics(output.predictions, output.label_ids)
+        output.metrics.update({f"eval_{metric}": value for metric, value in calibration.items()})
+    trainer.log_metrics("eval", output.metrics)
+    trainer.save_metrics("eval", output.metrics, combined=False)
+    return output
+
+
+def evaluate(
+    model_args: ModelArguments, data_args: DataArguments, inputs: InputArguments, args: FinetuningArguments
+) -> dict[str, float]:
+    """The metrics of a trained classifier, with its own classes, on the evaluation data."""
+    start_run(args)
+    if data_args.eval_data is None:
+        raise OptionError("expected --eval_data, the data to evaluate on, with do_train False")
+    refuse_without_effect(model_args, ["random_init", "pooling_mode", "freeze_encoder"], "with do_train False")
+    refuse_without_effect(data_args, ["folds", "validation_fraction"], "with do_train False")
+    model, feature_extractor = load_trained(
+        model_args.model_name_or_path,
+        ASiTForAudioClassification,
+        attn_implementation=model_args.attn_implementation,
+    )
+    for name in ("mean", "std"):
+        if (value := getattr(inputs, name)) is not None:
+            setattr(feature_extractor, name, value)
+    problem_type, names = model.config.problem_type, None
+    if problem_type != "regression":
+        names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    data = data_args.load(data_args.eval_data, data_args.eval_filter, names=names, split=data_args.eval_split)
+    problem_type = check_problem_type(problem_type, data)
+    if (problem_type == "regression") != (names is None):
+        raise ValueError(f"expected labels of the classes {', '.join(names)}, got numbers in {data_args.eval_data}")
+    logger.info(f"{len(data)} evaluation clips, {problem_type}")
+    args.eval_strategy = args.save_strategy = "no"  # of training
+    trainer = FinetuningTrainer(
+        model=model,
+        args=args,
+        data_collator=ClassificationCollator(feature_extractor, model.config.num_labels, problem_type),
+        compute_metrics=compute_metrics_for(problem_type, names or ["value"]),
+        processing_class=feature_extractor,
+    )
+    clips = LabelledClips(data, feature_extractor.sampling_rate, inputs.evaluation_seconds(data))
+    output = score(trainer, clips, problem_type)
+    if trainer.is_world_process_zero():
+        write_reports(Path(args.output_dir), data, output, problem_type, names)
+    return output.metrics
 
 
 def cross_validate(
@@ -340,6 +420,8 @@ def main(arguments: list[str] | None = None, build: Callable = build_model) -> d
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parsed = parse_arguments(GROUPS, arguments)
     data_args, args = parsed[1], parsed[-1]
+    if not args.do_train:
+        return evaluate(parsed[0], data_args, parsed[2], args)
     if data_args.folds is not None:
         return cross_validate(arguments, data_args, args, build)
     return finetune(*parsed, arguments, build=build)[0]

@@ -8,6 +8,7 @@ Labels are tables of events from DCASE, AudioSet, Raven, BirdNET or Audacity, se
 folder holds the last model, `eval_results.json` and `events.tsv`, the detected events of the evaluation clips: runs of
 time patches above `--threshold` after a median filter of `--median_filter_size`. No choice depends on the evaluation
 data.
+`--do_train False --do_eval True` evaluates the frame classifier of `--model_name_or_path` without training.
 """
 
 import logging
@@ -17,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification
 from asit_hf.data import audio_info
+from asit_hf.data.clips import MAX_SECONDS, warn_of_longer
 from asit_hf.data.epochs import EpochCallback
 from asit_hf.data.event_tables import Event, event_names, read_strong_labels, write_strong_labels
 from asit_hf.data.events import (
@@ -32,11 +34,19 @@ from asit_hf.data.events import (
 )
 from asit_hf.evaluation.metrics import score
 from asit_hf.evaluation.sound_events import PSDS_SCENARIOS, decode_events, psds, segment_metrics
+from asit_hf.finetuning.trainer import SupervisedArguments
 from asit_hf.hub.cards import CardArguments, describe_run
 from asit_hf.hub.upload import PushMixin
-from asit_hf.loading import load_config, load_encoder, load_feature_extractor
-from asit_hf.utils.arguments import checkpoint_to_resume, parse_arguments, run_script, start_run
-from asit_hf.utils.time_budget import TimeBudgetArguments, TimeBudgetMixin
+from asit_hf.loading import load_config, load_encoder, load_feature_extractor, load_trained
+from asit_hf.utils.arguments import (
+    OptionError,
+    checkpoint_to_resume,
+    parse_arguments,
+    refuse_without_effect,
+    run_script,
+    start_run,
+)
+from asit_hf.utils.time_budget import TimeBudgetMixin
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +78,13 @@ class ModelArguments:
             raise ValueError("--encoder has no effect with --random_init, which reads no weights")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DataArguments:
-    train_labels: str = field(
-        metadata={"help": "Table of training events, one per row (csv, tsv, txt), or folder of a table for each clip."}
+    train_labels: str | None = field(
+        default=None,
+        metadata={
+            "help": "Table of training events, one per row (csv, tsv, txt), or folder of a table for each clip."
+        },
     )
     eval_labels: str = field(metadata={"help": "Table of evaluation events, or folder of tables."})
     data: str = field(metadata={"help": "Folder of the audio files in the tables, searched recursively."})
@@ -82,7 +95,7 @@ class DataArguments:
         default=None, metadata={"help": "Folder of the evaluation audio files. Default: --data."}
     )
     max_seconds: float | None = field(
-        default=None, metadata={"help": "Train on random crops of this length. Default: whole clips."}
+        default=None, metadata={"help": "Train on random crops of this length. Default: 30; inf: whole clips."}
     )
     threshold: float = field(default=0.5, metadata={"help": "Detection threshold of a class score. Default: 0.5."})
     median_filter_size: int = field(
@@ -95,16 +108,6 @@ class DataArguments:
         default=False, metadata={"help": "Drop evaluation events of classes that are not in the training events."}
     )
     strict: bool = field(default=False, metadata={"help": "Stop at the first unreadable file."})
-
-
-@dataclass
-class FrameTrainingArguments(TimeBudgetArguments, TrainingArguments):
-    """TrainingArguments with other defaults."""
-
-    eval_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch."})
-    save_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Number of checkpoints to keep."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator reads them."})
 
 
 def build_model(
@@ -127,8 +130,8 @@ def known_events(events: dict[str, list[Event]], names: list[str], args: DataArg
         return events
     if not args.drop_unknown_labels:
         raise ValueError(
-            f"expected the classes of {args.train_labels} in {args.eval_labels}, got {len(unknown)} others, first "
-            f"{unknown[0]!r}: --drop_unknown_labels drops their events"
+            f"expected the classes of {args.train_labels or 'the model'} in {args.eval_labels}, got {len(unknown)} "
+            f"others, first {unknown[0]!r}: --drop_unknown_labels drops their events"
         )
     kept = {file: [event for event in of_file if event.label not in unknown] for file, of_file in events.items()}
     dropped = sum(map(len, events.values())) - sum(map(len, kept.values()))
@@ -181,33 +184,48 @@ class FrameTrainer(TimeBudgetMixin, PushMixin, Trainer):
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    groups = (ModelArguments, DataArguments, CardArguments, FrameTrainingArguments)
+    groups = (ModelArguments, DataArguments, CardArguments, SupervisedArguments)
     model_args, data_args, card_args, args = parse_arguments(groups, arguments)
     start_run(args)
 
-    train_events, eval_events = (
-        read_strong_labels(path, data_args.label_column) for path in (data_args.train_labels, data_args.eval_labels)
-    )
-    names = event_names(train_events)
-    if not names:
-        raise ValueError(f"expected events in {data_args.train_labels}, got {len(train_events)} clips without any")
+    model = None
+    if args.do_train:
+        if data_args.train_labels is None:
+            raise OptionError("expected --train_labels, the training events, got none")
+        train_events = read_strong_labels(data_args.train_labels, data_args.label_column)
+        names = event_names(train_events)
+        if not names:
+            raise ValueError(f"expected events in {data_args.train_labels}, got {len(train_events)} clips without any")
+    else:
+        refuse_without_effect(model_args, ["encoder", "random_init", "drop_path_rate"], "with do_train False")
+        model, feature_extractor = load_trained(model_args.model_name_or_path, ASiTForAudioFrameClassification)
+        names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    eval_events = read_strong_labels(data_args.eval_labels, data_args.label_column)
     eval_events = known_events(eval_events, names, data_args)
-    model, feature_extractor = build_model(model_args, names)
+    if model is None:
+        model, feature_extractor = build_model(model_args, names)
     rate = feature_extractor.sampling_rate
-    crop = {"max_seconds": data_args.max_seconds, "train": True, "seed": args.seed}
-    train = StronglyLabelledClips(train_events, data_args.data, rate, strict=data_args.strict, **crop)
+    crop = {"max_seconds": data_args.max_seconds or MAX_SECONDS, "train": True, "seed": args.seed}
+    train = None
+    if args.do_train:
+        train = StronglyLabelledClips(train_events, data_args.data, rate, strict=data_args.strict, **crop)
     evaluation = StronglyLabelledClips(eval_events, data_args.eval_data or data_args.data, rate)
-    if not data_args.strict:
-        train.drop_unreadable()
-        evaluation.drop_unreadable()
-    train.cut_to_durations()
-    evaluation.cut_to_durations()
-    warn_of_unlabelled_files(train, evaluation)
-    trained, evaluated = (event_names(dict(zip(clips.names, clips.events))) for clips in (train, evaluation))
-    if lost := sorted(set(names) - set(trained)):
+    all_clips = [clips for clips in (train, evaluation) if clips is not None]
+    for clips in all_clips:
+        if not data_args.strict:
+            clips.drop_unreadable()
+        clips.cut_to_durations()
+    warn_of_unlabelled_files(*all_clips)
+    if train is not None and (lost := sorted(set(names) - set(event_names(dict(zip(train.names, train.events)))))):
         logger.warning(f"no training event is left of {len(lost)} classes: {', '.join(lost)}")
-    if not evaluated:
+    if not any(evaluation.events):
         logger.warning(f"no event is left in the {len(evaluation)} evaluation clips: most scores are undefined (NaN)")
+    if train is not None and data_args.max_seconds is None:
+        warn_of_longer(train.files, MAX_SECONDS, "training takes random crops of this length (--max_seconds)")
+    if args.per_device_eval_batch_size > 1 and warn_of_longer(
+        evaluation.files, MAX_SECONDS, "clips are evaluated one by one (per_device_eval_batch_size 1)"
+    ):
+        args.per_device_eval_batch_size = 1  # a batch would be padded to the longest
     scorer = Scorer(evaluation, names, model.config.patch_size, data_args)
     trainer = FrameTrainer(
         model=model,
@@ -217,11 +235,12 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         data_collator=FrameCollator(feature_extractor, names, model.config.patch_size),
         compute_metrics=scorer,
         processing_class=feature_extractor,
-        callbacks=[EpochCallback(train)],
+        callbacks=[EpochCallback(train)] if args.do_train else None,
     )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
-    trainer.save_model()
-    trainer.save_state()
+    if args.do_train:
+        trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+        trainer.save_model()
+        trainer.save_state()
 
     output = trainer.predict(evaluation, metric_key_prefix="eval")
     scores, edges = scorer.scores(output.predictions, output.label_ids)
@@ -232,6 +251,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     trainer.save_metrics("eval", output.metrics, combined=False)
     if trainer.is_world_process_zero():
         write_strong_labels(Path(args.output_dir) / "events.tsv", scorer.detect(scores, edges))
+    if args.do_train and trainer.is_world_process_zero():
         data = Path(data_args.eval_labels).name
         results = [(data, name, output.metrics[f"eval_{name}"]) for name in ("segment_f1", *PSDS_SCENARIOS)]
         results = [row for row in results if not math.isnan(row[-1])]

@@ -11,7 +11,6 @@ attention pooling over time (`attentive`, the slowest).
 import argparse
 import json
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,15 +22,17 @@ from transformers import HfArgumentParser
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTModel
 from asit_hf.configuration_asit import SIZES
-from asit_hf.data.audio import AudioReadError, source_name
-from asit_hf.data.clips import LabelledClips
+from asit_hf.data.audio import source_name
+from asit_hf.data.clips import MAX_SECONDS, LabelledClips, warn_of_longer
 from asit_hf.data.labelled import DatasetArguments, check_classes, problem_type_of
 from asit_hf.data.labels import label_names
 from asit_hf.data.splits import find_group_column, group_ids
 from asit_hf.evaluation.attentive_probe import attentive_probe
-from asit_hf.evaluation.embeddings import POOLINGS, embed, embed_tokens
-from asit_hf.evaluation.probes import PROBES
+from asit_hf.evaluation.embeddings import POOLINGS, embed, embed_tokens, window_time_patches
+from asit_hf.evaluation.probes import PROBES, check_folds
 from asit_hf.loading import ENCODERS, load_config, load_encoder, load_feature_extractor
+from asit_hf.utils.arguments import run_script
+from asit_hf.utils.files import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="number of last layers to concatenate (default: 1) or, by the attentive probe, to average (default: all)",
     )
     parser.add_argument(
-        "--window_seconds", type=float, help="embed longer clips in windows of this length and pool over them"
+        "--window_seconds",
+        type=float,
+        help="embed longer clips in windows of this length and pool over them (default: 30)",
     )
     parser.add_argument(
         "--probes",
@@ -119,6 +122,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--group_column has no effect on the knn probe, which is not cross-validated")
     if args.pooling and set(args.probes) == {ATTENTIVE}:
         parser.error("--pooling has no effect on the attentive probe, which learns its own")
+    for name in ("k", "num_layers", "batch_size", "max_seconds", "window_seconds"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            parser.error(f"--{name} must be above 0, got {value}")
     args.pooling = args.pooling or "cls"
     args.encoder, args.size, args.k = args.encoder or "teacher", args.size or "tiny", 20 if args.k is None else args.k
     return args
@@ -132,6 +138,28 @@ def use_splits(args: argparse.Namespace) -> None:
         return
     args.train_split, args.test_split = splits["train"], test
     logger.warning(f"fits on the split {args.train_split} of {args.train} and tests on {test} (--test_split)")
+
+
+def check_options(args: argparse.Namespace, train: Dataset, groups: Sequence | None) -> None:
+    """Raises `ValueError` or `OSError` for what would fail after the clips are embedded."""
+    path = args.model_name_or_path
+    config = load_config(path) if path else ASiTConfig.from_size(args.size)
+    if args.num_layers is not None and args.num_layers > config.num_hidden_layers:
+        raise ValueError(f"expected --num_layers from 1 to {config.num_hidden_layers}, got {args.num_layers}")
+    if args.window_seconds is not None:
+        feature_extractor = load_feature_extractor(path) if path else ASiTFeatureExtractor()
+        window_time_patches(args.window_seconds, feature_extractor.sampling_rate, config.patch_size)
+    if "knn" in args.probes and args.k > len(train):
+        raise ValueError(f"expected --k from 1 to {len(train)}, the number of training clips, got {args.k}")
+    if set(args.probes) != {"knn"}:
+        check_folds(targets(train), groups)
+    torch.empty(0, device=args.device)
+    if args.output:
+        check_writable(Path(args.output))
+    if args.window_seconds is None:
+        args.window_seconds = MAX_SECONDS
+        if args.max_seconds is None:
+            warn_of_longer(train, MAX_SECONDS, "they are embedded in windows of this length (--window_seconds)")
 
 
 def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = None) -> dict:
@@ -152,6 +180,7 @@ def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = 
     if set(args.probes) != {"knn"}:
         group_column = find_group_column(train, args.group_column)
     groups = group_ids(train, group_column) if group_column else None
+    check_options(args, train, groups)
     train_y, test_y = targets(train), targets(test)
 
     pooled = set(args.probes) != {ATTENTIVE}
@@ -194,7 +223,6 @@ def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = 
     }
     print_table(results)
     if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
     return results
 
@@ -277,7 +305,4 @@ def print_table(results: dict) -> None:
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
     logging.getLogger("asit_hf").setLevel(logging.INFO)
-    try:
-        main()
-    except AudioReadError as error:
-        sys.exit(f"error: {error}; repair this file or remove it from the data")
+    run_script(main)

@@ -49,6 +49,17 @@ def test_round_trip_keeps_every_field(tmp_path):
     assert differing <= {"_name_or_path"}
 
 
+def test_misspelled_fields_give_a_warning(caplog, tmp_path):
+    ASiTConfig(num_mel_bin=64, my_note="x")
+    assert "num_mel_bin," in caplog.text
+    assert "num_mel_bins" in caplog.text
+    assert "my_note" not in caplog.text
+    caplog.clear()
+    ASiTConfig(num_labels=3, architectures=["ASiTModel"]).save_pretrained(tmp_path)
+    AutoConfig.from_pretrained(tmp_path, output_attentions=True, num_mel_bins=64)
+    assert not caplog.records
+
+
 def test_saved_folder_contains_the_code_named_by_its_auto_map(tmp_path):
     ASiTConfig.from_size("tiny").save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP

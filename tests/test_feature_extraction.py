@@ -1,13 +1,14 @@
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import ASTFeatureExtractor, AutoFeatureExtractor
+from transformers import ASTFeatureExtractor, AutoFeatureExtractor, AutoProcessor
 
-from asit_hf import ASiTFeatureExtractor
+from asit_hf import ASiTConfig, ASiTFeatureExtractor
 from asit_hf.configuration_asit import AUTO_MAP, HUB_FILES
 from asit_hf.fbank_asit import num_fbank_frames
 
@@ -231,6 +232,49 @@ def test_save_and_load(tmp_path):
     waveforms = clips(4000, 1000)
     expected = saved(waveforms, 8000, return_tensors="pt")
     torch.testing.assert_close(dict(loaded(waveforms, 8000, return_tensors="pt")), dict(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_auto_processor_gives_the_extractor_without_asking(tmp_path, monkeypatch, with_config):
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked"))
+    ASiTFeatureExtractor(num_mel_bins=64, mean=-5.0).save_pretrained(tmp_path)
+    if with_config:
+        ASiTConfig(num_mel_bins=64).save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(processor, ASiTFeatureExtractor)
+    assert processor.to_dict() == AutoFeatureExtractor.from_pretrained(tmp_path).to_dict()
+
+
+def test_without_normalization_features_are_the_log_mel_values(tmp_path):
+    extractor.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    del settings["do_normalize"]  # as in folders saved by earlier versions
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert ASiTFeatureExtractor.from_pretrained(tmp_path).do_normalize
+    plain = AutoFeatureExtractor.from_pretrained(tmp_path, do_normalize=False)
+    waveforms = clips(4000, 1000)
+    normalized, values = (one(waveforms, RATE, return_tensors="pt")["input_values"] for one in (extractor, plain))
+    torch.testing.assert_close(extractor.normalize(values[0]), normalized[0])
+    assert torch.equal(plain.normalize(values), values)
+    assert (values[1, -1] == plain.padding_value).all()
+    assert (normalized[1, -1] == plain.padding_value).all()
+    torch.testing.assert_close(plain.extract(torch.from_numpy(waveforms[0])), values[0])
+    plain.save_pretrained(tmp_path)
+    assert AutoFeatureExtractor.from_pretrained(tmp_path).do_normalize is False
+
+
+@pytest.mark.parametrize("name", ["n_mels", "max_length", "sample_rate"])
+def test_unknown_options_give_a_warning_that_names_them(tmp_path, caplog, name):
+    extractor.save_pretrained(tmp_path)
+    for build in (partial(ASiTFeatureExtractor.from_pretrained, tmp_path), ASiTFeatureExtractor):
+        caplog.clear()
+        build(**{name: 100})
+        assert name in caplog.text
+    caplog.clear()
+    AutoFeatureExtractor.from_pretrained(tmp_path, mean=-3.0, padding_side="right", trust_remote_code=True)
+    assert not caplog.records
+    with pytest.raises(TypeError, match=name.replace("max_length", "xyz")):
+        extractor(clips(4000)[0], RATE, **{name.replace("max_length", "xyz"): 100})
 
 
 def test_saved_folder_contains_the_code_named_by_its_auto_map(tmp_path):

@@ -130,7 +130,7 @@ def test_incomplete_weights(checkpoint, tmp_path, records, dropped, encoder):
     weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(dropped)}
     model.save_pretrained(tmp_path, state_dict=weights)
     records.clear()
-    with pytest.raises(ValueError, match=rf"lacks 16 weights of the {encoder}'s encoder, first layers\.1\."):
+    with pytest.raises(ValueError, match=rf"{encoder}'s encoder, first layers\.1\."):
         load_encoder(tmp_path, encoder)
     assert records == []
 
@@ -141,6 +141,30 @@ def test_weights_of_another_shape(checkpoint, tmp_path):
     (tmp_path / "wider" / "config.json").write_text(json.dumps(config | {"num_frames": 192}))
     with pytest.raises(ValueError, match=r"position_embeddings of shape \(1, 25, 48\), got \(1, 13, 48\)"):
         load_encoder(tmp_path / "wider")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"num_hidden_layers": 10**9}, {"num_frames": 10**9}, {"intermediate_size": 10**9}, {"dtype": 7}),
+        *({"hidden_size": "wide"}, {"num_mel_bins": -16}, {"hidden_size": None}),
+    ],
+    ids=str,
+)
+def test_a_damaged_configuration_is_named_before_memory_is_allocated(checkpoint, tmp_path, changed):
+    folder = shutil.copytree(checkpoint, tmp_path / "damaged")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(ValueError, match="damaged"):
+        load_encoder(folder)
+
+
+@pytest.mark.parametrize("content", [b"\xff{}", b'{"num_mel_bins": []}', b'{"sampling_rate": "fast"}', b"[]"])
+def test_a_damaged_feature_extractor_is_named(checkpoint, tmp_path, content):
+    folder = shutil.copytree(checkpoint, tmp_path / "damaged")
+    (folder / "preprocessor_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match="preprocessor_config.json"):
+        load_feature_extractor(folder)
 
 
 def test_an_unknown_encoder(checkpoint):

@@ -21,9 +21,10 @@ from transformers import (
     pipeline,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.pt_utils import KeyDataset
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTForPreTraining, ASiTModel
-from asit_hf.data.audio import AudioReadError, resample
+from asit_hf.data.audio import AudioReadError, read_audio, resample
 from asit_hf.pipeline import MAX_SECONDS, ASiTAudioClassificationPipeline, register_pipeline
 
 RATE = 16000
@@ -107,7 +108,7 @@ def test_all_forms_of_one_clip_agree(classifier, tmp_path):
         "array": {"array": sound, "sampling_rate": RATE},
         "raw": {"raw": torch.from_numpy(sound), "sampling_rate": RATE},
         "array with path": {"path": None, "array": sound, "sampling_rate": RATE},
-        "channels first": np.stack([sound, sound]),
+        "one row": sound[None],
         "channels last": np.stack([sound, sound], axis=1),
         "str": str(path),
         "Path": path,
@@ -147,7 +148,22 @@ def test_compressed_files_need_neither_ffmpeg_nor_torchaudio(classifier, tmp_pat
 def test_stereo_is_averaged(classifier, tmp_path):
     left, right = make_sound(1.2, seed=1), make_sound(1.2, seed=2)
     soundfile.write(tmp_path / "stereo.wav", np.stack([left, right], axis=1), RATE, subtype="FLOAT")
-    assert_same_scores(classifier(tmp_path / "stereo.wav"), classifier((left + right) / 2))
+    expected = classifier((left + right) / 2)
+    assert_same_scores(classifier(tmp_path / "stereo.wav"), expected)
+    channels = np.stack([left, right])
+    assert_same_scores(classifier({"array": channels, "sampling_rate": RATE}), expected)
+    assert_same_scores(classifier([channels])[0], expected)
+
+
+def test_a_bare_array_of_rows_is_refused_as_the_extractor_takes_it_as_a_batch(classifier):
+    rows = np.stack([make_sound(0.5, seed=1), make_sound(0.5, seed=2)])
+    assert len(classifier.feature_extractor(rows, sampling_rate=RATE)["input_values"]) == 2
+    for array in (rows, torch.from_numpy(rows)):
+        with pytest.raises(ValueError, match=r"\(2, 8000\)"):
+            classifier(array)
+    assert classifier(list(rows)) == [classifier(row) for row in rows]
+    one = classifier.feature_extractor(rows[:1], sampling_rate=RATE)["input_values"]
+    np.testing.assert_array_equal(one, classifier.feature_extractor(rows[0], sampling_rate=RATE)["input_values"])
 
 
 @pytest.fixture
@@ -191,6 +207,44 @@ def test_many_clips_in_every_container(classifier):
     assert list(classifier(rows.to_iterable_dataset())) == expected
     assert list(classifier(map(np.asarray, sounds), batch_size=2)) == list(classifier(sounds, batch_size=2))
     assert classifier([]) == []
+
+
+def test_data_sets_that_would_decode_need_no_torchcodec(classifier, tmp_path):
+    sounds = [make_sound(seconds, seed) for seed, seconds in enumerate((0.7, 0.4))]
+    for index, sound in enumerate(sounds):
+        soundfile.write(tmp_path / f"{index}.wav", sound, RATE, subtype="FLOAT")
+    files = [str(tmp_path / f"{index}.wav") for index in range(2)]
+    rows = Dataset.from_dict({"audio": files, "other": files}).cast_column("audio", Audio())
+    rows = rows.cast_column("other", Audio())
+    nested = Dataset.from_dict({"clip": [{"audio": {"path": file, "bytes": None}} for file in files]})
+    nested.info.features["clip"] = {"audio": Audio()}
+    expected = classifier(sounds)
+    forms = {
+        "data set": rows,
+        "column": rows["audio"],
+        "key": KeyDataset(rows, "audio"),
+        "subset": torch.utils.data.Subset(rows, [0, 1]),
+        "stream": rows.to_iterable_dataset(),
+        "column of a stream": rows.to_iterable_dataset()["audio"],
+        "numpy": rows.with_format("numpy"),
+        "tensors": rows.with_format("torch"),
+        "another name": rows.select_columns("other"),
+        "nested": nested["clip"]["audio"],
+        "rows of a nested column": nested["clip"],
+    }
+    for form, clips in forms.items():
+        assert list(classifier(clips)) == expected, form
+
+
+@pytest.mark.parametrize("rate", [np.int64(8000), np.array(8000), np.array([8000]), torch.tensor(8000), 8000.0])
+def test_rates_of_any_number_type(classifier, rate):
+    sound = make_sound(0.4, rate=8000)
+    assert classifier({"array": sound, "sampling_rate": rate}) == classifier({"array": sound, "sampling_rate": 8000})
+    np.testing.assert_array_equal(read_audio({"array": sound, "sampling_rate": 8000}, rate), sound)
+    extractor = ASiTFeatureExtractor(sampling_rate=rate)
+    assert extractor.sampling_rate == 8000
+    assert type(extractor.sampling_rate) is int
+    assert len(extractor(sound, sampling_rate=rate)["input_values"]) == 1
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
@@ -350,7 +404,7 @@ def test_other_models_are_refused(folder):
     with pytest.raises(ValueError, match="ASiTModel"):
         ASiTAudioClassificationPipeline(model=ASiTModel(tiny_config()), feature_extractor=extractor)
     with pytest.raises(ValueError, match="feature_extractor"):
-        ASiTAudioClassificationPipeline(model=ASiTForAudioClassification.from_pretrained(folder))
+        ASiTAudioClassificationPipeline(model=ASiTForAudioClassification(tiny_config()))
 
 
 def test_the_registered_pipeline_is_the_default_for_asit(registered, folder, classifier, tmp_path):

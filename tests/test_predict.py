@@ -1,14 +1,18 @@
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from odd_names import copy_with_odd_names
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTModel
+from asit_hf.data import load_audio_dataset, read_audio
 from asit_hf.predict import load_classifier, main, predict_folder
+from asit_hf.utils.names import local_path
 
 RATE = 16000
 GOOD = ["a.wav", "b/c.flac", "b/d.wav", "long.wav", "z.ogg"]
@@ -176,3 +180,22 @@ def test_command_line_errors(model_folder, sounds, tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert main([str(tmp_path), str(sounds)]) == 1
     assert "'bert'" in capsys.readouterr().err
+
+
+def test_names_of_any_bytes(model_folder, classifier, sounds, tmp_path, capsys):
+    texts = copy_with_odd_names(sounds / "a.wav", tmp_path / "odd")
+    (tmp_path / "odd" / os.fsdecode(b"\xff.wav")).write_text("not audio")
+    for name in ("predictions.csv", "predictions.json"):
+        assert main([str(model_folder), str(tmp_path / "odd"), "--output", str(tmp_path / name), "--top_k", "1"]) == 0
+    rows = read_csv(tmp_path / "predictions.csv")
+    assert [row["file"] for row in rows] == [*texts, "file:%FF.wav"]
+    assert [bool(row["error"]) for row in rows] == [False] * len(texts) + [True]
+    assert [row["file"] for row in json.loads((tmp_path / "predictions.json").read_text("utf-8"))] == [
+        row["file"] for row in rows
+    ]
+    assert all((tmp_path / "odd" / local_path(row["file"])).is_file() for row in rows)
+    assert "cannot read file:%FF.wav" in capsys.readouterr().err
+    assert main([str(model_folder), str(tmp_path / "odd"), "--top_k", "1"]) == 0
+    assert "\nfile:na%EFve.wav,1," in capsys.readouterr().out
+    again = load_audio_dataset(tmp_path / "predictions.csv", root=tmp_path / "odd", audio_column="file")
+    assert len({len(read_audio(row["audio"], RATE)) for row in again.select(range(len(texts)))}) == 1

@@ -13,9 +13,19 @@ import torch
 from tiny import MEL
 from torch import distributed, nn
 from torch.export import Dim
-from transformers import TorchAoConfig
+from transformers import TorchAoConfig, pipeline
 
-from asit_hf import ASiTForAudioClassification, ASiTForAudioFrameClassification, ASiTForPreTraining, ASiTModel
+from asit_hf import (
+    ASiTAudioClassificationPipeline,
+    ASiTFeatureExtractor,
+    ASiTForAudioClassification,
+    ASiTForAudioFrameClassification,
+    ASiTForPreTraining,
+    ASiTModel,
+)
+from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer
+from asit_hf.loading import load_config, load_encoder, load_feature_extractor
+from asit_hf.predict import load_classifier
 
 CLASSIFIERS = [ASiTForAudioClassification, ASiTForAudioFrameClassification]
 DYNAMIC = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}  # batch and time
@@ -78,6 +88,66 @@ def test_lora_trains_saves_and_loads(checkpointing, tmp_path):
     unchanged = model.unload().state_dict()
     for name, value in before.items():
         assert torch.equal(unchanged[name], value) is not name.startswith("classifier."), name
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """A classifier with new classes on a saved encoder, with LoRA, and the folder of its adapter."""
+    peft = pytest.importorskip("peft")
+    build(ASiTModel).save_pretrained(tmp_path / "encoder")
+    ASiTFeatureExtractor(num_mel_bins=MEL).save_pretrained(tmp_path / "encoder")
+    names = dict(enumerate(("cat", "dog", "owl")))
+    labels = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+    base = ASiTForAudioClassification.from_pretrained(tmp_path / "encoder", **labels)
+    targets = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, init_lora_weights=False, **targets)).eval()
+    nn.init.normal_(model.get_base_model().classifier.modules_to_save["default"].weight)
+    model.save_pretrained(tmp_path / "adapter")
+    return model, tmp_path / "adapter"
+
+
+def test_an_adapter_loads_with_its_classes(adapted, tmp_path, caplog):
+    model, folder = adapted
+    waveform = 0.1 * torch.randn(12000, generator=torch.Generator().manual_seed(1))
+    extractor = ASiTFeatureExtractor(num_mel_bins=MEL)
+    options = {"pipeline_class": ASiTAudioClassificationPipeline, "device": "cpu"}
+    expected = pipeline("audio-classification", model=model, feature_extractor=extractor, **options)(waveform)
+    scores = [pytest.approx(row["score"], abs=1e-5) for row in expected]
+    assert expected[0]["score"] > 0.4
+
+    unnamed = pipeline("audio-classification", model=str(folder), **options)(waveform)
+    assert [row["score"] for row in unnamed] == scores
+    assert "names of its 3 classes" in caplog.text
+    model.get_base_model().config.save_pretrained(folder)
+    assert [row["score"] for row in load_classifier(folder, "cpu")(waveform)] == scores
+    extractor.save_pretrained(folder)
+    caplog.clear()
+    for classifier in (pipeline("audio-classification", model=str(folder), **options), load_classifier(folder, "cpu")):
+        named = classifier(waveform)
+        assert [row["label"] for row in named] == [row["label"] for row in expected]
+        assert [row["score"] for row in named] == scores
+    assert not caplog.records
+
+    batch = padded_batch([96, 40])
+    encoder = load_encoder(folder)
+    assert type(encoder) is ASiTModel
+    adapted_states = model.get_base_model().asit(**batch).last_hidden_state
+    torch.testing.assert_close(encoder(**batch).last_hidden_state, adapted_states, rtol=0, atol=1e-4)
+    assert encoder.state_dict().keys() == build(ASiTModel).state_dict().keys()
+    assert load_feature_extractor(folder).num_mel_bins == MEL
+
+
+def test_finetuning_saves_the_classes_beside_an_adapter(adapted, tmp_path):
+    model, _ = adapted
+    options = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "use_cpu": True}
+    arguments = FinetuningArguments(output_dir=str(tmp_path / "run"), report_to="none", **options)
+    trainer = FinetuningTrainer(model, arguments, processing_class=ASiTFeatureExtractor(num_mel_bins=MEL))
+    trainer.save_model()
+    assert load_config(tmp_path / "run").id2label == {0: "cat", 1: "dog", 2: "owl"}
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    loaded = ASiTForAudioClassification.from_pretrained(tmp_path / "run")
+    batch = padded_batch([96, 40])
+    torch.testing.assert_close(loaded.eval()(**batch).logits, model(**batch).logits, rtol=0, atol=1e-5)
 
 
 def test_lora_of_every_linear_layer():

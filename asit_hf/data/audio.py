@@ -1,66 +1,28 @@
-"""Reading audio in any format of libsndfile: mono, resampled, decoding only the requested seconds."""
+"""Reading audio: mono, resampled, decoding only the requested seconds."""
 
 import io
 import os
-import re
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+import stat
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from math import gcd
-from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ..fbank_asit import whole_rate
 from ..utils.extras import extra
+from ..utils.names import local_path, path_text
+from .decoder import AudioInfo, AudioReadError, DecodedSamples, Decoder, UnknownFormatError
+from .pyav import PyAVDecoder, find_format
+from .sndfile import open_sndfile
 
-if TYPE_CHECKING:  # imported where used: arrays need neither soundfile nor soxr
-    import soundfile
-
+# A lower rate is a damaged header, of which resampling would make many times the file's size.
+_MIN_RATE = 1000
 # samples of context on each side of a window for the resampling filter, at the lower of the two rates
 _RESAMPLING_CONTEXT = 256
-# After a seek, the first mp3 frames lack data from earlier frames: up to 511 bytes, several frames at low bit rates.
-_MPEG_LEAD_IN = 16 * 1152
-# A seek into the last page of an Ogg Vorbis stream can be some samples off. A page has at most 255 packets of 1024
-# samples (at the usual block size): a seek to before the last page is exact, and so is reading on from there.
-_VORBIS_PAGE = 255 * 1024
-# The last page of some intact files (Debian's naev-data) declares up to a block more than its packets hold.
-_VORBIS_BLOCK = 8192
+HEADERLESS_EXTENSIONS = (".raw", ".pcm", ".g722")  # of files that hold samples and no header
 _BLOCK = 1 << 16  # libsndfile's Ogg encoder crashes on long blocks
-# clearer words for messages of libsndfile; it reports any damaged mp3 with the first one
-_REASONS = {
-    "File does not exist or is not a regular file (possibly a pipe?)": "Format not recognised",
-    "Unspecified internal error": "damaged: decoding failed",
-}
-# Programs that write wav to a pipe leave a placeholder of about this size in the header.
-_UNKNOWN_WAV_SIZE = 0x7FFFF000
-_WAV_DATA_CHUNK = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
-
-
-class AudioReadError(ValueError):
-    """Audio that cannot be read: `source` is the file name (or "bytes", "array"), `reason` the cause."""
-
-    def __init__(self, source: str, reason: str | None = None):
-        if reason is None:  # DataLoader re-raises a worker's error from the text of its traceback
-            source, reason = source.rstrip().rpartition("cannot read ")[2].split(": ", 1)
-        super().__init__(source, reason)
-        self.source = source
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"cannot read {self.source}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class AudioInfo:
-    """Format of a file: its `sampling_rate` in Hz, and at that rate its `num_samples` per channel."""
-
-    sampling_rate: int
-    num_samples: int
-    num_channels: int
-
-    @property
-    def duration(self) -> float:  # in seconds
-        return self.num_samples / self.sampling_rate
 
 
 class AudioReader(AbstractContextManager):
@@ -69,7 +31,8 @@ class AudioReader(AbstractContextManager):
     Args:
         source: a path, `bytes`, a `{"path", "bytes"}` row of `datasets.Audio(decode=False)`, an
             `{"array", "sampling_rate"}` or `{"raw", "sampling_rate"}` dict, or a decoder with `get_all_samples()`
-            (torchcodec). Paths that contain `://` are opened with fsspec (`hf://`, `zip://...::`).
+            (torchcodec). `file:` URIs are local paths; other paths that contain `://` are opened with fsspec (`hf://`,
+            `zip://...::`).
 
     Raises:
         AudioReadError: missing, empty, damaged or truncated file, or no samples. Truncated mp3 and ogg files, whose
@@ -78,28 +41,33 @@ class AudioReader(AbstractContextManager):
     """
 
     def __init__(self, source: Any):
-        self._file: soundfile.SoundFile | None = None
-        self._samples: np.ndarray | None = None
         self.name = source_name(source)
-        if hasattr(source, "get_all_samples"):
-            self._open_decoder(source)
-        elif isinstance(source, dict) and ("array" in source or "raw" in source):
-            self._open_array(source)
+        is_array = isinstance(source, dict) and ("array" in source or "raw" in source)
+        decoded = _decode_all if hasattr(source, "get_all_samples") else _decode_array if is_array else None
+        if decoded is None:
+            self._decoder = _open_file(source, self.name)
         else:
-            self._open_file(source)
-        if self.info.num_samples == 0:
+            with _named_errors(self.name):
+                self._decoder = decoded(source, self.name)
+        if self.info.num_samples == 0 or self.info.sampling_rate < _MIN_RATE:
             self.close()
-            raise AudioReadError(self.name, "no samples")
+            too_low = f"expected a sampling rate of at least {_MIN_RATE} Hz, got {self.info.sampling_rate} Hz"
+            raise AudioReadError(self.name, "no samples" if self.info.num_samples == 0 else too_low)
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._decoder.close()
+
+    @property
+    def info(self) -> AudioInfo:
+        """Format and length of the source; the length of an mp3 is an estimate until a `read` finds fewer samples."""
+        return self._decoder.info
 
     def num_samples(self, sampling_rate: int) -> int:
         """Samples of the whole source at `sampling_rate`; of an mp3, an estimate until a `read` finds fewer."""
+        sampling_rate = whole_rate(sampling_rate)
         return (2 * self.info.num_samples * sampling_rate + self.info.sampling_rate) // (2 * self.info.sampling_rate)
 
     def read(self, sampling_rate: int, start: int = 0, length: int | None = None) -> np.ndarray:
@@ -110,7 +78,7 @@ class AudioReader(AbstractContextManager):
         Raises:
             AudioReadError: no samples at `start`, a damaged file, or samples that are not finite.
         """
-        rate = self.info.sampling_rate
+        rate, sampling_rate = self.info.sampling_rate, whole_rate(sampling_rate)
         total = self.num_samples(sampling_rate)
         stop = total if length is None else min(start + length, total)
         if start >= stop:
@@ -123,7 +91,9 @@ class AudioReader(AbstractContextManager):
         first = max(0, start * rate // sampling_rate - context) // step * step
         last = min(self.info.num_samples, -(-stop * rate // sampling_rate) + context)
         skipped = start - first * sampling_rate // rate
-        waveform = resample(self._decode(first, last), rate, sampling_rate)[skipped : skipped + stop - start]
+        decoded = self._decode(first, last)
+        with _named_errors(self.name):
+            waveform = resample(decoded, rate, sampling_rate)[skipped : skipped + stop - start]
         if waveform.size == 0:
             raise self._nothing_at(start / sampling_rate)
         return waveform
@@ -131,120 +101,13 @@ class AudioReader(AbstractContextManager):
     def _nothing_at(self, seconds: float) -> AudioReadError:
         return AudioReadError(self.name, f"nothing to read at {seconds:.3f} s, it lasts {self.info.duration:.3f} s")
 
-    def _open_decoder(self, decoder: Any) -> None:
-        try:
-            samples = decoder.get_all_samples()
-        except Exception as error:
-            raise AudioReadError(self.name, f"decoding failed: {error}") from error
-        channels = np.asarray(samples.data, dtype=np.float32)
-        self._samples = _checked(channels.mean(axis=0), self.name)
-        self.info = AudioInfo(int(samples.sample_rate), channels.shape[-1], channels.shape[0])
-
-    def _open_array(self, source: dict) -> None:
-        if source.get("sampling_rate") is None:
-            raise AudioReadError(self.name, f"expected a sampling_rate with the array, got the keys {sorted(source)}")
-        array = source["array"] if "array" in source else source["raw"]
-        try:
-            self._samples = to_mono_float(array)
-        except ValueError as error:
-            raise AudioReadError(self.name, str(error)) from error
-        num_channels = int(np.prod(np.shape(array))) // self._samples.size
-        self.info = AudioInfo(_positive_rate(source["sampling_rate"]), self._samples.size, num_channels)
-
-    def _open_file(self, source: Any) -> None:
-        path, content = source, None
-        if isinstance(source, (bytes, bytearray, memoryview)):
-            path, content = None, source
-        elif isinstance(source, dict):
-            path, content = source.get("path"), source.get("bytes")
-        elif source is not None and not isinstance(source, (str, os.PathLike)):
-            expected = "a path, bytes, a dict with path, bytes, or array and sampling_rate, or a decoder as audio"
-            raise TypeError(f"expected {expected}, got {type(source).__name__}")
-        if path is None and content is None:
-            keys = f" in {sorted(map(str, source))}, nor array and sampling_rate" if isinstance(source, dict) else ""
-            raise AudioReadError(self.name, f"neither a path nor bytes{keys}")
-        self._path, self._content = path, content
-        self._file = self._open()
-        self.info = AudioInfo(self._file.samplerate, self._file.frames, self._file.channels)
-        cut = _WAV_DATA_CHUNK.search(self._file.extra_info) if self._file.format.startswith(("WAV", "RF64")) else None
-        if cut and int(cut[1]) < _UNKNOWN_WAV_SIZE and int(cut[1]) > int(cut[2]):
-            self.close()
-            raise AudioReadError(self.name, f"truncated: its header declares {cut[1]} bytes of audio, it has {cut[2]}")
-
-    def _open(self) -> "soundfile.SoundFile":
-        with extra():
-            import soundfile
-        try:
-            if self._content is None and "://" in os.fspath(self._path):
-                self._content = _fetch(self._path)
-            if self._content is not None:
-                if len(self._content) == 0:
-                    raise AudioReadError(self.name, "empty")
-                return soundfile.SoundFile(io.BytesIO(self._content))
-            with open(self._path, "rb") as file:
-                if not file.read(1):
-                    raise AudioReadError(self.name, "empty file")
-            return soundfile.SoundFile(self._path)
-        except FileNotFoundError as error:
-            raise AudioReadError(self.name, "no such file") from error
-        except OSError as error:
-            raise AudioReadError(self.name, error.strerror or str(error)) from error
-        except soundfile.LibsndfileError as error:
-            raise AudioReadError(self.name, _reason(error)) from error
-
     def _decode(self, first: int, last: int) -> np.ndarray:
-        """Samples `first` to `last` at the source's own rate."""
-        if self._samples is not None:
-            return self._samples[first:last]
-        import soundfile
-
-        # one call for lead-in and window, as soundfile seeks after every call
-        try:
-            begin = self._seek(max(0, first - self._lead_in(first)))
-            frames = self._file.read(last - begin, dtype="float32", always_2d=True)[first - begin :]
-        except soundfile.LibsndfileError as error:
-            raise AudioReadError(self.name, _reason(error)) from error
-        if len(frames) < last - first:
-            self._ended_early(first, len(frames))
-        return _checked(frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1), self.name)
-
-    def _ended_early(self, first: int, count: int) -> None:
-        """Fewer samples than declared: an error, except in mp3 and vorbis' last block, where `info` is corrected."""
-        missing = self.info.num_samples - first - count
-        if not self._is_mpeg() and not (self._file.subtype == "VORBIS" and missing <= _VORBIS_BLOCK):
-            declared = f"its header declares {self.info.num_samples} samples"
-            raise AudioReadError(self.name, f"damaged or truncated: {declared}, got none from {first + count} on")
-        total = first + count
-        if count == 0:
-            self._seek(0)
-            total = sum(iter(lambda: len(self._file.read(1 << 20, dtype="float32")), 0))
-        self.info = replace(self.info, num_samples=total)
-        if count == 0:
+        """Samples `first` to `last` at the source's own rate, mono; there is at least one."""
+        with _named_errors(self.name):
+            frames = self._decoder.read(first, last)
+        if len(frames) == 0:
             raise self._nothing_at(first / self.info.sampling_rate)
-
-    def _lead_in(self, first: int) -> int:
-        """Samples to decode before `first` so that those from `first` on are decoded as in the whole file."""
-        if self._is_mpeg():
-            return _MPEG_LEAD_IN
-        if self._file.subtype == "VORBIS":
-            return max(0, first - (self.info.num_samples - _VORBIS_PAGE))
-        return 0
-
-    def _is_mpeg(self) -> bool:
-        return self._file.subtype.startswith("MPEG")
-
-    def _seek(self, frame: int) -> int:
-        """Seek to `frame`, or to the beginning if the file cannot be sought; return the position."""
-        import soundfile
-
-        try:
-            if self._file.tell() == frame or self._file.seek(frame) == frame:
-                return frame
-        except soundfile.LibsndfileError:
-            pass
-        self._file.close()
-        self._file = self._open()
-        return 0
+        return _checked(frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1), self.name)
 
 
 def audio_info(source: Any) -> AudioInfo:
@@ -263,7 +126,7 @@ def read_audio(source: Any, sampling_rate: int, offset: float = 0.0, duration: f
         AudioReadError: unreadable audio, or an offset at or past its end.
         ValueError: a negative offset, or a duration that is not positive.
     """
-    sampling_rate = _positive_rate(sampling_rate)
+    sampling_rate = whole_rate(sampling_rate)
     if offset < 0 or (duration is not None and duration <= 0):
         raise ValueError(f"expected offset >= 0 and duration > 0 seconds, got {offset} and {duration}")
     start = round(offset * sampling_rate)
@@ -304,7 +167,7 @@ def to_mono_float(array: Any) -> np.ndarray:
 
 def resample(waveform: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     """Resample `(samples,)` from one rate in Hz to another: `round(samples * to_rate / from_rate)` samples."""
-    from_rate, to_rate = _positive_rate(from_rate), _positive_rate(to_rate)
+    from_rate, to_rate = whole_rate(from_rate), whole_rate(to_rate)
     if from_rate == to_rate:
         return waveform
     with extra():
@@ -324,14 +187,91 @@ def encode_audio(samples: np.ndarray, sampling_rate: int, format: str, subtype: 
 
 
 def source_name(source: Any) -> str:
-    """Name of a source in messages and reports: its path, or "bytes", "array" or its type."""
+    """Name of a source in messages and tables: its path (see `path_text`), or "bytes", "array" or its type."""
     if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source)
+        return path_text(source)
     if isinstance(source, dict):
         if source.get("path"):
-            return os.fspath(source["path"])
+            return path_text(source["path"])
         return "array" if "array" in source or "raw" in source else "bytes"
     return "bytes" if isinstance(source, (bytes, bytearray, memoryview)) else type(source).__name__
+
+
+def _decode_all(decoder: Any, name: str) -> Decoder:
+    samples = decoder.get_all_samples()
+    channels = np.asarray(samples.data, dtype=np.float32)
+    info = AudioInfo(int(samples.sample_rate), channels.shape[-1], channels.shape[0])
+    return DecodedSamples(_checked(channels.mean(axis=0), name), info)
+
+
+def _decode_array(source: dict, name: str) -> Decoder:
+    if source.get("sampling_rate") is None:
+        raise AudioReadError(name, f"expected a sampling_rate with the array, got the keys {sorted(source)}")
+    array = source["array"] if "array" in source else source["raw"]
+    samples = to_mono_float(array)
+    num_channels = int(np.prod(np.shape(array))) // samples.size
+    return DecodedSamples(samples, AudioInfo(whole_rate(source["sampling_rate"]), samples.size, num_channels))
+
+
+def _open_file(source: Any, name: str) -> Decoder:
+    path, content = source, None
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        path, content = None, source
+    elif isinstance(source, dict):
+        path, content = source.get("path"), source.get("bytes")
+    elif source is not None and not isinstance(source, (str, os.PathLike)):
+        expected = "a path, bytes, a dict with path, bytes, or array and sampling_rate, or a decoder as audio"
+        raise TypeError(f"expected {expected}, got {type(source).__name__}")
+    if path is None and content is None:
+        keys = f" in {sorted(map(str, source))}, nor array and sampling_rate" if isinstance(source, dict) else ""
+        raise AudioReadError(name, f"neither a path nor bytes{keys}")
+    with _named_errors(name):
+        path = path if path is None else local_path(path)
+        if content is None and "://" in os.fspath(path):
+            content = _fetch(path)
+        if content is None:
+            mode = os.stat(path).st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a pipe, opening would wait for a writer
+                raise AudioReadError(name, "expected a file, got a pipe or device: write its content to a file first")
+            with open(path, "rb") as file:
+                if not file.read(1):
+                    raise AudioReadError(name, "empty file")
+        elif len(content) == 0:
+            raise AudioReadError(name, "empty")
+        return _decode_file(path if content is None else content, name)
+
+
+@contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Turn whatever opening or decoding raises into an `AudioReadError` of the source `name`."""
+    try:
+        yield
+    except (AudioReadError, ModuleNotFoundError):
+        raise
+    except FileNotFoundError as error:
+        raise AudioReadError(name, "no such file") from error
+    except OSError as error:
+        raise AudioReadError(name, error.strerror or str(error)) from error
+    except ValueError as error:
+        raise AudioReadError(name, str(error)) from error
+    except Exception as error:  # of decoders, and of headers that promise the impossible
+        raise AudioReadError(name, f"{type(error).__name__}: {error}") from error
+
+
+def _decode_file(file: str | os.PathLike | bytes, name: str) -> Decoder:
+    """libsndfile's decoder, or PyAV's for the formats that only ffmpeg knows, by content."""
+    try:
+        return open_sndfile(file, name)
+    except UnknownFormatError as error:
+        format = find_format(file)
+        if format is None and name.lower().endswith(HEADERLESS_EXTENSIONS):
+            raise AudioReadError(name, f"{error.reason}: samples without a header, convert them to wav") from error
+        if format is None:
+            raise
+        try:
+            return PyAVDecoder(file, format, name)
+        except ModuleNotFoundError as missing:
+            raise AudioReadError(name, f"{error.reason}: {missing}") from error
 
 
 def _fetch(url: str) -> bytes:
@@ -346,18 +286,7 @@ def _fetch(url: str) -> bytes:
         raise AudioReadError(url, f"{type(error).__name__}: {error}") from error
 
 
-def _positive_rate(rate: Any) -> int:
-    if not isinstance(rate, Real) or rate <= 0 or rate % 1:
-        raise ValueError(f"expected a sampling rate in whole Hz above 0, got {rate!r}")
-    return int(rate)
-
-
 def _checked(waveform: np.ndarray, name: str) -> np.ndarray:
     if not np.isfinite(waveform).all():
         raise AudioReadError(name, "samples that are not finite")
     return waveform
-
-
-def _reason(error: "soundfile.LibsndfileError") -> str:
-    reason = error.error_string.removeprefix("Error : ").rstrip(".")
-    return _REASONS.get(reason, reason)

@@ -1,13 +1,23 @@
 """Labelled clips, read whole or cropped, and how every data set of clips reads its audio."""
 
+import copy
+import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from .audio import AudioReader, AudioReadError
+from ..fbank_asit import whole_rate
+from .audio import AudioReader, AudioReadError, audio_info
 from .randomness import Seeded, sample_key
+
+logger = logging.getLogger(__name__)
+
+# Default bound of a waveform's length: the cost of attention grows with its square, and a batch is padded to its
+# longest clip.
+MAX_SECONDS = 30.0
 
 
 class LabelledClips(Seeded, Dataset):
@@ -17,7 +27,8 @@ class LabelledClips(Seeded, Dataset):
         dataset: rows with an `audio` column and optionally a `label` column, or a sequence of sources (see
             `asit_hf.data.audio.AudioReader`).
         sampling_rate: of the waveforms, in Hz.
-        max_seconds: longest waveform; from a longer clip, a random crop with `train`, otherwise the beginning.
+        max_seconds: longest waveform; from a longer clip, a random crop with `train`, otherwise the beginning. By
+            default, and with infinity, clips are whole.
         train: draw crops at random, as a function of (seed, epoch, index).
         seed: of the crops.
         strict: raise for an unreadable clip; otherwise its item has `bad_files`, [(path, reason)], instead of a
@@ -42,8 +53,8 @@ class LabelledClips(Seeded, Dataset):
         self.sources = select_audio(dataset)
         labelled = "label" in (getattr(dataset, "column_names", None) or ())
         self.labels = dataset["label"][:] if labelled else None
-        self.sampling_rate = sampling_rate
-        self.max_seconds = max_seconds
+        self.sampling_rate = whole_rate(sampling_rate)
+        self.max_seconds = None if max_seconds == math.inf else max_seconds
         self.train = train
         self.strict = strict
 
@@ -84,6 +95,19 @@ class LabelledClips(Seeded, Dataset):
             return draw_crops(reader, self.sampling_rate, crop)
 
 
+def warn_of_longer(sources: Sequence, seconds: float, consequence: str) -> int:
+    """Number of clips whose header says that they are longer than `seconds`, reported with the `consequence`."""
+    longer = 0
+    for source in map(audio_of, select_audio(sources)):
+        try:
+            longer += audio_info(source).duration > seconds
+        except AudioReadError:  # reported where it is read
+            continue
+    if longer:
+        logger.warning("%d of %d clips are longer than %g s: %s", longer, len(sources), seconds, consequence)
+    return longer
+
+
 def draw_crops(reader: AudioReader, sampling_rate: int, draw: Callable[[int], Any]) -> Any:
     """`draw(samples of the clip)`, repeated if reading shows that an mp3 is shorter than its header states."""
     total = reader.num_samples(sampling_rate)
@@ -99,11 +123,66 @@ def draw_crops(reader: AudioReader, sampling_rate: int, draw: Callable[[int], An
 
 def select_audio(dataset: Any) -> Any:
     """The `audio` column of a data set, so that reading a row reads nothing else; other sequences are unchanged."""
+    dataset = undecoded(dataset)
     if not hasattr(dataset, "select_columns"):
         return dataset
     if dataset.column_names is not None and "audio" not in dataset.column_names:
         raise ValueError(f"expected an audio column, got {dataset.column_names}")
     return dataset.select_columns("audio")
+
+
+def undecoded(data: Any) -> Any:
+    """
+    A `datasets` object, one of its columns, or a torch data set around one (`KeyDataset`, `Subset`), with all its
+    audio as paths and bytes for `AudioReader`: decoding it would need torchcodec. Anything else is unchanged.
+    """
+    if hasattr(data, "source") and hasattr(data, "column_name"):  # data["audio"], also nested
+        return type(data)(undecoded(data.source), data.column_name)
+    if not hasattr(data, "select_columns"):
+        if (inner := getattr(data, "dataset", None)) is None or (read := undecoded(inner)) is inner:
+            return data
+        data = copy.copy(data)
+        data.dataset = read
+        return data
+    if not data.features or not _decodes(data.features):
+        return data
+    from datasets import Audio, Features
+
+    if hasattr(data, "decode"):  # a stream, which may also decode in threads
+        return data.decode(False)
+    features = Features({name: _as_stored(feature) for name, feature in data.features.items()})
+    for name, feature in data.features.items():
+        if isinstance(feature, Audio):
+            data = data.cast_column(name, features[name])
+    if _decodes(data.features):  # nested: `cast` would rewrite the table, whose stored type is the same
+        data = copy.deepcopy(data)
+        data.info.features = features
+    return data
+
+
+def _decodes(feature: Any) -> bool:
+    """Whether reading a feature decodes audio."""
+    if isinstance(feature, (dict, list, tuple)):
+        return any(map(_decodes, feature.values() if isinstance(feature, dict) else feature))
+    return _decodes(feature.feature) if hasattr(feature, "feature") else _is_decoded_audio(feature)
+
+
+def _as_stored(feature: Any) -> Any:
+    """The feature with its audio undecoded."""
+    if isinstance(feature, dict):
+        return {name: _as_stored(one) for name, one in feature.items()}
+    if isinstance(feature, (list, tuple)):
+        return [_as_stored(one) for one in feature]
+    feature = copy.copy(feature)
+    if hasattr(feature, "feature"):
+        feature.feature = _as_stored(feature.feature)
+    elif _is_decoded_audio(feature):
+        feature.decode = False
+    return feature
+
+
+def _is_decoded_audio(feature: Any) -> bool:
+    return type(feature).__name__ == "Audio" and feature.decode
 
 
 def audio_of(row: Any) -> Any:

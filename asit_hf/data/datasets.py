@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.extras import extra
-from .files import AUDIO_EXTENSIONS, resolve_paths, walk
+from ..utils.names import local_path, path_text
+from .clips import undecoded
+from .files import resolve_paths, walk
+from .formats import AUDIO_EXTENSIONS, LeftOut, why_left_out
 from .labels import NO_SEPARATOR, class_names, compose, divide_labels, encode_labels, shortened
 from .manifests import (
     AUDIO_COLUMNS,
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_UNREADABLE_EXTENSIONS = (".aac", ".ac3", ".amr", ".ape", ".m4a", ".m4b", ".mp4", ".mka", ".webm", ".wma", ".wv")
+_TEXT = ("string", "large_string")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -88,6 +91,7 @@ def load_audio_dataset(
         dataset, name = data, "the data set"
     else:
         dataset, name = _open(data, audio_column, label_column, streaming, options), os.fspath(data)
+    dataset = undecoded(dataset)
     columns = dataset.column_names or list(next(iter(dataset)))
     audio_column = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", name)
     label_column = find_column(columns, label_column, LABEL_COLUMNS, "label", name)
@@ -204,13 +208,15 @@ def find_audio_files(folder: str | os.PathLike) -> list[Path]:
         raise FileNotFoundError(f"no such folder: {folder}")
     files = walk(folder)
     audio = [file for file in files if file.suffix.lower() in AUDIO_EXTENSIONS]
-    counts = Counter(file.suffix.lower() or "(no extension)" for file in files)
+    left_out = LeftOut(folder)
+    for file in files:
+        if file.suffix.lower() not in AUDIO_EXTENSIONS:
+            left_out.add(file.name, lambda file=file: file)
+    left_out.report()
     if not audio:
+        counts = Counter(file.suffix.lower() or "(no extension)" for file in files)
         found = ", ".join(f"{count} {extension}" for extension, count in sorted(counts.items())) or "no files at all"
         raise FileNotFoundError(f"no audio in {folder}: expected {' '.join(AUDIO_EXTENSIONS)}, got {found}")
-    unreadable = {extension: counts[extension] for extension in _UNREADABLE_EXTENSIONS if counts[extension]}
-    if unreadable:
-        logger.warning("skipped audio of unsupported formats in %s (files by extension): %s", folder, unreadable)
     return audio
 
 
@@ -229,7 +235,7 @@ def _open(
         if manifest and part and part.is_dir() and not _has_split(manifest, split):
             dataset = _open(manifest, audio_column, label_column, False, {**options, "split": None})
             column = find_column(dataset.column_names, audio_column, AUDIO_COLUMNS, "audio", str(manifest))
-            inside = [Path(file).is_relative_to(part) for file in dataset[column][:]]
+            inside = [Path(local_path(file)).is_relative_to(part) for file in dataset[column][:]]
             return dataset.select([row for row, is_inside in enumerate(inside) if is_inside])
         if manifest:
             path = manifest
@@ -249,12 +255,13 @@ def _open(
         return load_manifest(path, split, audio_column, label_column, Path(options["root"] or path.parent))
     if path.is_file() and extension in AUDIO_EXTENSIONS:
         _check_options("one audio file", options)
-        return Dataset.from_dict({"audio": [str(path)]})
+        return Dataset.from_dict({"audio": [path_text(path)]})
     if path.is_file() and extension == ".tar":
         return _load_tars([path], streaming, options)
     if path.is_file() and extension != ".parquet":
         expected = " ".join((*AUDIO_EXTENSIONS, *MANIFEST_EXTENSIONS, ".txt", ".parquet", ".tar"))
-        raise ValueError(f"expected a file with one of the extensions {expected}; got {path}")
+        reason = why_left_out(extension, lambda: path)
+        raise ValueError(f"expected a file with one of the extensions {expected}; got {path}: {reason or 'no audio'}")
     local = ("root",) if path.exists() else ()
     _check_options("a parquet or Hub data set", options, "split", "config_name", *local)
     if not path.exists() and not _HUB_NAME.fullmatch(os.fspath(data)):
@@ -262,7 +269,7 @@ def _open(
     dataset = _load_hub(os.fspath(data), path, options["config_name"], split, streaming)
     columns = dataset.column_names or []
     column = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", os.fspath(data)) if columns else None
-    if not path.exists() or getattr((dataset.features or {}).get(column), "dtype", None) != "string":
+    if not path.exists() or getattr((dataset.features or {}).get(column), "dtype", None) not in _TEXT:
         return dataset
     if streaming:  # a table of paths is small
         dataset = _load_hub(os.fspath(data), path, options["config_name"], split, False)
@@ -311,7 +318,7 @@ def _open_part(folder: Path, part: Path, *args: Any) -> "Dataset | IterableDatas
     try:
         dataset = _open(part, *columns, options)
         column = find_column(dataset.column_names, columns[0], AUDIO_COLUMNS, "audio", str(part))
-        if all(os.path.exists(file) for file in dataset[column][:] if "://" not in file):
+        if all(os.path.exists(local_path(file)) for file in dataset[column][:]):
             return dataset
     except FileNotFoundError:
         pass
@@ -320,6 +327,7 @@ def _open_part(folder: Path, part: Path, *args: Any) -> "Dataset | IterableDatas
 
 def _load_hub(name: str, path: Path, config_name: str | None, split: str | None, streaming: bool) -> Any:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
         if path.is_file():
@@ -331,6 +339,11 @@ def _load_hub(name: str, path: Path, config_name: str | None, split: str | None,
             raise
         reason = f"{type(error).__name__}: {error}"
         raise FileNotFoundError(f"{name!r} is neither a local file or folder nor on the Hub ({reason})") from error
+    except (OSError, ValueError, DatasetsError) as error:  # pyarrow's are of all kinds, and name no file
+        if not path.exists():
+            raise
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"cannot read {path}, damaged or not of this format: {reason}") from error
     return _choose_split(loaded, split, name)
 
 
@@ -362,7 +375,7 @@ def _load_folder(folder: Path, labels_from_folders: bool) -> "Dataset":
         if splits:
             counts = ", ".join(f"{name} ({count} files)" for name, count in first_folders(folder, files).items())
             logger.info("audio of all splits of %s: %s", folder, counts or f"{len(files)} files")
-        return Dataset.from_dict({"audio": [str(file) for file in files]})
+        return Dataset.from_dict({"audio": [path_text(file) for file in files]})
     if splits:
         example = next((path for name, path in splits.items() if split_kind(name) == "train"), folder)
         raise ValueError(
@@ -381,7 +394,8 @@ def _load_folder(folder: Path, labels_from_folders: bool) -> "Dataset":
     if not kept:
         raise ValueError(f"expected class folders in {folder}, got {', '.join(left_out)} only")
     check_class_folders(folder, [files[row] for row in kept])
-    return Dataset.from_dict({"audio": [str(files[row]) for row in kept], "label": [parts[row][0] for row in kept]})
+    labels = [path_text(parts[row][0]).removeprefix("file:") for row in kept]
+    return Dataset.from_dict({"audio": [path_text(files[row]) for row in kept], "label": labels})
 
 
 def _find_shards(folder: Path, extension: str) -> list[Path]:
@@ -405,14 +419,18 @@ def _load_tars(files: list[Path], streaming: bool, options: dict) -> "IterableDa
 
 def _read_tars(paths: list[str]) -> Iterator[dict[str, Any]]:
     for path in paths:
+        left_out = LeftOut(path)
         try:
             with tarfile.open(path, "r|*") as archive:
                 for member in archive:
                     if member.isfile() and Path(member.name).suffix.lower() in AUDIO_EXTENSIONS:
-                        name = f"{os.path.basename(path)}/{member.name}"
+                        name = path_text(f"{os.path.basename(path)}/{member.name}")
                         yield {"audio": {"bytes": archive.extractfile(member).read(), "path": name}}
+                    elif member.isfile():
+                        left_out.add(member.name, lambda member=member: archive.extractfile(member).read())
         except tarfile.TarError as error:
             raise ValueError(f"cannot read {path}: damaged or truncated tar file ({error})") from error
+        left_out.report()
 
 
 def _load_spec(spec: "str | dict", defaults: dict[str, Any]) -> "Dataset | IterableDataset":

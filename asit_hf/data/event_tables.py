@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from .files import AUDIO_EXTENSIONS
+from .formats import AUDIO_EXTENSIONS
 from .tables import TABLE_EXTENSIONS, Table, read_table
 
 logger = logging.getLogger(__name__)

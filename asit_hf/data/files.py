@@ -1,4 +1,4 @@
-"""Audio files on disk: extensions, walking a folder, and the files that the names in a table mean."""
+"""Audio files on disk: walking a folder, and the files that the names in a table mean."""
 
 import logging
 import os
@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from ..utils.names import local_path, path_text
+from .formats import AUDIO_EXTENSIONS
+
 logger = logging.getLogger(__name__)
 
-AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64")
 _CHECKED = 10000
 
 
@@ -26,7 +28,7 @@ def walk(folder: Path) -> list[Path]:
 
 
 def resolve_paths(values: Sequence[Any], root: str | os.PathLike, source: str | os.PathLike) -> list[str]:
-    """Full paths of the files that a table names, relative to `root`. URLs stay as they are.
+    """Full paths of the files that a table names, relative to `root`, see `path_text`. URLs stay as they are.
 
     If files are not there, all files below `root` are searched: for the name in another folder, for the name plus an
     extension (`64760` for `64760.wav`), and for the name with another extension. Several such files are told apart by
@@ -48,11 +50,11 @@ def resolve_paths(values: Sequence[Any], root: str | os.PathLike, source: str | 
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, (str, int)):
             raise ValueError(f"expected a path in row {row} of {source}, got {value!r}")
-        names.append(str(value))
+        names.append(local_path(str(value)))
     paths = [name if "://" in name else os.path.join(root, name) for name in names]
     local = [row for row, name in enumerate(names) if "://" not in name]
     if all(os.path.isfile(paths[row]) for row in local[:: max(1, len(local) // _CHECKED)]):
-        return paths
+        return [path_text(path) for path in paths]
     missing = {row for row in local if not os.path.isfile(paths[row])}
     taken = {os.path.normpath(path) for row, path in enumerate(paths) if row not in missing}
     found = _search(Path(root), sorted({names[row] for row in missing}), taken)
@@ -67,7 +69,7 @@ def resolve_paths(values: Sequence[Any], root: str | os.PathLike, source: str | 
         )
     for row in moved:
         paths[row] = found[names[row]]
-    return paths
+    return [path_text(path) for path in paths]
 
 
 def _search(root: Path, names: Sequence[str], taken: set[str]) -> dict[str, str]:

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import AUDIO_EXTENSIONS, resolve_paths
+from .files import resolve_paths
+from .formats import AUDIO_EXTENSIONS
 from .splits import match_split
 from .tables import TABLE_EXTENSIONS, read_table, read_text
 
@@ -157,9 +158,8 @@ def _read_json(path: Path, audio_column: str | None) -> dict[str, list]:
             what = f"expected a json list of rows or one json object per line in {path}"
             raise ValueError(f"{what}: {error}") from error
     rows = _rows(content, audio_column)
-    wrong = next((row for row in rows if not isinstance(row, dict)), None)
-    if wrong is not None:
-        raise ValueError(f"expected every row of {path} to be a json object with named columns, got {wrong!r}")
+    if wrong := [row for row in rows if not isinstance(row, dict)]:
+        raise ValueError(f"expected every row of {path} to be a json object with named columns, got {wrong[0]!r}")
     rows = [{str(name).strip(): _clean(value) for name, value in row.items()} for row in rows]
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 

@@ -267,13 +267,19 @@ def read_index(path: Path, format: str) -> dict[str, Any]:
     missing = {"sampling_rate", "num_samples", "lengths", "names"} - index.keys()
     if missing:
         raise ValueError(f"{path} is damaged: expected the keys {', '.join(sorted(missing))} too")
-    lengths = index["lengths"]
-    if not lengths:
+    lengths, names, parts = index["lengths"], index["names"], index.get("parts")
+    if lengths == []:
         raise ValueError(f"expected at least one clip, got none in {path}")
-    same = {len(lengths), len(index["names"]), len(index.get("parts", lengths))}
-    if len(same) > 1 or min(lengths) < 1 or sum(lengths) != index["num_samples"]:
-        raise ValueError(f"{path} is damaged: expected lengths, names and number of samples that agree")
+    types = _is_list(lengths, int) and _is_list(names, str) and (parts is None or _is_list(parts, str))
+    same = types and {len(names), len(names if parts is None else parts)} == {len(lengths)}
+    positive = types and min(lengths) >= 1 and _is_list([index["sampling_rate"]], int) and index["sampling_rate"] >= 1
+    if not (same and positive and sum(lengths) == index["num_samples"]):
+        raise ValueError(f"{path} is damaged: expected a rate, and lengths, names and number of samples that agree")
     return index
+
+
+def _is_list(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
 
 
 def _map(folder: Path, num_samples: int) -> Tensor:

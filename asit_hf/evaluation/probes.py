@@ -170,6 +170,18 @@ def cross_validate(
     return {**result, f"validation_{name}": best_score, chosen: best}
 
 
+def check_folds(labels: np.ndarray, groups: Sequence | None = None) -> None:
+    """
+    Raises `ValueError` if the cross-validation of a probe cannot hold out clips and fit others, whose `labels` are as
+    in `linear_probe`.
+    """
+    if len(labels) < 2:
+        raise ValueError(f"expected at least two training clips, one to validate on, got {len(labels)}")
+    for fitted, held_out in _folds(labels, groups, num_folds=3, seed=0):
+        if not len(fitted) or not len(held_out):
+            raise ValueError("expected training clips in every fold of the cross-validation, got an empty fold")
+
+
 def _folds(
     labels: np.ndarray, groups: Sequence | None, num_folds: int, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -183,7 +195,10 @@ def _folds(
     if num_groups < 2:
         raise ValueError("expected at least two groups, one to validate on, got 1")
     classes = labels if labels.ndim == 1 else np.zeros(len(labels), dtype=int)
-    num_folds = max(2, min(num_folds, num_groups, int(np.bincount(classes).max())))
+    largest = int(np.bincount(classes).max())
+    if largest < 2:
+        raise ValueError(f"expected two training clips of a class, one to validate on, got {len(labels)} of one each")
+    num_folds = max(2, min(num_folds, num_groups, largest))
     splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
     return list(splitter.split(classes, classes, groups))
 

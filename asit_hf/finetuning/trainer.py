@@ -8,32 +8,71 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from ..data.epochs import EpochCallback
 from ..evaluation.metrics import MAIN_METRIC
 from ..hub.upload import PushMixin
-from ..utils.arguments import refuse_without_effect
+from ..utils.arguments import check_inherited, refuse_without_effect
 from ..utils.attention_cpu import choose_bf16_attention
 from ..utils.cpu import warn_of_emulated_bf16
 from ..utils.time_budget import TimeBudgetArguments, TimeBudgetMixin
 from .optimization import average_checkpoints, param_groups_layer_decay, smooth_labels, step_decay
 
+# Options of TrainingArguments that training and evaluating a classifier cannot follow, by the reason.
+_NO_EFFECT = {
+    "the metrics take the logits and labels of all clips": (
+        "prediction_loss_only batch_eval_metrics eval_do_concat_batches include_for_metrics"
+    ),
+    "batches are spectrograms with labels, without columns or tokens": (
+        "label_names length_column_name neftune_noise_alpha use_cache use_liger_kernel liger_kernel_config "
+        "optim_target_modules"
+    ),
+    "it would also drop evaluation clips": "dataloader_drop_last",
+    "the model evaluates in its own precision; bf16 applies to evaluation too": "bf16_full_eval fp16_full_eval",
+    "it does not support the model's Boolean masks": "debug",
+    "python -m asit_hf.predict classifies audio without labels": "do_predict",
+}
+_ALLOWED = {
+    "remove_unused_columns": (False,),
+    "train_sampling_strategy": ("random", "sequential"),
+    "include_num_input_tokens_seen": ("no", False),  # the parser takes its default for false
+}
+
 
 @dataclass
-class FinetuningArguments(TimeBudgetArguments, TrainingArguments):
-    """Trainer's arguments with other defaults and some more options."""
+class SupervisedArguments(TimeBudgetArguments, TrainingArguments):
+    """Trainer's arguments for clip and frame classifiers. Options that could only fail or do nothing are refused."""
 
+    without_effect = " ".join(_NO_EFFECT.values()).split()
+
+    do_train: bool = HfArg(default=True, help="False, with --do_eval True: only evaluate a trained classifier.")
     eval_strategy: str = HfArg(default="epoch", help="When to evaluate: no, steps or epoch.")
     save_strategy: str = HfArg(default="epoch", help="When to save: no, steps, epoch or best.")
     save_total_limit: int | None = HfArg(default=1, help="Checkpoints to keep besides the best.")
+    remove_unused_columns: bool = HfArg(default=False, help="Must stay false: the collator needs them.")
+
+    def __post_init__(self):
+        check_inherited(self, _NO_EFFECT, _ALLOWED)
+        if not self.do_train:
+            if not self.do_eval:  # transformers sets it by eval_strategy
+                raise ValueError("do_train False leaves nothing to do: set do_eval True to evaluate a classifier")
+            if self.push_to_hub or self.resume_from_checkpoint:
+                raise ValueError("push_to_hub and resume_from_checkpoint cannot be used with do_train False")
+        super().__post_init__()
+
+
+@dataclass
+class FinetuningArguments(SupervisedArguments):
+    """The arguments of finetuning: other defaults of Trainer's and some more options."""
+
     load_best_model_at_end: bool = HfArg(default=True, help="Keep the best checkpoint (first of ties), not the last.")
     metric_for_best_model: str | None = HfArg(default="auto", help="Metric of the best (auto: accuracy, mAP or mse).")
-    remove_unused_columns: bool = HfArg(default=False, help="Must stay false: the collator needs them.")
     label_smoothing: float = HfArg(default=0.0, help="Share of each target divided among all classes.")
     layer_decay: float = HfArg(default=1.0, help="Factor of the learning rate from each layer to the one below.")
     lr_decay_start: int | None = HfArg(default=None, help="First epoch of AST's step decay of the learning rate.")
@@ -45,8 +84,6 @@ class FinetuningArguments(TimeBudgetArguments, TrainingArguments):
         super().__post_init__()
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor supports one class per clip only: use label_smoothing")
-        if self.remove_unused_columns:
-            raise ValueError("expected remove_unused_columns false, since the collator needs all columns; got true")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing}")
         if self.lr_decay_start is None:
@@ -61,10 +98,22 @@ class FinetuningArguments(TimeBudgetArguments, TrainingArguments):
         if self.average_checkpoints and self.load_best_model_at_end:
             raise ValueError("average_checkpoints and load_best_model_at_end exclude each other: unset one of them")
 
-    def choose_metric(self, problem_type: str) -> None:
-        """Resolves `metric_for_best_model` auto to the main metric of a `problem_type`."""
+    def choose_metric(self, problem_type: str, compute_metrics: Callable, num_labels: int) -> None:
+        """
+        Resolves `metric_for_best_model` auto to the main metric of the labels' `problem_type`. Another one must be
+        among those that `compute_metrics` gives for `num_labels` classes.
+        """
         if self.metric_for_best_model == "auto":
             self.metric_for_best_model, self.greater_is_better = MAIN_METRIC[problem_type]
+            return
+        scores = np.eye(num_labels)
+        targets = np.arange(num_labels) if problem_type == "single_label_classification" else scores > 0.5
+        if problem_type == "multi_label_classification":
+            targets = np.maximum(targets, targets[:1])
+        known = ["loss", *compute_metrics(EvalPrediction(scores, targets))]
+        if self.metric_for_best_model.removeprefix("eval_") not in known:
+            got = f"got {self.metric_for_best_model!r}"
+            raise ValueError(f"expected metric_for_best_model among {', '.join(known)}; {got}")
 
 
 class FinetuningTrainer(TimeBudgetMixin, PushMixin, Trainer):
@@ -115,6 +164,12 @@ class FinetuningTrainer(TimeBudgetMixin, PushMixin, Trainer):
             num_labels = self.accelerator.unwrap_model(model).config.num_labels
             inputs = {**inputs, "labels": smooth_labels(inputs["labels"], num_labels, factor)}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        if hasattr(model, "get_base_model"):  # of peft, whose adapters do not name the classes
+            model.get_base_model().config.save_pretrained(output_dir or self.args.output_dir)
 
     def load_average(self) -> None:
         """Replaces the trained weights by the mean of those saved after the last `average_checkpoints` epochs."""

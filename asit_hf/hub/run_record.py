@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..utils.names import path_text
+
 RUN_NAME = "run.json"
 
 
@@ -39,7 +41,7 @@ def record_run(
         clips, hours, sampling_rate: size and sampling rate in Hz of the training data.
         results: data set, metric and value, measured by the command.
     """
-    written = shlex.join(["python", *(_without_folders(argument) for argument in _without_token(command))])
+    written = shlex.join(["python", *(path_text(_without_folders(argument)) for argument in _without_token(command))])
     parts = [f"{clips} clips" if clips else "a stream of clips", f"{hours:.2f} hours" if hours else ""]
     parts += [f"at {sampling_rate} Hz" if sampling_rate else ""]
     measured = {"task": "audio-classification", "command": f"`{written}`"}
@@ -53,7 +55,12 @@ def record_run(
             "command": measured["command"],
         },
         "results": [
-            {"dataset": data, "metric": metric, "value": value if is_number(value) else str(value), **measured}
+            {
+                "dataset": path_text(data),
+                "metric": metric,
+                "value": value if is_number(value) else str(value),
+                **measured,
+            }
             for data, metric, value in results
         ],
     }

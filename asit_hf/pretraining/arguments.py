@@ -1,11 +1,12 @@
 """Arguments of pretraining."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import TrainingArguments
 
+from ..utils.arguments import check_inherited
 from ..utils.time_budget import TimeBudgetArguments
 from .masking import FILLS, GMML, PATTERNS
 from .presets import PRESETS, Preset, get_preset
@@ -29,7 +30,8 @@ _NO_EFFECT = {
     "pretraining has no evaluation; KnnProbeCallback (knn_train in run_pretraining.py) measures kNN accuracy": (
         "eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps eval_use_gather_object "
         "eval_do_concat_batches per_device_eval_batch_size batch_eval_metrics prediction_loss_only bf16_full_eval "
-        "fp16_full_eval do_eval do_predict load_best_model_at_end metric_for_best_model greater_is_better"
+        "fp16_full_eval include_for_metrics do_eval do_predict load_best_model_at_end metric_for_best_model "
+        "greater_is_better"
     ),
     "batches are crops without labels, columns or tokens": (
         "label_names length_column_name neftune_noise_alpha use_cache use_liger_kernel liger_kernel_config"
@@ -37,6 +39,8 @@ _NO_EFFECT = {
 }
 # Options of which only some values work.
 _ALLOWED = {
+    "do_train": (True,),
+    "include_num_input_tokens_seen": ("no", False),  # the parser takes its default for false
     "remove_unused_columns": (False,),
     "train_sampling_strategy": ("random", "sequential"),
     "save_strategy": ("no", "steps", "epoch"),
@@ -133,6 +137,7 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
     ddp_find_unused_parameters: bool | None = option(
         False, "Search for unused parameters in every pass under DDP. Not needed: all parameters are used."
     )
+    do_train: bool = option(True, "Must be True: pretraining only trains.")
     remove_unused_columns: bool = option(False, "Must be False: the trainer needs what Trainer would remove.")
 
     def __post_init__(self):
@@ -151,15 +156,11 @@ class ASiTPreTrainingArguments(TimeBudgetArguments, TrainingArguments):
         self.gmml  # noqa: B018  raises if no mask can be drawn with these values
 
     def _check_inherited_options(self) -> None:
-        defaults = {one.name: one.default for one in fields(TrainingArguments)}
-        for reason, names in _NO_EFFECT.items():
-            if changed := [name for name in names.split() if getattr(self, name) != defaults[name]]:
-                raise ValueError(f"no effect in pretraining: {', '.join(changed)}; {reason}")
+        check_inherited(
+            self, {f"no effect in pretraining; {reason}": names for reason, names in _NO_EFFECT.items()}, _ALLOWED
+        )
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
             raise ValueError("torch_compile unrolls the loop of the local loss: set compile_layers instead")
-        for name, allowed in _ALLOWED.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"expected {name} {' or '.join(map(str, allowed))} in pretraining, got {value}")
 
     @property
     def global_batch_size(self) -> int:

@@ -7,14 +7,15 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import get_token
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from tqdm import tqdm
 from transformers import HfArgumentParser, TrainerState, TrainingArguments, set_seed
@@ -111,6 +112,37 @@ def refuse_without_effect(options: Any, names: Sequence[str], condition: str) ->
         raise ValueError(f"{' and '.join(changed)} cannot be used {condition}")
 
 
+def check_inherited(
+    args: TrainingArguments, without_effect: Mapping[str, str], allowed: Mapping[str, tuple[Any, ...]]
+) -> None:
+    """
+    Raises a `ValueError` for options of `TrainingArguments` that this training cannot follow, before anything is read.
+
+    Args:
+        args: before transformers' own `__post_init__`, which changes some of them.
+        without_effect: names of options that must keep transformers' default, separated by spaces, by the reason.
+        allowed: the values of options of which only some work.
+    """
+    defaults = {
+        one.name: one.default if one.default_factory is MISSING else one.default_factory()
+        for one in fields(TrainingArguments)
+    }
+    for reason, names in without_effect.items():
+        # the parser gives an empty list for an empty default
+        changed = [name for name in names.split() if (getattr(args, name) or None) != (defaults[name] or None)]
+        if changed:
+            raise ValueError(f"{' and '.join(changed)} cannot be used here: {reason}")
+    for name, values in allowed.items():
+        if (value := getattr(args, name)) not in values:
+            raise ValueError(f"expected {name} {' or '.join(map(str, values))} here, got {value}")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
+    if not args.dataloader_num_workers:
+        names = ["dataloader_persistent_workers", "dataloader_multiprocessing_context"]
+        refuse_without_effect(args, names, "without dataloader_num_workers")
+
+
 def start_run(args: TrainingArguments) -> None:
     """Sets the seed, and logs the package's decisions; transformers logs warnings only, unless `--log_level info`."""
     logging.basicConfig(format="%(message)s", handlers=[_ConsoleHandler()])
@@ -120,6 +152,8 @@ def start_run(args: TrainingArguments) -> None:
     for name in ("asit_hf", "examples", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)
     set_seed(args.seed)
+    if args.push_to_hub and not args.hub_token and get_token() is None:
+        raise OptionError("push_to_hub needs a Hub token: run `hf auth login`, or set HF_TOKEN or --hub_token")
 
 
 def run_script(main: Callable[[], Any]) -> None:

@@ -7,6 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def check_writable(path: Path) -> None:
+    """Raises `OSError` if a file cannot be written at `path`, before the work whose result it is to hold."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(f"expected a file to write, got the folder {path}")
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-"):
+        pass
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to. The file replaces `path` on exit; after an error it is removed and `path` stays."""

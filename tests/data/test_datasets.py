@@ -1,11 +1,15 @@
 import json
+import os
+import tarfile
 
 import numpy as np
 import pytest
 import soundfile as sf
 from datasets import Audio, Dataset, DatasetDict, Features, IterableDataset, Value
+from odd_names import copy_with_odd_names
 from sounds import embedded, names_of
 
+from asit_hf.data import datasets
 from asit_hf.data.audio import read_audio
 from asit_hf.data.datasets import filter_rows, find_audio_files, load_audio_dataset, load_unlabelled
 from asit_hf.data.labelled import DatasetArguments, load_labelled
@@ -153,18 +157,82 @@ def test_single_file(folder):
 def test_folder_without_audio(tmp_path, folder):
     for child in folder.rglob("*"):
         if child.suffix in (".wav", ".flac"):
-            child.rename(child.with_suffix(".m4a"))
-    with pytest.raises(FileNotFoundError, match=r"no audio in .*expected \.wav .*, got 5 \.m4a, 1 \.txt"):
+            child.write_text("no audio")
+            child.rename(child.with_suffix(".doc"))
+    with pytest.raises(FileNotFoundError, match=r"no audio in .*expected \.wav .*, got 5 \.doc, 1 \.txt"):
         load_audio_dataset(folder)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="got no files at all"):
         load_audio_dataset(tmp_path / "empty")
 
 
-def test_audio_of_unsupported_formats_is_reported(folder, caplog):
-    (folder / "dog" / "x.m4a").touch()
+FORMATS = {
+    "WAV": (".wav", ".WAVE", ".bwf"),
+    "RF64": (".rf64",),
+    "W64": (".w64",),
+    "FLAC": (".flac",),
+    "OGG": (".ogg", ".oga"),
+    "MP3": (".mp3",),
+    "AIFF": (".aif", ".aiff", ".aifc"),
+    "AU": (".au", ".snd"),
+    "CAF": (".caf",),
+    "NIST": (".sph", ".nist"),
+    "VOC": (".voc",),
+    "AVR": (".avr",),
+    "HTK": (".htk",),
+    "IRCAM": (".ircam", ".sf"),
+    "PAF": (".paf", ".fap"),
+    "PVF": (".pvf",),
+    "SDS": (".sds",),
+    "SVX": (".svx", ".8svx", ".iff"),
+    "MPC2K": (".snd",),
+}
+
+
+def test_every_format_of_libsndfile_is_found_and_read(tmp_path, caplog):
+    samples = 0.3 * np.sin(np.arange(4000) / 9)
+    count = 0
+    for format, extensions in FORMATS.items():
+        for extension in extensions:
+            count += 1
+            sf.write(tmp_path / f"{format}{extension}", samples, 16000, format=format)
+    dataset = load_audio_dataset(tmp_path)
+    assert len(dataset) == count
+    for row in dataset:
+        waveform = read_audio(row["audio"], 16000)
+        assert np.std(waveform[500:3500] - samples[500:3500]) < 0.02, row
+    assert not caplog.records
+
+
+def messages(caplog, *words):
+    return [record.getMessage() for record in caplog.records if all(word in record.getMessage() for word in words)]
+
+
+def test_audio_that_is_left_out_is_counted_once(folder, caplog):
+    for name in ("a.raw", "b.raw", "c.pcm"):
+        (folder / "dog" / name).write_bytes(bytes(100))
+    for name in ("one.take", "two.take", "nothing"):
+        (folder / "dog" / name).write_bytes((folder / "bird" / "a.wav").read_bytes())
+    (folder / "dog" / "list.doc").write_text("no audio")
+    for _ in range(2):
+        assert len(find_audio_files(folder)) == 5
+    assert len(caplog.records) == 2
+    assert messages(caplog, "3 audio", "2 .raw", "1 .pcm")
+    assert messages(caplog, "3 audio", "2 .take", "1 without extension")
+
+
+def test_without_pyav_its_formats_are_counted(folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(datasets, "AUDIO_EXTENSIONS", (".wav", ".flac"))
+    for name in ("x.m4a", "y.M4A", "z.webm"):
+        (folder / "dog" / name).touch()
     assert len(find_audio_files(folder)) == 5
-    assert "'.m4a': 1" in caplog.text
+    assert messages(caplog, "3 audio", str(folder), "2 .m4a", "1 .webm", "asit-hf[av]")
+    with pytest.raises(ValueError, match=r"x\.m4a.*asit-hf\[av\]"):
+        load_audio_dataset(folder / "dog" / "x.m4a")
+    with tarfile.open(tmp_path / "clips.tar", "w") as archive:
+        archive.add(folder, "clips")
+    assert len(list(load_audio_dataset(tmp_path / "clips.tar", streaming=True))) == 6
+    assert messages(caplog, "3 audio", "clips.tar", "2 .m4a", "1 .webm", "asit-hf[av]")
 
 
 def test_missing_files_and_unknown_extensions(tmp_path, monkeypatch):
@@ -366,3 +434,21 @@ def test_labels_that_are_not_used_are_not_reported(joined, caplog):
 def test_a_filter_that_keeps_nothing_is_refused(joined):
     with pytest.raises(ValueError, match="fold=9"):
         load_unlabelled({"data": str(joined / "meta.csv"), "root": str(joined / "audio"), "filter": ["fold=9"]})
+
+
+def test_names_of_any_bytes_are_rows_that_can_be_read(folder, tmp_path):
+    texts = copy_with_odd_names(folder / "bird" / "a.wav", tmp_path / "odd" / os.fsdecode(b"caf\xe9"))
+    dataset = load_audio_dataset(tmp_path / "odd", labels_from_folders=True)
+    assert label_names(dataset) == ["caf%E9"]
+    names = [row["path"].rsplit("/", 1)[-1] for row in dataset["audio"]]
+    assert names == [text.removeprefix("file:") for text in texts]
+    expected = read_audio(folder / "bird" / "a.wav", 8000)
+    for row in dataset:
+        np.testing.assert_array_equal(read_audio(row["audio"], 8000), expected)
+    (odd,) = load_audio_dataset(tmp_path / "odd" / os.fsdecode(b"caf\xe9/na\xefve.wav"))
+    np.testing.assert_array_equal(read_audio(odd["audio"], 8000), expected)
+    with tarfile.open(tmp_path / "odd.tar", "w") as archive:
+        archive.add(tmp_path / "odd", "odd")
+    names = [row["audio"]["path"] for row in load_audio_dataset(tmp_path / "odd.tar", streaming=True)]
+    assert len(names) == len(texts)
+    assert "file:odd.tar/odd/caf%E9/na%EFve.wav" in names

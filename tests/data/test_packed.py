@@ -75,6 +75,10 @@ def damage(folder, name, change):
         (lambda folder: damage(folder, INDEX, lambda index: {**index, "version": 99}), ValueError, "99"),
         (lambda folder: damage(folder, INDEX, lambda index: {**index, "format": "other"}), ValueError, "another kind"),
         (lambda folder: damage(folder, INDEX, lambda index: {**index, "names": ["one"]}), ValueError, "damaged"),
+        (lambda folder: damage(folder, INDEX, lambda index: {**index, "names": 7}), ValueError, "damaged"),
+        (lambda folder: damage(folder, INDEX, lambda index: {**index, "lengths": None}), ValueError, "damaged"),
+        (lambda folder: damage(folder, INDEX, lambda index: {**index, "parts": [1] * 6}), ValueError, "damaged"),
+        (lambda folder: damage(folder, INDEX, lambda index: {**index, "sampling_rate": "8k"}), ValueError, "damaged"),
         (
             lambda folder: damage(folder, INDEX, lambda index: {**index, "lengths": [0, *index["lengths"][1:]]}),
             ValueError,

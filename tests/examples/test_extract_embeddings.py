@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,13 @@ import pytest
 import soundfile
 import torch
 from datasets import load_dataset
+from odd_names import copy_with_odd_names
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
 from asit_hf.data import read_audio
 from asit_hf.evaluation.embeddings import embed, timestamp_embeddings
 from asit_hf.loading import load_encoder
+from asit_hf.utils.names import local_path
 from examples import extract_embeddings as script
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "extract_embeddings.py"
@@ -133,3 +136,14 @@ def test_wrong_options(more, message, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(["--model_name_or_path", "m", "--data", "d", *more])
     assert message in capsys.readouterr().err
+
+
+def test_names_of_any_bytes(folder, checkpoint, tmp_path, capfd):
+    texts = copy_with_odd_names(folder / "b.flac", tmp_path / "odd")
+    (tmp_path / "odd" / os.fsdecode(b"\xff.wav")).write_text("not audio")
+    outputs = ("--scenes", tmp_path / "scenes.parquet", "--timestamps", tmp_path / "timestamps.npz")
+    assert script.main(options(checkpoint, tmp_path / "odd", *outputs))["clips"] == len(texts)
+    files = pyarrow.parquet.read_table(tmp_path / "scenes.parquet")["file"].to_pylist()
+    assert files == np.load(tmp_path / "timestamps.npz")["files"].tolist()
+    assert [local_path(file) for file in files] == [str(tmp_path / "odd" / local_path(text)) for text in texts]
+    assert "/odd/%FF.wav: " in capfd.readouterr().err

@@ -132,6 +132,60 @@ def test_regression(sounds, encoder, tmp_path):
     assert metrics["eval_mse"] < np.var(labels)
 
 
+@pytest.mark.parametrize("column", ["category", "tags", "pitch"])
+def test_a_trained_classifier_is_evaluated_without_training(sounds, encoder, tmp_path, monkeypatch, column):
+    trained = script.main(arguments(sounds, encoder, tmp_path / "run", label_column=column, max_steps=4))
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(script.FinetuningTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    options = {"train_data": None, "train_filter": None, "eval_data": sounds / "meta.csv", "learning_rate": None}
+    options |= {"label_column": column, "do_train": False, "do_eval": True, "num_train_epochs": None}
+    metrics = script.main(arguments(sounds, tmp_path / "run", tmp_path / "scores", **options))
+    for name, value in trained.items():
+        if not name.endswith(("_runtime", "_per_second")):
+            assert metrics[name] == pytest.approx(value, rel=1e-4, nan_ok=True), name
+    assert json.loads((tmp_path / "scores" / "eval_results.json").read_text()) == metrics
+    for row, expected in zip(*(read_predictions(tmp_path / name) for name in ("scores", "run")), strict=True):
+        assert [row[name] for name in ("file", "label")] == [expected[name] for name in ("file", "label")]
+        assert column == "pitch" or row == expected
+    tables = {"per_class.csv", "confusion.png", "predictions.csv"}
+    tables = {name for name in tables if (tmp_path / "run" / name).exists()}
+    assert {path.name for path in (tmp_path / "scores").iterdir()} == {"eval_results.json", *tables}
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_evaluation_needs_a_classifier_and_its_classes(sounds, encoder, tmp_path):
+    only_evaluate = {"do_train": False, "do_eval": True}
+    with pytest.raises(ValueError, match="ASiTForAudioClassification, got .*ASiTForPreTraining"):
+        script.main(arguments(sounds, encoder, tmp_path, **only_evaluate))
+    labels = {"id2label": {0: "high", 1: "low"}, "label2id": {"high": 0, "low": 1}}
+    ASiTForAudioClassification(ASiTConfig(**SMALL, **labels)).save_pretrained(tmp_path)
+    ASiTFeatureExtractor().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="middle"):
+        script.main(arguments(sounds, tmp_path, tmp_path / "scores", **only_evaluate))
+
+
+def test_longer_clips_are_bounded_by_default_and_counted(sounds, encoder, tmp_path, monkeypatch, caplog):
+    lengths = {"train": set(), "eval": set()}
+    original = script.LabelledClips.item
+
+    def item(self, index, key):
+        found = original(self, index, key)
+        lengths["train" if self.train else "eval"].add(len(found["waveform"]))
+        return found
+
+    monkeypatch.setattr(script.LabelledClips, "item", item)
+    monkeypatch.setattr(script, "MAX_SECONDS", 0.4)
+    short = {"max_steps": 3, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    script.main(arguments(sounds, encoder, tmp_path / "default", **short))
+    assert "of 24 clips are longer than 0.4 s" in caplog.text
+    assert "of 6 clips are longer than 0.4 s" in caplog.text
+    assert max(lengths["train"]) == max(lengths["eval"]) == 6400
+    caplog.clear()
+    script.main(arguments(sounds, encoder, tmp_path / "whole", **short, max_seconds="inf"))
+    assert "longer" not in caplog.text
+    assert min(max(lengths["train"]), max(lengths["eval"])) > 8000
+
+
 def test_frozen_encoder(sounds, encoder, tmp_path):
     script.main(arguments(sounds, encoder, tmp_path, max_steps=3, freeze_encoder=True))
     trained = ASiTForAudioClassification.from_pretrained(tmp_path)

@@ -142,18 +142,16 @@ def test_unreadable_files_are_skipped_or_an_error(sounds, checkpoint, tmp_path, 
         script.main([*options, "--strict"])
 
 
-def test_a_file_damaged_inside_stops_with_one_line(sounds, checkpoint, tmp_path, monkeypatch):
+def test_a_file_damaged_inside_stops_with_one_line(sounds, checkpoint, tmp_path, monkeypatch, capsys):
     shutil.copytree(sounds, tmp_path / "sounds")
     damaged = tmp_path / "sounds" / "audio" / "high" / "4.flac"
     content = damaged.read_bytes()
     damaged.write_bytes(content[: len(content) // 2] + bytes(len(content) // 2))  # the header is whole
     options = arguments(tmp_path / "sounds", "--model_name_or_path", str(checkpoint))
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match="1"):
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    message = str(stopped.value)
-    assert message.startswith(f"error: cannot read {damaged}: ")
-    assert "\n" not in message
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: cannot read {damaged}: ")
 
 
 @pytest.mark.parametrize(
@@ -168,6 +166,24 @@ def test_a_file_damaged_inside_stops_with_one_line(sounds, checkpoint, tmp_path,
 def test_wrong_input(sounds, checkpoint, options, message):
     with pytest.raises(ValueError, match=message):
         script.main(arguments(sounds, "--model_name_or_path", str(checkpoint), *options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--k", "19"], "--k from 1 to 18.*got 19"),
+        (["--num_layers", "9"], "--num_layers from 1 to 2, got 9"),
+        (["--train_filter", "fold=1"], "two groups.*got 1"),
+        (["--window_seconds", "0.01"], "window_seconds.*0.01"),
+        (["--output", "{sounds}"], "got the folder"),
+        (["--output", "{sounds}/meta.csv/results.json"], "meta.csv"),
+    ],
+)
+def test_what_would_fail_later_is_refused_before_embedding(sounds, checkpoint, monkeypatch, options, message):
+    monkeypatch.setattr(script, "embed", lambda *args, **kwargs: pytest.fail("embedded"))
+    options = [option.format(sounds=sounds) for option in options]
+    with pytest.raises((ValueError, OSError), match=message):
+        script.main(arguments(sounds, "--model_name_or_path", str(checkpoint), "--label_column", "category", *options))
 
 
 def test_wrong_options(sounds, capsys):

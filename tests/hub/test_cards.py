@@ -106,6 +106,7 @@ def test_a_card_reports_data_recipe_and_results_of_a_run(trainer, sounds, tmp_pa
         ("zip://*.wav::/home/me/a.zip", "zip://*.wav::a.zip"),
         ("https://host/a/b.csv", "https://host/a/b.csv"),
         ("{no json", "{no json"),
+        (os.fsdecode(b"/home/me/caf\xe9"), "file:caf%E9"),
     ],
 )
 def test_local_folders_are_cut_from_recorded_commands(tmp_path, argument, recorded):

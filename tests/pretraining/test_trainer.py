@@ -344,6 +344,10 @@ def test_defaults_of_the_presets(tmp_path):
         ({"remove_unused_columns": True}, ["remove_unused_columns", "True"]),
         ({"train_sampling_strategy": "group_by_length"}, ["random", "group_by_length"]),
         ({"save_strategy": "best"}, ["steps", "best"]),
+        ({"do_eval": True}, ["do_eval", "no effect"]),
+        ({"do_predict": True}, ["do_predict", "no effect"]),
+        ({"do_train": False}, ["do_train", "True", "False"]),
+        ({"dataloader_persistent_workers": True}, ["dataloader_persistent_workers", "dataloader_num_workers"]),
         ({"torch_compile": True}, ["torch_compile", "compile_layers"]),
     ],
 )

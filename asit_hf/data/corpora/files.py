@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...utils.names import path_text
 from ..datasets import find_audio_files
 from ..tables import read_table
 
@@ -62,6 +63,6 @@ def build_dataset(audio: list, labels: list, names: Sequence[str], **columns: li
 
     label = ClassLabel(names=list(names))
     feature = List(label) if labels and isinstance(labels[0], list) else label
-    rows = [one if isinstance(one, dict) else {"path": one, "bytes": None} for one in audio]
+    rows = [one if isinstance(one, dict) else {"path": path_text(one), "bytes": None} for one in audio]
     dataset = Dataset.from_dict({"audio": rows, **columns}).cast_column("audio", Audio(decode=False))
     return dataset.add_column("label", labels, feature=feature)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NO_SEPARATOR = "none"
-_ITEM = r"""(?:np\.str_\()?('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\)?"""
+_ITEM = r"""(?:np\.str_\()?('(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")\)?"""
 _QUOTED_LIST = re.compile(rf"[\[({{]\s*{_ITEM}(?:(?:\s*,\s*|\s*){_ITEM})*\s*,?\s*[\])}}]")
 _NUMBER_LIST = re.compile(r"\[\s*(?:-?\d+\.?(?:\s*,\s*|\s+|(?=\])))*\]")  # or an empty one
 _BARE_LIST = re.compile(r"\[[^\[\]'\"]*\]")
@@ -62,7 +62,8 @@ def divide_labels(
         what += f", such as {example!r} of {' and '.join(map(repr, lists[example])) or 'nothing'}"
         if None in cells:
             what += f", and {cells.count(None)} are empty, for clips without a label"
-        logger.log(logging.INFO if separator else logging.WARNING, f"{what} (label_separator=none keeps them whole)")
+        say = logger.info if separator else logger.warning_once
+        say(f"{what} (label_separator=none keeps them whole)")
         cells = [lists.get(cell, [cell] if cell else []) for cell in cells]
     elif cells == dataset["label"][:]:
         return dataset

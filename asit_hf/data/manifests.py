@@ -234,4 +234,6 @@ def _uniform(values: list, name: str, path: Path) -> list:
         return values
     if dict in types:
         raise ValueError(f"expected one type in column {name} of {path}, got objects and others")
+    kinds = " and ".join(sorted(kind.__name__ for kind in types))
+    logger.warning_once(f"column {name} of {path} holds {kinds}: all are read as text")
     return [None if value is None else as_text(value) for value in values]

@@ -109,6 +109,7 @@ def test_written_lists(text, items):
 
 
 def test_brackets_without_quotes():
+    assert find_lists(["['two\nlines']"]) == {}
     assert find_lists(["[dog, cat]", "[dog]"]) == {"[dog, cat]": ["dog", "cat"], "[dog]": ["dog"]}
     assert find_lists(["[noise]", "[laughter]", "(cough)"]) == {}
 

@@ -147,7 +147,7 @@ def test_a_json_list_of_paths(folder):
     assert names_of(load_audio_dataset(folder / "t.json")) == ["bird/a.wav", "dog/a.flac"]
 
 
-def test_json_rows_of_mixed_types(folder):
+def test_json_rows_of_mixed_types(folder, caplog):
     rows = [
         {"file": "bird/a.wav", "label": "song", "take": 1, "mixed": "x"},
         {"file": "dog/a.flac", "label": ["bark", 3], "take": 2.5, "mixed": 7.0},
@@ -159,6 +159,8 @@ def test_json_rows_of_mixed_types(folder):
     dataset = load_audio_dataset(folder / "t.jsonl")
     assert label_names(dataset) == ["3", "bark", "song"]
     assert dataset["label"][:] == [[2], [1, 0], [0], None]
+    assert "column label" in caplog.text
+    assert "int and str" in caplog.text
     assert dataset["take"][:] == [1.0, 2.5, None, None]
     assert dataset["mixed"][:] == ["x", "7", None, "l\u2028s"]
 

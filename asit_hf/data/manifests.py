@@ -108,7 +108,8 @@ def find_column(columns: Iterable[str], wanted: str | None, usual: tuple, kind: 
     others = found[1:] if found[0] != kind else []
     if others or found[0] not in usual:
         instead = f", not {' or '.join(others)}" if others else ""
-        logger.warning_once(f"{kind} column of {source}: {found[0]}{instead} ({kind}_column)")
+        option = f" ({kind}_column)" if kind != "split" else ""  # which no option names
+        logger.warning_once(f"{kind} column of {source}: {found[0]}{instead}{option}")
     return found[0]
 
 

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -199,3 +200,19 @@ def test_names_of_any_bytes(model_folder, classifier, sounds, tmp_path, capsys):
     assert "\nfile:na%EFve.wav,1," in capsys.readouterr().out
     again = load_audio_dataset(tmp_path / "predictions.csv", root=tmp_path / "odd", audio_column="file")
     assert len({len(read_audio(row["audio"], RATE)) for row in again.select(range(len(texts)))}) == 1
+
+
+def test_recordings_of_phones_and_browsers(classifier, sounds, monkeypatch):
+    from av_files import encode, tone
+
+    (sounds / "memo.m4a").write_bytes(encode(tone(1.2, 44100), 44100, "ipod", "aac"))
+    (sounds / "b" / "browser.webm").write_bytes(encode(tone(1, 48000), 48000, "webm", "libopus", {"live": "1"}))
+    predictions = {row["file"]: row for row in predict_folder(classifier, sounds, progress=False)}
+    assert sorted(predictions) == sorted([*GOOD, *BAD, "memo.m4a", "b/browser.webm"])
+    assert [row["label"] for row in predictions["memo.m4a"]["labels"]] == [
+        row["label"] for row in classifier(sounds / "memo.m4a")
+    ]
+    assert "labels" in predictions["b/browser.webm"]
+    monkeypatch.setitem(sys.modules, "av", None)
+    (failed,) = predict_folder(classifier, sounds / "memo.m4a", progress=False)
+    assert "asit-hf[av]" in failed["error"]

@@ -216,7 +216,8 @@ def find_audio_files(folder: str | os.PathLike) -> list[Path]:
     if not audio:
         counts = Counter(file.suffix.lower() or "(no extension)" for file in files)
         found = ", ".join(f"{count} {extension}" for extension, count in sorted(counts.items())) or "no files at all"
-        raise FileNotFoundError(f"no audio in {folder}: expected {' '.join(AUDIO_EXTENSIONS)}, got {found}")
+        reason = "".join(f"; {reason}" for reason in sorted(set(filter(None, left_out.reasons.values()))))
+        raise FileNotFoundError(f"no audio in {folder}: expected {' '.join(AUDIO_EXTENSIONS)}, got {found}{reason}")
     return audio
 
 

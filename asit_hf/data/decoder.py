@@ -1,10 +1,14 @@
 """What decodes audio: the interface of a decoder, and one for samples that are decoded already."""
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
 import numpy as np
+
+from ..utils.names import local_path
 
 
 class AudioReadError(ValueError):
@@ -12,7 +16,10 @@ class AudioReadError(ValueError):
 
     def __init__(self, source: str, reason: str | None = None):
         if reason is None:  # DataLoader re-raises a worker's error from the text of its traceback
-            source, reason = source.rstrip().rpartition("cannot read ")[2].split(": ", 1)
+            text = source.rstrip().rpartition("cannot read ")[2]
+            ends = [match.start() for match in re.finditer(": ", text)]  # a name may have colons too
+            end = next((end for end in ends if os.path.exists(local_path(text[:end]))), ends[0])
+            source, reason = text[:end], text[end + 2 :]
         super().__init__(source, reason)
         self.source = source
         self.reason = reason

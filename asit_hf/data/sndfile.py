@@ -13,6 +13,7 @@ from ..utils.names import path_text
 from .decoder import AudioInfo, AudioReadError, Decoder, Links, UnknownFormatError
 from .headers import Pieces, file_size, repaired, warn
 from .mpeg import MpegDecoder, begins_with_frame, count_frames, is_recording
+from .pyav import find_format
 from .rare_formats import declared_size
 
 if TYPE_CHECKING:  # imported where used: arrays do not need it
@@ -54,8 +55,8 @@ def open_sndfile(file: str | os.PathLike | bytes, name: str) -> Decoder:
                 source = Pieces(stream, [(0, file_size(stream))])
             try:
                 decoder = SndfileDecoder(source, name)
-            except AudioReadError:
-                if not is_recording(stream):
+            except UnknownFormatError:
+                if find_format(file) or not is_recording(stream):  # mp4 may hold mp3
                     raise
                 links = _mpeg_links(stream, name)
         if not links:

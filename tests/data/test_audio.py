@@ -309,6 +309,14 @@ def test_errors_survive_pickling():
     assert (error.source, error.reason, str(error)) == ("a.wav", "empty file", "cannot read a.wav: empty file")
 
 
+def test_an_error_read_from_text_knows_a_name_with_colons(tmp_path):
+    path = tmp_path / "Bach: Air: live.wav"
+    path.touch()
+    for name in (str(path), "gone.wav"):
+        error = AudioReadError(f"Traceback ...\n{AudioReadError(name, 'damaged: cut')}\n")
+        assert (error.source, error.reason) == (name, "damaged: cut")
+
+
 def test_a_loader_raises_its_workers_error_as_it_was(tmp_path):
     wav = write(tmp_path / "a.wav", sweep(2, 16000), 16000)
     wav.write_bytes(wav.read_bytes()[:32044])

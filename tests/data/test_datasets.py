@@ -229,6 +229,10 @@ def test_without_pyav_its_formats_are_counted(folder, tmp_path, monkeypatch, cap
     assert messages(caplog, "3 audio", str(folder), "2 .m4a", "1 .webm", "asit-hf[av]")
     with pytest.raises(ValueError, match=r"x\.m4a.*asit-hf\[av\]"):
         load_audio_dataset(folder / "dog" / "x.m4a")
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "x.m4a").touch()
+    with pytest.raises(FileNotFoundError, match=r"1 \.m4a.*asit-hf\[av\]"):
+        load_audio_dataset(tmp_path / "phone")
     with tarfile.open(tmp_path / "clips.tar", "w") as archive:
         archive.add(folder, "clips")
     assert len(list(load_audio_dataset(tmp_path / "clips.tar", streaming=True))) == 6

@@ -1,4 +1,5 @@
 import logging
+
 import pytest
 from datasets import Dataset
 from sounds import embedded

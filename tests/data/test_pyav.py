@@ -17,6 +17,7 @@ LIVE = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "frag_duration
 FORMATS = {
     "m4a": ("ipod", "aac", 44100, {}, EXACT_AAC, 0, 0, 0),
     "m4a, alac": ("ipod", "alac", 44100, {}, {}, 0, 0, 0),
+    "mp4, mp3": ("mp4", "libmp3lame", 44100, {}, {}, 0, 1152, 1e-6),
     "mp4, fragments": ("mp4", "aac", 44100, LIVE, EXACT_AAC, 1024, 0, 0),
     "mov, pcm": ("mov", "pcm_s16be", 22050, {}, {}, 0, 0, 0),
     "mov, planar pcm": ("mov", "pcm_s24le", 22050, {}, {}, 0, 0, 0),

@@ -55,7 +55,10 @@ def load_encoder(path: str | PathLike, encoder: str = "teacher", **kwargs: Any) 
     is_teacher = encoder == "teacher" and is_pretraining_checkpoint(config)
     path = resolve_checkpoint(path)
     if read_adapter(path) is not None:
-        return _merged(path, **kwargs)
+        classes = {one.__name__: one for one in (ASiTForAudioClassification, ASiTForAudioFrameClassification)}
+        with extra("peft"):
+            model = classes.get((config.architectures or [""])[0], ASiTModel).from_pretrained(path, **kwargs)
+        return getattr(model, model.base_model_prefix, model)
     if isinstance(path, Path):
         _check_weights(path, config, "teacher.asit." if is_teacher else "asit.", encoder)
     if is_teacher:
@@ -67,20 +70,6 @@ def load_encoder(path: str | PathLike, encoder: str = "teacher", **kwargs: Any) 
     for name, found, expected in info["mismatched_keys"]:
         raise ValueError(f"{path}: expected {name} of shape {tuple(expected)}, got {tuple(found)}")
     return model
-
-
-def _merged(path: Path, **kwargs: Any) -> ASiTModel:
-    """The encoder of an adapter's base model, with the adapter's changes in its weights."""
-    with extra("peft"):
-        from peft import PeftModel
-
-    config = load_config(path)
-    classes = {one.__name__: one for one in (ASiTModel, ASiTForAudioClassification, ASiTForAudioFrameClassification)}
-    with _hub_errors(path), _without_load_report():
-        base = read_adapter(path)["base_model_name_or_path"]
-        model = classes[config.architectures[0]].from_pretrained(base, config=config, **kwargs)
-        model = PeftModel.from_pretrained(model, path).merge_and_unload()
-    return getattr(model, model.base_model_prefix, model).eval()
 
 
 def load_trained(path: str | PathLike, model_class: type, **kwargs: Any) -> tuple[Any, ASiTFeatureExtractor]:

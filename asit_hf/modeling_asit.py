@@ -1,6 +1,7 @@
 """PyTorch ASiT encoder and its classifiers ([arXiv 2211.13189](https://arxiv.org/abs/2211.13189))."""
 
 from collections.abc import Callable
+from importlib import import_module
 from os import PathLike
 from typing import Any
 
@@ -249,8 +250,8 @@ class ASiTPreTrainedModel(PreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """
-        As in Transformers. The local folder of an adapter of peft gives its base model with the adapter and with the
-        classes of the `config.json` saved beside it.
+        As in Transformers. The local folder of an adapter of peft gives its base model with the adapter merged into
+        it and with the classes of the `config.json` saved beside it.
         """
         path, adapter_kwargs = pretrained_model_name_or_path, kwargs.get("adapter_kwargs") or {}
         folder = adapter_kwargs.get("_adapter_model_path", path)  # the auto classes pass the base model as the path
@@ -260,17 +261,16 @@ class ASiTPreTrainedModel(PreTrainedModel):
         dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
         # a `config` from `pipeline()` may be that of the base model, which does not know the adapter's classes
         config, kwargs = cls.config_class.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
-        verbosity = logging.get_verbosity()
+        base, verbosity = adapter["base_model_name_or_path"], logging.get_verbosity()
         logging.set_verbosity_error()  # the base model lacks the classifier, which the adapter has
         try:
-            loaded = super().from_pretrained(
-                adapter["base_model_name_or_path"], *args, config=config, **dtype, **kwargs
-            )
+            loaded = super().from_pretrained(base, *args, config=config, **dtype, **kwargs)
         finally:
             logging.set_verbosity(verbosity)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.load_adapter(str(folder))
-        return loaded
+        model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
+        # not `load_adapter`, which in transformers 5.6 leaves out the classifier
+        model = import_module("peft").PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
+        return (model, *info) if info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

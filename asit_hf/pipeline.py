@@ -14,12 +14,10 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import ChunkPipeline
 
 from .data.audio import AudioReader, AudioReadError
-from .data.clips import undecoded
+from .data.clips import MAX_SECONDS, undecoded
 from .fbank_asit import WINDOW_SECONDS
 from .feature_extraction_asit import MAX_CHANNELS
 
-# Default window length: the cost of attention is quadratic in the length.
-MAX_SECONDS = 30.0
 # A larger one is a mistake: torch's loader lists all its indices before the first clip.
 MAX_BATCH_SIZE = 2**16
 

@@ -63,8 +63,7 @@ def predict_folder(
 
     Returns:
         One dict per file, sorted by `"file"`, its path relative to `folder` (see `path_text`). It has `"labels"`, a
-        list of `{"score", "label"}`, and with `return_timeline` a `"timeline"`; or `"error"`, the reason why the file
-        could not be read.
+        list of `{"score", "label"}`, and with `return_timeline` a `"timeline"`; or `"error"`, the reason.
 
     Raises:
         FileNotFoundError: no such folder, or no audio in it.

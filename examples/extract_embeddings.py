@@ -57,6 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", help="split of a data set or manifest")
     parser.add_argument("--audio_column", help="column of the audio or its path")
     parser.add_argument("--label_column", help="column of the labels")
+    parser.add_argument("--label_separator", help="separator of several labels in a cell; none keeps cells whole")
     parser.add_argument("--root", help="folder that the paths of a manifest are relative to")
     parser.add_argument("--scenes", type=Path, help="output of clip embeddings, .parquet or .npz")
     parser.add_argument("--timestamps", type=Path, help="output of time patch embeddings, .parquet or .npz")
@@ -162,7 +163,7 @@ WRITERS = {".parquet": ParquetOutput, ".npz": NpzOutput}
 
 def main(argv: list[str] | None = None) -> dict[str, int]:
     args = parse_args(argv)
-    columns = {"audio_column": args.audio_column, "label_column": args.label_column}
+    columns = {name: getattr(args, name) for name in ("audio_column", "label_column", "label_separator")}
     dataset = load_audio_dataset(args.data, split=args.split, root=args.root, **columns)
     encoder = load_encoder(args.model_name_or_path, args.encoder)
     feature_extractor = load_feature_extractor(args.model_name_or_path)

@@ -41,6 +41,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.data import CORPORA, ClassificationCollator, LabelledClips, filter_rows, label_names, split_dataset
+from asit_hf.data.clips import MAX_SECONDS, warn_of_longer
 from asit_hf.data.labelled import DatasetArguments, check_classes, problem_type_of
 from asit_hf.data.manifests import SPLIT_COLUMNS
 from asit_hf.evaluation.metrics import TOP_K, calibration_metrics, compute_metrics_for
@@ -145,7 +146,8 @@ class DataArguments(DatasetArguments):
         """Sets the splits that are not named: always those of a corpus, those of other data if none is named."""
         named = self.train_split or self.validation_split or self.eval_split or self.folds
         filtered = any(one.partition("=")[0].strip() in SPLIT_COLUMNS for one in self.train_filter)
-        if self.corpus is None and (named or filtered or (self.eval_filter and not self.eval_data)):
+        by_filter = filtered or (self.eval_filter and not self.eval_data)
+        if self.corpus is None and (named or by_filter or not self.train_data):
             return
         splits = self.default_splits(self.train_data)
         self.train_split = self.train_split or splits.get("train")
@@ -166,8 +168,26 @@ class DataArguments(DatasetArguments):
 class InputArguments:
     mean: float | None = HfArg(default=None, help="Mean of log-mel values (default: checkpoint's or AudioSet's).")
     std: float | None = HfArg(default=None, help="Standard deviation of log-mel values (default: as for mean).")
-    max_seconds: float | None = HfArg(default=None, help="Train on random crops of this length in seconds.")
-    max_eval_seconds: float | None = HfArg(default=None, help="Evaluate only the first seconds of each clip.")
+    max_seconds: float | None = HfArg(
+        default=None, help="Train on random crops of this length in seconds (default: 30; inf: whole clips)."
+    )
+    max_eval_seconds: float | None = HfArg(
+        default=None, help="Evaluate only the first seconds of each clip (default: 30, or max_seconds if longer)."
+    )
+
+    def training_seconds(self, clips: Dataset, check_files: bool) -> float:
+        """The bound of training clips. A bound by default is reported with the number of longer clips."""
+        if self.max_seconds is None and check_files:
+            warn_of_longer(clips, MAX_SECONDS, "training takes random crops of this length (--max_seconds)")
+        return MAX_SECONDS if self.max_seconds is None else self.max_seconds
+
+    def evaluation_seconds(self, clips: Dataset) -> float:
+        """The bound of evaluation clips, likewise."""
+        if self.max_eval_seconds is not None:
+            return self.max_eval_seconds
+        seconds = max(MAX_SECONDS, self.max_seconds or 0.0)
+        warn_of_longer(clips, seconds, "evaluation takes their beginning (--max_eval_seconds)")
+        return seconds
 
 
 GROUPS = (ModelArguments, DataArguments, InputArguments, Augmentation, CardArguments, FinetuningArguments)
@@ -273,8 +293,9 @@ def finetune(
     logger.info(f"{len(train)} training clips, {len(evaluation)} evaluation clips, {problem_type}{classes}")
 
     rate = feature_extractor.sampling_rate
-    held_out = {"sampling_rate": rate, "max_seconds": inputs.max_eval_seconds}
-    clips = LabelledClips(train, rate, inputs.max_seconds, train=True, seed=args.seed, strict=data_args.strict)
+    held_out = {"sampling_rate": rate, "max_seconds": inputs.evaluation_seconds(evaluation)}
+    seconds = inputs.training_seconds(train, data_args.check_train_files)
+    clips = LabelledClips(train, rate, seconds, train=True, seed=args.seed, strict=data_args.strict)
     weights = balanced_weights(clips.labels, len(names or ())) if data_args.balanced_sampling else None
     trainer = FinetuningTrainer(
         model=model,
@@ -360,9 +381,8 @@ def evaluate(
         compute_metrics=compute_metrics_for(problem_type, names or ["value"]),
         processing_class=feature_extractor,
     )
-    output = score(
-        trainer, LabelledClips(data, feature_extractor.sampling_rate, inputs.max_eval_seconds), problem_type
-    )
+    clips = LabelledClips(data, feature_extractor.sampling_rate, inputs.evaluation_seconds(data))
+    output = score(trainer, clips, problem_type)
     if trainer.is_world_process_zero():
         write_reports(Path(args.output_dir), data, output, problem_type, names)
     return output.metrics

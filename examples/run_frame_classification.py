@@ -22,6 +22,7 @@ from transformers import EvalPrediction, Trainer
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification
 from asit_hf.data import audio_info
+from asit_hf.data.clips import MAX_SECONDS, warn_of_longer
 from asit_hf.data.epochs import EpochCallback
 from asit_hf.data.event_tables import Event, event_names, read_strong_labels, write_strong_labels
 from asit_hf.data.events import (
@@ -94,7 +95,7 @@ class DataArguments:
         default=None, metadata={"help": "Folder of the evaluation audio files. Default: --data."}
     )
     max_seconds: float | None = field(
-        default=None, metadata={"help": "Train on random crops of this length. Default: whole clips."}
+        default=None, metadata={"help": "Train on random crops of this length. Default: 30; inf: whole clips."}
     )
     threshold: float = field(default=0.5, metadata={"help": "Detection threshold of a class score. Default: 0.5."})
     median_filter_size: int = field(
@@ -204,7 +205,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     if model is None:
         model, feature_extractor = build_model(model_args, names)
     rate = feature_extractor.sampling_rate
-    crop = {"max_seconds": data_args.max_seconds, "train": True, "seed": args.seed}
+    crop = {"max_seconds": data_args.max_seconds or MAX_SECONDS, "train": True, "seed": args.seed}
     train = None
     if args.do_train:
         train = StronglyLabelledClips(train_events, data_args.data, rate, strict=data_args.strict, **crop)
@@ -219,6 +220,12 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         logger.warning(f"no training event is left of {len(lost)} classes: {', '.join(lost)}")
     if not any(evaluation.events):
         logger.warning(f"no event is left in the {len(evaluation)} evaluation clips: most scores are undefined (NaN)")
+    if train is not None and data_args.max_seconds is None:
+        warn_of_longer(train.files, MAX_SECONDS, "training takes random crops of this length (--max_seconds)")
+    if args.per_device_eval_batch_size > 1 and warn_of_longer(
+        evaluation.files, MAX_SECONDS, "clips are evaluated one by one (per_device_eval_batch_size 1)"
+    ):
+        args.per_device_eval_batch_size = 1  # a batch would be padded to the longest
     scorer = Scorer(evaluation, names, model.config.patch_size, data_args)
     trainer = FrameTrainer(
         model=model,

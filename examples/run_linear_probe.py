@@ -23,10 +23,10 @@ from transformers import HfArgumentParser
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTModel
 from asit_hf.configuration_asit import SIZES
 from asit_hf.data.audio import source_name
-from asit_hf.data.clips import LabelledClips
+from asit_hf.data.clips import MAX_SECONDS, LabelledClips, warn_of_longer
 from asit_hf.data.labelled import DatasetArguments, check_classes, problem_type_of
 from asit_hf.data.labels import label_names
-from asit_hf.data.splits import find_group_column
+from asit_hf.data.splits import find_group_column, group_ids
 from asit_hf.evaluation.attentive_probe import attentive_probe
 from asit_hf.evaluation.embeddings import POOLINGS, embed, embed_tokens, window_time_patches
 from asit_hf.evaluation.probes import PROBES, check_folds
@@ -84,7 +84,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="number of last layers to concatenate (default: 1) or, by the attentive probe, to average (default: all)",
     )
     parser.add_argument(
-        "--window_seconds", type=float, help="embed longer clips in windows of this length and pool over them"
+        "--window_seconds",
+        type=float,
+        help="embed longer clips in windows of this length and pool over them (default: 30)",
     )
     parser.add_argument(
         "--probes",
@@ -154,6 +156,10 @@ def check_options(args: argparse.Namespace, train: Dataset, groups: Sequence | N
     torch.empty(0, device=args.device)
     if args.output:
         check_writable(Path(args.output))
+    if args.window_seconds is None:
+        args.window_seconds = MAX_SECONDS
+        if args.max_seconds is None:
+            warn_of_longer(train, MAX_SECONDS, "they are embedded in windows of this length (--window_seconds)")
 
 
 def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = None) -> dict:
@@ -170,8 +176,10 @@ def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = 
     check_classes(train, args.train)
     like = {"names": label_names(train), "problem_type": problem_type_of(train)}
     test = reading.load(args.test or args.train, args.test_filter or (), split=args.test_split, **like)
-    group_column = find_group_column(train) if args.group_column is None else args.group_column
-    groups = train[group_column][:] if group_column else None
+    group_column = None
+    if set(args.probes) != {"knn"}:
+        group_column = find_group_column(train, args.group_column)
+    groups = group_ids(train, group_column) if group_column else None
     check_options(args, train, groups)
     train_y, test_y = targets(train), targets(test)
 

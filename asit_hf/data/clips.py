@@ -1,6 +1,8 @@
 """Labelled clips, read whole or cropped, and how every data set of clips reads its audio."""
 
 import copy
+import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,8 +10,14 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ..fbank_asit import whole_rate
-from .audio import AudioReader, AudioReadError
+from .audio import AudioReader, AudioReadError, audio_info
 from .randomness import Seeded, sample_key
+
+logger = logging.getLogger(__name__)
+
+# Default bound of a waveform's length: the cost of attention grows with its square, and a batch is padded to its
+# longest clip.
+MAX_SECONDS = 30.0
 
 
 class LabelledClips(Seeded, Dataset):
@@ -19,7 +27,8 @@ class LabelledClips(Seeded, Dataset):
         dataset: rows with an `audio` column and optionally a `label` column, or a sequence of sources (see
             `asit_hf.data.audio.AudioReader`).
         sampling_rate: of the waveforms, in Hz.
-        max_seconds: longest waveform; from a longer clip, a random crop with `train`, otherwise the beginning.
+        max_seconds: longest waveform; from a longer clip, a random crop with `train`, otherwise the beginning. By
+            default, and with infinity, clips are whole.
         train: draw crops at random, as a function of (seed, epoch, index).
         seed: of the crops.
         strict: raise for an unreadable clip; otherwise its item has `bad_files`, [(path, reason)], instead of a
@@ -45,7 +54,7 @@ class LabelledClips(Seeded, Dataset):
         labelled = "label" in (getattr(dataset, "column_names", None) or ())
         self.labels = dataset["label"][:] if labelled else None
         self.sampling_rate = whole_rate(sampling_rate)
-        self.max_seconds = max_seconds
+        self.max_seconds = None if max_seconds == math.inf else max_seconds
         self.train = train
         self.strict = strict
 
@@ -84,6 +93,19 @@ class LabelledClips(Seeded, Dataset):
                 return start, reader.read(self.sampling_rate, start, length)
 
             return draw_crops(reader, self.sampling_rate, crop)
+
+
+def warn_of_longer(sources: Sequence, seconds: float, consequence: str) -> int:
+    """Number of clips whose header says that they are longer than `seconds`, reported with the `consequence`."""
+    longer = 0
+    for source in map(audio_of, select_audio(sources)):
+        try:
+            longer += audio_info(source).duration > seconds
+        except AudioReadError:  # reported where it is read
+            continue
+    if longer:
+        logger.warning("%d of %d clips are longer than %g s: %s", longer, len(sources), seconds, consequence)
+    return longer
 
 
 def draw_crops(reader: AudioReader, sampling_rate: int, draw: Callable[[int], Any]) -> Any:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.extras import extra
-from ..utils.names import path_text
+from ..utils.names import local_path, path_text
 from .clips import undecoded
 from .files import resolve_paths, walk
 from .formats import AUDIO_EXTENSIONS, LeftOut, why_left_out
-from .labels import class_names, compose, divide_labels, encode_labels, shortened
+from .labels import NO_SEPARATOR, class_names, compose, divide_labels, encode_labels, shortened
 from .manifests import (
     AUDIO_COLUMNS,
     INTEGER,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_TEXT = ("string", "large_string")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -235,7 +236,7 @@ def _open(
         if manifest and part and part.is_dir() and not _has_split(manifest, split):
             dataset = _open(manifest, audio_column, label_column, False, {**options, "split": None})
             column = find_column(dataset.column_names, audio_column, AUDIO_COLUMNS, "audio", str(manifest))
-            inside = [Path(file).is_relative_to(part) for file in dataset[column][:]]
+            inside = [Path(local_path(file)).is_relative_to(part) for file in dataset[column][:]]
             return dataset.select([row for row, is_inside in enumerate(inside) if is_inside])
         if manifest:
             path = manifest
@@ -267,11 +268,14 @@ def _open(
     if not path.exists() and not _HUB_NAME.fullmatch(os.fspath(data)):
         raise FileNotFoundError(f"no such file or folder: {path}")
     dataset = _load_hub(os.fspath(data), path, options["config_name"], split, streaming)
-    if not path.exists():
+    columns = dataset.column_names or []
+    column = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", os.fspath(data)) if columns else None
+    if not path.exists() or getattr((dataset.features or {}).get(column), "dtype", None) not in _TEXT:
         return dataset
-    return _resolve_paths(
-        dataset, audio_column, Path(options["root"] or (path if path.is_dir() else path.parent)), path
-    )
+    if streaming:  # a table of paths is small
+        dataset = _load_hub(os.fspath(data), path, options["config_name"], split, False)
+    paths = resolve_paths(dataset[column][:], options["root"] or (path if path.is_dir() else path.parent), path)
+    return dataset.remove_columns(column).add_column(column, paths)
 
 
 def _metadata_file(folder: Path) -> Path | None:
@@ -315,7 +319,7 @@ def _open_part(folder: Path, part: Path, *args: Any) -> "Dataset | IterableDatas
     try:
         dataset = _open(part, *columns, options)
         column = find_column(dataset.column_names, columns[0], AUDIO_COLUMNS, "audio", str(part))
-        if all(os.path.exists(file) for file in dataset[column][:] if "://" not in file):
+        if all(os.path.exists(local_path(file)) for file in dataset[column][:]):
             return dataset
     except FileNotFoundError:
         pass
@@ -342,18 +346,6 @@ def _load_hub(name: str, path: Path, config_name: str | None, split: str | None,
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"cannot read {path}, damaged or not of this format: {reason}") from error
     return _choose_split(loaded, split, name)
-
-
-def _resolve_paths(dataset: Any, audio_column: str | None, root: Path, source: Path) -> Any:
-    """Parquet data with full paths, if they hold paths instead of audio."""
-    columns = dataset.column_names or list(next(iter(dataset)))
-    column = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", str(source))
-    if getattr((dataset.features or {}).get(column), "dtype", None) not in ("string", "large_string"):
-        return dataset
-    if hasattr(dataset, "__len__"):
-        paths = resolve_paths(dataset[column][:], root, source)
-        return dataset.remove_columns(column).add_column(column, paths)
-    return dataset.map(lambda path: {column: os.path.join(root, path)}, input_columns=column)
 
 
 def _load_saved(path: Path, split: str | None) -> "Dataset":
@@ -449,6 +441,8 @@ def _load_spec(spec: "str | dict", defaults: dict[str, Any]) -> "Dataset | Itera
     if "data" not in options:
         raise ValueError(f"expected the key 'data' in the description of a data set, got {sorted(spec)}")
     filters = options.pop("filter", None) or []
+    if not filters:  # the labels are not used
+        options.setdefault("label_separator", NO_SEPARATOR)
     dataset = _load_all_splits(options)
     return filter_rows(dataset, [filters] if isinstance(filters, str) else filters, options["data"])
 

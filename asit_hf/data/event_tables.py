@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from .files import AUDIO_EXTENSIONS
+from .formats import AUDIO_EXTENSIONS
 from .tables import TABLE_EXTENSIONS, Table, read_table
 
 logger = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ def _rows_with_header(table: Table, own_file: str, label_column: str | None) -> 
         if not file:
             raise ValueError(f"expected a file name in {place}, got an empty field")
         texts, label = [row[columns[role][0]] for role in roles], row[columns["label"][0]]
-        if not any((*texts, label)):
+        if all(cell.lower() in ("", "nan") for cell in (*texts, label)):
             rows.append(_Row(file, None, place))
             continue
         onset, offset, *moved = (

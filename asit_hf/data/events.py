@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..fbank_asit import window_and_hop
+from ..utils.names import local_path
 from .audio import AudioReadError, audio_info
 from .clips import LabelledClips
 from .collators import readable_items
@@ -98,7 +99,7 @@ class StronglyLabelledClips(LabelledClips):
             raise FileNotFoundError(f"{error} ({hint})") from None
         clips: dict[Path, tuple[str, list[Event]]] = {}  # tables may name a file in several ways
         for (name, of_file), file in zip(events.items(), files):
-            clips.setdefault(Path(file), (name, []))[1].extend(of_file)
+            clips.setdefault(Path(local_path(file)), (name, []))[1].extend(of_file)
         super().__init__(list(clips), sampling_rate, **options)
         self.names = [name for name, _ in clips.values()]
         self.events = [sorted(of_file) for _, of_file in clips.values()]

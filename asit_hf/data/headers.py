@@ -29,6 +29,7 @@ _CHUNKED = {
     b"caff": (8, ">q", 1),
     b"riff": (40, "<q", 8),  # W64: names of 16 bytes, and sizes that include name and size
 }
+_LARGEST_WAV = 0xFFFFFFFF  # bytes
 _AUDIO_CHUNKS = (b"data", b"SSND", b"BODY")
 _FLAC_BLOCKS = (0, 192, *(576 << code for code in range(4)), 0, 0, *(256 << code for code in range(8)))
 _FLAC_SYNC = re.compile(rb"\xff[\xf8\xf9]")
@@ -181,30 +182,29 @@ def _with_audio_size(file: BinaryIO, magic: bytes, name: str) -> list[BinaryIO]:
     else:
         start, declared = struct.unpack(form[0] + "II", read_at(file, 4, 8))
     found = size - start
-    excess = declared - found
-    if declared == 0 and not (magic in _CHUNKED and _is_chunk(file, start, _CHUNKED[magic][1], size)):
-        excess = found
-    elif -1 < declared <= found:
-        if magic not in (b"RIFF", b"RIFX", b"FORM"):
-            return []
-        return _after_audio(file, magic, start + declared, size, name)
-    elif not is_placeholder(declared) and not (block and excess <= start and found % block == 0):
+    follow = [at for at in (start + declared, start + declared + declared % 2) if _is_chunk(file, at, magic, size)]
+    is_unknown = is_placeholder(declared) or (declared <= 0 and not follow)
+    if magic == b"RIFF" and found > _LARGEST_WAV and not follow:
+        header = struct.pack("<4sI4s4sIQQQI", b"RF64", _LARGEST_WAV, b"WAVE", b"ds64", 28, size + 28, found, 0, 0)
+        return [Pieces(file, [header, (12, field), b"\xff" * 4, (start, size)])]
+    if not is_unknown and declared <= found:
+        return _after_audio(file, magic, start + declared, bool(follow), name)
+    if not is_unknown and not (block and declared - found <= start and found % block == 0):
         raise AudioReadError(name, f"truncated: its header declares {declared} bytes of audio, it has {found}")
-    if found <= 0:
-        return []
     true = found + (24 if magic == b"riff" else 0)
-    return [_patched(file, field, struct.pack(form, true), size)]
+    return [_patched(file, field, struct.pack(form, true), size)] if found > 0 else []
 
 
-def _after_audio(file: BinaryIO, magic: bytes, end: int, size: int, name: str) -> list[BinaryIO]:
-    """Nothing is to be repaired if chunks or little else follow the samples; another wav file may follow too."""
-    rests = [rest for rest in (end, end + end % 2) if _is_chunk(file, rest, _CHUNKED[magic][1], size)]
-    if not rests and size - end > 1024:
+def _after_audio(file: BinaryIO, magic: bytes, end: int, is_followed: bool, name: str) -> list[BinaryIO]:
+    """Nothing is to be repaired if chunks or little else follow the samples; another file of the kind may follow."""
+    size = file_size(file)
+    for start in (end, end + end % 2):
+        if start < size and read_at(file, start, 4) == magic:
+            second = Pieces(file, [(start, size)])
+            return [Pieces(file, [(0, start)]), *(repaired(second, name) or [second])]
+    if not is_followed and magic != b"riff" and size - end > 1024:
         warn(name, f"{size - end} of its {size} bytes follow the audio that its header declares; they are not read")
-    if not rests or read_at(file, rests[0], 4) != magic:
-        return []
-    first, second = Pieces(file, [(0, rests[0])]), Pieces(file, [(rests[0], size)])
-    return [first, *(repaired(second, name) or [second])]
+    return []
 
 
 def _chunks(file: BinaryIO, magic: bytes, size: int) -> Iterator[tuple[bytes, int, int, str]]:
@@ -222,8 +222,11 @@ def _chunks(file: BinaryIO, magic: bytes, size: int) -> Iterator[tuple[bytes, in
         position += -position % alignment
 
 
-def _is_chunk(file: BinaryIO, position: int, form: str, size: int) -> bool:
+def _is_chunk(file: BinaryIO, position: int, magic: bytes, size: int) -> bool:
     """Whether a chunk with a readable name and a size that fits in the file is at `position`."""
+    if magic not in _CHUNKED or not 0 <= position < size:
+        return False
+    form = _CHUNKED[magic][1]
     head = read_at(file, position, 4 + struct.calcsize(form))
     if len(head) < 4 + struct.calcsize(form) or not all(32 <= byte < 127 for byte in head[:4]):
         return False

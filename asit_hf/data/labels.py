@@ -1,6 +1,7 @@
 """Class names and class ids of the `label` column, and cells that hold several labels."""
 
 import ast
+import itertools
 import logging
 import math
 import re
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NO_SEPARATOR = "none"
-_ITEM = r"""(?:np\.str_\()?('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\)?"""
+_ITEM = r"""(?:np\.str_\()?('(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")\)?"""
 _QUOTED_LIST = re.compile(rf"[\[({{]\s*{_ITEM}(?:(?:\s*,\s*|\s*){_ITEM})*\s*,?\s*[\])}}]")
 _NUMBER_LIST = re.compile(r"\[\s*(?:-?\d+\.?(?:\s*,\s*|\s+|(?=\])))*\]")  # or an empty one
 _BARE_LIST = re.compile(r"\[[^\[\]'\"]*\]")
@@ -52,7 +53,7 @@ def divide_labels(
     cells = [cell.strip() if cell else None for cell in dataset["label"][:]]
     texts = sorted({cell for cell in cells if cell})
     if separator:
-        lists = {text: _split(text, separator) for text in texts if separator in text}
+        lists = {text: _cleaned(text.split(separator)) for text in texts if separator in text}
     else:
         lists = find_lists(texts, names)
     if lists:
@@ -61,7 +62,8 @@ def divide_labels(
         what += f", such as {example!r} of {' and '.join(map(repr, lists[example])) or 'nothing'}"
         if None in cells:
             what += f", and {cells.count(None)} are empty, for clips without a label"
-        logger.log(logging.INFO if separator else logging.WARNING, f"{what} (label_separator=none keeps them whole)")
+        say = logger.info if separator else logger.warning_once
+        say(f"{what} (label_separator=none keeps them whole)")
         cells = [lists.get(cell, [cell] if cell else []) for cell in cells]
     elif cells == dataset["label"][:]:
         return dataset
@@ -73,7 +75,8 @@ def find_lists(texts: Iterable[str], names: Sequence[str] | None = None) -> dict
 
     A text is a list if it is written as one (`['dog', 'cat']`), holds `;` or `|`, or ids of AudioSet between commas,
     or if it divides at commas into other labels of the column, or into `names`; commas that this leaves divide, those
-    without a space if any part of such a text is found in another text, and those with a space if most parts are.
+    without a space if any part of such a text is found in another text, and those with a space if most parts are,
+    counting parts that only occur next to each other as one.
 
     So "Speech, Music" is a list beside "Speech" and "Music", "Accordion,Instrument,Music" is one beside
     "Drum,Instrument,Music", and "Inside, small room" is a class, also beside "Inside, public space".
@@ -92,7 +95,7 @@ def find_lists(texts: Iterable[str], names: Sequence[str] | None = None) -> dict
         elif bare:
             lists[text] = _split(text[1:-1], ",")
         elif ";" in text or "|" in text:
-            lists[text] = _split(text, "[;|]")
+            lists[text] = _split(text, ";|")
         elif _MIDS.fullmatch(text):
             lists[text] = _split(text, ",")
         elif "," in text:
@@ -113,8 +116,8 @@ def _written_list(text: str) -> list[str] | None:
     return None
 
 
-def _split(text: str, separator: str) -> list[str]:
-    return _cleaned(re.split(separator if separator == "[;|]" else re.escape(separator), text))
+def _split(text: str, separators: str) -> list[str]:
+    return _cleaned(re.split(f"[{re.escape(separators)}]", text))
 
 
 def _cleaned(labels: Iterable[str]) -> list[str]:
@@ -122,32 +125,48 @@ def _cleaned(labels: Iterable[str]) -> list[str]:
 
 
 def _divide_at_commas(texts: Sequence[str], known: set[str], guess: bool) -> dict[str, list[str]]:
-    labels = {tuple(_split(label, ",")): label for label in known}
+    bound = _bound_parts([*texts, *known])
+    parts = {text: tuple(_join_bound(text, bound)) for text in (*texts, *known)}
+    labels = {parts[label]: label for label in known}
     lists, rest = {}, []
-    for text in sorted(texts, key=lambda text: text.count(",")):  # a text can be a label of longer ones
-        parts = tuple(_split(text, ","))
-        composed = compose(parts, labels)
-        if composed:
+    for text in sorted(texts, key=lambda text: len(parts[text])):  # a text can be a label of longer ones
+        if composed := compose(parts[text], labels):
             lists[text] = composed
         elif guess:
-            labels[parts] = text
-            rest.append(text)
-    units = {text: _units(text) for text in rest}
-    counts = Counter(unit for parts in units.values() for unit in parts)
-    counts.update(known)
-    counts.update(label for composed in lists.values() for label in composed if "," not in label)
-    for tight, least in ((True, 0.0), (False, 0.5)):
-        group = [text for text in rest if bool(_TIGHT_COMMA.search(text)) == tight]
-        shared = [counts[unit] > 1 for text in group for unit in units[text]]
+            labels[parts[text]] = text
+            rest += [text] if len(parts[text]) > 1 else []
+    tight = {text: _cleaned(_TIGHT_COMMA.split(text)) for text in rest if _TIGHT_COMMA.search(text)}
+    spaced = {text: list(parts[text]) for text in rest if text not in tight}
+    counts = Counter(unit for units in (*tight.values(), *spaced.values(), *lists.values()) for unit in units)
+    counts.update(set(labels.values()).difference(rest))
+    for group, least in ((tight, 0.0), (spaced, 0.5)):
+        shared = [counts[unit] > 1 for units in group.values() for unit in units]
         if sum(shared) > least * len(shared):
-            lists.update((text, units[text]) for text in group)
+            lists.update(group)
     return {
         text: _cleaned(one for label in found for one in lists.get(label, [label])) for text, found in lists.items()
     }
 
 
-def _units(text: str) -> list[str]:
-    return _cleaned(_TIGHT_COMMA.split(text) if _TIGHT_COMMA.search(text) else text.split(","))
+def _bound_parts(texts: Iterable[str]) -> set[tuple[str, str]]:
+    """Pairs of parts that only occur next to each other, with a comma and a space between."""
+    parts, pairs = Counter(), Counter()
+    for text in texts:
+        parts.update(_split(text, ","))
+        for one in _TIGHT_COMMA.split(text):
+            pairs.update(itertools.pairwise(_split(one, ",")))
+    return {pair for pair, count in pairs.items() if count == parts[pair[0]] == parts[pair[1]]}
+
+
+def _join_bound(text: str, bound: set[tuple[str, str]]) -> list[str]:
+    parts = _split(text, ",")
+    joined = parts[:1]
+    for before, part in itertools.pairwise(parts):
+        if (before, part) in bound:
+            joined[-1] += f", {part}"
+        else:
+            joined.append(part)
+    return joined
 
 
 def compose(parts: tuple[str, ...], labels: dict[tuple, str]) -> list[str] | None:
@@ -192,6 +211,10 @@ def encode_labels(dataset: Any, names: Sequence[str] | None = None) -> "Dataset 
     if names is None:
         found = {name for label in labels for name in (label if isinstance(label, list) else [label])} - {None}
         names = sorted(found, key=int if all(INTEGER.fullmatch(name) for name in found) else None)
+        spellings = Counter(name.casefold() for name in found)
+        alike = [name for name in names if spellings[name.casefold()] > 1]
+        if alike:
+            logger.warning_once(f"classes that differ only in case: {shortened(alike, 10)}")
         if is_float:
             shown = shortened(names, 5)
             logger.warning_once(

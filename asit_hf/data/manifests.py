@@ -54,8 +54,8 @@ LABEL_COLUMNS = (
 )
 SPLIT_COLUMNS = ("split", "subset", "partition")
 INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
-NUMBER = re.compile(r"-?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
-_DECIMAL_COMMA = re.compile(r"-?(0|[1-9]\d*)(,\d+)?")
+NUMBER = re.compile(r"-?((0|[1-9]\d{0,17})(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+_DECIMAL_COMMA = re.compile(r"-?(0|[1-9]\d{0,14})(,\d+)?")
 
 
 def load_manifest(
@@ -108,7 +108,8 @@ def find_column(columns: Iterable[str], wanted: str | None, usual: tuple, kind: 
     others = found[1:] if found[0] != kind else []
     if others or found[0] not in usual:
         instead = f", not {' or '.join(others)}" if others else ""
-        logger.warning_once(f"{kind} column of {source}: {found[0]}{instead} ({kind}_column)")
+        option = f" ({kind}_column)" if kind != "split" else ""  # which no option names
+        logger.warning_once(f"{kind} column of {source}: {found[0]}{instead}{option}")
     return found[0]
 
 
@@ -140,7 +141,7 @@ def _typed(values: list[str], name: str, delimiter: str, path: Path) -> list:
         return [int(value) if INTEGER.fullmatch(value) else None for value in values]
     if all(NUMBER.fullmatch(value) for value in filled):
         return [float(value) if NUMBER.fullmatch(value) else None for value in values]
-    if delimiter == ";" and all(_DECIMAL_COMMA.fullmatch(value) for value in filled):
+    if delimiter == ";" and "," in "".join(filled) and all(_DECIMAL_COMMA.fullmatch(value) for value in filled):
         example = next(value for value in filled if "," in value)
         logger.warning_once(f"column {name} of {path} has decimal commas: {example} is {example.replace(',', '.')}")
         return [float(value.replace(",", ".")) if _DECIMAL_COMMA.fullmatch(value) else None for value in values]
@@ -234,4 +235,6 @@ def _uniform(values: list, name: str, path: Path) -> list:
         return values
     if dict in types:
         raise ValueError(f"expected one type in column {name} of {path}, got objects and others")
+    kinds = " and ".join(sorted(kind.__name__ for kind in types))
+    logger.warning_once(f"column {name} of {path} holds {kinds}: all are read as text")
     return [None if value is None else as_text(value) for value in values]

@@ -1,12 +1,11 @@
 """MPEG audio (mp3, mp2, mp1) whose header does not state its length: its frames are counted.
 
-A file has a length only if its first frame is an Xing, Info or VBRI header, which files from encoders that write to a
+A file has a length only if its first frame is an Xing or Info header, which files from encoders that write to a
 pipe lack. libsndfile then takes the bit rate of the first frame for that of all; of joined files it reads the first.
 """
 
 import io
 import re
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -58,7 +57,7 @@ def _frame(second: int, third: int, is_mono: bool) -> tuple[int, _Format] | None
 
 @dataclass
 class _Header:
-    """What an Xing, Info or VBRI frame states: 0 for what it does not, but no `delay` without an encoder's tag."""
+    """What an Xing or Info frame states: 0 for what it does not, but no `delay` without an encoder's tag."""
 
     num_frames: int = 0
     num_bytes: int = 0
@@ -236,8 +235,7 @@ def _header(block: bytes, index: int, format: _Format) -> _Header | None:
     if format.layer != 3:
         return None
     if block[index + 36 : index + 40] == b"VBRI":
-        num_bytes, num_frames = struct.unpack(">II", block[index + 46 : index + 54])
-        return _Header(num_frames, num_bytes)
+        return _Header()  # libsndfile does not read it
     place = index + _header_place(format)
     names = (b"Xing", b"Info")
     if block[place : place + 4] not in names:

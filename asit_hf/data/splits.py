@@ -97,7 +97,7 @@ def check_class_folders(folder: Path, files: Sequence[Path]) -> None:
     """
     counts = first_folders(folder, files)
     names = ", ".join(f"{name} ({count} files)" for name, count in counts.items())
-    if len(counts) > 1 and all(re.fullmatch(r"fold[ _-]?\d+", name.lower()) for name in counts):
+    if len(counts) > 1 and all(re.fullmatch(r"(fold|part|split)[ _-]?\d+", name.lower()) for name in counts):
         raise ValueError(
             f"expected class folders in {folder}, got folds: {names}; pass one fold, or a manifest with a column of "
             "labels and one of folds"
@@ -124,35 +124,46 @@ def check_class_folders(folder: Path, files: Sequence[Path]) -> None:
         )
 
 
-def find_group_column(dataset: "Dataset") -> str | None:
-    """The first of the usual group columns (speaker, source file, recording, fold) that cross-validation can use.
+def find_group_column(dataset: "Dataset", wanted: str | None = None) -> str | None:
+    """The column whose groups cross-validation keeps together, or None to divide single rows.
 
-    Its rows are in at least two groups, none of which has more than half of the rows with a group, and at most a
-    tenth of the classes are in one group only, which cannot be on both sides. Columns that fail are named in a
-    warning.
+    By default it is the first of the usual columns (speaker, source file, recording, fold) of which no group has more
+    than half of the rows, and which leaves at most a tenth of the classes in one group, so that they cannot be both
+    fitted and validated. What was chosen is logged, with a warning if a column does not serve or a class is alone.
+
+    Args:
+        dataset: rows, perhaps with a `label` column.
+        wanted: the column, whatever its groups; "" for none.
+
+    Raises:
+        ValueError: no such column.
     """
+    if wanted and wanted not in dataset.column_names:
+        raise ValueError(f"expected group_column to be one of {dataset.column_names}, got {wanted!r}")
     labels = _classes(dataset)
-    for column in _GROUP_COLUMNS:
-        if column not in dataset.column_names:
-            continue
+    usual = [name for name in _GROUP_COLUMNS if name in dataset.column_names]
+    for column in [*usual, ""] if wanted is None else [wanted]:
         groups = _groups(dataset, column)
         sizes, of_class = Counter(groups), {}
         for group, classes in zip(groups, labels):
             for one in classes:
                 of_class.setdefault(one, set()).add(group)
         alone = [one for one, found in of_class.items() if len(found) < 2]
-        if len(sizes) < 2:
+        if len(sizes) < 2 and wanted is None:
             continue
-        what = f"{len(sizes)} groups, the largest with {max(sizes.values())} of {len(groups)} rows"
-        if alone:
-            what += f"; in one group only: {_shown(alone)}"
-        if max(sizes.values()) > 0.5 * len(groups) or len(alone) > _MAX_LOST_CLASSES * len(of_class):
-            logger.warning("rows are not grouped by %s (%s); --group_column %s does so", column, what, column)
-            continue
-        (logger.warning if alone else logger.info)(
-            'rows are grouped by %s (%s); --group_column names another column, "" none', column, what
-        )
-        return column
+        what = f"{len(sizes)} groups" + (f"; in one group only: {_shown(alone)}" if alone else "")
+        if wanted is None and column:
+            largest = max(sizes.values())
+            if largest > 0.5 * len(groups) or len(alone) > _MAX_LOST_CLASSES * len(of_class):
+                what += f"; the largest has {largest} of {len(groups)} rows"
+                logger.warning("rows are not grouped by %s (%s); --group_column %s does so", column, what, column)
+                continue
+        if column:
+            message = 'rows are grouped by %s (%s); --group_column names another column, "" none'
+            (logger.warning if alone else logger.info)(message, column, what)
+        elif alone:
+            logger.warning("classes of one row cannot be both fitted and validated: %s", _shown(alone))
+        return column or None
     return None
 
 
@@ -191,7 +202,7 @@ def split_dataset(
         return max(0.0, abs(in_test.sum() - aim) - max(1, 0.25 * aim))
 
     def draw(column: str) -> tuple[np.ndarray, int, list[list]]:
-        groups = _groups(dataset, column) if column else list(range(len(dataset)))
+        groups = _groups(dataset, column)
         in_test = _draw_test_rows(groups, labels, test_fraction, seed)
         if column and off(in_test):
             in_test = min(in_test, _draw_test_rows(groups, labels, test_fraction, seed, largest_first=True), key=off)
@@ -242,9 +253,20 @@ def _classes(dataset: "Dataset") -> list[list]:
     return [of(label) for label in dataset["label"][:]]
 
 
+def group_ids(dataset: "Dataset", column: str) -> list[int]:
+    """The group of each row by number, in the order of the column's values."""
+    groups = _groups(dataset, column)
+    ids = {group: index for index, group in enumerate(sorted(set(groups), key=_order))}
+    return [ids[group] for group in groups]
+
+
+def _order(group: Hashable) -> tuple[str, Any]:
+    return str(type(group)), group
+
+
 def _groups(dataset: "Dataset", column: str) -> list[Hashable]:
-    """Values of a column; rows without a value are groups of their own."""
-    values = dataset[column][:]
+    """Values of a column; rows without a value are groups of their own, as are all without a column."""
+    values = dataset[column][:] if column else [None] * len(dataset)
     return [("row", row) if value in (None, "") else value for row, value in enumerate(values)]
 
 
@@ -270,7 +292,7 @@ def _draw_test_rows(
         counts.setdefault(group, Counter()).update(of_row)
         totals.update(of_row)
     sizes = Counter(groups)
-    order = sorted(counts, key=lambda group: (str(type(group)), group))
+    order = sorted(counts, key=_order)
     np.random.default_rng(seed).shuffle(order)
     if largest_first:
         order.sort(key=lambda group: -sizes[group])

@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.audio import AudioReader, AudioReadError
-from ..data.clips import audio_of, undecoded
+from ..data.clips import MAX_SECONDS, audio_of, undecoded
 from ..fbank_asit import window_and_hop
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..modeling_asit import ASiTModel, ASiTPreTrainedModel
@@ -31,7 +31,7 @@ def embed(
     sort_by_length: bool = True,
     progress: bool = True,
     num_layers: int = 1,
-    window_seconds: float | None = None,
+    window_seconds: float | None = MAX_SECONDS,
 ) -> np.ndarray:
     """
     One embedding per clip, independent of the other clips in its batch. For the most accurate linear probe,
@@ -49,9 +49,9 @@ def embed(
         device: device to compute on; by default the model's.
         sort_by_length (`bool`): batch clips of similar length together, which pads less.
         num_layers (`int`): concatenate the embeddings of this many last layers, each after the final layer norm.
-        window_seconds (`float`, *optional*): embed longer clips in windows of this length, cut to whole time patches,
-            and pool over all of them; the CLS tokens are averaged. The length of the pretraining crops often works
-            best. By default every clip is one window.
+        window_seconds (`float`, defaults to 30): embed longer clips in windows of this length, cut to whole time
+            patches, and pool over all of them; the CLS tokens are averaged. The length of the pretraining crops often
+            works best. `None`: every clip is one window, whatever memory that takes.
 
     Returns:
         `np.ndarray` of shape `(clips, dim)`, float32, in the order of `clips`.
@@ -76,7 +76,7 @@ def embed_tokens(
     batch_size: int = 16,
     device: str | torch.device | None = None,
     progress: bool = True,
-    window_seconds: float | None = None,
+    window_seconds: float | None = MAX_SECONDS,
 ) -> list[np.ndarray]:
     """
     The time patches of every clip from several layers, each the mean over its mel patches, for
@@ -151,7 +151,7 @@ def embed_files(
     batch_size: int = 16,
     device: str | torch.device | None = None,
     num_layers: int = 1,
-    window_seconds: float = 30.0,
+    window_seconds: float = MAX_SECONDS,
     max_seconds: float | None = None,
 ) -> Iterator[ClipEmbeddings | AudioReadError]:
     """

@@ -121,7 +121,7 @@ def run(
 
 
 def reading_of(task: dict[str, Any]) -> dict[str, Any]:
-    return {name: task[name] for name in ("audio_column", "label_column", "root") if name in task}
+    return {name: task[name] for name in ("audio_column", "label_column", "label_separator", "root") if name in task}
 
 
 def run_part(

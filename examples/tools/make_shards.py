@@ -265,8 +265,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--codec and --clips_per_shard have no effect with --format packed")
     if args.format != "packed" and args.part_column:
         parser.error(f"--part_column has no effect with --format {args.format}, only with packed")
-    if args.format != "parquet" and args.label_column:
-        parser.error(f"--label_column has no effect with --format {args.format}, which has no labels")
+    given = next((name for name in ("label_column", "label_separator") if getattr(args, name)), None)
+    if args.format != "parquet" and given:
+        parser.error(f"--{given} has no effect with --format {args.format}, which has no labels")
     return args
 
 

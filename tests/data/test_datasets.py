@@ -93,6 +93,8 @@ def test_split_folders(tmp_path, kind):
         assert [name.lower() for name in label_names(dataset)] == ["cat", "dog"]
         assert (label_names(dataset)[0] == "CAT") == (kind not in ("folders", "shards"))
         assert dataset["label"][:] == [0, 0, 1, 1]
+        stream = load_audio_dataset(root, split=split, streaming=True)
+        assert len([row["audio"] for row in stream]) == 4
     assert len(load_unlabelled(str(root))) == 12
     if kind != "one csv":
         with pytest.raises(ValueError, match="splits .*" + ".*".join(sorted(splits.values()))):
@@ -342,6 +344,63 @@ def test_wrong_descriptions_of_data_sets_are_refused(specs, words):
     assert all(word in str(error.value) for word in words)
 
 
+@pytest.fixture(scope="module")
+def filterable():
+    columns = {
+        "audio": [f"{row}.wav" for row in range(5)],
+        "label": ["Male speech, man speaking", "dog", "cat", "dog", None],
+        "tags": [["a", "b"], ["b"], [], ["c, d"], None],
+        "fold": [1.0, 2.0, 2.0, 10.0, None],
+        "level": [0.5, 1.0, 2.0, 0.25, 3.0],
+        "speaker": ["007", "7", "08", "x y", "true"],
+        "clean": [True, False, True, None, False],
+    }
+    return load_audio_dataset(Dataset.from_dict(columns))
+
+
+@pytest.mark.parametrize(
+    ("filters", "rows"),
+    [
+        (["fold=1, 2"], [0, 1, 2]),
+        (["fold = 1 ,10.0"], [0, 3]),
+        (["fold=02,1"], [0]),
+        (["level=.5,1"], [0, 1]),
+        (["level=5e-1"], [0]),
+        (["speaker=007"], [0]),
+        (["speaker=7"], [1]),
+        (["speaker=x y, 08"], [2, 3]),
+        (["clean=true"], [0, 2]),
+        (["speaker=true"], [4]),
+        (["label=Male speech, man speaking"], [0]),
+        (['label="Male speech, man speaking", dog'], [0, 1, 3]),
+        (["label=cat,Male speech,man speaking"], [0, 2]),
+        (["tags=b"], [0, 1]),
+        (["tags=c, d,a"], [0, 3]),
+        (["label=dog", "fold=2"], [1]),
+    ],
+)
+def test_filters(filterable, filters, rows):
+    assert file_names(filter_rows(filterable, filters)) == [f"{row}.wav" for row in rows]
+
+
+def test_filters_of_streams(filterable):
+    stream = filterable.to_iterable_dataset()
+    kept = [
+        row["audio"]["path"] for row in filter_rows(stream, ['label="Male speech, man speaking",dog', "fold=1, 2"])
+    ]
+    assert kept == ["0.wav", "1.wav"]
+    assert [row["fold"] for row in filter_rows(stream, ["label=Male speech, man speaking"])] == [1.0]
+
+
+def test_values_that_no_row_has_are_reported(filterable, caplog):
+    assert len(filter_rows(filterable, ["fold=1,3"], "t.csv")) == 1
+    assert all(word in caplog.text for word in ["t.csv", "fold 3", "1, 10, 2"])
+    for filters in (["fold=3"], ["label=wolf, bear"], ["fold=1", "label=cat"]):
+        with pytest.raises(ValueError) as error:
+            filter_rows(filterable, filters, "t.csv")
+        assert all(word in str(error.value) for word in ["t.csv", *filters])
+
+
 @pytest.mark.parametrize(
     ("condition", "words"),
     [("fold", ["COLUMN=VALUE", "fold"]), ("speaker=1", ["speaker", "fold"]), ("fold=", ["COLUMN=VALUE"])],
@@ -351,6 +410,29 @@ def test_wrong_filters_are_refused(joined, condition, words):
     with pytest.raises(ValueError) as error:
         filter_rows(dataset, [condition])
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_texts_of_parquet_files_are_lists_too(folder, tmp_path, streaming):
+    embedded(folder, ["Speech,Music", "Speech", "['Music', 'dog']", "Music", "Speech"]).to_parquet(
+        tmp_path / "t.parquet"
+    )
+    dataset = load_audio_dataset(tmp_path / "t.parquet", streaming=streaming)
+    if streaming:
+        assert [row["label"] for row in dataset][:2] == ["Speech,Music", "Speech"]
+    else:
+        assert label_names(dataset) == ["Music", "Speech", "dog"]
+        assert dataset["label"][:] == [[1, 0], [1], [0, 2], [0], [1]]
+
+
+def test_labels_that_are_not_used_are_not_reported(joined, caplog):
+    rows = "filename,category\n0.wav,a;b\n1.wav,a\n"
+    (joined / "lists.csv").write_text(rows)
+    spec = {"data": str(joined / "lists.csv"), "root": str(joined / "audio"), "audio_column": "filename"}
+    assert file_names(load_unlabelled(spec)) == ["0.wav", "1.wav"]
+    assert not caplog.records
+    assert file_names(load_unlabelled({**spec, "filter": "label=b"})) == ["0.wav"]
+    assert "a;b" in caplog.text
 
 
 def test_a_filter_that_keeps_nothing_is_refused(joined):

@@ -21,6 +21,7 @@ EVENTS = {"a.wav": [Event(0.0, 1.0, "Speech"), Event(1.5, 2.25, "Dog")], "quiet.
     [
         (DCASE, EVENTS),
         (DCASE.replace("\t", ","), EVENTS),
+        (DCASE.replace("wav\t\t\t", "wav\tnan\tNaN\tnan"), EVENTS),
         ("\ufeff" + DCASE, EVENTS),
         (DCASE.replace("\t", ";").replace(".", ",").replace(",wav", ".wav"), EVENTS),
         (DCASE.split("\n", 1)[1], EVENTS),

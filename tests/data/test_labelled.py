@@ -51,3 +51,63 @@ def test_one_class_teaches_nothing(folder):
     check_classes(load_labelled(folder), folder)
     with pytest.raises(ValueError, match="2, all of 'dog'"):
         check_classes(load_labelled(folder, ["label=dog"]), folder)
+
+
+def table(folder, labels, name="t.csv"):
+    files = ["bird/a.wav", "bird/b.wav", "dog/a.flac", "rain/r.wav"]
+    return write_csv(folder / name, [{"file": file, "label": label} for file, label in zip(files, labels)])
+
+
+def test_whole_numbers_are_classes_or_targets(folder):
+    for labels in (["1.0", "0.0", "1.0"], ["1", "0", "1"]):
+        path = table(folder, labels)
+        assert problem_type_of(load_labelled(path)) == "single_label_classification"
+        assert label_names(load_labelled(path)) == ["0", "1"]
+        numbers = load_labelled(path, ["label=1"], problem_type="regression")
+        assert (problem_type_of(numbers), numbers["label"][:]) == ("regression", [1.0, 1.0])
+    for labels in (["1", "x"], ["1;2", "2"]):
+        with pytest.raises(ValueError, match="expected one number .* of each clip"):
+            load_labelled(table(folder, labels), problem_type="regression")
+
+
+@pytest.mark.parametrize("labels", [["x", "", "y", ""], ["0.5", "1", "", ""], ["1", "", "2", "3"]])
+def test_missing_labels_are_named(folder, labels):
+    first = labels.index("")
+    with pytest.raises(ValueError) as error:
+        load_labelled(table(folder, labels), names=["1", "2", "3"] if "2" in labels else None)
+    words = [f"{labels.count('')} of 4", "t.csv", f"row {first}", ["bird/a.wav", "bird/b.wav", "dog/a.flac"][first]]
+    assert all(word in str(error.value) for word in words)
+
+
+def test_training_classes_decide_for_evaluation_data(folder):
+    train = load_labelled(table(folder, ["dog,Male speech, man speaking", "dog", "Male speech, man speaking"]))
+    names = label_names(train)
+    assert names == ["Male speech, man speaking", "dog"]
+    like = {"names": names, "problem_type": problem_type_of(train)}
+    lists = load_labelled(
+        table(folder, ["Male speech, man speaking", "dog, Male speech, man speaking"], "a.csv"), **like
+    )
+    assert lists["label"][:] == [[0], [1, 0]]
+    single = load_labelled(table(folder, ["dog", "dog"], "b.csv"), **like)
+    assert (problem_type_of(single), single["label"][:]) == ("multi_label_classification", [[1], [1]])
+    like["problem_type"] = "single_label_classification"
+    with pytest.raises(ValueError, match=r"expected one label .*a\.csv.*'dog', 'Male speech.*b\.wav"):
+        load_labelled(folder / "a.csv", **like)
+
+
+def test_a_possible_separator_is_reported_if_lists_are_wanted(folder, caplog):
+    path = table(folder, ["wind/rain", "dog", "fox,bear"])
+    load_labelled(path)
+    assert "separator" not in caplog.text
+    load_labelled(path, problem_type="multi_label_classification")
+    assert all(word in caplog.text for word in ["2 of 3", "label_separator", "t.csv"])
+    assert DatasetArguments(label_separator="/").load(path)["label"][:] == [[3, 2], [0], [1]]
+
+
+def test_predictions_are_read_as_labels(folder):
+    rows = [
+        {"file": "bird/a.wav", "label": "a, b;c", "prediction": "c"},
+        {"file": "dog/a.flac", "label": "", "prediction": ""},
+    ]
+    dataset = load_labelled(write_csv(folder / "predictions.csv", rows))
+    assert (label_names(dataset), dataset["label"][:]) == (["a, b", "c"], [[0, 1], []])

@@ -114,3 +114,126 @@ def test_bad_json(tmp_path, text):
 def test_a_single_missing_file_is_left_to_the_reader(folder):
     rows = [{"file": "bird/a.wav"}, {"file": "gone.wav"}]
     assert len(load_audio_dataset(write_csv(folder / "t.csv", rows))) == 2
+
+
+ROWS = [{"wav": "bird/a.wav", "labels": "bird"}, {"wav": "dog/a.flac", "labels": "dog"}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"data": ROWS},
+        {"clips": ROWS, "version": 1},
+        ROWS[0] | {"labels": ["bird"]},
+        {"wav": {"0": "bird/a.wav", "1": "dog/a.flac"}, "labels": {"0": "bird", "1": "dog"}},
+        {"wav": ["bird/a.wav", "dog/a.flac"], "labels": ["bird", "dog"]},
+        {"0": ROWS[0], "1": ROWS[1]},
+        {"columns": ["wav", "labels"], "index": [0, 1], "data": [["bird/a.wav", "bird"], ["dog/a.flac", "dog"]]},
+        {"bird/a.wav": "bird", "dog/a.flac": "dog"},
+        {"bird/a.wav": {"labels": "bird"}, "dog/a.flac": {"labels": "dog"}},
+        [{" wav ": "bird/a.wav ", "labels": " bird"}, {"wav": "dog/a.flac", "labels": "dog"}],
+    ],
+)
+def test_layouts_of_json(folder, content):
+    (folder / "t.json").write_text(json.dumps(content, indent=1))
+    dataset = load_audio_dataset(folder / "t.json")
+    assert names_of(dataset) == ["bird/a.wav", "dog/a.flac"][: len(dataset)]
+    assert label_names(dataset) == ["bird", "dog"][: len(dataset)]
+    assert len(dataset) == (1 if "wav" in content and content["wav"] == "bird/a.wav" else 2)
+
+
+def test_a_json_list_of_paths(folder):
+    (folder / "t.json").write_text('["bird/a.wav", "dog/a.flac"]')
+    assert names_of(load_audio_dataset(folder / "t.json")) == ["bird/a.wav", "dog/a.flac"]
+
+
+def test_json_rows_of_mixed_types(folder, caplog):
+    rows = [
+        {"file": "bird/a.wav", "label": "song", "take": 1, "mixed": "x"},
+        {"file": "dog/a.flac", "label": ["bark", 3], "take": 2.5, "mixed": 7.0},
+        {"file": "rain/r.wav", "label": 3, "take": None, "mixed": float("nan")},
+        {"file": "bird/b.wav", "label": None, "take": None, "mixed": "l\u2028s"},
+    ]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "t.jsonl").write_text(text, encoding="utf-8")
+    dataset = load_audio_dataset(folder / "t.jsonl")
+    assert label_names(dataset) == ["3", "bark", "song"]
+    assert dataset["label"][:] == [[2], [1, 0], [0], None]
+    assert "column label" in caplog.text
+    assert "int and str" in caplog.text
+    assert dataset["take"][:] == [1.0, 2.5, None, None]
+    assert dataset["mixed"][:] == ["x", "7", None, "l\u2028s"]
+
+
+@pytest.mark.parametrize(
+    ("header", "audio", "label"),
+    [
+        ("File,Label", "File", "Label"),
+        ("File Name,CLASS", "File Name", "CLASS"),
+        ("fname,labels", None, None),
+        ("slice_file_name,class", None, None),
+        ("wav,category", None, None),
+        ("Filename,file", None, None),
+    ],
+)
+def test_usual_names_of_columns(folder, caplog, header, audio, label):
+    (folder / "t.csv").write_text(f"{header}\nbird/a.wav,dog/a.flac\n")
+    dataset = load_audio_dataset(folder / "t.csv")
+    assert names_of(dataset) == ["dog/a.flac" if header == "Filename,file" else "bird/a.wav"]
+    assert all(f"{kind} column" in caplog.text and name in caplog.text for kind, name in
+               (("audio", audio), ("label", label)) if name)  # fmt: skip
+
+
+def test_a_choice_among_columns_is_reported(folder, caplog):
+    (folder / "t.csv").write_text("filename,path,category,target,label2\nx,bird/a.wav,dog,3,y\n")
+    assert label_names(load_audio_dataset(folder / "t.csv")) == ["dog"]
+    assert "path, not filename" in caplog.text
+    assert "category, not target" in caplog.text
+    assert "label2" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("t.csv", "clips/a.wav,dog\nclips/b.wav,cat\n", ["clips/a.wav, dog", "audio", "first row"]),
+        ("t.csv", "64760,dog\n64761,cat\n", ["64760, dog", "audio_column"]),
+        ("t.csv", "a.wav,dog\n", ["no rows", "a.wav, dog"]),
+        ("t.txt", "a.wav\nb.wav\n", ["a.wav", "first row"]),
+        ("t.json", '[["a.wav", "dog"]]', ["['a.wav', 'dog']", "object"]),
+        ("t.json", '{"data": []}', ["no rows"]),
+        ("t.json", "", ["no rows"]),
+        ("t.json", "3", ["object", "3"]),
+    ],
+)
+def test_manifests_without_names_or_rows(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError) as error:
+        load_audio_dataset(tmp_path / name)
+    assert all(word in str(error.value) for word in [*words, name])
+
+
+def test_numbers_of_a_table(folder, caplog):
+    (folder / "t.csv").write_text("fname;dose;fold;half;id;big\nbird/a.wav;0,5;1.0;.5;007;12345678901234567890\n"
+                                  "dog/a.flac;2;;nan;010;1\n")  # fmt: skip
+    dataset = load_audio_dataset(folder / "t.csv", label_column="dose")
+    assert dataset["label"][:] == [0.5, 2.0]
+    assert "0,5 is 0.5" in caplog.text
+    assert dataset["fold"][:] == [1.0, None]
+    assert dataset["half"][:] == [0.5, None]
+    assert dataset["id"][:] == ["007", "010"]
+    assert dataset["big"][:] == ["12345678901234567890", "1"]
+
+
+@pytest.mark.parametrize("column", ["split", "Subset"])
+def test_splits_of_a_manifest(folder, column):
+    (folder / "t.csv").write_text(f"file,{column}\nbird/a.wav,1.0\ndog/a.flac,2.0\nrain/r.wav,\n")
+    assert names_of(load_audio_dataset(folder / "t.csv", split="2")) == ["dog/a.flac"]
+    (folder / "t.csv").write_text(f"file,{column}\nbird/a.wav,Training\ndog/a.flac,Test\n")
+    assert names_of(load_audio_dataset(folder / "t.csv", split="train")) == ["bird/a.wav"]
+
+
+def test_tables_in_any_encoding(folder):
+    (folder / "t.txt").write_bytes("file\tlabel\r\nbird/a.wav\tKäuzchen\r\n".encode("utf-16"))
+    assert label_names(load_audio_dataset(folder / "t.txt")) == ["Käuzchen"]
+    (folder / "t.json").write_bytes(json.dumps(ROWS).encode("utf-16"))
+    assert len(load_audio_dataset(folder / "t.json")) == 2

@@ -1,6 +1,7 @@
 """MPEG files without a header that states their length, or with a wrong one."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -89,6 +90,14 @@ def test_what_is_no_frame_is_skipped():
     check(bare + junk + bare, 2 * len(whole))
 
 
+def test_a_vbri_header_is_no_sound():
+    bare = without_header(mp3())
+    frame = bytearray(b"\xff\xfb\x90" + bare[3:4] + bytes(413))
+    frame[36:62] = b"VBRI" + struct.pack(">HHHIIHHHH", 1, 2304, 75, len(bare) + 417, 10, 0, 1, 2, 1)
+    whole = read_audio(bare, 44100)
+    np.testing.assert_array_equal(check(bytes(frame) + bare, len(whole)), whole)
+
+
 def test_an_intact_header_is_trusted():
     content = mp3()
     with sf.SoundFile(io.BytesIO(content)) as file:
@@ -118,3 +127,13 @@ def test_a_recording_that_begins_within_a_frame(tmp_path):
 def test_parts_of_different_rates_are_refused():
     with pytest.raises(AudioReadError, match="22050, 44100"):
         read_audio(mp3() + mp3(rate=22050), 16000)
+
+
+def test_mp3_in_wav(tmp_path):
+    bare = without_header(mp3())
+    format = struct.pack("<HHIIHHHHIHHH", 0x55, 1, 44100, 16000, 1, 0, 12, 1, 2, 417, 1, 1393)
+    content = b"WAVEfmt " + struct.pack("<I", len(format)) + format + b"data" + struct.pack("<I", len(bare)) + bare
+    content = b"RIFF" + struct.pack("<I", len(content)) + content
+    whole = read_audio(bare, 44100)
+    for source in (content, content.replace(struct.pack("<I", len(bare)), b"\xff\xff\xff\xff")):
+        np.testing.assert_array_equal(check(source, len(whole), tmp_path / "a.wav"), whole)

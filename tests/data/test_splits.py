@@ -5,7 +5,7 @@ from datasets import Dataset
 
 from asit_hf.data.datasets import load_audio_dataset
 from asit_hf.data.labels import label_names
-from asit_hf.data.splits import default_splits, find_group_column, match_split, split_dataset, split_kind
+from asit_hf.data.splits import default_splits, find_group_column, group_ids, match_split, split_dataset, split_kind
 
 
 def rows(count: int, **columns) -> Dataset:
@@ -124,6 +124,15 @@ def test_groups_for_cross_validation(caplog):
     dataset = rows(60, label=[i // 30 for i in range(60)], source=["ab"[i // 30] for i in range(60)])
     assert find_group_column(dataset) is None  # each class has a source of its own
     assert "--group_column source" in caplog.text
+    caplog.clear()
+    assert find_group_column(dataset, "source") == "source"
+    assert "in one group only: 0, 1" in caplog.text
+    assert find_group_column(dataset, "") is None
+    with pytest.raises(ValueError, match="who"):
+        find_group_column(dataset, "who")
+    assert find_group_column(rows(5, label=[0, 0, 1, 1, 2])) is None
+    assert "one row cannot be both fitted and validated: 2" in caplog.text
+    assert group_ids(rows(4, speaker=["b", None, "a", "b"]), "speaker") == [1, 2, 0, 1]
     dataset = dataset.add_column("fold", [i % 3 for i in range(60)])
     assert find_group_column(dataset) == "fold"
     assert find_group_column(rows(4, label=[0, 1, 0, 1], speaker=["a"] * 4)) is None

@@ -164,6 +164,28 @@ def test_evaluation_needs_a_classifier_and_its_classes(sounds, encoder, tmp_path
         script.main(arguments(sounds, tmp_path, tmp_path / "scores", **only_evaluate))
 
 
+def test_longer_clips_are_bounded_by_default_and_counted(sounds, encoder, tmp_path, monkeypatch, caplog):
+    lengths = {"train": set(), "eval": set()}
+    original = script.LabelledClips.item
+
+    def item(self, index, key):
+        found = original(self, index, key)
+        lengths["train" if self.train else "eval"].add(len(found["waveform"]))
+        return found
+
+    monkeypatch.setattr(script.LabelledClips, "item", item)
+    monkeypatch.setattr(script, "MAX_SECONDS", 0.4)
+    short = {"max_steps": 3, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    script.main(arguments(sounds, encoder, tmp_path / "default", **short))
+    assert "of 24 clips are longer than 0.4 s" in caplog.text
+    assert "of 6 clips are longer than 0.4 s" in caplog.text
+    assert max(lengths["train"]) == max(lengths["eval"]) == 6400
+    caplog.clear()
+    script.main(arguments(sounds, encoder, tmp_path / "whole", **short, max_seconds="inf"))
+    assert "longer" not in caplog.text
+    assert min(max(lengths["train"]), max(lengths["eval"])) > 8000
+
+
 def test_frozen_encoder(sounds, encoder, tmp_path):
     script.main(arguments(sounds, encoder, tmp_path, max_steps=3, freeze_encoder=True))
     trained = ASiTForAudioClassification.from_pretrained(tmp_path)

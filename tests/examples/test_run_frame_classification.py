@@ -116,6 +116,22 @@ def test_a_trained_model_is_evaluated_without_training(sounds, encoder, tmp_path
         script.main(arguments(sounds, encoder, tmp_path / "scores", **options))
 
 
+def test_longer_clips_are_cropped_to_train_and_evaluated_one_by_one(sounds, encoder, tmp_path, monkeypatch, caplog):
+    together = script.main(arguments(sounds, encoder, tmp_path / "together", max_steps=1, max_seconds=2.0))
+    assert "longer" not in caplog.text
+    monkeypatch.setattr(script, "MAX_SECONDS", 2.0)
+    sizes = []
+    collate = script.FrameCollator.__call__
+    record = lambda self, items: (sizes.append(len(items)), collate(self, items))[1]  # noqa: E731
+    monkeypatch.setattr(script.FrameCollator, "__call__", record)
+    alone = script.main(arguments(sounds, encoder, tmp_path / "alone", max_steps=1))
+    assert caplog.text.count("clips are longer than 2 s") == 2
+    assert sizes[-8:] == [1] * 8
+    for name, value in together.items():
+        if not name.endswith(("_runtime", "_per_second", "_loss")):  # the loss is a mean over batches
+            assert alone[name] == pytest.approx(value, rel=1e-3, nan_ok=True), name
+
+
 def test_wrong_input(sounds, encoder, tmp_path, caplog):
     labels = tmp_path / "test.tsv"
     labels.write_text((sounds / "test.tsv").read_text().replace("low", "bell"))

@@ -172,7 +172,7 @@ def test_a_checkpoint_without_its_teacher(pretrained, tmp_path):
     shutil.copytree(folder, tmp_path / "student")
     weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("teacher.")}
     model.save_pretrained(tmp_path / "student", state_dict=weights)
-    with pytest.raises(ValueError, match=r"lacks 38 weights of the teacher"):
+    with pytest.raises(ValueError, match="weights of the teacher's encoder"):
         export_encoder(tmp_path / "student", tmp_path / "encoder")
     assert_bit_identical(export_encoder(tmp_path / "student", tmp_path / "encoder", encoder="student"), model.asit)
 

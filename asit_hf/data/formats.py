@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+from ..utils.names import path_text
 from .audio import HEADERLESS_EXTENSIONS, AudioReadError, audio_info
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class LeftOut:
     """
 
     def __init__(self, where: str | os.PathLike):
-        self.where = where
+        self.where = path_text(where)
         self.counts: Counter[str] = Counter()
         self.reasons: dict[str, str | None] = {}
 

@@ -257,6 +257,10 @@ def test_validation_fraction_selects_and_eval_data_are_evaluated(sounds, encoder
     ("options", "message"),
     [
         ({"eval_filter": "fold=9"}, "fold=9"),
+        ({"train_data": None, "eval_data": "meta.csv", "train_filter": None}, "--train_data"),
+        ({"metric_for_best_model": "f1"}, "metric_for_best_model among loss, accuracy.*'f1'"),
+        ({"do_train": False}, "do_eval"),
+        ({"do_train": False, "do_eval": True, "model_name_or_path": None, "random_init": True}, "random_init"),
         ({"train_filter": "category=low"}, "label"),
         ({"label_column": "tags", "problem_type": "single_label_classification"}, "problem_type.*single"),
         ({"label_column": "speaker"}, "speaker"),

@@ -148,6 +148,12 @@ def test_wrong_input(sounds, encoder, tmp_path, caplog):
         script.main([*arguments(sounds, encoder, tmp_path, random_init=True), "--encoder", "student"])
 
 
+def test_an_unknown_metric_is_refused_before_training(sounds, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(script.FrameTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    with pytest.raises(ValueError, match="segment_f1.*got 'f1'"):
+        script.main(arguments(sounds, encoder, tmp_path, metric_for_best_model="f1"))
+
+
 def test_a_run_by_minutes(sounds, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "asit_hf.utils.time_budget.now", itertools.count(0, 2).__next__

@@ -162,6 +162,13 @@ class Scorer:
         options = {"threshold": self.args.threshold, "median_filter_size": self.args.median_filter_size}
         return {name: decode_events(scores[name], self.names, edges[name], **options) for name in scores}
 
+    def check_metric(self, name: str) -> None:
+        """Raises `ValueError` if `metric_for_best_model` is none of the metrics."""
+        targets = (np.arange(len(self.durations))[:, None, None] + np.arange(len(self.names))) % 2
+        known = ["loss", *self(EvalPrediction(np.zeros(targets.shape), targets))]
+        if name.removeprefix("eval_") not in known:
+            raise ValueError(f"expected metric_for_best_model among {', '.join(known)}; got {name!r}")
+
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         scores, edges = self.scores(prediction.predictions, prediction.label_ids)
         targets = np.concatenate([rows[rows[:, 0] != IGNORED] for rows in prediction.label_ids])
@@ -227,6 +234,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     ):
         args.per_device_eval_batch_size = 1  # a batch would be padded to the longest
     scorer = Scorer(evaluation, names, model.config.patch_size, data_args)
+    if args.metric_for_best_model not in (None, "loss"):
+        scorer.check_metric(args.metric_for_best_model)
     trainer = FrameTrainer(
         model=model,
         args=args,

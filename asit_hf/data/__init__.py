@@ -5,7 +5,9 @@ from .clips import LabelledClips
 from .collators import ClassificationCollator, collate_crops
 from .corpora.registry import CORPORA, load_corpus
 from .crops import CropSettings, PretrainingCrops
-from .datasets import AUDIO_EXTENSIONS, filter_rows, find_audio_files, load_audio_dataset, load_unlabelled
+from .datasets import find_audio_files, load_audio_dataset, load_unlabelled
+from .filters import filter_rows
+from .formats import AUDIO_EXTENSIONS
 from .labels import encode_labels, label_names
 from .packed import PackedAudio, PackedCrops, is_packed
 from .randomness import sample_key

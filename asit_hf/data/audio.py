@@ -13,9 +13,9 @@ import numpy as np
 from ..fbank_asit import whole_rate
 from ..utils.extras import extra
 from ..utils.names import local_path, path_text
-from .decoder import AudioInfo, AudioReadError, DecodedSamples, Decoder, UnknownFormatError
-from .pyav import PyAVDecoder, find_format
-from .sndfile import open_sndfile
+from .decoding.decoder import AudioInfo, AudioReadError, DecodedSamples, Decoder, UnknownFormatError
+from .decoding.pyav import PyAVDecoder, find_format
+from .decoding.sndfile import open_sndfile
 
 # A lower rate is a damaged header, of which resampling would make many times the file's size.
 _MIN_RATE = 1000

@@ -1,13 +1,12 @@
 """Loading audio as Hugging Face `datasets`: folders, manifests, shards, saved and Hub data sets, streams."""
 
-import csv
 import json
 import logging
 import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +14,13 @@ from ..utils.extras import extra
 from ..utils.names import local_path, path_text
 from .clips import undecoded
 from .files import resolve_paths, walk
+from .filters import filter_rows
 from .formats import AUDIO_EXTENSIONS, LeftOut, why_left_out
-from .labels import NO_SEPARATOR, class_names, compose, divide_labels, encode_labels, shortened
+from .labels import NO_SEPARATOR, divide_labels, encode_labels
 from .manifests import (
     AUDIO_COLUMNS,
-    INTEGER,
     LABEL_COLUMNS,
     MANIFEST_EXTENSIONS,
-    NUMBER,
-    as_text,
     find_column,
     load_manifest,
     manifest_splits,
@@ -112,7 +109,7 @@ def load_unlabelled(specs: "list[str | dict] | str | dict", **defaults: Any) -> 
 
     Args:
         specs: one or a list of: a path or name; or a dictionary (or its JSON) with the key `data`, any keyword of
-            [`load_audio_dataset`] and `filter`, the conditions of [`filter_rows`].
+            [`load_audio_dataset`] and `filter`, the conditions of [`~asit_hf.data.filters.filter_rows`].
         defaults: keywords for all data sets that do not set them.
 
     Returns:
@@ -129,47 +126,6 @@ def load_unlabelled(specs: "list[str | dict] | str | dict", **defaults: Any) -> 
     if plain:  # all streams must have the type of column that tar files have
         loaded = [dataset.cast_column("audio", plain[0]) for dataset in loaded]
     return concatenate_datasets(loaded)
-
-
-def filter_rows(dataset: Any, filters: Sequence[str], source: Any = "the data set") -> Any:
-    """The rows that match all filters, each `COLUMN=VALUE[,VALUE...]`.
-
-    Labels are compared by class name and numbers by value; one item of a list has to match. A value with a comma may
-    be quoted, as in csv, but need not be if the column has it. `source` is for messages.
-
-    Raises:
-        ValueError: another form, no such column, or no matching row. A value that no row has is only reported if
-            others match. Streams are not checked.
-    """
-    kept = None
-    for condition in filters:
-        column, _, text = (part.strip() for part in condition.partition("="))
-        if not text:
-            raise ValueError(f"expected a filter COLUMN=VALUE[,VALUE...], got {condition!r}")
-        if column not in dataset.column_names:
-            raise ValueError(f"expected a filter by one of the columns {dataset.column_names}, got {condition!r}")
-        names = class_names(dataset.features[column])
-        if not hasattr(dataset, "select"):
-            wanted = {_plain(text), *_wanted(text, ())}
-            dataset = dataset.filter(_matches, input_columns=column, fn_kwargs={"wanted": wanted, "names": names})
-            continue
-        cells = [_values(cell, names) for cell in dataset[column][:]]
-        found = set().union(*cells)
-        wanted = _wanted(text, found)
-        absent = [value for value in wanted if value not in found]
-        if absent:
-            what = f"no row of {source} has the {column} {' or '.join(absent)} of the filter {condition}"
-            message = f"{what}: expected values among {shortened(sorted(found))}"
-            if len(absent) == len(wanted):
-                raise ValueError(message)
-            logger.warning_once(message)
-        rows = {row for row, values in enumerate(cells) if not values.isdisjoint(wanted)}
-        kept = rows if kept is None else kept & rows
-    if kept is None:
-        return dataset
-    if not kept:
-        raise ValueError(f"no row of {source} matches all of the filters {' and '.join(filters)}")
-    return dataset.select(sorted(kept))
 
 
 def find_splits(data: str | os.PathLike) -> dict[str, Path | None]:
@@ -459,36 +415,6 @@ def _load_all_splits(options: dict[str, Any]) -> "Dataset | IterableDataset":
     parts = [load_audio_dataset(**{**options, "split": name}) for name in names]
     logger.info("audio of all splits of %s: %s", options["data"], ", ".join(names))
     return concatenate_datasets(parts)
-
-
-def _matches(cell: Any, wanted: set[str], names: list[str] | None) -> bool:
-    return not _values(cell, names).isdisjoint(wanted)
-
-
-def _values(cell: Any, names: list[str] | None) -> set[str]:
-    """What a filter can name a cell by."""
-    items = cell if isinstance(cell, list) else [cell]
-    return {_plain(item if names is None else names[item]) for item in items if item is not None}
-
-
-def _plain(value: Any) -> str:
-    """One spelling of equal values: 1 and 1.0, True and true."""
-    text = as_text(value).strip()
-    if not INTEGER.fullmatch(text) and NUMBER.fullmatch(text):
-        return as_text(float(text))
-    return text.lower() if text.lower() in ("true", "false") else text
-
-
-def _wanted(text: str, found: Collection[str]) -> list[str]:
-    """The values of a filter, given those that the column has, of which some may have commas."""
-    if _plain(text) in found:
-        return [_plain(text)]
-    parts = next(csv.reader([text], skipinitialspace=True))
-    if '"' not in text:
-        parts = [part.strip() for part in parts]
-        whole = {tuple(part.strip() for part in value.split(",")): value for value in found if "," in value}
-        parts = compose(tuple(parts), {**{(part,): part for part in parts}, **whole})
-    return [_plain(part) for part in parts if part.strip()]
 
 
 def _rename(dataset: Any, columns: list[str], column: str | None, name: str) -> Any:

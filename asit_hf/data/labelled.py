@@ -15,7 +15,8 @@ from transformers.hf_argparser import HfArg
 
 from .audio import AudioReadError, audio_info, source_name
 from .corpora.registry import CORPORA, load_corpus
-from .datasets import filter_rows, find_splits, load_audio_dataset
+from .datasets import find_splits, load_audio_dataset
+from .filters import filter_rows
 from .labels import encode_labels, label_names
 from .manifests import NUMBER
 from .splits import default_splits
@@ -95,7 +96,7 @@ def load_labelled(
 
     Args:
         data: folder, manifest, or Hub name; with `corpus` the root folder of that corpus.
-        filters: conditions that rows must meet, see [`~asit_hf.data.datasets.filter_rows`].
+        filters: conditions that rows must meet, see [`~asit_hf.data.filters.filter_rows`].
         names: class names by id, for instance a model's or those of the training data; any other label is an error. By
             default the sorted names of the labels in the filtered rows.
         strict: raise for a file that cannot be opened instead of reporting and skipping it.

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.optimization import get_scheduler
 
 from ..data.epochs import EpochCallback
 from ..evaluation.metrics import MAIN_METRIC
@@ -65,6 +66,14 @@ class SupervisedArguments(TimeBudgetArguments, TrainingArguments):
             if self.push_to_hub or self.resume_from_checkpoint:
                 raise ValueError("push_to_hub and resume_from_checkpoint cannot be used with do_train False")
         super().__post_init__()
+        try:  # what Trainer would find out after the data are read
+            Trainer.get_optimizer_cls_and_kwargs(self)
+            schedule = {"num_warmup_steps": 0, "num_training_steps": 1}
+            kwargs = self.lr_scheduler_kwargs or {}
+            optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+            get_scheduler(self.lr_scheduler_type, optimizer, **schedule, scheduler_specific_kwargs=dict(kwargs))
+        except (ImportError, TypeError, ValueError) as error:
+            raise ValueError(f"optim or lr_scheduler_type: {error}") from error
 
 
 @dataclass

@@ -11,7 +11,8 @@ from sounds import embedded, names_of
 
 from asit_hf.data import datasets
 from asit_hf.data.audio import read_audio
-from asit_hf.data.datasets import filter_rows, find_audio_files, load_audio_dataset, load_unlabelled
+from asit_hf.data.datasets import find_audio_files, load_audio_dataset, load_unlabelled
+from asit_hf.data.filters import filter_rows
 from asit_hf.data.labelled import DatasetArguments, load_labelled
 from asit_hf.data.labels import encode_labels, label_names
 
@@ -342,63 +343,6 @@ def test_wrong_descriptions_of_data_sets_are_refused(specs, words):
     with pytest.raises(ValueError) as error:
         load_unlabelled(specs)
     assert all(word in str(error.value) for word in words)
-
-
-@pytest.fixture(scope="module")
-def filterable():
-    columns = {
-        "audio": [f"{row}.wav" for row in range(5)],
-        "label": ["Male speech, man speaking", "dog", "cat", "dog", None],
-        "tags": [["a", "b"], ["b"], [], ["c, d"], None],
-        "fold": [1.0, 2.0, 2.0, 10.0, None],
-        "level": [0.5, 1.0, 2.0, 0.25, 3.0],
-        "speaker": ["007", "7", "08", "x y", "true"],
-        "clean": [True, False, True, None, False],
-    }
-    return load_audio_dataset(Dataset.from_dict(columns))
-
-
-@pytest.mark.parametrize(
-    ("filters", "rows"),
-    [
-        (["fold=1, 2"], [0, 1, 2]),
-        (["fold = 1 ,10.0"], [0, 3]),
-        (["fold=02,1"], [0]),
-        (["level=.5,1"], [0, 1]),
-        (["level=5e-1"], [0]),
-        (["speaker=007"], [0]),
-        (["speaker=7"], [1]),
-        (["speaker=x y, 08"], [2, 3]),
-        (["clean=true"], [0, 2]),
-        (["speaker=true"], [4]),
-        (["label=Male speech, man speaking"], [0]),
-        (['label="Male speech, man speaking", dog'], [0, 1, 3]),
-        (["label=cat,Male speech,man speaking"], [0, 2]),
-        (["tags=b"], [0, 1]),
-        (["tags=c, d,a"], [0, 3]),
-        (["label=dog", "fold=2"], [1]),
-    ],
-)
-def test_filters(filterable, filters, rows):
-    assert file_names(filter_rows(filterable, filters)) == [f"{row}.wav" for row in rows]
-
-
-def test_filters_of_streams(filterable):
-    stream = filterable.to_iterable_dataset()
-    kept = [
-        row["audio"]["path"] for row in filter_rows(stream, ['label="Male speech, man speaking",dog', "fold=1, 2"])
-    ]
-    assert kept == ["0.wav", "1.wav"]
-    assert [row["fold"] for row in filter_rows(stream, ["label=Male speech, man speaking"])] == [1.0]
-
-
-def test_values_that_no_row_has_are_reported(filterable, caplog):
-    assert len(filter_rows(filterable, ["fold=1,3"], "t.csv")) == 1
-    assert all(word in caplog.text for word in ["t.csv", "fold 3", "1, 10, 2"])
-    for filters in (["fold=3"], ["label=wolf, bear"], ["fold=1", "label=cat"]):
-        with pytest.raises(ValueError) as error:
-            filter_rows(filterable, filters, "t.csv")
-        assert all(word in str(error.value) for word in ["t.csv", *filters])
 
 
 @pytest.mark.parametrize(

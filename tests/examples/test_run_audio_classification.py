@@ -295,6 +295,10 @@ def test_splits_of_a_folder_train_select_and_evaluate(split_folder, caplog):
     ("options", "message"),
     [
         ({"eval_filter": "fold=9"}, "fold=9"),
+        ({"train_data": None, "eval_data": "meta.csv", "train_filter": None}, "--train_data"),
+        ({"metric_for_best_model": "f1"}, "metric_for_best_model among loss, accuracy.*'f1'"),
+        ({"do_train": False}, "do_eval"),
+        ({"do_train": False, "do_eval": True, "model_name_or_path": None, "random_init": True}, "random_init"),
         ({"train_filter": "category=low"}, "10, all of 'low'"),
         ({"label_column": "tags", "problem_type": "single_label_classification"}, "problem_type.*single"),
         ({"label_column": "speaker"}, "speaker"),

@@ -170,6 +170,12 @@ def test_an_evaluation_without_events_ends_with_results_and_card(sounds, encoder
     assert "7 audio files" in caplog.text  # in neither table
 
 
+def test_an_unknown_metric_is_refused_before_training(sounds, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(script.FrameTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    with pytest.raises(ValueError, match="segment_f1.*got 'f1'"):
+        script.main(arguments(sounds, encoder, tmp_path, metric_for_best_model="f1"))
+
+
 def test_a_run_by_minutes(sounds, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "asit_hf.utils.time_budget.now", itertools.count(0, 2).__next__

@@ -129,6 +129,8 @@ def test_averaging_more_epochs_than_a_run_of_max_steps_has(tmp_path):
         ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers.*dataloader_num_workers"),
         ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size.*got 0"),
         ({"bf16_full_eval": True}, "bf16_full_eval"),
+        ({"optim": "lomo"}, "lomo"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
         ({"do_predict": True}, "do_predict.*asit_hf.predict"),
         ({"do_train": False}, "do_train.*do_eval"),
         ({"do_train": False, "do_eval": True, "push_to_hub": True}, "push_to_hub"),

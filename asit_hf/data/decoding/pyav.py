@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from ..utils.extras import extra
+from ...utils.extras import extra
 from .decoder import AudioInfo, AudioReadError
 
 if TYPE_CHECKING:

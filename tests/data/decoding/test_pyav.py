@@ -136,7 +136,7 @@ def test_a_video_file(caplog):
 
 
 def test_one_of_several_tracks(caplog, monkeypatch):
-    monkeypatch.setattr("asit_hf.data.pyav._said", set())
+    monkeypatch.setattr("asit_hf.data.decoding.pyav._said", set())
     content = encode(tone(1, 44100), 44100, "ipod", "alac", tracks=2)
     for _ in range(2):
         np.testing.assert_allclose(read_audio(content, 44100), tone(1, 44100)[0], atol=1e-4)
@@ -146,7 +146,7 @@ def test_one_of_several_tracks(caplog, monkeypatch):
 
 
 def test_pauses_are_silence(caplog, monkeypatch):
-    monkeypatch.setattr("asit_hf.data.pyav._said", set())
+    monkeypatch.setattr("asit_hf.data.decoding.pyav._said", set())
     paused = encode(tone(2, 48000), 48000, "webm", "libopus", pauses={50: 24000})
     plain = read_audio(encode(tone(2, 48000), 48000, "webm", "libopus"), 48000)
     whole = read_audio(paused, 48000)

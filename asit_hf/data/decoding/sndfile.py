@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from ..utils.extras import extra
-from ..utils.names import path_text
+from ...utils.extras import extra
+from ...utils.names import path_text
 from .decoder import AudioInfo, AudioReadError, Decoder, Links, UnknownFormatError
 from .headers import Pieces, file_size, repaired, warn
 from .mpeg import MpegDecoder, begins_with_frame, count_frames, is_recording

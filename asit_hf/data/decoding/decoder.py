@@ -8,7 +8,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from ..utils.names import local_path
+from ...utils.names import local_path
 
 
 class AudioReadError(ValueError):

@@ -238,13 +238,14 @@ def test_two_accumulating_processes_equal_one(encoder, audioset, tmp_path):
     runs["two"]["gradient_accumulation_steps"] = 2
     arguments = command("audioset-20k", audioset, tmp_path / "two", **options | runs["two"])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run(
+    done = subprocess.run(
         [*torchrun, str(EXAMPLES / "run_audio_classification.py"), *arguments],
-        check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
+        text=True,
         timeout=240,
     )
+    assert done.returncode == 0, done.stderr
     logs = []
     for run in runs:
         history = json.loads((tmp_path / run / "trainer_state.json").read_text())["log_history"]

@@ -51,9 +51,11 @@ _HEAD = 400  # bytes, two packets of an MPEG transport stream
 # without a header that declares their length: ffmpeg estimates it from the bit rate
 _OF_UNKNOWN_LENGTH = ("aac", "amr", "ac3", "eac3", "dts", "mpeg", "mpegts")
 _WITHOUT_SEEKING = ("mpeg", "ac3", "eac3", "dts")  # time stamps after a seek are not those of the whole file
-_DELAYED = ("wmav1", "wmav2", "wmavoice")  # decoders that return the last frame after the last packet
 # decoders that a seek does not reset
-_WITHOUT_RESET = ("amrnb", "amrwb", "libopencore_amrnb", "libopencore_amrwb", "ac3", "eac3")
+_WITHOUT_RESET = ("libopencore_amrnb", "libopencore_amrwb", "amrnb", "amrwb", "ac3", "eac3", "speex", "nellymoser")
+_FROM_THE_START = ("adpcm_yamaha", "g722", "g726")  # each sample is the last one and a difference
+_COUNTED = ("ac3", "eac3", "dts")  # whose time stamps ffmpeg adds up from the rounded lengths of packets
+_DELAYED = ("wmav1", "wmav2", "wmavoice")  # decoders that return the last frame after the last packet
 # Seconds decoded before a window. Codecs carry state from packet to packet: AAC one, Opus 80 ms, mp3 up to 0.4 s.
 _LEAD_IN = 1.0
 # Recorders of live streams leave out packets of silence; elsewhere, and if it is longer, a gap is damage.
@@ -165,6 +167,8 @@ class PyAVDecoder:
             raise AudioReadError(self.name, "no samples")
         self.info = AudioInfo(frames[0].sample_rate, 0, frames[0].layout.nb_channels)
         self._per_tick = Fraction(self._stream.time_base) * self.info.sampling_rate
+        if self._format in _COUNTED and len(frames) == 2:
+            self._per_tick = Fraction(frames[0].samples, frames[1].pts - frames[0].pts)
         self._pts_of_first_frame = frames[0].pts
         self._origin = frames[-1].pts, frames[0].samples if len(frames) == 2 else 0
         self._block = frames[-1].samples
@@ -176,7 +180,7 @@ class PyAVDecoder:
         pts_of_second, second = self._origin
         samples = (pts - pts_of_second) * self._per_tick
         in_packets = round(samples / self._block) * self._block
-        return second + (in_packets if abs(in_packets - samples) <= self._per_tick else round(samples))
+        return second + (in_packets if abs(in_packets - samples) <= self._per_tick + 1 else round(samples))
 
     def _packet_samples(self) -> int:
         """Samples by which a length may be off."""
@@ -219,10 +223,11 @@ class PyAVDecoder:
 
     def _decode(self, first: int) -> Iterator[tuple[int, np.ndarray]]:
         """(position, mono samples) of every frame that ends after `first`, decoded from some time before it."""
-        begin = first - round(_LEAD_IN * self.info.sampling_rate)
+        codec = self._stream.codec_context.name
+        begin = 0 if codec in _FROM_THE_START else first - round(_LEAD_IN * self.info.sampling_rate)
         pts = self._first_pts if begin <= 0 else self._origin[0] + int((begin - self._origin[1]) / self._per_tick)
         expected = None
-        if self._stream.codec_context.name in _WITHOUT_RESET:
+        if codec in _WITHOUT_RESET:
             self._container.close()
             self._open()
         self._container.seek(pts, stream=self._stream)

@@ -74,8 +74,8 @@ class AudioReader(AbstractContextManager):
     def read(self, sampling_rate: int, start: int = 0, length: int | None = None) -> np.ndarray:
         """Mono float32 `(samples,)` from `start`, at `sampling_rate`: `length` samples, or fewer at the end.
 
-        They equal, up to rounding, those of the whole source resampled; of codecs whose decoders remember more than what
-        is decoded before a window, nearly: Opus at low bit rates, AAC with noise substitution, AMR (below 0.01).
+        They equal, up to rounding, those of the whole source resampled; of codecs whose decoders remember more than is
+        decoded before a window, nearly: Opus at low bit rates, AAC with noise substitution, AMR (below 0.01).
 
         Raises:
             AudioReadError: no samples at `start`, a damaged file, or samples that are not finite.

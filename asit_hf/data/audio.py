@@ -36,8 +36,8 @@ class AudioReader(AbstractContextManager):
             `zip://...::`).
 
     Raises:
-        AudioReadError: missing, empty, damaged or truncated file, or no samples. Truncated mp3 and ogg files, whose
-            headers have no reliable length, are read as far as possible.
+        AudioReadError: missing, empty, damaged or truncated file, or no samples. Truncated files whose
+            headers have no reliable length (mp3, ogg, aac, amr, ac3) are read as far as possible.
         TypeError: a source of another type.
     """
 

@@ -264,7 +264,8 @@ class PyAVDecoder:
         import av
 
         decoded = begin is None or begin <= self._first_pts
-        for packet in self._container.demux(self._stream):
+        packets = self._container.demux(self._stream)
+        for packet in packets:
             if self._first_pts is None:
                 self._first_pts = packet.pts
             if begin is not None and packet.pts is not None and packet.pts + (packet.duration or 0) < begin:
@@ -274,9 +275,10 @@ class PyAVDecoder:
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError:
-                if decoded:
+                is_last = decoded and not getattr(next(packets, None), "size", 0)
+                if decoded and not (is_last and self._format in _OF_UNKNOWN_LENGTH):
                     raise
-                continue  # after a seek, mpeg streams begin with a part of a packet
+                continue  # after a seek, mpeg streams begin with a part of a packet; recordings end with one
             decoded = True
             yield from frames
 

@@ -52,7 +52,10 @@ _HEAD = 400  # bytes, two packets of an MPEG transport stream
 _OF_UNKNOWN_LENGTH = ("aac", "amr", "ac3", "eac3", "dts", "mpeg", "mpegts")
 _WITHOUT_SEEKING = ("mpeg", "ac3", "eac3", "dts")  # time stamps after a seek are not those of the whole file
 # decoders that a seek does not reset
-_WITHOUT_RESET = ("libopencore_amrnb", "libopencore_amrwb", "amrnb", "amrwb", "ac3", "eac3", "speex", "nellymoser")
+_WITHOUT_RESET = (
+    *("libopencore_amrnb", "libopencore_amrwb", "amrnb", "amrwb", "ac3", "eac3"),
+    *("speex", "nellymoser", "g722", "g723_1", "g726"),
+)
 _FROM_THE_START = ("adpcm_yamaha", "g722", "g726")  # each sample is the last one and a difference
 _COUNTED = ("ac3", "eac3", "dts")  # whose time stamps ffmpeg adds up from the rounded lengths of packets
 _DELAYED = ("wmav1", "wmav2", "wmavoice")  # decoders that return the last frame after the last packet

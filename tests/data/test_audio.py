@@ -11,7 +11,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from asit_hf.data import LabelledClips
-from asit_hf.data.audio import AudioReader, AudioReadError, audio_info, read_audio, resample, to_mono_float
+from asit_hf.data.audio import (
+    AudioReader,
+    AudioReadError,
+    audio_info,
+    encode_audio,
+    read_audio,
+    resample,
+    to_mono_float,
+)
 
 FORMATS = {
     "wav": ("WAV", "PCM_16"),
@@ -258,6 +266,16 @@ def test_one_reader_reads_windows_in_any_order(encoded):
         assert reader.num_samples(16000) == len(whole)
         for start in (150000, 20, 90000, 190000, 0):
             np.testing.assert_allclose(reader.read(16000, start, 2000), whole[start : start + 2000], atol=1e-3)
+
+
+def test_vorbis_windows_do_not_depend_on_those_before():
+    seconds = np.arange(7 * 48000) / 48000
+    content = encode_audio(0.3 * np.sin(2 * np.pi * (300 + 190 * seconds) * seconds), 48000, "OGG", "VORBIS")
+    whole = read_audio(content, 48000)
+    with AudioReader(content) as reader:
+        for start in (11675, 48293, 18133, 49553, 27320, 73699, 14710, 68085):
+            window = reader.read(48000, start, 1000)
+            np.testing.assert_allclose(window, whole[start : start + 1000], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(

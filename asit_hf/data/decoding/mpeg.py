@@ -183,10 +183,13 @@ class MpegDecoder:
     def read(self, first: int, last: int) -> np.ndarray:
         stretch, per_frame = self._stretch, self._stretch.format.samples
         first, last = first + stretch.num_skipped, min(last, self.info.num_samples) + stretch.num_skipped
-        begin, end = self._lead_in(first // per_frame), -(-last // per_frame)
-        starts, sizes = stretch.starts[begin:end], stretch.sizes[begin:end]
+        begin, exact = self._lead_in(first // per_frame)
+        starts, sizes = (part[begin : -(-last // per_frame)] for part in (stretch.starts, stretch.sizes))
         content = read_at(self._file, starts[0], starts[-1] + sizes[-1] - starts[0])
-        content = b"".join(content[at - starts[0] : at - starts[0] + size] for at, size in zip(starts, sizes))
+        frames = [content[at - starts[0] : at - starts[0] + size] for at, size in zip(starts, sizes)]
+        if stretch.format.layer == 3:
+            self._silence(frames, exact - begin)
+        content = b"".join(frames) * (2 if len(frames) == 1 else 1)  # libsndfile does not recognize a single frame
         # libsndfile takes the bit rate of the first frame for that of all, and what follows from it for the length
         window = self._open_frames(Pieces(io.BytesIO(content), [(0, len(content)), 64 * len(content)]))
         samples = window.read(0, last - begin * per_frame)
@@ -199,14 +202,29 @@ class MpegDecoder:
     def close(self) -> None:
         pass
 
-    def _lead_in(self, frame: int) -> int:
-        """The frame to begin with so that `frame` is decoded as in the whole file."""
+    def _lead_in(self, frame: int) -> tuple[int, int]:
+        """The frame to begin with so that `frame` is decoded as in the whole file, and the first one to decode: those
+        before it are there for the data that later frames take from them.
+        """
         around, held = _header_place(self._stretch.format) + 2, 0
-        frame = max(0, frame - 2)  # for the overlap of frames and the filter's memory
+        exact = frame = max(0, frame - 2)  # for the overlap of frames and the filter's memory
         while frame > 0 and held < _RESERVOIR:
             frame -= 1
             held += max(0, self._stretch.sizes[frame] - around)
-        return frame
+        return frame, exact
+
+    def _silence(self, frames: list[bytes], count: int) -> None:
+        """Replace what the first `count` frames sound like, keeping the data in them that later frames take: decoders
+        complain of frames that take data from before the first one.
+        """
+        bits, held = (9 if self._stretch.format.samples == 1152 else 8), 0
+        for index, frame in enumerate(frames[:count]):
+            place = 4 if frame[1] & 1 else 6  # after a checksum
+            size = _header_place(self._stretch.format) - 4
+            taken = min(held, (1 << bits) - 1)  # all that there is, as decoders keep no more than a frame takes
+            side = (taken << 8 * size - bits).to_bytes(size, "big")
+            frames[index] = frame[:place] + side + frame[place + size :]
+            held += len(frame) - place - size
 
 
 def _frame_at(block: bytes, index: int) -> tuple[int, _Format] | None:

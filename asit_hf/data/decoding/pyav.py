@@ -51,9 +51,14 @@ _HEAD = 400  # bytes, two packets of an MPEG transport stream
 # without a header that declares their length: ffmpeg estimates it from the bit rate
 _OF_UNKNOWN_LENGTH = ("aac", "amr", "ac3", "eac3", "dts", "mpeg", "mpegts")
 _WITHOUT_SEEKING = ("mpeg", "ac3", "eac3", "dts")  # time stamps after a seek are not those of the whole file
-_DELAYED = ("wmav1", "wmav2", "wmavoice")  # decoders that return the last frame after the last packet
 # decoders that a seek does not reset
-_WITHOUT_RESET = ("amrnb", "amrwb", "libopencore_amrnb", "libopencore_amrwb", "ac3", "eac3")
+_WITHOUT_RESET = (
+    *("libopencore_amrnb", "libopencore_amrwb", "amrnb", "amrwb", "ac3", "eac3"),
+    *("speex", "nellymoser", "g722", "g723_1", "g726"),
+)
+_FROM_THE_START = ("adpcm_yamaha", "g722", "g726")  # each sample is the last one and a difference
+_COUNTED = ("ac3", "eac3", "dts")  # whose time stamps ffmpeg adds up from the rounded lengths of packets
+_DELAYED = ("wmav1", "wmav2", "wmavoice")  # decoders that return the last frame after the last packet
 # Seconds decoded before a window. Codecs carry state from packet to packet: AAC one, Opus 80 ms, mp3 up to 0.4 s.
 _LEAD_IN = 1.0
 # Recorders of live streams leave out packets of silence; elsewhere, and if it is longer, a gap is damage.
@@ -165,6 +170,8 @@ class PyAVDecoder:
             raise AudioReadError(self.name, "no samples")
         self.info = AudioInfo(frames[0].sample_rate, 0, frames[0].layout.nb_channels)
         self._per_tick = Fraction(self._stream.time_base) * self.info.sampling_rate
+        if self._format in _COUNTED and len(frames) == 2:
+            self._per_tick = Fraction(frames[0].samples, frames[1].pts - frames[0].pts)
         self._pts_of_first_frame = frames[0].pts
         self._origin = frames[-1].pts, frames[0].samples if len(frames) == 2 else 0
         self._block = frames[-1].samples
@@ -176,7 +183,7 @@ class PyAVDecoder:
         pts_of_second, second = self._origin
         samples = (pts - pts_of_second) * self._per_tick
         in_packets = round(samples / self._block) * self._block
-        return second + (in_packets if abs(in_packets - samples) <= self._per_tick else round(samples))
+        return second + (in_packets if abs(in_packets - samples) <= self._per_tick + 1 else round(samples))
 
     def _packet_samples(self) -> int:
         """Samples by which a length may be off."""
@@ -219,10 +226,11 @@ class PyAVDecoder:
 
     def _decode(self, first: int) -> Iterator[tuple[int, np.ndarray]]:
         """(position, mono samples) of every frame that ends after `first`, decoded from some time before it."""
-        begin = first - round(_LEAD_IN * self.info.sampling_rate)
+        codec = self._stream.codec_context.name
+        begin = 0 if codec in _FROM_THE_START else first - round(_LEAD_IN * self.info.sampling_rate)
         pts = self._first_pts if begin <= 0 else self._origin[0] + int((begin - self._origin[1]) / self._per_tick)
         expected = None
-        if self._stream.codec_context.name in _WITHOUT_RESET:
+        if codec in _WITHOUT_RESET:
             self._container.close()
             self._open()
         self._container.seek(pts, stream=self._stream)
@@ -259,7 +267,8 @@ class PyAVDecoder:
         import av
 
         decoded = begin is None or begin <= self._first_pts
-        for packet in self._container.demux(self._stream):
+        packets = self._container.demux(self._stream)
+        for packet in packets:
             if self._first_pts is None:
                 self._first_pts = packet.pts
             if begin is not None and packet.pts is not None and packet.pts + (packet.duration or 0) < begin:
@@ -269,9 +278,10 @@ class PyAVDecoder:
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError:
-                if decoded:
+                is_last = decoded and not getattr(next(packets, None), "size", 0)
+                if decoded and not (is_last and self._format in _OF_UNKNOWN_LENGTH):
                     raise
-                continue  # after a seek, mpeg streams begin with a part of a packet
+                continue  # after a seek, mpeg streams begin with a part of a packet; recordings end with one
             decoded = True
             yield from frames
 

@@ -178,7 +178,12 @@ class SndfileDecoder:
 
         try:
             place = frame + self._first
-            if self._file.tell() == place or self._file.seek(place) == place:
+            if self._file.tell() == place:
+                return frame
+            if self.format == "OGG" and self._file.tell() > 0:  # from elsewhere, some seeks in it are inexact
+                self._file.close()
+                self._file = self._open()
+            if self._file.seek(place) == place:
                 return frame
         except soundfile.LibsndfileError:
             pass

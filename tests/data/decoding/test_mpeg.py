@@ -44,9 +44,10 @@ def check(content: bytes, num_samples: int, path=None) -> np.ndarray:
         whole = read_audio(source, info.sampling_rate)
         assert info.num_samples == len(whole) == num_samples
         with AudioReader(source) as reader:
-            for start in (0, num_samples // 3, num_samples // 2, num_samples - 1000):
-                window = reader.read(info.sampling_rate, start, 1200)
-                np.testing.assert_allclose(window, whole[start : start + 1200], rtol=0, atol=1e-6)
+            for start, length in ((0, 1), (0, 1200), (num_samples // 3, 1), (num_samples // 2, 1200)):
+                window = reader.read(info.sampling_rate, start, length)
+                np.testing.assert_allclose(window, whole[start : start + length], rtol=0, atol=1e-6)
+            np.testing.assert_allclose(reader.read(info.sampling_rate, num_samples - 1000), whole[-1000:], atol=1e-6)
             assert reader.info == info
     return whole
 
@@ -54,7 +55,7 @@ def check(content: bytes, num_samples: int, path=None) -> np.ndarray:
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("rate", [44100, 32000, 22050, 16000, 8000])
 @pytest.mark.parametrize("mode", ["VARIABLE", "CONSTANT"])
-def test_without_a_header_frames_are_counted(mode, rate, channels, tmp_path):
+def test_without_a_header_frames_are_counted(mode, rate, channels, tmp_path, capfd):
     content = mp3(rate=rate, channels=channels, mode=mode)
     intact = read_audio(content, rate)
     assert len(intact) == 3 * rate
@@ -67,6 +68,14 @@ def test_without_a_header_frames_are_counted(mode, rate, channels, tmp_path):
     found = check(bare, num_samples, tmp_path / "a.mp3")
     # the same sound, later by what the header takes away
     np.testing.assert_allclose(found[DELAY:][: len(intact)], intact, rtol=0, atol=1e-6)
+    assert capfd.readouterr() == ("", "")  # nor a line of libmpg123
+
+
+def test_a_single_frame():
+    bare = without_header(mp3())
+    frame = bare[: bare.index(bare[:2], 4)]
+    assert len(read_audio(frame, 44100)) == 1152
+    check(bare + frame[:1] + frame[1:] + without_header(mp3(channels=2)), 2 * len(read_audio(bare, 44100)) + 1152)
 
 
 def test_joined_files_are_read_whole(tmp_path):

@@ -15,7 +15,7 @@ from transformers.hf_argparser import HfArg
 
 from .audio import AudioReadError, audio_info, source_name
 from .corpora.registry import CORPORA, load_corpus
-from .datasets import find_splits, load_audio_dataset
+from .datasets import find_splits, load_with_names
 from .filters import filter_rows
 from .labels import encode_labels, label_names
 from .manifests import NUMBER
@@ -76,8 +76,8 @@ class DatasetArguments:
     ) -> "Dataset | IterableDataset":
         """The filtered rows of a data set or corpus, with or without labels, including unreadable files."""
         columns = {name: getattr(self, name) for name in ("audio_column", "label_column", "label_separator", "root")}
-        dataset = _load(data, self.corpus, split=split, streaming=streaming, **columns)
-        return _filter(dataset, filters, self.label_column, data)
+        dataset, renamed = _load(data, self.corpus, split=split, streaming=streaming, **columns)
+        return filter_rows(dataset, filters, data, renamed)
 
 
 def load_labelled(
@@ -116,14 +116,14 @@ def load_labelled(
     like_training = names is not None
     if corpus is None:
         kwargs["names"] = names
-    dataset = _load(data, corpus, **kwargs)
+    dataset, renamed = _load(data, corpus, **kwargs)
     if corpus is not None:
         names = label_names(dataset) if names is None else names
     elif "label" not in dataset.column_names and Path(data).is_dir():
-        dataset = load_audio_dataset(data, labels_from_folders=True, **kwargs)
+        dataset, renamed = _load(data, None, labels_from_folders=True, **kwargs)
     if "label" not in dataset.column_names:
         raise ValueError(f"expected a label column in {data}, got {', '.join(dataset.column_names)}: set label_column")
-    dataset = _filter(dataset, filters, kwargs.get("label_column"), data)
+    dataset = filter_rows(dataset, filters, data, renamed)
     if len(dataset) == 0:
         raise ValueError(f"no rows in {data}")
     if check_files:
@@ -230,17 +230,13 @@ def _as_numbers(dataset: "Dataset", data: str | PathLike) -> "Dataset":
     return dataset.remove_columns("label").add_column("label", values)
 
 
-def _load(data: str | PathLike, corpus: str | None, **kwargs: Any) -> "Dataset | IterableDataset":
+def _load(
+    data: str | PathLike, corpus: str | None, **kwargs: Any
+) -> "tuple[Dataset | IterableDataset, dict[str, str]]":
+    """The rows, and the column `label` by its name in the data, which filters may use."""
     if corpus is None:
-        return load_audio_dataset(data, **kwargs)
+        return load_with_names(data, **kwargs)
     unused = sorted(name for name, value in kwargs.items() if value and name != "split")
     if unused:
         raise ValueError(f"{' and '.join(unused)} cannot be used with the corpus {corpus}")
-    return load_corpus(corpus, data, kwargs.get("split"))
-
-
-def _filter(dataset: Any, filters: Sequence[str], label_column: str | None, data: str | PathLike) -> Any:
-    """`filter_rows` by the columns of the original data, whose label column has been renamed to `label`."""
-    old = f"{label_column}="
-    filters = [f"label={one.removeprefix(old)}" if one.startswith(old) else one for one in filters]
-    return filter_rows(dataset, filters, data)
+    return load_corpus(corpus, data, kwargs.get("split")), {}

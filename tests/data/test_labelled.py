@@ -20,6 +20,11 @@ def test_folders_and_manifests_are_filtered_and_encoded(folder):
     assert load_labelled(table, ["kind=a,c"], ["c", "b", "a"], label_column="kind")["label"][:] == [2, 0]
     with pytest.raises(ValueError, match=r"no row of .*table\.csv has the label d"):
         load_labelled(table, ["kind=d"], label_column="kind")
+    (folder / "class.csv").write_text("file,class,label_2\nbird/a.wav,a,x\ndog/a.flac,b,x\n")
+    for options in ({}, {"label_column": "class"}):  # found by default, or named
+        assert label_names(load_labelled(folder / "class.csv", ["class=b"], **options)) == ["b"]
+    with pytest.raises(ValueError, match="columns .*label.*class.*got 'category=b'"):
+        load_labelled(folder / "class.csv", ["category=b"])
     with pytest.raises(ValueError, match="expected a label column in .*got file, kind|audio, kind"):
         load_labelled(table)
 

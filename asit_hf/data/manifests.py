@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .files import resolve_paths
 from .formats import AUDIO_EXTENSIONS
-from .splits import match_split
+from .splits import match_split, split_kind
 from .tables import TABLE_EXTENSIONS, read_table, read_text
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def load_manifest(
 def manifest_splits(path: Path) -> list[str]:
     """The values of a manifest's column of splits, if there is one."""
     columns = _read(path, None)
-    column = find_column(columns, None, SPLIT_COLUMNS, "split", str(path))
+    column = _split_column(columns, path)
     return sorted({as_text(value) for value in columns[column] if value is not None}) if column else []
 
 
@@ -212,7 +212,7 @@ def _clean(value: Any) -> Any:
 
 
 def _select_split(columns: dict[str, list], split: str, path: Path) -> dict[str, list]:
-    column = find_column(columns, None, SPLIT_COLUMNS, "split", str(path))
+    column = _split_column(columns, path)
     if column is None:
         raise ValueError(f"no split {split!r} in {path}: expected a column 'split' among {list(columns)}")
     names = [None if value is None else as_text(value) for value in columns[column]]
@@ -221,7 +221,23 @@ def _select_split(columns: dict[str, list], split: str, path: Path) -> dict[str,
     if wanted is None:
         raise ValueError(f"no split {split!r} in {path}: expected one of {found}")
     kept = [row for row, name in enumerate(names) if name == wanted]
+    if None in names:
+        without = f"{names.count(None)} of {len(names)} rows of {path} have no {column}"
+        logger.warning_once(f"{without}: they are in no split")
     return {name: [values[row] for row in kept] for name, values in columns.items()}
+
+
+def _split_column(columns: dict[str, list], path: Path) -> str | None:
+    """The column of splits by its name, or else the only one of names of splits alone, among them one for training."""
+    if found := find_column(columns, None, SPLIT_COLUMNS, "split", str(path)):
+        return found
+    texts = {name: {value for value in values if isinstance(value, str)} for name, values in columns.items()}
+    kinds = {name: set(map(split_kind, found)) for name, found in texts.items() if len(found) < 10}
+    found = [name for name, of_column in kinds.items() if None not in of_column and {"train"} < of_column]
+    if len(found) != 1:
+        return None
+    logger.warning_once(f"split column of {path}: {found[0]}")
+    return found[0]
 
 
 def _uniform(values: list, name: str, path: Path) -> list:

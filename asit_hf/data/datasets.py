@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TEXT = ("string", "large_string")
+_OTHER_FILES = dict.fromkeys((".xlsx", ".xls", ".ods"), "save the table as csv")
+_OTHER_FILES |= dict.fromkeys((".gz", ".zip", ".7z", ".bz2", ".xz", ".tgz"), "unpack it")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -234,8 +236,8 @@ def _open(
         return _load_tars([path], streaming, options)
     if path.is_file() and extension != ".parquet":
         expected = " ".join((*AUDIO_EXTENSIONS, *MANIFEST_EXTENSIONS, ".txt", ".parquet", ".tar"))
-        reason = why_left_out(extension, lambda: path)
-        raise ValueError(f"expected a file with one of the extensions {expected}; got {path}: {reason or 'no audio'}")
+        reason = why_left_out(extension, lambda: path) or _OTHER_FILES.get(extension, "no audio")
+        raise ValueError(f"expected a file with one of the extensions {expected}; got {path}: {reason}")
     local = ("root",) if path.exists() else ()
     _check_options("a parquet or Hub data set", options, "split", "config_name", *local)
     if not path.exists() and not _HUB_NAME.fullmatch(os.fspath(data)):

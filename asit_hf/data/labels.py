@@ -25,6 +25,7 @@ _QUOTED_LIST = re.compile(rf"[\[({{]\s*{_ITEM}(?:(?:\s*,\s*|\s*){_ITEM})*\s*,?\s
 _NUMBER_LIST = re.compile(r"\[\s*(?:-?\d+\.?(?:\s*,\s*|\s+|(?=\])))*\]")  # or an empty one
 _BARE_LIST = re.compile(r"\[[^\[\]'\"]*\]")
 _MIDS = re.compile(r"(/[mgt]/\w+)(\s*,\s*/[mgt]/\w+)+")  # ids of AudioSet
+_MISSING = ("nan", "na", "n/a", "<na>", "null")
 _TIGHT_COMMA = re.compile(r",(?=\S)")
 
 
@@ -220,6 +221,8 @@ def encode_labels(dataset: Any, names: Sequence[str] | None = None) -> "Dataset 
         alike = [name for name in names if spellings[name.casefold()] > 1]
         if alike:
             logger.warning_once(f"classes that differ only in case: {shortened(alike, 10)}")
+        if missing := [name for name in names if name.casefold() in _MISSING]:
+            logger.warning_once(f"labels that often mean a missing one are classes: {shortened(missing)}")
         if is_float:
             shown = shortened(names, 5)
             logger.warning_once(

@@ -50,7 +50,7 @@ LABEL_COLUMNS = (
         "class_name",
         "label_name",
     ),
-    *("class_label", "scene_label"),
+    *("class_label", "scene_label", "primary_label"),
 )
 SPLIT_COLUMNS = ("split", "subset", "partition")
 INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
@@ -68,6 +68,8 @@ def load_manifest(
     rows = len(next(iter(columns.values()), []))
     if rows == 0:
         raise ValueError(f"no rows in {path}" + (f" below its first row {', '.join(columns)}" if columns else ""))
+    if audio_column is None:
+        columns = _with_audio(columns, path)
     try:
         audio = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", str(path))
     except ValueError as error:
@@ -79,6 +81,21 @@ def load_manifest(
         columns = _select_split(columns, split, path)
     columns[audio] = resolve_paths(columns[audio], root, path)
     return Dataset.from_dict({name: _uniform(values, name, path) for name, values in columns.items()})
+
+
+def _with_audio(columns: dict[str, list], path: Path) -> dict[str, list]:
+    """The columns, the only one of names of audio files called "audio" if none has a usual name."""
+    if any(_plain(name) in AUDIO_COLUMNS for name in columns):
+        return columns
+    found = [
+        name
+        for name, values in columns.items()
+        if all(isinstance(value, str) and value.lower().endswith(AUDIO_EXTENSIONS) for value in values)
+    ]
+    if len(found) != 1 or found[0].lower().endswith(AUDIO_EXTENSIONS):  # a row instead of names
+        return columns
+    logger.warning_once(f"audio column of {path}: {found[0]} (audio_column)")
+    return {"audio" if name == found[0] else name: values for name, values in columns.items()}
 
 
 def manifest_splits(path: Path) -> list[str]:
@@ -97,7 +114,7 @@ def find_column(columns: Iterable[str], wanted: str | None, usual: tuple, kind: 
         if wanted not in columns:
             raise ValueError(f"no {kind} column {wanted!r} in {source}: expected one of {', '.join(columns)}")
         return wanted
-    plain = {name: re.sub(r"[\s-]+", "_", name.strip().lower()) for name in columns}
+    plain = {name: _plain(name) for name in columns}
     found = [name for name in usual if name in columns]
     found += [name for one in usual for name in columns if plain[name] == one and name not in found]
     if not found and kind == "audio":
@@ -111,6 +128,10 @@ def find_column(columns: Iterable[str], wanted: str | None, usual: tuple, kind: 
         option = f" ({kind}_column)" if kind != "split" else ""  # which no option names
         logger.warning_once(f"{kind} column of {source}: {found[0]}{instead}{option}")
     return found[0]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
 def as_text(value: Any) -> str:

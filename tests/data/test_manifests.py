@@ -184,6 +184,18 @@ def test_usual_names_of_columns(folder, caplog, header, audio, label):
                (("audio", audio), ("label", label)) if name)  # fmt: skip
 
 
+def test_a_column_of_audio_files_by_its_values(folder, caplog):
+    table = folder / "t.csv"
+    table.write_text("clip,singer,mp3 path,primary_label\n2,1,bird/a.wav,x\n3,0,dog/a.flac,y\n")
+    dataset = load_audio_dataset(table)
+    assert names_of(dataset) == ["bird/a.wav", "dog/a.flac"]
+    assert label_names(dataset) == ["x", "y"]
+    assert "mp3 path" in caplog.text
+    table.write_text("one,other\nbird/a.wav,dog/a.flac\n")
+    with pytest.raises(ValueError, match="got one, other; set audio_column"):
+        load_audio_dataset(table)
+
+
 def test_a_choice_among_columns_is_reported(folder, caplog):
     (folder / "t.csv").write_text("filename,path,category,target,label2\nx,bird/a.wav,dog,3,y\n")
     assert label_names(load_audio_dataset(folder / "t.csv")) == ["dog"]

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TEXT = ("string", "large_string")
+_OTHER_FILES = dict.fromkeys((".xlsx", ".xls", ".ods"), "save the table as csv")
+_OTHER_FILES |= dict.fromkeys((".gz", ".zip", ".7z", ".bz2", ".xz", ".tgz"), "unpack it")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -79,6 +81,23 @@ def load_audio_dataset(
         ValueError: a missing column or split, a damaged manifest, an option that does not apply to this kind of data,
             or, with `labels_from_folders`, first-level folders that are splits or folds.
     """
+    arguments = data, split, audio_column, label_column, streaming, config_name, root, labels_from_folders
+    return load_with_names(*arguments, label_separator, names)[0]
+
+
+def load_with_names(
+    data: "str | os.PathLike | Dataset | IterableDataset",
+    split: str | None = None,
+    audio_column: str | None = None,
+    label_column: str | None = None,
+    streaming: bool = False,
+    config_name: str | None = None,
+    root: str | os.PathLike | None = None,
+    labels_from_folders: bool = False,
+    label_separator: str | None = None,
+    names: Sequence[str] | None = None,
+) -> "tuple[Dataset | IterableDataset, dict[str, str]]":
+    """As [`load_audio_dataset`], and the column `label` by the name that it has in the data, if that is another."""
     with extra("train"):
         from datasets import Audio, Dataset, IterableDataset
 
@@ -101,7 +120,7 @@ def load_audio_dataset(
             dataset = encode_labels(divide_labels(dataset, names, label_separator, name))
         if streaming:
             dataset = dataset.to_iterable_dataset(num_shards=max(1, min(64, len(dataset))))
-    return dataset
+    return dataset, {} if label_column in (None, "label") else {label_column: "label"}
 
 
 def load_unlabelled(specs: "list[str | dict] | str | dict", **defaults: Any) -> "Dataset | IterableDataset":
@@ -217,8 +236,8 @@ def _open(
         return _load_tars([path], streaming, options)
     if path.is_file() and extension != ".parquet":
         expected = " ".join((*AUDIO_EXTENSIONS, *MANIFEST_EXTENSIONS, ".txt", ".parquet", ".tar"))
-        reason = why_left_out(extension, lambda: path)
-        raise ValueError(f"expected a file with one of the extensions {expected}; got {path}: {reason or 'no audio'}")
+        reason = why_left_out(extension, lambda: path) or _OTHER_FILES.get(extension, "no audio")
+        raise ValueError(f"expected a file with one of the extensions {expected}; got {path}: {reason}")
     local = ("root",) if path.exists() else ()
     _check_options("a parquet or Hub data set", options, "split", "config_name", *local)
     if not path.exists() and not _HUB_NAME.fullmatch(os.fspath(data)):
@@ -399,11 +418,11 @@ def _load_spec(spec: "str | dict", defaults: dict[str, Any]) -> "Dataset | Itera
     filters = options.pop("filter", None) or []
     if not filters:  # the labels are not used
         options.setdefault("label_separator", NO_SEPARATOR)
-    dataset = _load_all_splits(options)
-    return filter_rows(dataset, [filters] if isinstance(filters, str) else filters, options["data"])
+    dataset, renamed = _load_all_splits(options)
+    return filter_rows(dataset, [filters] if isinstance(filters, str) else filters, options["data"], renamed)
 
 
-def _load_all_splits(options: dict[str, Any]) -> "Dataset | IterableDataset":
+def _load_all_splits(options: dict[str, Any]) -> "tuple[Dataset | IterableDataset, dict[str, str]]":
     """The data of all splits if none is named; those of a folder of audio are read in one go anyway."""
     from datasets import concatenate_datasets
 
@@ -411,10 +430,10 @@ def _load_all_splits(options: dict[str, Any]) -> "Dataset | IterableDataset":
     found = find_splits(path) if path.is_dir() and not _metadata_file(path) and not options.get("split") else {}
     names = [name for name, path in found.items() if path is None]
     if not names:
-        return load_audio_dataset(**options)
-    parts = [load_audio_dataset(**{**options, "split": name}) for name in names]
+        return load_with_names(**options)
+    parts, renamed = zip(*(load_with_names(**{**options, "split": name}) for name in names))
     logger.info("audio of all splits of %s: %s", options["data"], ", ".join(names))
-    return concatenate_datasets(parts)
+    return concatenate_datasets(parts), renamed[0]
 
 
 def _rename(dataset: Any, columns: list[str], column: str | None, name: str) -> Any:

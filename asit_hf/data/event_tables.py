@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,9 @@ _COLUMNS = {
     "file offset": "fileoffset",  # onset in the file, where Raven's other times count from the first of several files
 }
 _COLUMNS = {role: names.split() for role, names in _COLUMNS.items()}
-_UNITS = dict.fromkeys(("", "s", "sec", "secs", "second", "seconds", "mmss", "hhmmss"), 1.0)
+_UNITS = dict.fromkeys(
+    ("", "s", "sec", "secs", "second", "seconds", "mmss", "hhmmss", "hhmmssms", "ssmsec"), 1.0
+)  # the last two are ELAN's
 _UNITS |= dict.fromkeys(("ms", "msec", "millisecond", "milliseconds"), 1e-3)
 _TIME = re.compile(r"[+-]?(\d+:){0,2}(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?")
 # what Raven and BirdNET append to the name of the audio file
@@ -64,7 +67,8 @@ def read_strong_labels(path: str | os.PathLike, label_column: str | None = None)
 
     Args:
         path: a table (csv, tsv, txt), or a folder of tables. A table that names no files belongs to the audio file of
-            its own name: `a.txt` or `a.Table.1.selections.txt` to `a.wav`.
+            its own name: `a.txt` or `a.Table.1.selections.txt` to `a.wav`. Files of a folder without rows of times,
+            such as `README.txt`, are left out with a warning.
         label_column: name of the labels' column; by default the first of the usual names.
 
     Raises:
@@ -75,10 +79,16 @@ def read_strong_labels(path: str | os.PathLike, label_column: str | None = None)
         tables = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in TABLE_EXTENSIONS]
         tables = [file for file in tables if not file.name.startswith(".")]
     events: dict[str, list[Event]] = {}
-    points, seen, repeated = [], set(), []
+    points, seen, repeated, left_out = [], set(), [], []
     for table in tables:
         stem = table.relative_to(path).with_suffix("").as_posix() if path.is_dir() else table.stem
-        rows = _read_rows(table, _SUFFIX.sub("", stem), label_column, path.is_dir())
+        try:
+            rows = _read_rows(table, _SUFFIX.sub("", stem), label_column, path.is_dir())
+        except ValueError as error:
+            if not path.is_dir() or _has_times(table):
+                raise
+            left_out.append(str(error))
+            continue
         for file, event, place in rows:
             of_file = events.setdefault(file, [])
             if event is None:
@@ -93,7 +103,11 @@ def read_strong_labels(path: str | os.PathLike, label_column: str | None = None)
             seen.add((file, event))
             of_file.append(event)
     if not events:
-        raise ValueError(f"no rows in {path}")
+        raise ValueError(left_out[0] if left_out else f"no rows in {path}")
+    if left_out:
+        logger.warning(
+            "%d of %d files of %s hold no events and are left out: %s", len(left_out), len(tables), path, left_out[0]
+        )
     if points:
         logger.warning("%d events have no duration and get %g s, first %s", len(points), POINT_SECONDS, points[0])
     if repeated:
@@ -128,6 +142,12 @@ def _read_rows(path: Path, own_file: str, label_column: str | None, one_of_many:
     else:
         rows = _rows_without_header(table, own_file)
     return rows or [_Row(own_file, None, str(path))] if one_of_many else rows
+
+
+def _has_times(path: Path) -> bool:
+    """Whether any row has two times next to each other."""
+    rows = _divide_words(read_table(path, header=False)).rows
+    return any(_TIME.fullmatch(one) and _TIME.fullmatch(other) for row in rows for one, other in pairwise(row))
 
 
 def _divide_words(table: Table) -> Table:
@@ -203,6 +223,10 @@ def _rows_without_header(table: Table, own_file: str) -> list[_Row]:
     if cells and first is None:
         got = ", ".join(cells[0])
         raise ValueError(f"expected a header, or onset, offset and label in each row, in {table.path}; got {got}")
+    row = onsets.index(first) if cells else 0
+    if first and first > 1 and all(map(_TIME.fullmatch, cells[row][first - 2 : first])):
+        got = f"{', '.join(cells[row])} in {table.place(row)}"
+        raise ValueError(f"expected onset, offset and label, got {got}: put a first row with names above the columns")
     rows = []
     for number, row in enumerate(cells):
         place, event = table.place(number), None

@@ -2,20 +2,23 @@
 
 import csv
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from .labels import class_names, compose, shortened
+from .labels import class_names, compose, shortened, written_list
 from .manifests import INTEGER, NUMBER, as_text
 
 logger = logging.getLogger(__name__)
 
 
-def filter_rows(dataset: Any, filters: Sequence[str], source: Any = "the data set") -> Any:
+def filter_rows(
+    dataset: Any, filters: Sequence[str], source: Any = "the data set", renamed: Mapping[str, str] | None = None
+) -> Any:
     """The rows that match all filters, each `COLUMN=VALUE[,VALUE...]`.
 
     Labels are compared by class name and numbers by value; one item of a list has to match. A value with a comma may
-    be quoted, as in csv, but need not be if the column has it. `source` is for messages.
+    be quoted, as in csv, but need not be if the column has it. `source` is for messages, and `renamed` has the
+    columns by other names that filters may use.
 
     Raises:
         ValueError: another form, no such column, or no matching row. A value that no row has is only reported if
@@ -26,8 +29,10 @@ def filter_rows(dataset: Any, filters: Sequence[str], source: Any = "the data se
         column, _, text = (part.strip() for part in condition.partition("="))
         if not text:
             raise ValueError(f"expected a filter COLUMN=VALUE[,VALUE...], got {condition!r}")
+        column = (renamed or {}).get(column, column)
         if column not in dataset.column_names:
-            raise ValueError(f"expected a filter by one of the columns {dataset.column_names}, got {condition!r}")
+            known = list(dict.fromkeys([*dataset.column_names, *(renamed or ())]))
+            raise ValueError(f"expected a filter by one of the columns {known}, got {condition!r}")
         names = class_names(dataset.features[column])
         if not hasattr(dataset, "select"):
             wanted = {_plain(text), *_wanted(text, ())}
@@ -57,8 +62,10 @@ def _matches(cell: Any, wanted: set[str], names: list[str] | None) -> bool:
 
 
 def _values(cell: Any, names: list[str] | None) -> set[str]:
-    """What a filter can name a cell by."""
+    """What a filter can name a cell by; a text that is written as a list, also by its items."""
     items = cell if isinstance(cell, list) else [cell]
+    if names is None:
+        items = [*items, *(one for item in items if isinstance(item, str) for one in written_list(item) or ())]
     return {_plain(item if names is None else names[item]) for item in items if item is not None}
 
 

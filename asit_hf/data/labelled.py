@@ -15,7 +15,7 @@ from transformers.hf_argparser import HfArg
 
 from .audio import AudioReadError, audio_info, source_name
 from .corpora.registry import CORPORA, load_corpus
-from .datasets import find_splits, load_audio_dataset
+from .datasets import find_splits, load_with_names
 from .filters import filter_rows
 from .labels import encode_labels, label_names
 from .manifests import NUMBER
@@ -76,8 +76,8 @@ class DatasetArguments:
     ) -> "Dataset | IterableDataset":
         """The filtered rows of a data set or corpus, with or without labels, including unreadable files."""
         columns = {name: getattr(self, name) for name in ("audio_column", "label_column", "label_separator", "root")}
-        dataset = _load(data, self.corpus, split=split, streaming=streaming, **columns)
-        return _filter(dataset, filters, self.label_column, data)
+        dataset, renamed = _load(data, self.corpus, split=split, streaming=streaming, **columns)
+        return filter_rows(dataset, filters, data, renamed)
 
 
 def load_labelled(
@@ -116,20 +116,26 @@ def load_labelled(
     like_training = names is not None
     if corpus is None:
         kwargs["names"] = names
-    dataset = _load(data, corpus, **kwargs)
+    dataset, renamed = _load(data, corpus, **kwargs)
     if corpus is not None:
         names = label_names(dataset) if names is None else names
     elif "label" not in dataset.column_names and Path(data).is_dir():
-        dataset = load_audio_dataset(data, labels_from_folders=True, **kwargs)
+        dataset, renamed = _load(data, None, labels_from_folders=True, **kwargs)
     if "label" not in dataset.column_names:
-        raise ValueError(f"expected a label column in {data}, got {', '.join(dataset.column_names)}: set label_column")
-    dataset = _filter(dataset, filters, kwargs.get("label_column"), data)
+        got = f"{', '.join(dataset.column_names)}: set label_column"
+        if classes := _classes_as_columns(dataset):
+            got += f", or write the classes that have a 1 in {', '.join(classes[:3])}, ... into one, such as 'dog;cat'"
+        raise ValueError(f"expected a label column in {data}, got {got}")
+    dataset = filter_rows(dataset, filters, data, renamed)
     if len(dataset) == 0:
         raise ValueError(f"no rows in {data}")
     if check_files:
         # before anything counts rows, so that predictions stay aligned with their files
         dataset = dataset.select(readable_rows((row["audio"] for row in dataset.select_columns("audio")), strict))
-    _check_present(dataset, data)
+    as_lists = like_training and problem_type == "multi_label_classification"
+    if not as_lists:
+        _check_present(dataset, data)
+    _report_repeats(dataset, data)
     if problem_type == "regression":
         return _as_numbers(dataset, data)
     if names is None and problem_type_of(dataset) != "regression":
@@ -191,6 +197,25 @@ def _check_present(dataset: "Dataset", data: str | PathLike) -> None:
         raise ValueError(f"expected a label in every row: {what}")
 
 
+def _report_repeats(dataset: "Dataset", data: str | PathLike) -> None:
+    """Counts the files that have several rows with different labels, as tables of one row per label do."""
+    labels: dict[str, list] = {}
+    for row in dataset.select_columns(["audio", "label"]):
+        if row["audio"]["bytes"] is None:  # names of embedded audio may repeat
+            labels.setdefault(row["audio"]["path"], []).append(row["label"])
+    if unlike := [path for path, found in labels.items() if any(label != found[0] for label in found)]:
+        what = f"{len(unlike)} of {len(labels)} files of {data} have several rows with different labels"
+        logger.warning_once(f"{what}, first {unlike[0]}: the labels of a clip belong in one cell, such as 'dog;cat'")
+
+
+def _classes_as_columns(dataset: "Dataset") -> list[str]:
+    """Columns of 0 and 1, if there are several."""
+    found = [
+        name for name in dataset.column_names if name != "audio" and set(map(str, dataset[name][:])) == {"0", "1"}
+    ]
+    return found if len(found) > 1 else []
+
+
 def _check_form(dataset: "Dataset", problem_type: str | None, data: str | PathLike) -> "Dataset":
     """Reports labels that may be lists, if lists are wanted and every clip has one label."""
     if problem_type == "multi_label_classification" and problem_type_of(dataset) == "single_label_classification":
@@ -212,8 +237,11 @@ def _with_form(dataset: "Dataset", problem_type: str | None, data: str | PathLik
     if form == "single_label_classification" and problem_type == "multi_label_classification":
         from datasets import List
 
-        feature = List(dataset.features["label"])
-        return dataset.remove_columns("label").add_column("label", [[one] for one in labels], feature=feature)
+        if None in labels:
+            what = f"{labels.count(None)} of {len(labels)} label cells of {data} are empty"
+            logger.warning_once(f"{what}, for clips without a label")
+        feature, lists = List(dataset.features["label"]), [[] if one is None else [one] for one in labels]
+        return dataset.remove_columns("label").add_column("label", lists, feature=feature)
     return dataset
 
 
@@ -230,17 +258,13 @@ def _as_numbers(dataset: "Dataset", data: str | PathLike) -> "Dataset":
     return dataset.remove_columns("label").add_column("label", values)
 
 
-def _load(data: str | PathLike, corpus: str | None, **kwargs: Any) -> "Dataset | IterableDataset":
+def _load(
+    data: str | PathLike, corpus: str | None, **kwargs: Any
+) -> "tuple[Dataset | IterableDataset, dict[str, str]]":
+    """The rows, and the column `label` by its name in the data, which filters may use."""
     if corpus is None:
-        return load_audio_dataset(data, **kwargs)
+        return load_with_names(data, **kwargs)
     unused = sorted(name for name, value in kwargs.items() if value and name != "split")
     if unused:
         raise ValueError(f"{' and '.join(unused)} cannot be used with the corpus {corpus}")
-    return load_corpus(corpus, data, kwargs.get("split"))
-
-
-def _filter(dataset: Any, filters: Sequence[str], label_column: str | None, data: str | PathLike) -> Any:
-    """`filter_rows` by the columns of the original data, whose label column has been renamed to `label`."""
-    old = f"{label_column}="
-    filters = [f"label={one.removeprefix(old)}" if one.startswith(old) else one for one in filters]
-    return filter_rows(dataset, filters, data)
+    return load_corpus(corpus, data, kwargs.get("split")), {}

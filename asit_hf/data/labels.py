@@ -25,6 +25,7 @@ _QUOTED_LIST = re.compile(rf"[\[({{]\s*{_ITEM}(?:(?:\s*,\s*|\s*){_ITEM})*\s*,?\s
 _NUMBER_LIST = re.compile(r"\[\s*(?:-?\d+\.?(?:\s*,\s*|\s+|(?=\])))*\]")  # or an empty one
 _BARE_LIST = re.compile(r"\[[^\[\]'\"]*\]")
 _MIDS = re.compile(r"(/[mgt]/\w+)(\s*,\s*/[mgt]/\w+)+")  # ids of AudioSet
+_MISSING = ("nan", "na", "n/a", "<na>", "null")
 _TIGHT_COMMA = re.compile(r",(?=\S)")
 
 
@@ -56,7 +57,12 @@ def divide_labels(
         lists = {text: _cleaned(text.split(separator)) for text in texts if separator in text}
     else:
         lists = find_lists(texts, names)
-    if lists:
+    if lists and all(len(labels) < 2 and written_list(text) is None for text, labels in lists.items()):
+        example = next(cell for cell in cells if cell in lists)
+        what = f"label cells of {source} such as {example!r} have a separator, but none has several labels"
+        logger.warning_once(f"{what}: each is one label (label_separator=none keeps them whole)")
+        cells = [next(iter(lists[cell]), None) if cell in lists else cell for cell in cells]
+    elif lists:
         example = next(cell for cell in cells if cell in lists)
         what = f"{sum(cell in lists for cell in cells)} of {len(cells)} label cells of {source} are lists"
         what += f", such as {example!r} of {' and '.join(map(repr, lists[example])) or 'nothing'}"
@@ -89,7 +95,7 @@ def find_lists(texts: Iterable[str], names: Sequence[str] | None = None) -> dict
     texts = [text for text in texts if text not in known]
     bare = all(_BARE_LIST.fullmatch(text) for text in texts) and any("," in text for text in texts)
     for text in texts:
-        items = _written_list(text)
+        items = written_list(text)
         if items is not None:
             lists[text] = items
         elif bare:
@@ -107,7 +113,7 @@ def find_lists(texts: Iterable[str], names: Sequence[str] | None = None) -> dict
     return lists | divided
 
 
-def _written_list(text: str) -> list[str] | None:
+def written_list(text: str) -> list[str] | None:
     """The items of a list in the syntax of Python, numpy or json."""
     if _QUOTED_LIST.fullmatch(text):
         return _cleaned(ast.literal_eval(item) for item in re.findall(_ITEM, text))
@@ -215,6 +221,8 @@ def encode_labels(dataset: Any, names: Sequence[str] | None = None) -> "Dataset 
         alike = [name for name in names if spellings[name.casefold()] > 1]
         if alike:
             logger.warning_once(f"classes that differ only in case: {shortened(alike, 10)}")
+        if missing := [name for name in names if name.casefold() in _MISSING]:
+            logger.warning_once(f"labels that often mean a missing one are classes: {shortened(missing)}")
         if is_float:
             shown = shortened(names, 5)
             logger.warning_once(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .files import resolve_paths
 from .formats import AUDIO_EXTENSIONS
-from .splits import match_split
+from .splits import match_split, split_kind
 from .tables import TABLE_EXTENSIONS, read_table, read_text
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ LABEL_COLUMNS = (
         "class_name",
         "label_name",
     ),
-    *("class_label", "scene_label"),
+    *("class_label", "scene_label", "primary_label"),
 )
 SPLIT_COLUMNS = ("split", "subset", "partition")
 INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
@@ -68,6 +68,8 @@ def load_manifest(
     rows = len(next(iter(columns.values()), []))
     if rows == 0:
         raise ValueError(f"no rows in {path}" + (f" below its first row {', '.join(columns)}" if columns else ""))
+    if audio_column is None:
+        columns = _with_audio(columns, path)
     try:
         audio = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", str(path))
     except ValueError as error:
@@ -81,10 +83,25 @@ def load_manifest(
     return Dataset.from_dict({name: _uniform(values, name, path) for name, values in columns.items()})
 
 
+def _with_audio(columns: dict[str, list], path: Path) -> dict[str, list]:
+    """The columns, the only one of names of audio files called "audio" if none has a usual name."""
+    if any(_plain(name) in AUDIO_COLUMNS for name in columns):
+        return columns
+    found = [
+        name
+        for name, values in columns.items()
+        if all(isinstance(value, str) and value.lower().endswith(AUDIO_EXTENSIONS) for value in values)
+    ]
+    if len(found) != 1 or found[0].lower().endswith(AUDIO_EXTENSIONS):  # a row instead of names
+        return columns
+    logger.warning_once(f"audio column of {path}: {found[0]} (audio_column)")
+    return {"audio" if name == found[0] else name: values for name, values in columns.items()}
+
+
 def manifest_splits(path: Path) -> list[str]:
     """The values of a manifest's column of splits, if there is one."""
     columns = _read(path, None)
-    column = find_column(columns, None, SPLIT_COLUMNS, "split", str(path))
+    column = _split_column(columns, path)
     return sorted({as_text(value) for value in columns[column] if value is not None}) if column else []
 
 
@@ -97,7 +114,7 @@ def find_column(columns: Iterable[str], wanted: str | None, usual: tuple, kind: 
         if wanted not in columns:
             raise ValueError(f"no {kind} column {wanted!r} in {source}: expected one of {', '.join(columns)}")
         return wanted
-    plain = {name: re.sub(r"[\s-]+", "_", name.strip().lower()) for name in columns}
+    plain = {name: _plain(name) for name in columns}
     found = [name for name in usual if name in columns]
     found += [name for one in usual for name in columns if plain[name] == one and name not in found]
     if not found and kind == "audio":
@@ -111,6 +128,10 @@ def find_column(columns: Iterable[str], wanted: str | None, usual: tuple, kind: 
         option = f" ({kind}_column)" if kind != "split" else ""  # which no option names
         logger.warning_once(f"{kind} column of {source}: {found[0]}{instead}{option}")
     return found[0]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
 def as_text(value: Any) -> str:
@@ -212,7 +233,7 @@ def _clean(value: Any) -> Any:
 
 
 def _select_split(columns: dict[str, list], split: str, path: Path) -> dict[str, list]:
-    column = find_column(columns, None, SPLIT_COLUMNS, "split", str(path))
+    column = _split_column(columns, path)
     if column is None:
         raise ValueError(f"no split {split!r} in {path}: expected a column 'split' among {list(columns)}")
     names = [None if value is None else as_text(value) for value in columns[column]]
@@ -221,7 +242,23 @@ def _select_split(columns: dict[str, list], split: str, path: Path) -> dict[str,
     if wanted is None:
         raise ValueError(f"no split {split!r} in {path}: expected one of {found}")
     kept = [row for row, name in enumerate(names) if name == wanted]
+    if None in names:
+        without = f"{names.count(None)} of {len(names)} rows of {path} have no {column}"
+        logger.warning_once(f"{without}: they are in no split")
     return {name: [values[row] for row in kept] for name, values in columns.items()}
+
+
+def _split_column(columns: dict[str, list], path: Path) -> str | None:
+    """The column of splits by its name, or else the only one of names of splits alone, among them one for training."""
+    if found := find_column(columns, None, SPLIT_COLUMNS, "split", str(path)):
+        return found
+    texts = {name: {value for value in values if isinstance(value, str)} for name, values in columns.items()}
+    kinds = {name: set(map(split_kind, found)) for name, found in texts.items() if len(found) < 10}
+    found = [name for name, of_column in kinds.items() if None not in of_column and {"train"} < of_column]
+    if len(found) != 1:
+        return None
+    logger.warning_once(f"split column of {path}: {found[0]}")
+    return found[0]
 
 
 def _uniform(values: list, name: str, path: Path) -> list:

@@ -3,11 +3,13 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ..utils.names import path_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,7 +95,8 @@ def check_class_folders(folder: Path, files: Sequence[Path]) -> None:
     """Refuse first-level folders that are no classes, or that may be splits.
 
     Raises:
-        ValueError: folds, splits beside classes, or a single folder that holds folders.
+        ValueError: folds, splits beside classes, splits by other names (train_curated and test, or dev-clean and
+            test-clean), or a single folder that holds folders.
     """
     counts = first_folders(folder, files)
     names = ", ".join(f"{name} ({count} files)" for name, count in counts.items())
@@ -102,26 +105,34 @@ def check_class_folders(folder: Path, files: Sequence[Path]) -> None:
             f"expected class folders in {folder}, got folds: {names}; pass one fold, or a manifest with a column of "
             "labels and one of folds"
         )
-    direct = {file.parent.name for file in files if file.parent.parent == folder}
-    splits = [name for name in counts if split_kind(name)]
-    if splits and (len({split_kind(name) for name in splits}) > 1 or not direct.issuperset(splits)):
-        raise ValueError(
-            f"cannot tell splits from classes in {folder}: {', '.join(splits)} among {names}; name one folder "
-            "as split (--train_split, ...), move the classes into a folder for each split, or pass a manifest"
-        )
-    if splits and len(counts) > 1:
-        logger.warning("the folder %s of %s is a class, as no other folder is a split", splits[0], folder)
     inner = {file.relative_to(folder).parts[1] for file in files}
-    if len(inner) > 1 and all(map(split_kind, inner)):
-        logger.warning(
-            "the classes of %s are divided into %s, all of which are read", folder, ", ".join(sorted(inner))
-        )
+    direct = {file.parent.name for file in files if file.parent.parent == folder}
     (only, _), *others = counts.items()
     if not others and only not in direct:
         raise ValueError(
             f"expected class folders in {folder}, got one folder, {only}, that holds {', '.join(sorted(inner))}: pass "
             f"{folder / only}"
         )
+    splits = [name for name in counts if split_kind(name)]
+    kinds = [set(filter(None, map(split_kind, re.split(r"[^a-zA-Z0-9]+", name)))) for name in counts]
+    if all(kinds) and len(set().union(*kinds)) > 1:
+        splits = list(counts)
+    several = len(splits) == len(counts) or len({split_kind(name) for name in splits}) > 1
+    if splits and len(counts) > 1 and (several or not direct.issuperset(splits)):
+        raise ValueError(
+            f"cannot tell splits from classes in {folder}: {', '.join(splits)} among {names}; name one folder "
+            "as split (--train_split, ...), move the classes into a folder for each split, or pass a manifest"
+        )
+    if splits and len(counts) > 1:
+        logger.warning("the folder %s of %s is a class, as no other folder is a split", splits[0], folder)
+    if len(inner) > 1 and all(map(split_kind, inner)):
+        logger.warning(
+            "the classes of %s are divided into %s, all of which are read", folder, ", ".join(sorted(inner))
+        )
+    empty = [one.name for one in sorted(folder.iterdir()) if one.is_dir() and one.name not in counts]
+    if empty := [name for name in empty if not name.startswith((".", "_"))]:
+        shown = _shown(map(path_text, empty))
+        logger.warning("%d folders of %s hold no audio and are no classes: %s", len(empty), folder, shown)
 
 
 def find_group_column(dataset: "Dataset", wanted: str | None = None) -> str | None:
@@ -270,7 +281,7 @@ def _groups(dataset: "Dataset", column: str) -> list[Hashable]:
     return [("row", row) if value in (None, "") else value for row, value in enumerate(values)]
 
 
-def _shown(names: Collection, limit: int = 8) -> str:
+def _shown(names: Iterable, limit: int = 8) -> str:
     names = sorted(map(str, names))
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 

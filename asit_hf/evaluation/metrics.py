@@ -3,6 +3,7 @@ Classification metrics as functions, which need neither evaluate nor datasets, s
 accuracy without them. In `evaluate_metrics` they are `evaluate.Metric` classes, which score in Trainer.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -10,6 +11,8 @@ import numpy as np
 from transformers import EvalPrediction
 
 from ..utils.extras import extra
+
+logger = logging.getLogger(__name__)
 
 TOP_K = 5
 
@@ -117,19 +120,21 @@ def calibration_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, flo
 def multi_label_metrics(scores: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """
     `mAP` and `mAUC`, means over classes, and `d_prime` of mAUC, as AudioSet results are reported. Classes that cannot
-    be scored are excluded from the means; `classes_without_positives` counts them. Arguments as in
-    `average_precisions`.
+    be scored are excluded from the means; `classes_without_positives` counts them. If no class has a positive, the
+    means are NaN, with a warning. Arguments as in `average_precisions`.
 
     Raises:
-        ValueError: no class has a positive, or wrong shapes or values.
+        ValueError: wrong shapes or values.
     """
     precisions = average_precisions(scores, targets)
     if np.isnan(precisions).all():
-        raise ValueError("expected at least one positive target, got none in any class")
+        logger.warning("none of %d clips has a label: mAP and mAUC are NaN", len(targets))
     areas = roc_aucs(scores, targets)
-    mean_area = float("nan") if np.isnan(areas).all() else float(np.nanmean(areas))
+    mean_precision, mean_area = (
+        float("nan") if np.isnan(values).all() else float(np.nanmean(values)) for values in (precisions, areas)
+    )
     return {
-        "mAP": float(np.nanmean(precisions)),
+        "mAP": mean_precision,
         "mAUC": mean_area,
         "d_prime": d_prime(mean_area),
         "classes_without_positives": int(np.isnan(precisions).sum()),

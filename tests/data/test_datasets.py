@@ -119,6 +119,8 @@ def test_folders_with_underscores_are_no_classes(tmp_path, caplog):
         (["fold1/1.wav", "fold2/1.wav", "fold10/1.wav"], ["folds", "fold10 (1 files)"]),
         (["train/1.wav", "test/1.wav"], ["splits", "test, train"]),
         (["_noise/1.wav"], ["_noise only"]),
+        (["train_curated/1.wav", "train_noisy/1.wav", "test/1.wav"], ["splits from classes", "train_noisy (1 files)"]),
+        (["dev-clean/84/1.wav", "train-clean-100/9/1.wav"], ["splits from classes", "dev-clean, train-clean-100"]),
     ],
 )
 def test_folders_that_are_no_classes_are_refused(tmp_path, clips, words):
@@ -141,6 +143,12 @@ def test_a_class_may_be_called_train(tmp_path, caplog):
         "train",
     ]
     assert "the folder train" in caplog.text
+
+
+def test_folders_without_audio_are_named(tmp_path, caplog):
+    (tmp_path / "cat" / "empty").mkdir(parents=True)
+    assert len(load_labelled(write_clips(tmp_path, "bus/1.wav", "car/1.wav"))) == 2
+    assert f"1 folders of {tmp_path} hold no audio and are no classes: cat" in caplog.text
 
 
 def test_links_to_folders_are_followed_once(folder, tmp_path):

@@ -41,6 +41,7 @@ EVENTS = {"a.wav": [Event(0.0, 1.0, "Speech"), Event(1.5, 2.25, "Dog")], "quiet.
         ("slice_file_name,fsID,start,end,class\na.wav,9,1,2,dog\n", DOG),
         ("a.wav\t1\t2\tstart\n", {"a.wav": [Event(1.0, 2.0, "start")]}),
         ("clip;From;To;Tags\na.wav;1,0;2,0;dog\n", DOG),
+        ("File Path\tBegin Time - hh:mm:ss.ms\tEnd Time - ss.msec\tLabel\na.wav\t00:00:01.000\t2.000\tdog\n", DOG),
     ],
 )
 def test_tables_are_read(tmp_path, text, expected):
@@ -78,6 +79,13 @@ def test_damaged_tables(tmp_path, old, new, message):
         read_strong_labels(path)
 
 
+def test_more_than_two_times_need_a_header(tmp_path):
+    path = tmp_path / "elan.txt"
+    path.write_text("tier\t00:00:01.000\t1.000\t00:00:02.000\t2.000\tdog\n")
+    with pytest.raises(ValueError, match=r"line 1 of .*elan\.txt"):
+        read_strong_labels(path)
+
+
 def test_rows_that_count_once_and_points(tmp_path, caplog):
     path = tmp_path / "labels.txt"
     path.write_text(RAVEN)
@@ -110,8 +118,22 @@ def test_a_folder_of_tables_one_per_clip(tmp_path):
         "bird": [Event(0.0, 3.0, "Wren")],
         "other.wav": [Event(1.0, 2.0, "dog")],
     }
-    (tmp_path / "README.txt").write_text("about these tables\nof events\n")
-    with pytest.raises(ValueError, match=r"README\.txt"):
+
+
+def test_files_without_times_in_a_folder_are_left_out(tmp_path, caplog):
+    tables = {
+        "a.txt": "0.5\t1.5\tdog\n",
+        "README.txt": "The start and the end of each event,\nin seconds, as of May 2024\n",
+        "classes.txt": "dog\ncat\n",
+        "counts.csv": "class,count\ndog,1\n",
+    }
+    for name, text in tables.items():
+        (tmp_path / name).write_text(text)
+    assert read_strong_labels(tmp_path) == {"a": [Event(0.5, 1.5, "dog")]}
+    assert "3 of 4 files" in caplog.text
+    assert "README.txt" in caplog.text
+    (tmp_path / "b.csv").write_text("onset,offset\n1,2\n")
+    with pytest.raises(ValueError, match=r"b\.csv"):
         read_strong_labels(tmp_path)
 
 

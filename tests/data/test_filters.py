@@ -19,6 +19,7 @@ def filterable():
         "level": [0.5, 1.0, 2.0, 0.25, 3.0],
         "speaker": ["007", "7", "08", "x y", "true"],
         "clean": [True, False, True, None, False],
+        "calls": ["['song', 'call']", "[]", "['call']", None, "song"],
     }
     return load_audio_dataset(Dataset.from_dict(columns))
 
@@ -42,6 +43,9 @@ def filterable():
         (["tags=b"], [0, 1]),
         (["tags=c, d,a"], [0, 3]),
         (["label=dog", "fold=2"], [1]),
+        (["calls=call"], [0, 2]),
+        (["calls=song"], [0, 4]),
+        (["calls=[]"], [1]),
     ],
 )
 def test_filters(filterable, filters, rows):

@@ -20,6 +20,11 @@ def test_folders_and_manifests_are_filtered_and_encoded(folder):
     assert load_labelled(table, ["kind=a,c"], ["c", "b", "a"], label_column="kind")["label"][:] == [2, 0]
     with pytest.raises(ValueError, match=r"no row of .*table\.csv has the label d"):
         load_labelled(table, ["kind=d"], label_column="kind")
+    (folder / "class.csv").write_text("file,class,label_2\nbird/a.wav,a,x\ndog/a.flac,b,x\n")
+    for options in ({}, {"label_column": "class"}):  # found by default, or named
+        assert label_names(load_labelled(folder / "class.csv", ["class=b"], **options)) == ["b"]
+    with pytest.raises(ValueError, match="columns .*label.*class.*got 'category=b'"):
+        load_labelled(folder / "class.csv", ["category=b"])
     with pytest.raises(ValueError, match="expected a label column in .*got file, kind|audio, kind"):
         load_labelled(table)
 
@@ -93,6 +98,28 @@ def test_training_classes_decide_for_evaluation_data(folder):
     like["problem_type"] = "single_label_classification"
     with pytest.raises(ValueError, match=r"expected one label .*a\.csv.*'dog', 'Male speech.*b\.wav"):
         load_labelled(folder / "a.csv", **like)
+
+
+def test_evaluation_data_of_lists_may_have_no_labels(folder, caplog):
+    (folder / "t.csv").write_text("file,label,split\nbird/a.wav,a;b,train\ndog/a.flac,,val\nrain/r.wav,,test\n"
+                                  "bird/b.wav,b,test\n")  # fmt: skip
+    like = {"names": ["a", "b"], "problem_type": "multi_label_classification"}
+    for split, labels in (("val", [[]]), ("test", [[], [1]])):
+        assert load_labelled(folder / "t.csv", split=split, **like)["label"][:] == labels
+    assert "1 of 2 label cells" in caplog.text
+    with pytest.raises(ValueError, match="1 of 2 rows"):
+        load_labelled(folder / "t.csv", split="test", names=["a", "b"], problem_type="single_label_classification")
+
+
+def test_rows_that_may_mean_something_else_are_reported(folder, caplog):
+    table = folder / "t.csv"
+    table.write_text("file,label\nbird/a.wav,cat\nbird/a.wav,NaN\ndog/a.flac,cat\ndog/a.flac,cat\n")
+    assert len(load_labelled(table)) == 4
+    assert "1 of 2 files" in caplog.text
+    assert "NaN" in caplog.text
+    table.write_text("file,dog,cat,length\nbird/a.wav,0,1,3\ndog/a.flac,1,0,1\n")
+    with pytest.raises(ValueError, match="got audio, dog, cat, length.* a 1 in dog, cat, "):
+        load_labelled(table)
 
 
 def test_a_possible_separator_is_reported_if_lists_are_wanted(folder, caplog):

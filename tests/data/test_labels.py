@@ -144,6 +144,19 @@ def test_a_separator_that_is_given(caplog):
     assert divide_labels(labelled([1, 2, 3]))["label"][:] == [1, 2, 3]
 
 
+def test_a_separator_after_single_labels_makes_no_lists(caplog):
+    def divide(*cells, separator=None):
+        return divide_labels(
+            Dataset.from_dict({"audio": [""] * len(cells), "label": list(cells)}), separator=separator
+        )
+
+    assert divide("dog;", "cat", ";cat; ", None, ";")["label"][:] == ["dog", "cat", "cat", None, None]
+    assert "'dog;'" in caplog.text
+    assert divide("dog/", "cat", separator="/")["label"][:] == ["dog", "cat"]
+    assert divide("dog;", "cat", "cat;dog")["label"][:] == [["dog"], ["cat"], ["cat", "dog"]]
+    assert divide("['dog']", "[]")["label"][:] == [["dog"], []]
+
+
 def test_spaces_and_missing_labels():
     dataset = encode_labels(labelled([" dog", "dog ", "", None, "cat"]))
     assert (label_names(dataset), dataset["label"][:]) == (["cat", "dog"], [1, 1, None, None, 0])

@@ -4,7 +4,7 @@ import pytest
 from datasets import ClassLabel, List
 from sounds import names_of, write_csv
 
-from asit_hf.data.datasets import load_audio_dataset
+from asit_hf.data.datasets import find_splits, load_audio_dataset
 from asit_hf.data.labels import encode_labels, label_names
 
 
@@ -184,6 +184,18 @@ def test_usual_names_of_columns(folder, caplog, header, audio, label):
                (("audio", audio), ("label", label)) if name)  # fmt: skip
 
 
+def test_a_column_of_audio_files_by_its_values(folder, caplog):
+    table = folder / "t.csv"
+    table.write_text("clip,singer,mp3 path,primary_label\n2,1,bird/a.wav,x\n3,0,dog/a.flac,y\n")
+    dataset = load_audio_dataset(table)
+    assert names_of(dataset) == ["bird/a.wav", "dog/a.flac"]
+    assert label_names(dataset) == ["x", "y"]
+    assert "mp3 path" in caplog.text
+    table.write_text("one,other\nbird/a.wav,dog/a.flac\n")
+    with pytest.raises(ValueError, match="got one, other; set audio_column"):
+        load_audio_dataset(table)
+
+
 def test_a_choice_among_columns_is_reported(folder, caplog):
     (folder / "t.csv").write_text("filename,path,category,target,label2\nx,bird/a.wav,dog,3,y\n")
     assert label_names(load_audio_dataset(folder / "t.csv")) == ["dog"]
@@ -225,11 +237,25 @@ def test_numbers_of_a_table(folder, caplog):
 
 
 @pytest.mark.parametrize("column", ["split", "Subset"])
-def test_splits_of_a_manifest(folder, column):
+def test_splits_of_a_manifest(folder, column, caplog):
     (folder / "t.csv").write_text(f"file,{column}\nbird/a.wav,1.0\ndog/a.flac,2.0\nrain/r.wav,\n")
     assert names_of(load_audio_dataset(folder / "t.csv", split="2")) == ["dog/a.flac"]
+    assert f"1 of 3 rows of {folder / 't.csv'} have no {column}" in caplog.text
     (folder / "t.csv").write_text(f"file,{column}\nbird/a.wav,Training\ndog/a.flac,Test\n")
     assert names_of(load_audio_dataset(folder / "t.csv", split="train")) == ["bird/a.wav"]
+
+
+def test_a_column_of_splits_by_its_values(folder, caplog):
+    table = folder / "t.csv"
+    table.write_text("file,Set,usage\nbird/a.wav,train,a\ndog/a.flac,dev,b\nrain/r.wav,,c\n")
+    assert find_splits(table) == {"dev": None, "train": None}
+    assert names_of(load_audio_dataset(table, split="train")) == ["bird/a.wav"]
+    assert "Set" in caplog.text
+    assert len(load_audio_dataset(table)) == 3
+    for others in ("train,train", "train,other", "dev,test"):  # one split, no splits, none for training
+        one, other = others.split(",")
+        table.write_text(f"file,kind\nbird/a.wav,{one}\ndog/a.flac,{other}\n")
+        assert find_splits(table) == {}
 
 
 def test_tables_in_any_encoding(folder):

@@ -88,7 +88,6 @@ def test_random_scores_are_at_chance():
         (single_label_metrics, SCORES, np.array([0, 1]), "for each of 4 clips"),
         (single_label_metrics, SCORES * np.nan, LABELS, "finite"),
         (single_label_metrics, SCORES[:0], LABELS[:0], "expected scores of shape"),
-        (multi_label_metrics, TARGET_SCORES, TARGETS * 0, "at least one positive"),
         (multi_label_metrics, TARGET_SCORES, TARGETS * 0.5, "0 and 1 only"),
         (multi_label_metrics, TARGET_SCORES, TARGETS[:, :2], "shape"),
         (regression_metrics, np.zeros((4, 2)), np.zeros(4), "one shape"),
@@ -97,6 +96,13 @@ def test_random_scores_are_at_chance():
 def test_wrong_input(function, scores, targets, message):
     with pytest.raises(ValueError, match=message):
         function(scores, targets)
+
+
+def test_clips_without_any_label_are_reported(caplog):
+    metrics = multi_label_metrics(TARGET_SCORES, TARGETS * 0)
+    assert np.isnan([metrics["mAP"], metrics["mAUC"], metrics["d_prime"]]).all()
+    assert metrics["classes_without_positives"] == TARGETS.shape[1]
+    assert f"none of {len(TARGETS)} clips" in caplog.text
 
 
 def test_calibration_error_by_hand():

@@ -1,5 +1,6 @@
 """Audio files on disk: walking a folder, and the files that the names in a table mean."""
 
+import glob
 import logging
 import os
 import unicodedata
@@ -60,7 +61,8 @@ def resolve_paths(values: Sequence[Any], root: str | os.PathLike, source: str | 
     found = _search(Path(root), sorted({names[row] for row in missing}), taken)
     if not found and len(missing) == len(local):
         what = f"none of the {len(local)} files of {source} exists, for instance {paths[local[0]]}"
-        raise FileNotFoundError(f"{what}: set root to the folder that the paths are relative to")
+        folder = _folder_beside(Path(root), names[local[0]])
+        raise FileNotFoundError(f"{what}: set root to {folder or 'the folder that the paths are relative to'}")
     moved = [row for row in sorted(missing) if names[row] in found]
     if moved:
         example = f"{names[moved[0]]} as {found[names[moved[0]]]}"
@@ -99,6 +101,15 @@ def _search(root: Path, names: Sequence[str], taken: set[str]) -> dict[str, str]
         for name, file in found.items()
         if name not in uncertain or (counts[file] == 1 and file not in taken)
     }
+
+
+def _folder_beside(root: Path, name: str) -> str | None:
+    """The folder above `root`, or one beside it, that holds a file, as with `meta/esc50.csv` and `audio/`."""
+    above = Path(os.path.abspath(root)).parent
+    if os.path.isabs(name):
+        return None
+    folders = (above, *(file.parents[len(Path(name).parts) - 1] for file in above.glob(f"*/{glob.escape(name)}")))
+    return next((path_text(folder) for folder in sorted(folders) if (folder / name).is_file()), None)
 
 
 def _preference(file: Path) -> int:

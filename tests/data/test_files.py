@@ -61,3 +61,13 @@ def test_no_row_gets_the_file_of_another(tmp_path):
 def test_a_row_without_a_name_is_an_error(tmp_path, value):
     with pytest.raises(ValueError, match=r"row 1 of t\.csv"):
         resolve_paths(["a.wav", value], tmp_path, "t.csv")
+
+
+@pytest.mark.parametrize(("name", "folder"), [("1.wav", "audio"), ("audio/1.wav", "")])
+def test_a_folder_beside_the_table_is_named(tmp_path, name, folder):
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio" / "1.wav").write_bytes(b"")
+    with pytest.raises(FileNotFoundError) as error:
+        resolve_paths([name], tmp_path / "meta", "t.csv")
+    assert str(error.value).endswith(f"set root to {tmp_path / folder}")

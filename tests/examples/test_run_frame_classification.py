@@ -67,6 +67,7 @@ def arguments(sounds: Path, encoder: Path, output: Path, **options: object) -> l
     return [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
 
 
+@pytest.mark.slow
 def test_it_learns_to_detect_events(sounds, encoder, tmp_path):
     metrics = script.main(arguments(sounds, encoder, tmp_path, segment_seconds=0.2, per_device_eval_batch_size=3))
     assert metrics["eval_mAP"] > 0.8

@@ -60,10 +60,17 @@ class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
         _warn_of_unknown(kwargs)
         if kwargs.get("padding_side", "right") != "right":
             raise ValueError(f"padding_side must be 'right', as the models expect, got {kwargs['padding_side']!r}")
-        feature_size = num_mel_bins if feature_size is None else feature_size
+        feature_size = int(num_mel_bins if feature_size is None else feature_size)
         if feature_size not in (1, num_mel_bins):
             raise ValueError(f"feature_size must be num_mel_bins {num_mel_bins} or 1, got {feature_size}")
-        sampling_rate = whole_rate(sampling_rate)
+        # scalars of numpy or torch too, which no settings file could hold
+        sampling_rate, mean, std, padding_value = (
+            whole_rate(sampling_rate),
+            float(mean),
+            float(std),
+            float(padding_value),
+        )
+        num_mel_bins, do_normalize = int(num_mel_bins), bool(do_normalize)
         for name, value in {"num_mel_bins": num_mel_bins, "std": std}.items():
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")

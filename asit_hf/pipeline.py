@@ -93,7 +93,7 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
         if isinstance(inputs, Sequence) and len(inputs) == 0:
             return []
         # always a generator: transformers before 5.16 would inspect the first clip of a list
-        outputs = super().__call__((clip for clip in inputs), **kwargs)
+        outputs = super().__call__(_clips(inputs), **kwargs)
         return list(outputs) if isinstance(inputs, Sequence) else outputs
 
     def check_model_type(self, supported_models: Any) -> None:
@@ -208,6 +208,16 @@ def _check_is_one_clip(inputs: Any) -> None:
             f"expected one clip, got an array of shape {shape}, a batch or channels: pass list(array) for {shape[0]} "
             'clips, or {"array": array, "sampling_rate": ...} for one clip whose channels are averaged'
         )
+
+
+def _clips(inputs: Iterable) -> Iterator[Any]:
+    try:
+        yield from inputs
+    except ImportError as error:
+        if "torchcodec" not in str(error):
+            raise
+        hint = 'cast_column("audio", Audio(decode=False)) before map, rename_column and the like needs no torchcodec'
+        raise ImportError(f"{error} {hint}") from error
 
 
 def _audio_column(inputs: Any) -> Any:

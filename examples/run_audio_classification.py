@@ -365,13 +365,17 @@ def evaluate(
     for name in ("mean", "std"):
         if (value := getattr(inputs, name)) is not None:
             setattr(feature_extractor, name, value)
-    problem_type, names = model.config.problem_type, None
-    if problem_type != "regression":
+    names, of_model = None, model.config.problem_type
+    of_model = of_model or ("regression" if model.config.num_labels == 1 else data_args.problem_type)
+    if data_args.problem_type not in (None, of_model):
+        raise ValueError(f"expected problem_type {of_model}, as the model has, got {data_args.problem_type}")
+    if of_model != "regression":
         names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    data = data_args.load(data_args.eval_data, data_args.eval_filter, names=names, split=data_args.eval_split)
-    problem_type = check_problem_type(problem_type, data)
-    if (problem_type == "regression") != (names is None):
-        raise ValueError(f"expected labels of the classes {', '.join(names)}, got numbers in {data_args.eval_data}")
+    # a model of several labels is also evaluated on single ones
+    form = None if of_model == "multi_label_classification" else of_model
+    options = {"split": data_args.eval_split, "names": names, "problem_type": form}
+    data = data_args.load(data_args.eval_data, data_args.eval_filter, **options)
+    problem_type = check_problem_type(of_model, data)
     logger.info(f"{len(data)} evaluation clips, {problem_type}")
     args.eval_strategy = args.save_strategy = "no"  # of training
     trainer = FinetuningTrainer(

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification
 from asit_hf.data import audio_info
@@ -34,9 +34,8 @@ from asit_hf.data.events import (
 )
 from asit_hf.evaluation.metrics import score
 from asit_hf.evaluation.sound_events import PSDS_SCENARIOS, decode_events, psds, segment_metrics
-from asit_hf.finetuning.trainer import SupervisedArguments
+from asit_hf.finetuning.trainer import SupervisedArguments, SupervisedTrainer
 from asit_hf.hub.cards import CardArguments, describe_run
-from asit_hf.hub.upload import PushMixin
 from asit_hf.loading import load_config, load_encoder, load_feature_extractor, load_trained
 from asit_hf.utils.arguments import (
     OptionError,
@@ -46,7 +45,6 @@ from asit_hf.utils.arguments import (
     run_script,
     start_run,
 )
-from asit_hf.utils.time_budget import TimeBudgetMixin
 
 logger = logging.getLogger(__name__)
 
@@ -185,10 +183,6 @@ class Scorer:
         return {**metrics, **segments}
 
 
-class FrameTrainer(TimeBudgetMixin, PushMixin, Trainer):
-    """Trainer with `max_minutes` and a model card."""
-
-
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     groups = (ModelArguments, DataArguments, CardArguments, SupervisedArguments)
@@ -212,7 +206,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     if model is None:
         model, feature_extractor = build_model(model_args, names)
     rate = feature_extractor.sampling_rate
-    crop = {"max_seconds": data_args.max_seconds or MAX_SECONDS, "train": True, "seed": args.seed}
+    seconds = MAX_SECONDS if data_args.max_seconds is None else data_args.max_seconds
+    crop = {"max_seconds": seconds, "train": True, "seed": args.seed}
     train = None
     if args.do_train:
         train = StronglyLabelledClips(train_events, data_args.data, rate, strict=data_args.strict, **crop)
@@ -236,7 +231,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     scorer = Scorer(evaluation, names, model.config.patch_size, data_args)
     if args.metric_for_best_model not in (None, "loss"):
         scorer.check_metric(args.metric_for_best_model)
-    trainer = FrameTrainer(
+    trainer = SupervisedTrainer(
         model=model,
         args=args,
         train_dataset=train,

@@ -234,6 +234,16 @@ def test_save_and_load(tmp_path):
     torch.testing.assert_close(dict(loaded(waveforms, 8000, return_tensors="pt")), dict(expected), rtol=0, atol=0)
 
 
+def test_settings_that_are_scalars_of_numpy_or_torch_are_saved(tmp_path):
+    scalars = {"num_mel_bins": np.int64(64), "mean": np.float32(-5), "std": torch.tensor(3.0)}
+    ASiTFeatureExtractor(**scalars, do_normalize=np.bool_(False), padding_value=np.float32(1)).save_pretrained(
+        tmp_path
+    )
+    loaded = ASiTFeatureExtractor.from_pretrained(tmp_path)
+    assert {name: getattr(loaded, name) for name in scalars} == {"num_mel_bins": 64, "mean": -5.0, "std": 3.0}
+    assert (loaded.do_normalize, loaded.padding_value) == (False, 1.0)
+
+
 @pytest.mark.parametrize("with_config", [True, False])
 def test_auto_processor_gives_the_extractor_without_asking(tmp_path, monkeypatch, with_config):
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked"))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from datasets import Audio, Dataset
+from datasets import Audio, Dataset, DatasetDict
 from transformers import (
     ASTConfig,
     ASTFeatureExtractor,
@@ -224,6 +224,7 @@ def test_data_sets_that_would_decode_need_no_torchcodec(classifier, tmp_path):
         "column": rows["audio"],
         "key": KeyDataset(rows, "audio"),
         "subset": torch.utils.data.Subset(rows, [0, 1]),
+        "joined": torch.utils.data.ConcatDataset([rows.select([0]), KeyDataset(rows.select([1]), "audio")]),
         "stream": rows.to_iterable_dataset(),
         "column of a stream": rows.to_iterable_dataset()["audio"],
         "numpy": rows.with_format("numpy"),
@@ -234,6 +235,17 @@ def test_data_sets_that_would_decode_need_no_torchcodec(classifier, tmp_path):
     }
     for form, clips in forms.items():
         assert list(classifier(clips)) == expected, form
+    with pytest.raises(TypeError, match="train"):
+        classifier(DatasetDict({"train": rows}))
+
+
+def test_streams_that_decode_by_themselves_are_explained(classifier):
+    def decoded():
+        raise ImportError("To support decoding audio data, please install 'torchcodec'.")
+        yield
+
+    with pytest.raises(ImportError, match="decode=False"):
+        list(classifier(decoded()))
 
 
 @pytest.mark.parametrize("rate", [np.int64(8000), np.array(8000), np.array([8000]), torch.tensor(8000), 8000.0])

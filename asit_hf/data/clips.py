@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from ..fbank_asit import whole_rate
 from .audio import AudioReader, AudioReadError, audio_info
@@ -133,11 +133,18 @@ def select_audio(dataset: Any) -> Any:
 
 def undecoded(data: Any) -> Any:
     """
-    A `datasets` object, one of its columns, or a torch data set around one (`KeyDataset`, `Subset`), with all its
-    audio as paths and bytes for `AudioReader`: decoding it would need torchcodec. Anything else is unchanged.
+    A `datasets` object, one of its columns, or a torch data set around some (`KeyDataset`, `Subset`, `ConcatDataset`),
+    with all its audio as paths and bytes for `AudioReader`: decoding it would need torchcodec. Anything else is
+    unchanged. Raises `TypeError` for several splits, a `DatasetDict`.
     """
     if hasattr(data, "source") and hasattr(data, "column_name"):  # data["audio"], also nested
         return type(data)(undecoded(data.source), data.column_name)
+    if isinstance(data, dict) and hasattr(data, "select_columns"):
+        raise TypeError(f"expected one split, got {type(data).__name__} of {', '.join(data)}: pass one, data[name]")
+    if isinstance(data, ConcatDataset):
+        data = copy.copy(data)
+        data.datasets = [undecoded(one) for one in data.datasets]
+        return data
     if not hasattr(data, "select_columns"):
         if (inner := getattr(data, "dataset", None)) is None or (read := undecoded(inner)) is inner:
             return data

@@ -2,7 +2,8 @@
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.optimization import get_scheduler
+from transformers.trainer_utils import has_length
 
 from ..data.epochs import EpochCallback
 from ..evaluation.metrics import MAIN_METRIC
@@ -31,15 +34,13 @@ _NO_EFFECT = {
         "prediction_loss_only batch_eval_metrics eval_do_concat_batches include_for_metrics"
     ),
     "batches are spectrograms with labels, without columns or tokens": (
-        "label_names length_column_name neftune_noise_alpha use_cache use_liger_kernel liger_kernel_config "
-        "optim_target_modules"
+        "length_column_name use_cache use_liger_kernel liger_kernel_config optim_target_modules"
     ),
-    "it would also drop evaluation clips": "dataloader_drop_last",
-    "the model evaluates in its own precision; bf16 applies to evaluation too": "bf16_full_eval fp16_full_eval",
     "it does not support the model's Boolean masks": "debug",
     "python -m asit_hf.predict classifies audio without labels": "do_predict",
 }
 _ALLOWED = {
+    "label_names": (None, ["labels"]),
     "remove_unused_columns": (False,),
     "train_sampling_strategy": ("random", "sequential"),
     "include_num_input_tokens_seen": ("no", False),  # the parser takes its default for false
@@ -60,6 +61,9 @@ class SupervisedArguments(TimeBudgetArguments, TrainingArguments):
 
     def __post_init__(self):
         check_inherited(self, _NO_EFFECT, _ALLOWED)
+        for precision in ("bf16", "fp16"):
+            if getattr(self, f"{precision}_full_eval") and not getattr(self, precision):
+                raise ValueError(f"{precision}_full_eval needs {precision}, as the features are float32 without it")
         if not self.do_train:
             if not self.do_eval:  # transformers sets it by eval_strategy
                 raise ValueError("do_train False leaves nothing to do: set do_eval True to evaluate a classifier")
@@ -125,7 +129,36 @@ class FinetuningArguments(SupervisedArguments):
             raise ValueError(f"expected metric_for_best_model among {', '.join(known)}; {got}")
 
 
-class FinetuningTrainer(TimeBudgetMixin, PushMixin, Trainer):
+class SupervisedTrainer(TimeBudgetMixin, PushMixin, Trainer):
+    """Trainer of clip and frame classifiers. `dataloader_drop_last` applies to training only."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        if has_length(self.train_dataset) and not len(loader):
+            raise ValueError(
+                f"the training data contain {len(self.train_dataset)} clips, less than one batch: lower "
+                "per_device_train_batch_size or set dataloader_drop_last to False"
+            )
+        return loader
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        with self._every_clip():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        with self._every_clip():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextmanager
+    def _every_clip(self) -> Iterator[None]:
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+
+class FinetuningTrainer(SupervisedTrainer):
     """Trainer of a classifier with the options of [`FinetuningArguments`]."""
 
     def __init__(self, model: nn.Module, args: FinetuningArguments, **kwargs: Any):

@@ -164,6 +164,19 @@ def test_evaluation_needs_a_classifier_and_its_classes(sounds, encoder, tmp_path
         script.main(arguments(sounds, tmp_path, tmp_path / "scores", **only_evaluate))
 
 
+def test_a_regression_model_is_evaluated_on_whole_numbers(sounds, tmp_path):
+    only_evaluate = {"do_train": False, "do_eval": True, "train_data": None, "train_filter": None}
+    ASiTForAudioClassification(ASiTConfig(**SMALL, num_labels=1)).save_pretrained(tmp_path)
+    ASiTFeatureExtractor().save_pretrained(tmp_path)
+    options = only_evaluate | {"label_column": "fold", "eval_data": sounds / "meta.csv"}
+    metrics = script.main(arguments(sounds, tmp_path, tmp_path / "scores", **options))
+    errors = [float(row["prediction"]) - 5 for row in read_predictions(tmp_path / "scores")]
+    assert metrics["eval_mse"] == pytest.approx(np.square(errors).mean(), rel=1e-4)
+    options |= {"problem_type": "multi_label_classification"}
+    with pytest.raises(ValueError, match="problem_type regression.*multi_label"):
+        script.main(arguments(sounds, tmp_path, tmp_path / "scores", **options))
+
+
 def test_longer_clips_are_bounded_by_default_and_counted(sounds, encoder, tmp_path, monkeypatch, caplog):
     lengths = {"train": set(), "eval": set()}
     original = script.LabelledClips.item

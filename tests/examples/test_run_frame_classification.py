@@ -106,7 +106,7 @@ def test_crops_resume_and_bad_files(sounds, encoder, tmp_path, caplog):
 
 def test_a_trained_model_is_evaluated_without_training(sounds, encoder, tmp_path, monkeypatch):
     trained = script.main(arguments(sounds, encoder, tmp_path / "run", max_steps=2))
-    monkeypatch.setattr(script.FrameTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr(script.SupervisedTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
     options = {"train_labels": None, "do_train": False, "do_eval": True}
     metrics = script.main(arguments(sounds, tmp_path / "run", tmp_path / "scores", **options))
     for name, value in trained.items():
@@ -172,7 +172,7 @@ def test_an_evaluation_without_events_ends_with_results_and_card(sounds, encoder
 
 
 def test_an_unknown_metric_is_refused_before_training(sounds, encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(script.FrameTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr(script.SupervisedTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
     with pytest.raises(ValueError, match="segment_f1.*got 'f1'"):
         script.main(arguments(sounds, encoder, tmp_path, metric_for_best_model="f1"))
 

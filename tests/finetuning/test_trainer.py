@@ -110,6 +110,30 @@ def test_averaging_more_epochs_than_a_run_of_max_steps_has(tmp_path):
     trainer.load_average()
 
 
+def test_incomplete_batches_are_dropped_in_training_only(tmp_path):
+    options = {"per_device_train_batch_size": 5, "per_device_eval_batch_size": 5, "num_train_epochs": 1}
+    trainer = make_trainer(tmp_path, dataloader_drop_last=True, **options)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert len(trainer.predict(trainer.train_dataset).predictions) == CLIPS
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] > 0
+    assert sum(len(batch["labels"]) for batch in trainer.get_eval_dataloader(trainer.train_dataset)) == CLIPS
+    few = make_trainer(tmp_path, make_items()[:4], dataloader_drop_last=True, **options)
+    with pytest.raises(ValueError, match="4 clips.*dataloader_drop_last"):
+        few.train()
+
+
+def test_noise_is_added_to_the_patch_embeddings(tmp_path):
+    weights = []
+    for alpha in (None, 50.0):
+        trainer = make_trainer(
+            tmp_path, max_steps=1, learning_rate=0.1, label_names=["labels"], neftune_noise_alpha=alpha
+        )
+        trainer.train()
+        weights.append(trainer.model.classifier.weight.detach())
+    assert not torch.allclose(*weights)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -124,11 +148,9 @@ def test_averaging_more_epochs_than_a_run_of_max_steps_has(tmp_path):
         ({"include_for_metrics": ["inputs"]}, "include_for_metrics"),
         ({"label_names": ["target"]}, "label_names"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy.*group_by_length"),
-        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
-        ({"dataloader_drop_last": True}, "dataloader_drop_last"),
         ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers.*dataloader_num_workers"),
         ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size.*got 0"),
-        ({"bf16_full_eval": True}, "bf16_full_eval"),
+        ({"bf16_full_eval": True}, "bf16_full_eval needs bf16"),
         ({"optim": "lomo"}, "lomo"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
         ({"do_predict": True}, "do_predict.*asit_hf.predict"),

@@ -61,7 +61,7 @@ TABLES = {
     "tab.tsv": "path\tlabels\na.wav\tdog;cat\nb.wav\tcat\nc.wav\tdog|cat\n",
     "list.json": '[{"audio": "a.wav", "label": ["dog", "cat"]}, {"audio": "b.wav", "label": "cat"}]',
     "ast.json": '{"data": [{"wav": "a.wav", "labels": "/m/01,/m/02"}, {"wav": "b.wav", "labels": "/m/01"}]}',
-    "lines.jsonl": '{"file": "a.wav", "label": 1.0}\n{"file": "b.wav", "label": 0}\n{"file": "c.wav"}\n',
+    "lines.jsonl": '{"file": "a.wav", "label": 1.0}\n{"file": "b.wav", "label": 0}\n{"file": "c.wav", "label": 1}\n',
 }
 EVENTS = {
     "dcase.tsv": "filename\tonset\toffset\tevent_label\na.wav\t0.1\t0.4\tdog\nb.wav\t\t\t\nc.wav\t0.0\t1.0\tcat\n",

@@ -199,10 +199,12 @@ def _check_present(dataset: "Dataset", data: str | PathLike) -> None:
 
 def _report_repeats(dataset: "Dataset", data: str | PathLike) -> None:
     """Counts the files that have several rows with different labels, as tables of one row per label do."""
+    if dataset[0]["audio"]["bytes"] is not None:  # names of embedded audio may repeat, and reading it takes time
+        return
+    paths = dataset.select_columns("audio").with_format("arrow")[:]["audio"].to_pylist()
     labels: dict[str, list] = {}
-    for row in dataset.select_columns(["audio", "label"]):
-        if row["audio"]["bytes"] is None:  # names of embedded audio may repeat
-            labels.setdefault(row["audio"]["path"], []).append(row["label"])
+    for audio, label in zip(paths, dataset["label"][:]):
+        labels.setdefault(audio["path"], []).append(label)
     if unlike := [path for path, found in labels.items() if any(label != found[0] for label in found)]:
         what = f"{len(unlike)} of {len(labels)} files of {data} have several rows with different labels"
         logger.warning_once(f"{what}, first {unlike[0]}: the labels of a clip belong in one cell, such as 'dog;cat'")

@@ -64,6 +64,8 @@ class SupervisedArguments(TimeBudgetArguments, TrainingArguments):
         for precision in ("bf16", "fp16"):
             if getattr(self, f"{precision}_full_eval") and not getattr(self, precision):
                 raise ValueError(f"{precision}_full_eval needs {precision}, as the features are float32 without it")
+        if self.fp16 and not torch.accelerator.is_available():
+            raise ValueError("fp16 has no effect without an accelerator: use bf16, which a CPU computes too")
         if not self.do_train:
             if not self.do_eval:  # transformers sets it by eval_strategy
                 raise ValueError("do_train False leaves nothing to do: set do_eval True to evaluate a classifier")

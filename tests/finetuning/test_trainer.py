@@ -164,3 +164,9 @@ def test_noise_is_added_to_the_patch_embeddings(tmp_path):
 def test_wrong_options(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         FinetuningArguments(output_dir=str(tmp_path), **options)
+
+
+def test_fp16_needs_an_accelerator(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="fp16.*bf16"):
+        FinetuningArguments(output_dir=str(tmp_path), fp16=True)

@@ -1,5 +1,6 @@
 """ASiT feature extractor: waveforms to normalized log-mel spectrograms, in batch, on the waveforms' device."""
 
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from inspect import signature
 from numbers import Integral
@@ -9,12 +10,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
-from transformers.feature_extraction_utils import BatchFeature
+from transformers import BatchFeature, FeatureExtractionMixin
 from transformers.utils import FEATURE_EXTRACTOR_NAME, PaddingStrategy, TensorType, logging
 
 from .configuration_asit import SavesHubFiles, read_adapter
 from .fbank_asit import log_mel_spectrogram, num_fbank_frames, whole_rate, window_and_hop
+
+# A base only because Trainer pads clips of different lengths by default for no other class. Nothing that it adds to
+# FeatureExtractionMixin is used: versions of Transformers to come make it an audio processor, and then remove it.
+try:
+    from transformers import SequenceFeatureExtractor
+except ImportError:
+    SequenceFeatureExtractor = FeatureExtractionMixin
+if not issubclass(SequenceFeatureExtractor, FeatureExtractionMixin):
+    SequenceFeatureExtractor = FeatureExtractionMixin
 
 logger = logging.get_logger(__name__)
 
@@ -74,9 +83,11 @@ class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
         for name, value in {"num_mel_bins": num_mel_bins, "std": std}.items():
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        super().__init__(
-            feature_size, sampling_rate, padding_value, return_attention_mask=return_attention_mask, **kwargs
-        )
+        FeatureExtractionMixin.__init__(self, **{"padding_side": "right", **kwargs})
+        self.feature_size = feature_size
+        self.sampling_rate = sampling_rate
+        self.padding_value = padding_value
+        self.return_attention_mask = return_attention_mask
         self.num_mel_bins = num_mel_bins
         self.mean = mean
         self.std = std
@@ -91,14 +102,12 @@ class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
         return super().from_dict(saved, **kwargs)
 
     @classmethod
-    def get_feature_extractor_dict(
-        cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers; an adapter of peft saved without a feature extractor has that of its base model."""
         folder = pretrained_model_name_or_path
         adapter = None if (Path(folder) / FEATURE_EXTRACTOR_NAME).is_file() else read_adapter(folder)
         path = folder if adapter is None else adapter["base_model_name_or_path"]
-        return super().get_feature_extractor_dict(path, **kwargs)
+        return super().from_pretrained(path, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """As in Transformers, with this class as the processor, so that `AutoProcessor` need not ask for one."""
@@ -177,13 +186,7 @@ class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
         if None not in (num_frames, max_length) and num_frames != max_length:
             raise ValueError(f"max_length is an alias of num_frames, got {num_frames} and {max_length}")
         num_frames = num_frames if num_frames is not None else max_length
-        for name, value in {"num_frames": num_frames, "pad_to_multiple_of": pad_to_multiple_of}.items():
-            if value is not None and not (isinstance(value, Integral) and value >= 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        named = {True: PaddingStrategy.LONGEST, False: PaddingStrategy.DO_NOT_PAD}
-        strategy = named[padding] if isinstance(padding, bool) else PaddingStrategy(padding)
-        if num_frames is None and (truncation or strategy == PaddingStrategy.MAX_LENGTH):
-            raise ValueError("padding='max_length' and truncation=True need num_frames, the target length")
+        strategy = _padding_strategy(padding, truncation, pad_to_multiple_of, num_frames=num_frames)
         clips = [self._to_tensor(clip, index) for index, clip in enumerate(self._to_clips(raw_speech))]
 
         # one clip fits a CPU's cache; an accelerator is fastest with all at once
@@ -191,19 +194,97 @@ class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
         features = [feature for group in groups for feature in self._extract_clips(group)]
         if truncation:
             features = [feature[:num_frames] for feature in features]
-        longest = max(len(feature) for feature in features)
-        target = num_frames if strategy == PaddingStrategy.MAX_LENGTH else longest
-        if pad_to_multiple_of is not None:
-            target = -(-target // pad_to_multiple_of) * pad_to_multiple_of
-        if strategy == PaddingStrategy.DO_NOT_PAD:
-            target = 0
+        outputs = {"input_values": features}
+        if self.return_attention_mask if return_attention_mask is None else return_attention_mask:
+            outputs["attention_mask"] = [feature.new_ones(len(feature), dtype=torch.long) for feature in features]
+        return self._pad_and_stack(outputs, strategy, num_frames, pad_to_multiple_of, return_tensors)
 
-        outputs = {"input_values": [_pad(feature, target, self.padding_value) for feature in features]}
+    def pad(
+        self,
+        processed_features: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        padding: bool | str | PaddingStrategy = True,
+        max_length: int | None = None,
+        truncation: bool = False,
+        pad_to_multiple_of: int | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | TensorType | None = None,
+    ) -> BatchFeature:
+        """
+        Pads features of several clips, as the feature extractors of Transformers do: `DataCollatorWithPadding` of this
+        extractor collates clips of different lengths.
+
+        Args:
+            processed_features: the clips' features and other values such as labels, as a list of one mapping per clip
+                or a mapping of lists. `input_values` are of shape `(frames, feature_size)`, or `(frames,)` if
+                `feature_size` is 1: tensors, arrays or lists.
+            padding (`bool` or `str`, defaults to `True`): as in `__call__`, with `"max_length"` for `max_length`.
+            max_length (`int`, *optional*): target length of padding and truncation, in frames.
+            truncation (`bool`, defaults to `False`): cut features to `max_length`, rounded up to `pad_to_multiple_of`.
+            pad_to_multiple_of (`int`, *optional*): round the padded length up to a multiple of this.
+            return_attention_mask (`bool`, *optional*): whether to add an `attention_mask` where there is none; by
+                default the extractor's setting.
+            return_tensors (`str`, *optional*): `"pt"` or `"np"`; by default, tensors if the features are tensors,
+                otherwise arrays.
+
+        Returns:
+            [`BatchFeature`] with all values stacked, float64 as float32; other values than `input_values` and
+            `attention_mask` are not padded.
+
+        Raises:
+            `ValueError`: there are no `input_values`, their shape is another, the values have different numbers of
+                clips, or lengths that differ where tensors are wanted.
+        """
+        strategy = _padding_strategy(padding, truncation, pad_to_multiple_of, max_length=max_length)
+        if not isinstance(processed_features, Mapping):
+            clips = [dict(clip) for clip in processed_features]
+            processed_features = {name: [clip[name] for clip in clips] for name in (clips[0] if clips else ())}
+        if "input_values" not in processed_features:
+            raise ValueError(f"expected features with input_values, got {sorted(processed_features)}")
         wants_mask = self.return_attention_mask if return_attention_mask is None else return_attention_mask
-        if wants_mask:
-            masks = [torch.ones(len(feature), dtype=torch.long, device=feature.device) for feature in features]
-            outputs["attention_mask"] = [_pad(mask, target, 0) for mask in masks]
-        return _to_batch_feature(outputs, return_tensors)
+        if len(processed_features["input_values"]) == 0:
+            return BatchFeature({**processed_features, **({"attention_mask": []} if wants_mask else {})})
+        if return_tensors is None:
+            return_tensors = "pt" if _is_tensor(processed_features["input_values"][0]) else "np"
+
+        outputs = {name: [_as_tensor(one, name) for one in values] for name, values in processed_features.items()}
+        if len({len(values) for values in outputs.values()}) > 1:
+            counts = {name: len(values) for name, values in outputs.items()}
+            raise ValueError(f"expected one value per clip, got {counts}")
+        width = (self.feature_size,) if self.feature_size > 1 else ()
+        for index, feature in enumerate(outputs["input_values"]):
+            if feature.ndim == 0 or feature.shape[1:] != width:
+                expected = f"(frames, {self.feature_size})" if width else "(frames,)"
+                raise ValueError(f"input_values {index}: expected shape {expected}, got {tuple(feature.shape)}")
+        if wants_mask and "attention_mask" not in outputs:
+            outputs["attention_mask"] = [one.new_ones(len(one), dtype=torch.int32) for one in outputs["input_values"]]
+        if truncation:
+            limit = _round_up(max_length, pad_to_multiple_of)
+            for name in outputs.keys() & set(self.model_input_names):
+                outputs[name] = [one[:limit] for one in outputs[name]]
+        return self._pad_and_stack(outputs, strategy, max_length, pad_to_multiple_of, return_tensors)
+
+    def _pad_and_stack(
+        self,
+        outputs: dict[str, list[torch.Tensor]],
+        strategy: PaddingStrategy,
+        max_length: int | None,
+        pad_to_multiple_of: int | None,
+        return_tensors: str | TensorType | None,
+    ) -> BatchFeature:
+        if strategy != PaddingStrategy.DO_NOT_PAD:
+            longest = max(len(feature) for feature in outputs["input_values"])
+            target = _round_up(longest if strategy == PaddingStrategy.LONGEST else max_length, pad_to_multiple_of)
+            fills = {"input_values": self.padding_value, "attention_mask": 0}
+            for name in outputs.keys() & fills.keys():
+                outputs[name] = [_pad(one, target, fills[name]) for one in outputs[name]]
+        if return_tensors is None or TensorType(return_tensors) != TensorType.PYTORCH:
+            arrays = {name: [one.cpu().numpy()[()] for one in values] for name, values in outputs.items()}
+            return BatchFeature(arrays, tensor_type=return_tensors)
+        for name, values in outputs.items():
+            lengths = sorted({len(one) for one in values if one.ndim > 0})
+            if len(lengths) > 1:
+                raise ValueError(f"{name} of lengths {lengths} cannot be stacked: use padding=True")
+        return BatchFeature({name: torch.stack(values) for name, values in outputs.items()})
 
     def _check_rate(self, sampling_rate: int | None) -> None:
         if sampling_rate is None:
@@ -293,20 +374,45 @@ def _to_array(clip: Any, index: int) -> np.ndarray:
     return array.astype(np.float32 if array.dtype.kind == "f" else array.dtype.newbyteorder("="), copy=False)
 
 
+def _padding_strategy(
+    padding: bool | str | PaddingStrategy, truncation: bool, pad_to_multiple_of: int | None, **length: int | None
+) -> PaddingStrategy:
+    """The strategy that `padding` names. `length` is the target length under its caller's name of it."""
+    for name, value in {**length, "pad_to_multiple_of": pad_to_multiple_of}.items():
+        if value is not None and not (isinstance(value, Integral) and value >= 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    named = {True: PaddingStrategy.LONGEST, False: PaddingStrategy.DO_NOT_PAD}
+    strategy = named[padding] if isinstance(padding, bool) else PaddingStrategy(padding)
+    if None in length.values() and (truncation or strategy == PaddingStrategy.MAX_LENGTH):
+        raise ValueError(f"padding='max_length' and truncation=True need {', '.join(length)}, the target length")
+    return strategy
+
+
+def _round_up(length: int, multiple: int | None) -> int:
+    return length if multiple is None else -(-length // multiple) * multiple
+
+
+def _is_tensor(values: Any) -> bool:
+    """Whether values, or the first of a list of them, are a tensor."""
+    first = values[0] if isinstance(values, (list, tuple)) and values else values
+    return isinstance(first, torch.Tensor)
+
+
+def _as_tensor(values: Any, name: str) -> torch.Tensor:
+    """A tensor of numbers of any shape, detached, with float64 as float32."""
+    if not isinstance(values, torch.Tensor):
+        array = np.asarray(values)
+        if array.dtype.kind not in "biufc":
+            raise ValueError(f"{name}: expected numbers, got {array.dtype}")
+        values = torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+    values = values.detach()
+    return values.float() if values.dtype == torch.float64 else values
+
+
 def _pad(values: torch.Tensor, length: int, value: float) -> torch.Tensor:
     """Pads the first axis on the right to `length`, if it is shorter, with `value`."""
     padding = values.new_full((max(length - len(values), 0), *values.shape[1:]), value)
     return torch.cat([values, padding]) if len(padding) else values
-
-
-def _to_batch_feature(outputs: dict[str, list[torch.Tensor]], return_tensors: str | TensorType | None) -> BatchFeature:
-    if return_tensors is not None and TensorType(return_tensors) == TensorType.PYTORCH:
-        lengths = {len(value) for value in outputs["input_values"]}
-        if len(lengths) > 1:
-            raise ValueError(f"clips of {sorted(lengths)} frames cannot be stacked: use padding=True")
-        return BatchFeature({name: torch.stack(values) for name, values in outputs.items()})
-    arrays = {name: [value.cpu().numpy() for value in values] for name, values in outputs.items()}
-    return BatchFeature(arrays, tensor_type=return_tensors)
 
 
 __all__ = ["ASiTFeatureExtractor"]

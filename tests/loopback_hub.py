@@ -156,7 +156,7 @@ def run(code: str, hub: Hub, folder: Path, *arguments: str, package: bool = True
     environment["PYTHONPATH"] = str(PACKAGE)
     if not package:
         code = f'import sys\nsys.modules["asit_hf"] = None\n{code}'
-    command = [sys.executable, "-c", code, *arguments]
+    command = [sys.executable, "-W", "error::FutureWarning", "-c", code, *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

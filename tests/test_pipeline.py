@@ -526,7 +526,7 @@ def test_a_fresh_process_without_the_package(folder, classifier, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     folders = [str(folder), str(tmp_path / "pretraining"), str(tmp_path / "resaved")]
-    command = [sys.executable, "-c", FRESH_PROCESS, *folders]
+    command = [sys.executable, "-W", "error::FutureWarning", "-c", FRESH_PROCESS, *folders]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.utils import ModelOutput
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 
 from ..configuration_asit import ASiTConfig
 from ..data.randomness import mix_keys, uniform_noise

@@ -227,8 +227,8 @@ class TimeBudget(TrainerCallback):
 
     def _agree(self, args: TrainingArguments) -> list[float]:
         """The main process's seconds used, of the last evaluation, and of all evaluations since the start."""
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None and args.device.type == accelerator.type:
+        # torch 2.6 raises an error in current_accelerator() if there is none
+        if torch.accelerator.is_available() and args.device.type == torch.accelerator.current_accelerator().type:
             torch.accelerator.synchronize(args.device)
         seconds = [self.spent(), self.last_evaluation, self.evaluations]
         if args.world_size > 1:

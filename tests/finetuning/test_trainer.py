@@ -67,12 +67,12 @@ def test_schedules_of_trainer_are_available(tmp_path):
 
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
 def test_labels_are_smoothed_in_training_only(tmp_path, problem_type):
-    items = make_items()
+    items = [{**item, "labels": torch.tensor(0)} for item in make_items()]  # over balanced classes the effect cancels
     if problem_type == "multi_label_classification":
         items = [{**item, "labels": torch.nn.functional.one_hot(item["labels"], CLASSES).float()} for item in items]
     options = {"label_smoothing": 0.3, "num_train_epochs": 1, "per_device_train_batch_size": CLIPS}
     trainer = make_trainer(tmp_path, items, problem_type, **options)
-    torch.nn.init.normal_(trainer.model.classifier.weight)  # large logits, on which smoothing has an effect
+    trainer.model.classifier.bias.data[0] = 4.0  # large logits, on which smoothing has an effect
     batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
     with torch.no_grad():
         logits = trainer.model.eval()(batch["input_values"]).logits
@@ -86,7 +86,7 @@ def test_labels_are_smoothed_in_training_only(tmp_path, problem_type):
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(smoothed.item(), rel=1e-4)
     assert evaluated == pytest.approx(classification_loss(logits, batch["labels"], problem_type).item(), rel=1e-4)
-    assert abs(evaluated - smoothed.item()) > 0.01
+    assert abs(evaluated - smoothed.item()) > 0.1
 
 
 def test_the_last_epochs_are_averaged(tmp_path):

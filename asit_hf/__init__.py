@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from .configuration_asit import ASiTConfig
+from .data.audio import read_audio
 from .feature_extraction_asit import ASiTFeatureExtractor
 from .modeling_asit import ASiTForAudioClassification, ASiTForAudioFrameClassification, ASiTModel, ASiTPreTrainedModel
 from .pipeline import ASiTAudioClassificationPipeline, register_pipeline
@@ -29,10 +30,11 @@ AutoModelForAudioClassification.register(ASiTConfig, ASiTForAudioClassification,
 AutoModelForAudioFrameClassification.register(ASiTConfig, ASiTForAudioFrameClassification, exist_ok=True)
 AutoModelForPreTraining.register(ASiTConfig, ASiTForPreTraining, exist_ok=True)
 register_pipeline()
+ASiTFeatureExtractor.read_audio = staticmethod(read_audio)
 
 # Imported on first access: names that need the train extra, and names that inference does without.
 _TRAINING = {"ASiTPreTrainer": "pretraining.trainer", "ASiTPreTrainingArguments": "pretraining.arguments"}
-_LAZY = {"export_encoder": "hub.export", "load_encoder": "loading", "read_audio": "data.audio"}
+_LAZY = {"export_encoder": "hub.export", "load_encoder": "loading"}
 __all__ = [
     "ASiTAudioClassificationPipeline",
     "ASiTConfig",
@@ -42,6 +44,7 @@ __all__ = [
     "ASiTForPreTraining",
     "ASiTModel",
     "ASiTPreTrainedModel",
+    "read_audio",
     *_LAZY,
 ]
 

@@ -31,6 +31,10 @@ AUTO_MAP = {
     "AutoModelForAudioFrameClassification": "modeling_asit.ASiTForAudioFrameClassification",
 }
 
+# Renames a pretraining checkpoint's teacher to a plain encoder, and its student to names that are not loaded.
+TEACHER_KEYS = {r"^asit\.": "student.", r"^teacher\.asit\.": "asit."}
+SENTENCE_TRANSFORMERS_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+
 SIZES = {
     "tiny": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768},
     "small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536},
@@ -51,6 +55,25 @@ def copy_hub_files(folder: str | PathLike) -> None:
     for name in HUB_FILES:
         if (source / name).is_file() and source.resolve() != target.resolve():
             shutil.copyfile(source / name, target / name)
+
+
+def sentence_transformers_files(architectures: list[str] | None) -> dict[str, str]:
+    """
+    Contents of the files with which sentence-transformers embeds audio with a saved model by `ASiTModel.embed`, by
+    name. Of a pretraining checkpoint it loads the teacher, which `AutoModel` does not.
+    """
+    module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
+    transformer = {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"audio": {"method": "embed", "method_output_name": "pooler_output"}},
+        "module_output_name": "sentence_embedding",
+        "processing_kwargs": {"audio": {"resample": True}},
+    }
+    if architectures == ["ASiTForPreTraining"]:
+        transformer["model_kwargs"] = {"key_mapping": TEACHER_KEYS}
+    model = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"}
+    contents = ([module], transformer, model)
+    return {name: json.dumps(one, indent=2) + "\n" for name, one in zip(SENTENCE_TRANSFORMERS_FILES, contents)}
 
 
 def read_adapter(folder: str | PathLike | None) -> dict[str, Any] | None:
@@ -90,8 +113,9 @@ class SavesHubFiles:
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _get_files_timestamps(self, working_dir: str | PathLike) -> dict[str, float]:
-        # a push uploads files without a timestamp, and the code files are copied before it takes them
-        return {k: v for k, v in super()._get_files_timestamps(working_dir).items() if k not in HUB_FILES}
+        # a push uploads files without a timestamp, and these files are written before it takes them
+        written = {*HUB_FILES, *SENTENCE_TRANSFORMERS_FILES}
+        return {k: v for k, v in super()._get_files_timestamps(working_dir).items() if k not in written}
 
 
 @strict
@@ -198,6 +222,14 @@ class ASiTConfig(SavesHubFiles, PreTrainedConfig):
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
 
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """As in Transformers, with the code files and, unless they are there, those of sentence-transformers."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        for name, content in sentence_transformers_files(self.architectures).items():
+            if not (file := Path(save_directory, name)).is_file():  # its own may have prompts or further modules
+                file.write_text(content, encoding="utf-8")
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> tuple[dict, dict]:
         """
@@ -244,6 +276,11 @@ class ASiTConfig(SavesHubFiles, PreTrainedConfig):
     def pooled_size(self) -> int:
         """Width of the pooled output."""
         return 2 * self.hidden_size if self.pooling_mode == "cls_mean" else self.hidden_size
+
+    @property
+    def projection_dim(self) -> int:
+        """Width of an embedding, by the name under which sentence-transformers looks for it."""
+        return self.pooled_size
 
 
 __all__ = ["ASiTConfig"]

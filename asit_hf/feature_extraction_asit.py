@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from importlib import import_module
 from inspect import signature
-from numbers import Integral
+from io import BytesIO
+from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,24 @@ MAX_CHANNELS = 8
 RawSpeech = np.ndarray | torch.Tensor | list[float] | list[np.ndarray] | list[torch.Tensor] | list[list[float]]
 
 
+def read_audio(source: str | PathLike | bytes | dict[str, Any], sampling_rate: int) -> np.ndarray:
+    """
+    Mono waveform `(samples,)` at `sampling_rate` Hz of the path or content of a file that libsndfile reads (wav, flac,
+    ogg, mp3, ...), or of an `{"array", "sampling_rate"}` dict.
+    """
+    if not isinstance(source, dict):
+        file = BytesIO(source) if isinstance(source, bytes) else source
+        source = dict(zip(("array", "sampling_rate"), import_module("soundfile").read(file, dtype="float32")))
+    array, rate = torch.as_tensor(source["array"]).detach().cpu(), whole_rate(source["sampling_rate"])
+    if array.dtype in (torch.int16, torch.int32):  # PCM
+        array = array.float() / -torch.iinfo(array.dtype).min
+    if array.ndim == 2:
+        array = array.float().mean(int(np.argmin(array.shape)))
+    if rate == sampling_rate or array.ndim != 1 or array.numel() == 0:
+        return array.numpy()
+    return import_module("soxr").resample(array.float().numpy(), rate, sampling_rate, quality="HQ")
+
+
 class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
     r"""
     Turns waveforms into `input_values`: Kaldi log-mel filter banks normalized as `(x - mean) / (2 * std)`.
@@ -53,6 +73,7 @@ class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
     """
 
     model_input_names = ["input_values", "attention_mask"]
+    read_audio = staticmethod(read_audio)  # asit_hf, where it is imported, sets its own, which reads more formats
 
     def __init__(
         self,
@@ -152,6 +173,7 @@ class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
         pad_to_multiple_of: int | None = None,
         return_attention_mask: bool | None = None,
         return_tensors: str | TensorType | None = None,
+        resample: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -172,6 +194,9 @@ class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
             pad_to_multiple_of (`int`, *optional*): round the padded length up to a multiple of this.
             return_attention_mask (`bool`, *optional*): overrides the extractor's setting.
             return_tensors (`str`, *optional*): `"pt"` or `"np"`; by default, lists of numpy arrays.
+            resample (`bool`, defaults to `False`): also accept paths and contents of files, waveforms of any
+                `sampling_rate`, and channels `(channels, samples)` or `(samples, channels)`, which are averaged: one
+                clip, or a list of clips. Without `asit_hf` this needs soundfile for files and soxr for other rates.
 
         Returns:
             [`BatchFeature`] with `input_values` of shape `(batch, frames, num_mel_bins)` and, unless disabled,
@@ -182,6 +207,8 @@ class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
         """
         if kwargs:
             raise TypeError(f"unexpected arguments {sorted(kwargs)}; see ASiTFeatureExtractor.__call__")
+        if resample:
+            raw_speech, sampling_rate = self._read(raw_speech, sampling_rate), self.sampling_rate
         self._check_rate(sampling_rate)
         if None not in (num_frames, max_length) and num_frames != max_length:
             raise ValueError(f"max_length is an alias of num_frames, got {num_frames} and {max_length}")
@@ -285,6 +312,19 @@ class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
             if len(lengths) > 1:
                 raise ValueError(f"{name} of lengths {lengths} cannot be stacked: use padding=True")
         return BatchFeature({name: torch.stack(values) for name, values in outputs.items()})
+
+    def _read(self, sources: Any, sampling_rate: int | None) -> list[np.ndarray]:
+        """Mono waveforms at this extractor's rate of one source or a list of them, for `resample`."""
+        if not isinstance(sources, (list, tuple)) or (len(sources) and isinstance(sources[0], Real)):
+            sources = [sources]
+        waveforms = []
+        for source in sources:
+            if not isinstance(source, (str, PathLike, bytes)):
+                if sampling_rate is None:
+                    self._check_rate(None)
+                source = {"array": source, "sampling_rate": sampling_rate or self.sampling_rate}
+            waveforms.append(self.read_audio(source, self.sampling_rate))
+        return waveforms
 
     def _check_rate(self, sampling_rate: int | None) -> None:
         if sampling_rate is None:

@@ -23,16 +23,14 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from .configuration_asit import ASiTConfig, read_adapter
+from .configuration_asit import TEACHER_KEYS, ASiTConfig, read_adapter
 from .feature_extraction_asit import ASiTFeatureExtractor
-from .modeling_asit import ASiTForAudioClassification, ASiTForAudioFrameClassification, ASiTModel
+from .modeling_asit import ASiTModel
 from .utils.extras import extra
 
 logger = logging.getLogger(__name__)
 
 ENCODERS = ("teacher", "student")
-# Renames the teacher's weights to those of a plain encoder, and the student's to names that are not loaded.
-TEACHER_KEYS = {r"^asit\.": "student.", r"^teacher\.asit\.": "asit."}
 
 
 def load_encoder(path: str | PathLike, encoder: str = "teacher", **kwargs: Any) -> ASiTModel:
@@ -55,10 +53,8 @@ def load_encoder(path: str | PathLike, encoder: str = "teacher", **kwargs: Any) 
     is_teacher = encoder == "teacher" and is_pretraining_checkpoint(config)
     path = resolve_checkpoint(path)
     if read_adapter(path) is not None:
-        classes = {one.__name__: one for one in (ASiTForAudioClassification, ASiTForAudioFrameClassification)}
         with extra("peft"):
-            model = classes.get((config.architectures or [""])[0], ASiTModel).from_pretrained(path, **kwargs)
-        return getattr(model, model.base_model_prefix, model)
+            return ASiTModel.from_pretrained(path, **kwargs)
     if isinstance(path, Path):
         _check_weights(path, config, "teacher.asit." if is_teacher else "asit.", encoder)
     if is_teacher:

@@ -21,6 +21,8 @@ from .configuration_asit import ASiTConfig, read_adapter
 
 logger = logging.get_logger(__name__)
 
+MAX_FRAMES = 3000  # 30 s; `ASiTModel.embed` splits longer clips, as the cost of attention grows with their square
+
 
 def bicubic_resize_matrix(
     source_size: int, target_sizes: torch.Tensor, num_targets: int, dtype: torch.dtype = torch.float32
@@ -228,8 +230,8 @@ class ASiTPreTrainedModel(PreTrainedModel):
     main_input_name = "input_values"
     input_modalities = ("audio",)
     supports_gradient_checkpointing = True
-    # a pretraining checkpoint also holds the teacher, the heads and the centers
-    _keys_to_ignore_on_load_unexpected = [r"^teacher\.", r"^heads\.", r"^(cls|patch)_center\."]
+    # beside the encoder, a pretraining checkpoint holds the teacher (or the student), heads and centers
+    _keys_to_ignore_on_load_unexpected = [r"^(teacher|student|classifier)\.", r"^heads\.", r"^(cls|patch)_center\."]
     _no_split_modules = ["ASiTEmbeddings", "ASiTLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -250,7 +252,7 @@ class ASiTPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """
         As in Transformers. The local folder of an adapter of peft gives its base model with the adapter merged into
-        it and with the classes of the `config.json` saved beside it.
+        it and with the classes of the `config.json` saved beside it; as `ASiTModel`, the encoder of that model.
         """
         path, adapter_kwargs = pretrained_model_name_or_path, kwargs.get("adapter_kwargs") or {}
         folder = adapter_kwargs.get("_adapter_model_path", path)  # the auto classes pass the base model as the path
@@ -260,15 +262,20 @@ class ASiTPreTrainedModel(PreTrainedModel):
         dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
         # a `config` from `pipeline()` may be that of the base model, which does not know the adapter's classes
         config, kwargs = cls.config_class.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
+        classifiers = {one.__name__: one for one in (ASiTForAudioClassification, ASiTForAudioFrameClassification)}
+        # the class that was trained, whose weights have other names than those of its encoder
+        trained = classifiers.get((config.architectures or [""])[0], cls) if cls is ASiTModel else cls
         base, verbosity = adapter["base_model_name_or_path"], logging.get_verbosity()
         logging.set_verbosity_error()  # the base model lacks the classifier, which the adapter has
         try:
-            loaded = super().from_pretrained(base, *args, config=config, **dtype, **kwargs)
+            load = super(ASiTPreTrainedModel, trained).from_pretrained
+            loaded = load(base, *args, config=config, **dtype, **kwargs)
         finally:
             logging.set_verbosity(verbosity)
         model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
         # not `load_adapter`, which in transformers 5.6 leaves out the classifier
         model = import_module("peft").PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
+        model = model if trained is cls else model.asit
         return (model, *info) if info else model
 
     @torch.no_grad()
@@ -349,6 +356,42 @@ class ASiTModel(ASiTPreTrainedModel):
             hidden_states = layer(hidden_states, layer_mask, scale, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         return BaseModelOutputWithPooling(hidden_states, self._pool(hidden_states, token_mask))
+
+    def embed(
+        self, input_values: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Embeddings of clips of any length, for sentence-transformers. Longer clips than 30 s are embedded in windows
+        of that length, cut to whole patches, and averaged with the windows' numbers of time patches as weights.
+
+        Args:
+            input_values (`torch.Tensor` of shape `(batch, frames, num_mel_bins)`): as in `forward`, of any
+                floating-point type.
+            attention_mask (`torch.Tensor` of shape `(batch, frames)`, *optional*): as in `forward`.
+
+        Returns:
+            [`BaseModelOutputWithPooling`] with `pooler_output` alone.
+        """
+        values = input_values.to(self.dtype)
+        mask = input_values.new_ones(values.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
+        window = MAX_FRAMES // self.config.patch_size * self.config.patch_size
+        if values.shape[1] < window + self.config.patch_size:
+            return BaseModelOutputWithPooling(pooler_output=self(values, mask).pooler_output)
+        logger.warning_once(
+            f"clips longer than {window / 100:.2f} s are embedded in windows of that length, whose embeddings are "
+            f"averaged; the longest clip here has {values.shape[1] / 100:.2f} s"
+        )
+        total, pooled = self._num_time_patches(mask), 0.0
+        for part, real in zip(values.split(window, dim=1), mask.split(window, dim=1)):
+            count = real.sum(-1) // self.config.patch_size
+            if not torch.is_tensor(pooled):  # the first window may be shorter than a patch
+                count = count.clamp_min(1)
+                pooled = values.new_zeros(len(values), self.config.pooled_size, dtype=torch.float32)
+            rows = count.nonzero()[:, 0]
+            if len(rows):
+                weights = (count / total)[rows, None]
+                pooled.index_add_(0, rows, weights * self(part[rows], real[rows]).pooler_output.float())
+        return BaseModelOutputWithPooling(pooler_output=pooled.to(self.dtype))
 
     @torch.compiler.disable
     def _check_mask(self, attention_mask: torch.Tensor, input_values: torch.Tensor) -> None:

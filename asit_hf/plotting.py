@@ -40,9 +40,11 @@ def _draw(spectrograms: Mapping[str, np.ndarray], height: float) -> Figure:
     """Spectrograms `(frames, mel)` by title, stacked, all on the color scale of the first; `height` is per row."""
     first = next(iter(spectrograms.values()))
     figure, panels = _axes(7, height * len(spectrograms), rows=len(spectrograms), sharex=True)
+    longest = max(map(len, spectrograms.values()))
     for axes, (title, spectrogram) in zip(panels, spectrograms.items()):
         _draw_image(axes, spectrogram, cmap="magma", vmin=first.min(), vmax=first.max())
         _write(axes, title, "seconds" if axes is panels[-1] else "", "mel bin")
+    panels[0].set_xlim(0, longest / 100)
     return figure
 
 
@@ -55,6 +57,12 @@ def _draw_image(axes: Axes, values: np.ndarray, **options: Any) -> None:
 def plot_log_mel(spectrogram: Array, title: str = "log-mel") -> Figure:
     """One spectrogram of shape `(frames, mel)`, hop 10 ms."""
     return _draw({title: _as_matrix(spectrogram, "a spectrogram", "frames, mel")}, height=2.4)
+
+
+def plot_log_mels(spectrograms: Mapping[str, Array]) -> Figure:
+    """Spectrograms of shape `(frames, mel)` by title, stacked, on one time axis and the color scale of the first."""
+    matrices = {title: _as_matrix(values, "a spectrogram", "frames, mel") for title, values in spectrograms.items()}
+    return _draw(matrices, height=1.2)
 
 
 def plot_reconstruction(clean: Array, corrupted: Array, mask: Array, reconstruction: Array) -> Figure:

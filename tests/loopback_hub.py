@@ -153,7 +153,7 @@ def run(code: str, hub: Hub, folder: Path, *arguments: str, package: bool = True
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_token", "HF_HOME": str(folder / "hf")}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(PACKAGE)
+    environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])
     if not package:
         code = f'import sys\nsys.modules["asit_hf"] = None\n{code}'
     command = [sys.executable, "-W", "error::FutureWarning", "-c", code, *arguments]

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from transformers import ASTFeatureExtractor, AutoFeatureExtractor, AutoProcessor
 
-from asit_hf import ASiTConfig, ASiTFeatureExtractor
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, feature_extraction_asit
 from asit_hf.configuration_asit import AUTO_MAP, HUB_FILES
+from asit_hf.data.audio import resample
 from asit_hf.fbank_asit import num_fbank_frames
 
 GOLDEN = np.load(Path(__file__).parent / "fixtures" / "fbank.npz")
@@ -37,6 +39,46 @@ def test_log_mel_equals_transformers_ast(lengths):
         expected = ast(clip, sampling_rate=RATE, return_tensors="np")["input_values"][0]
         ours = ASiTFeatureExtractor(mean=0.0, std=0.5)(clip, RATE, return_tensors="np")["input_values"][0]
         np.testing.assert_allclose(ours[:20], expected, rtol=0, atol=2e-3)
+
+
+@pytest.fixture(params=["of asit_hf", "of the Hub files"])
+def resampling(request, monkeypatch) -> ASiTFeatureExtractor:
+    """An extractor with the reader that `import asit_hf` sets, and with the one it has without the package."""
+    if request.param == "of the Hub files":
+        monkeypatch.setattr(ASiTFeatureExtractor, "read_audio", staticmethod(feature_extraction_asit.read_audio))
+    return partial(extractor, resample=True, return_tensors="pt")
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+def test_resampling_reads_files_channels_and_any_rate(resampling, rate, tmp_path):
+    stereo = np.stack([clips(rate)[0], np.zeros(rate, np.float32)], axis=1)
+    soundfile.write(tmp_path / "clip.wav", stereo, rate, subtype="FLOAT")
+    soundfile.write(tmp_path / "clip.flac", stereo, rate, subtype="PCM_16")
+    expected = extractor(resample(stereo.mean(1), rate, RATE), RATE, return_tensors="pt")["input_values"]
+    content = (tmp_path / "clip.wav").read_bytes()
+    sources = [tmp_path / "clip.wav", str(tmp_path / "clip.wav"), content, stereo, stereo.T, torch.tensor(stereo)]
+    for source in sources:
+        for batch in (source, [source]):
+            found = resampling(batch, rate)["input_values"]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    # one batch of files with rates of their own
+    soundfile.write(tmp_path / "other.wav", clips(4000)[0], 4000)
+    both = resampling([tmp_path / "clip.flac", tmp_path / "other.wav"])
+    assert both["attention_mask"].sum(-1).tolist() == [98, 98]
+    # 16 bits move the log of the quietest bands
+    torch.testing.assert_close(both["input_values"][0], expected[0], rtol=0, atol=0.1)
+
+
+def test_resampling_scales_pcm_and_assumes_the_models_rate_for_bare_waveforms(resampling):
+    (clip,) = clips(RATE // 2)
+    expected = extractor(clip, RATE, return_tensors="pt")["input_values"]
+    torch.testing.assert_close(resampling(clip)["input_values"], expected)
+    torch.testing.assert_close(resampling(clip.tolist())["input_values"], expected)
+    pcm = resampling([(clip * 2**31).astype(np.int32)])["input_values"]
+    torch.testing.assert_close(pcm, expected, rtol=0, atol=1e-4)
+    for empty in ([], [np.zeros(0, np.float32)], [np.zeros((3, 4, 5), np.float32)]):
+        with pytest.raises((ValueError, OSError)):
+            resampling(empty, 8000)
 
 
 def test_normalization():

@@ -13,7 +13,7 @@ import torch
 from tiny import MEL
 from torch import distributed, nn
 from torch.export import Dim
-from transformers import TorchAoConfig, pipeline
+from transformers import AutoModel, TorchAoConfig, pipeline
 
 from asit_hf import (
     ASiTAudioClassificationPipeline,
@@ -134,6 +134,9 @@ def test_an_adapter_loads_with_its_classes(adapted, tmp_path, caplog):
     adapted_states = model.get_base_model().asit(**batch).last_hidden_state
     torch.testing.assert_close(encoder(**batch).last_hidden_state, adapted_states, rtol=0, atol=1e-4)
     assert encoder.state_dict().keys() == build(ASiTModel).state_dict().keys()
+    again = AutoModel.from_pretrained(folder)
+    assert type(again) is ASiTModel
+    torch.testing.assert_close(again(**batch).last_hidden_state, adapted_states, rtol=0, atol=1e-4)
     assert load_feature_extractor(folder).num_mel_bins == MEL
 
 

@@ -1,6 +1,7 @@
 """Model cards, written from a saved model and the record of its training run."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ _POOLING = {
     "mean": "mean of the patch tokens",
     "cls_mean": "CLS token and mean of the patch tokens",
 }
+# (name, part of it): the part follows punctuation, or begins with the name of a split; a scheme is left out
+_DATASET_NAME = re.compile(
+    r"(?:\w+://(?:datasets/)?)?(.*?)(?:(?:\s*[,;:(]+\s*|\s+(?=(?:folds?|splits?|train|test|eval|validation)\b))(.*))?",
+    re.DOTALL | re.IGNORECASE,
+)
 _NOTES = {
     "ece_percent": "expected calibration error in percent, 15 bins of equal width.",
     "in_sample_temperature": "the temperature that minimizes the negative log-likelihood of the evaluation clips "
@@ -94,7 +100,13 @@ def write_model_card(
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="audio-classification" if classifies else "feature-extraction",
-        tags=["asit", "audio", "self-supervised-learning", "spectrogram"],
+        tags=[
+            "asit",
+            "audio",
+            "self-supervised-learning",
+            "spectrogram",
+            *([] if classifies else ["sentence-transformers"]),
+        ],
         license=license,
         datasets=list(datasets) or None,
         base_model=base_model,
@@ -123,8 +135,7 @@ def _metadata_of(results: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=str(row["task"]).replace(" ", "-"),
-            dataset_type=str(row["dataset"]).replace(" ", "-"),
-            dataset_name=str(row["dataset"]),
+            **_dataset_of(str(row["dataset"])),
             metric_type=str(row["metric"]),
             metric_name=row.get("metric_name"),
             metric_value=row["value"],
@@ -132,6 +143,18 @@ def _metadata_of(results: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
         for row in results
         if is_number(row.get("value")) and {"task", "dataset", "metric"} <= set(row)
     ]
+
+
+def _dataset_of(name: str) -> dict[str, str | None]:
+    """
+    A data set's fields in the Hub's metadata. Its type is spelled like a Hub name: "ESC-50, folds 1-4" has the type
+    `esc50` and the configuration "folds 1-4". Results of one type and configuration share a name.
+    """
+    name_only, config = _DATASET_NAME.fullmatch(name.strip()).groups()
+    words = re.sub(r"(?<=[^\W\d_])-(?=\d)", "", name_only.lower())
+    slug = re.sub(r"[^\w./]+", "-", words).strip("-./")
+    config = None if config is None else config.rstrip(") ")
+    return {"dataset_type": slug or "unknown", "dataset_name": name, "dataset_config": config or None}
 
 
 def _description(config: ASiTConfig, extractor: ASiTFeatureExtractor, classifies: bool) -> str:
@@ -150,28 +173,30 @@ def _description(config: ASiTConfig, extractor: ASiTFeatureExtractor, classifies
 
 
 def _usage(name: str, config: ASiTConfig, extractor: ASiTFeatureExtractor) -> str:
-    code, note = _ENCODER_USAGE, "`trust_remote_code` is not needed"
+    text = _ENCODER_USAGE
     if "ASiTForAudioClassification" in (config.architectures or []):
-        code, note = _CLASSIFIER_USAGE, f"{note}, and the pipeline accepts files of any sampling rate and length"
+        text = _CLASSIFIER_USAGE
     values = {"RATE": extractor.sampling_rate, "SIZE": config.pooled_size, "WIDTH": config.hidden_size}
     # the name last: it may contain another placeholder
     for placeholder, value in {**values, "POOLING": _POOLING[config.pooling_mode], "NAME": name}.items():
-        code = code.replace(placeholder, str(value))
-    return (
-        f"```python\n{code}```\n\n`trust_remote_code` loads the model code that is stored with the weights. After "
-        f"`pip install asit-hf` and `import asit_hf`, {note}."
-    )
+        text = text.replace(placeholder, str(value))
+    return text
 
 
 _CLASSIFIER_USAGE = """\
+```python
 import numpy as np
 from transformers import pipeline
 
 classifier = pipeline("audio-classification", model="NAME", trust_remote_code=True)
 waveform = np.zeros(RATE, dtype=np.float32)  # your audio: mono, RATE Hz, in [-1, 1]
 print(classifier(waveform, top_k=3))
-"""
+```
+
+`trust_remote_code` loads the model code that is stored with the weights. After `pip install asit-hf` and `import \
+asit_hf`, `trust_remote_code` is not needed, and the pipeline accepts files of any sampling rate and length."""
 _ENCODER_USAGE = """\
+```python
 import numpy as np
 import torch
 from transformers import AutoFeatureExtractor, AutoModel
@@ -184,7 +209,22 @@ with torch.no_grad():
     outputs = model(**inputs)
 print(outputs.pooler_output.shape)  # (1, SIZE), the clip's embedding: POOLING
 print(outputs.last_hidden_state.shape)  # (1, 1 + patches, WIDTH): CLS token, then one token per patch
-"""
+```
+
+`trust_remote_code` loads the model code that is stored with the weights. After `pip install asit-hf` and `import \
+asit_hf`, `trust_remote_code` is not needed.
+
+With sentence-transformers 5.4 or later (`pip install sentence-transformers soundfile soxr`), files and waveforms may \
+have any sampling rate and length:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+encoder = SentenceTransformer("NAME", trust_remote_code=True)
+embeddings = encoder.encode(["dog.wav", "rain.mp3"])  # or {"array": waveform, "sampling_rate": rate}
+print(embeddings.shape)  # (2, SIZE)
+print(encoder.similarity(embeddings, embeddings))
+```"""
 
 
 def _results(results: Sequence[Mapping[str, Any]]) -> str:

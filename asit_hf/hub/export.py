@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..configuration_asit import HUB_FILES, ASiTConfig
+from ..configuration_asit import HUB_FILES, SENTENCE_TRANSFORMERS_FILES, ASiTConfig
 from ..loading import (
     find_checkpoint,
     is_pretraining_checkpoint,
@@ -25,7 +25,7 @@ from .cards import CARD_NAME, write_model_card
 from .run_record import RUN_NAME
 
 _SETTINGS = (CONFIG_NAME, FEATURE_EXTRACTOR_NAME, CARD_NAME, RUN_NAME)
-_EXPORTED = {*_SETTINGS, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *HUB_FILES}
+_EXPORTED = {*_SETTINGS, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *HUB_FILES, *SENTENCE_TRANSFORMERS_FILES}
 
 
 def export_encoder(

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME
 
-from ..configuration_asit import AUTO_MAP, HUB_FILES
+from ..configuration_asit import AUTO_MAP, HUB_FILES, sentence_transformers_files
 from ..loading import load_config, load_feature_extractor, why_incomplete
 from .cards import CARD_NAME, write_model_card
 
@@ -32,7 +32,8 @@ _STATE_FILES = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "runs",
 def upload_model(folder: str | os.PathLike, name: str, private: bool = False) -> str:
     """
     Uploads the folder of a saved ASiT model in one commit, with the code and the `auto_map` that
-    `trust_remote_code=True` needs. The folder itself is not changed. The card's example loads the uploaded model.
+    `trust_remote_code=True` needs and the files of sentence-transformers. The folder itself is not changed. The card's
+    example loads the uploaded model.
 
     Args:
         folder: holds the model's configuration, weights and feature extractor; hidden files, `checkpoint-*` and
@@ -51,12 +52,14 @@ def upload_model(folder: str | os.PathLike, name: str, private: bool = False) ->
     folder = Path(folder)
     if reason := why_incomplete(folder):
         raise FileNotFoundError(f"{folder}: expected a saved model, found {reason}")
-    load_config(folder)
+    config = load_config(folder)
     load_feature_extractor(folder)
     if get_token() is None:
         raise ValueError("no Hub token found: run `hf auth login`, or set HF_TOKEN to a token with write access")
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_private(path.relative_to(folder)))
-    contents: dict[str, Any] = {path.relative_to(folder).as_posix(): path for path in paths}
+    files = sentence_transformers_files(config.architectures)
+    contents: dict[str, Any] = {name: content.encode() for name, content in files.items()}
+    contents |= {path.relative_to(folder).as_posix(): path for path in paths}
     contents |= {code: Path(__file__).parents[1] / code for code in HUB_FILES}
     for settings in (CONFIG_NAME, FEATURE_EXTRACTOR_NAME):
         fields = json.loads((folder / settings).read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}

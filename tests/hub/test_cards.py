@@ -214,6 +214,28 @@ def test_two_rows_of_one_metric_have_their_own_names(tmp_path):
     assert "| ESC-50 | accuracy | 0.25 | probe |" in card.text
 
 
+DATASETS = {
+    "ESC-50, folds 1-4": ("esc50", "folds 1-4"),
+    "ESC-50 fold 4": ("esc50", "fold 4"),
+    "UrbanSound8K (fold 10)": ("urbansound8k", "fold 10"),
+    "Speech Commands V2": ("speech-commands-v2", None),
+    "hf://datasets/ashraq/esc50": ("ashraq/esc50", None),
+    "my sounds.csv": ("my-sounds.csv", None),
+    "???": ("unknown", None),
+}
+
+
+def test_the_metadata_spells_data_sets_like_hub_names_and_keeps_their_parts_apart(tmp_path):
+    build(ASiTModel).save_pretrained(tmp_path)
+    ASiTFeatureExtractor(num_mel_bins=MEL).save_pretrained(tmp_path)
+    row = {"task": "audio-classification", "metric": "accuracy", "command": "probe"}
+    rows = [{**row, "dataset": name, "value": index / 8} for index, name in enumerate(DATASETS)]
+    index = ModelCard.load(write_model_card(tmp_path, results=rows)).data.to_dict()["model-index"][0]["results"]
+    found = {one["dataset"]["name"]: (one["dataset"]["type"], one["dataset"].get("config")) for one in index}
+    assert found == DATASETS
+    assert [one["metrics"][0]["value"] for one in index] == [row["value"] for row in rows]
+
+
 def test_arguments_override_the_record(trainer, tmp_path):
     folder = tmp_path / "run"
     record_run(folder, ["train.py"], {"learning rate": 0.1, "seed": 3}, seconds=90.0)
@@ -347,7 +369,8 @@ def test_the_cards_code_runs_without_the_package(tmp_path):
     write_model_card(save_classifier(tmp_path / "classifier"))
     code = 'import sys\nsys.modules["asit_hf"] = None\n'
     for folder in ("encoder", "classifier"):
-        code += "".join(re.findall(r"```python\n(.*?)```", (tmp_path / folder / "README.md").read_text(), re.DOTALL))
+        # the second block of an encoder needs sentence-transformers: tests/hub/test_sentence_transformers.py runs it
+        code += re.search(r"```python\n(.*?)```", (tmp_path / folder / "README.md").read_text(), re.DOTALL)[1]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code]

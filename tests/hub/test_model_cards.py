@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoFeatureExtractor, AutoModel, pipeline
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTModel
-from asit_hf.configuration_asit import HUB_FILES
+from asit_hf.configuration_asit import HUB_FILES, sentence_transformers_files
 from asit_hf.hub.cards import write_model_card
 
 ROOT = Path(__file__).parents[2] / "model_cards"
@@ -58,6 +58,8 @@ def test_a_checkpoint_loads_by_its_path(folder):
             assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.float16}  # noqa: SIM118
         assert file.stat().st_size <= LARGEST
     assert not list(folder.glob("*.py"))
+    for name, content in sentence_transformers_files(["ASiTModel"]).items():
+        assert (folder / name).read_text() == content
     extractor, model = AutoFeatureExtractor.from_pretrained(folder), AutoModel.from_pretrained(folder)
     assert type(extractor) is ASiTFeatureExtractor
     assert type(model) is ASiTModel
@@ -90,7 +92,7 @@ def test_an_uploaded_checkpoint_runs_its_card_without_the_package(hub, folder, t
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert {*HUB_FILES, *before} <= set(hub.repositories[f"me/{folder.name}"])
     card = hub.repositories[f"me/{folder.name}"]["README.md"].decode()
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     assert f'"me/{folder.name}"' in code
     out = run(code, hub, tmp_path, package=False)
     dim = 2 * json.loads((folder / "config.json").read_text())["hidden_size"]

@@ -11,7 +11,7 @@ from loopback_hub import PACKAGE, run
 from tiny import MEL, TINY, build
 
 from asit_hf import ASiTFeatureExtractor, ASiTForAudioClassification, ASiTModel
-from asit_hf.configuration_asit import AUTO_MAP
+from asit_hf.configuration_asit import AUTO_MAP, SENTENCE_TRANSFORMERS_FILES
 from asit_hf.hub.__main__ import main
 from asit_hf.hub.cards import write_model_card
 
@@ -94,6 +94,7 @@ def test_a_pushed_repository_has_all_that_loading_needs(hub, pushed):
     for name in ("encoder", "classifier", "frames", "pretraining"):
         files = set(hub.repositories[f"me/{name}"])
         assert files >= {"config.json", "preprocessor_config.json", "model.safetensors", *HUB_FILES}, name
+        assert files >= {*SENTENCE_TRANSFORMERS_FILES}, name
     for name in ("extractor", "config"):  # pushed while they were saved
         assert set(hub.repositories[f"me/{name}"]) > HUB_FILES, name
 
@@ -126,6 +127,7 @@ def test_what_was_loaded_can_be_pushed_on(hub, pushed, tmp_path, package):
     run(("import asit_hf\n" if package else "") + AGAIN, hub, tmp_path, package=package)
     first, again = hub.repositories["me/classifier"], hub.repositories["me/again"]
     assert {"config.json", "preprocessor_config.json", "model.safetensors", *HUB_FILES} <= set(again)
+    assert set(SENTENCE_TRANSFORMERS_FILES) <= set(again)
     for name in ("config.json", "preprocessor_config.json"):
         assert json.loads(again[name]) == json.loads(first[name]), name
     assert again["model.safetensors"] == first["model.safetensors"]
@@ -147,7 +149,7 @@ def test_upload_adds_the_code_and_keeps_private_files_local(hub, tmp_path):
     build(ASiTForAudioClassification).save_pretrained(folder)
     ASiTFeatureExtractor(num_mel_bins=MEL).save_pretrained(folder)
     write_model_card(folder)
-    for name in HUB_FILES:
+    for name in (*HUB_FILES, *SENTENCE_TRANSFORMERS_FILES):
         (folder / name).unlink()
     for name in ("config.json", "preprocessor_config.json"):
         fields = json.loads((folder / name).read_text())
@@ -172,7 +174,7 @@ def test_upload_adds_the_code_and_keeps_private_files_local(hub, tmp_path):
 
     files = hub.repositories["me/uploaded"]
     expected = {"config.json", "preprocessor_config.json", "model.safetensors", "README.md", "onnx/model.onnx"}
-    assert set(files) == {*expected, *HUB_FILES, ".gitattributes"}
+    assert set(files) == {*expected, *HUB_FILES, *SENTENCE_TRANSFORMERS_FILES, ".gitattributes"}
     assert "me/uploaded" in hub.private
     assert json.loads(files["config.json"])["auto_map"] == AUTO_MAP
     assert json.loads(files["preprocessor_config.json"])["auto_map"] == AUTO_MAP

@@ -17,7 +17,7 @@ MODEL ?= model_cards/asit-tiny-pool26h-esc50
 # for the main process; the tests and the loader workers set their own number
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: demo test test-fast oldest gpu gpu-rehearsal hear int8 common space browser quality style clean
+.PHONY: demo test test-fast oldest gpu gpu-rehearsal hear xares mteb int8 common space browser quality style clean
 
 # torch first, so that no other package pulls in another build of it
 $(VENV)/torch-ready: constraints.txt
@@ -85,6 +85,18 @@ gpu-rehearsal: $(REHEARSAL)/ready
 hear: $(VENV)/ready
 	$(PIP) --no-deps --upgrade --target $(VENV)/hear hearvalidator==2021.0.2
 	PYTHONPATH=$(VENV)/hear $(BIN)/python -m pytest tests/evaluation/test_hear.py -k validator
+
+# the checker and a task of X-ARES, installed without torchaudio, which its task runner imports: the test replaces it
+xares: $(VENV)/ready
+	$(PIP) --no-deps --upgrade --target $(VENV)/xares xares==0.1.3 loguru==0.7.3 webdataset==1.0.2 \
+		braceexpand==0.1.7 pytorch-ignite==0.5.5 jiwer==4.0.0 rapidfuzz==3.14.6
+	PYTHONPATH=$(VENV)/xares $(BIN)/python -m pytest tests/evaluation/test_xares.py -k public
+
+# mteb's check of audio models and two of its tasks on generated sounds, beside the environment
+mteb: $(VENV)/ready
+	$(PIP) --no-deps --upgrade --target $(VENV)/mteb mteb==2.26.24 sentence-transformers==6.2.0 \
+		polars==2.1.0 polars-runtime-32==2.1.0 pytrec-eval-terrier==0.5.11
+	PYTHONPATH=$(VENV)/mteb $(BIN)/python -m pytest tests/evaluation/test_mteb.py -k public
 
 # int8 weights by torchao, installed beside the environment: every import of transformers loads it, and prints warnings
 int8: $(VENV)/ready

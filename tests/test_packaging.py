@@ -33,7 +33,8 @@ asit_hf.ASiTForAudioClassification(config).save_pretrained("classifier")
 asit_hf.ASiTFeatureExtractor().save_pretrained("classifier")
 classifier = pipeline("audio-classification", model="classifier")
 print(len(classifier(np.zeros(16000, np.float32))))
-import asit_hf.pretraining.trainer, asit_hf.finetuning.trainer, asit_hf.evaluation.hear, asit_hf.predict
+import asit_hf.pretraining.trainer, asit_hf.finetuning.trainer, asit_hf.predict
+import asit_hf.evaluation.hear, asit_hf.evaluation.mteb, asit_hf.evaluation.xares
 """
 
 

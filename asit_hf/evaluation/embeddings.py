@@ -209,7 +209,8 @@ def embedding_size(encoder: ASiTModel, pooling: str, num_layers: int = 1) -> int
 
 def window_time_patches(window_seconds: float, sampling_rate: int, patch_size: int) -> int:
     """Number of whole time patches in a window. Raises `ValueError` if there is none."""
-    time_patches = int(window_seconds * sampling_rate) // (patch_size * window_and_hop(sampling_rate)[1])
+    samples = round(window_seconds * sampling_rate, 3)  # 32.16 * 16000 is just below a whole number
+    time_patches = int(samples // (patch_size * window_and_hop(sampling_rate)[1]))
     if time_patches < 1:
         raise ValueError(f"expected window_seconds of at least one time patch, got {window_seconds}")
     return time_patches

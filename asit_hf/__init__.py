@@ -31,7 +31,11 @@ AutoModelForPreTraining.register(ASiTConfig, ASiTForPreTraining, exist_ok=True)
 register_pipeline()
 
 # Imported on first access: names that need the train extra, and names that inference does without.
-_TRAINING = {"ASiTPreTrainer": "pretraining.trainer", "ASiTPreTrainingArguments": "pretraining.arguments"}
+_TRAINING = {
+    "ASiTPreTrainer": "pretraining.trainer",
+    "ASiTPreTrainingArguments": "pretraining.arguments",
+    "fit_classifier": "fit",
+}
 _LAZY = {"export_encoder": "hub.export", "load_encoder": "loading", "read_audio": "data.audio"}
 __all__ = [
     "ASiTAudioClassificationPipeline",

@@ -33,7 +33,11 @@ register_pipeline()
 ASiTFeatureExtractor.read_audio = staticmethod(read_audio)
 
 # Imported on first access: names that need the train extra, and names that inference does without.
-_TRAINING = {"ASiTPreTrainer": "pretraining.trainer", "ASiTPreTrainingArguments": "pretraining.arguments"}
+_TRAINING = {
+    "ASiTPreTrainer": "pretraining.trainer",
+    "ASiTPreTrainingArguments": "pretraining.arguments",
+    "fit_classifier": "fit",
+}
 _LAZY = {"export_encoder": "hub.export", "load_encoder": "loading"}
 __all__ = [
     "ASiTAudioClassificationPipeline",

@@ -6,13 +6,20 @@ attention pooling over time (`attentive`, the slowest).
     python examples/run_linear_probe.py --model_name_or_path CHECKPOINT --train train.csv --test test.csv
     python examples/run_linear_probe.py --random_init --size tiny --train esc50.csv --root audio \
         --label_column category --train_filter fold=1,2,3 --test_filter fold=4
+
+With `--shots 8` it fits on 8 training clips per class instead, drawn at random 10 times, as the leaderboard MAEB does
+(https://github.com/embeddings-benchmark/mteb), and tests each draw on all test clips; `--shots 1 2 4 8 16` gives a
+curve. A smaller draw is a part of the larger one with the same number. The clip of several classes counts for each of
+them: clips are drawn, in random order, if one of their classes lacks some. MAEB's own classifier is a logistic
+regression on raw embeddings with a fixed penalty; here each probe chooses its weight decay by cross-validation within
+the drawn clips, or takes the strongest if there is one clip per class.
 """
 
 import argparse
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +31,7 @@ from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTModel
 from asit_hf.configuration_asit import SIZES
 from asit_hf.data.audio import source_name
 from asit_hf.data.clips import MAX_SECONDS, LabelledClips, warn_of_longer
-from asit_hf.data.labelled import DatasetArguments, check_classes, problem_type_of
+from asit_hf.data.labelled import DatasetArguments, check_classes, problem_type_of, targets
 from asit_hf.data.labels import label_names
 from asit_hf.data.splits import find_group_column, group_ids
 from asit_hf.evaluation.attentive_probe import attentive_probe
@@ -38,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 ATTENTIVE = "attentive"  # takes tokens, the others pooled embeddings
 ALL_PROBES = (*PROBES, ATTENTIVE)
+MAX_NEIGHBORS = 20
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -95,9 +103,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=list(PROBES),
         help=f"probes to fit (default: {' '.join(PROBES)})",
     )
-    parser.add_argument("--k", type=int, help="number of neighbors of the knn probe (default: 20)")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of cross-validation and random weights"
+        "--k", type=int, help="number of neighbors of the knn probe (default: 20, or all training clips if fewer)"
+    )
+    parser.add_argument(
+        "--shots", type=int, nargs="+", metavar="N", help="fit on N training clips per class (default: on all clips)"
+    )
+    parser.add_argument("--draws", type=int, help="random draws of the clips for every --shots (default: 10)")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        help="seeds of cross-validation, draws and random weights (default: 0 1 2; with --shots: 0)",
     )
     parser.add_argument("--batch_size", type=int, default=16, help="clips per batch (default: 16)")
     parser.add_argument(
@@ -122,11 +139,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--group_column has no effect on the knn probe, which is not cross-validated")
     if args.pooling and set(args.probes) == {ATTENTIVE}:
         parser.error("--pooling has no effect on the attentive probe, which learns its own")
-    for name in ("k", "num_layers", "batch_size", "max_seconds", "window_seconds"):
-        if (value := getattr(args, name)) is not None and not value > 0:
+    if args.draws and not args.shots:
+        parser.error("--draws has no effect without --shots")
+    for name in ("k", "num_layers", "batch_size", "max_seconds", "window_seconds", "shots", "draws"):
+        value = getattr(args, name)
+        if value is not None and not min(value if name == "shots" else [value]) > 0:
             parser.error(f"--{name} must be above 0, got {value}")
     args.pooling = args.pooling or "cls"
-    args.encoder, args.size, args.k = args.encoder or "teacher", args.size or "tiny", 20 if args.k is None else args.k
+    args.encoder, args.size = args.encoder or "teacher", args.size or "tiny"
+    args.draws = args.draws or 10
+    args.seeds = args.seeds or ([0] if args.shots else [0, 1, 2])
     return args
 
 
@@ -140,8 +162,11 @@ def use_splits(args: argparse.Namespace) -> None:
     logger.warning(f"fits on the split {args.train_split} of {args.train} and tests on {test} (--test_split)")
 
 
-def check_options(args: argparse.Namespace, train: Dataset, groups: Sequence | None) -> None:
-    """Raises `ValueError` or `OSError` for what would fail after the clips are embedded."""
+def check_options(args: argparse.Namespace, train: Dataset, groups: Sequence | None, fewest: int) -> None:
+    """
+    Raises `ValueError` or `OSError` for what would fail after the clips are embedded. `fewest`: the number of clips of
+    the smallest fit.
+    """
     path = args.model_name_or_path
     config = load_config(path) if path else ASiTConfig.from_size(args.size)
     if args.num_layers is not None and args.num_layers > config.num_hidden_layers:
@@ -149,8 +174,10 @@ def check_options(args: argparse.Namespace, train: Dataset, groups: Sequence | N
     if args.window_seconds is not None:
         feature_extractor = load_feature_extractor(path) if path else ASiTFeatureExtractor()
         window_time_patches(args.window_seconds, feature_extractor.sampling_rate, config.patch_size)
-    if "knn" in args.probes and args.k > len(train):
-        raise ValueError(f"expected --k from 1 to {len(train)}, the number of training clips, got {args.k}")
+    if args.k is not None and args.k > fewest:
+        raise ValueError(f"expected --k from 1 to {fewest}, the number of training clips, got {args.k}")
+    if "knn" in args.probes and args.k is None and fewest < MAX_NEIGHBORS:
+        logger.info("knn: the neighbors are all training clips, %d at least (--k)", fewest)
     if set(args.probes) != {"knn"}:
         check_folds(targets(train), groups)
     torch.empty(0, device=args.device)
@@ -179,31 +206,37 @@ def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = 
     group_column = None
     if set(args.probes) != {"knn"}:
         group_column = find_group_column(train, args.group_column)
-    groups = group_ids(train, group_column) if group_column else None
-    check_options(args, train, groups)
+    draws = [(run, rows) for seed in args.seeds for run, rows in draw_clips(args, train, seed)]
+    drawn = sorted({row for _, rows in draws for row in rows})
+    if len(drawn) < len(train):
+        train, draws = train.select(drawn), [(run, np.searchsorted(drawn, rows)) for run, rows in draws]
+    groups = np.asarray(group_ids(train, group_column)) if group_column else None
+    check_options(args, train, groups, fewest=min(len(rows) for _, rows in draws))
     train_y, test_y = targets(train), targets(test)
 
     pooled = set(args.probes) != {ATTENTIVE}
-    runs = []
-    inputs, seconds = {}, 0.0  # embeddings, and tokens if the key is true
-    for seed in args.seeds:
-        run = {"seed": seed}
+    inputs, seconds, last_seed = {}, 0.0, None  # embeddings, and tokens if the key is true
+    for run, rows in draws:
+        if args.random_init and run["seed"] != last_seed:
+            inputs.clear()
+        last_seed = run["seed"]
+        of_rows = None if groups is None or len(set(groups[rows])) < 2 else groups[rows]
         for probe in args.probes:
             as_tokens = probe == ATTENTIVE
             if as_tokens not in inputs:
                 start = time.perf_counter()
-                inputs[as_tokens] = embed_both(args, train, test, seed, cache, as_tokens)
+                inputs[as_tokens] = embed_both(args, train, test, run["seed"], cache, as_tokens)
                 seconds += time.perf_counter() - start
             train_x, test_x = inputs[as_tokens]
-            options = {"k": args.k} if probe == "knn" else {"seed": seed, "groups": groups}
+            train_x = [train_x[row] for row in rows] if as_tokens else train_x[rows]
+            options = {"seed": run["seed"], "groups": of_rows}
+            if probe == "knn":
+                options = {"k": args.k or min(MAX_NEIGHBORS, len(rows))}
             if as_tokens:
                 options["device"] = args.device
             fit = attentive_probe if as_tokens else PROBES[probe]
-            run[probe] = fit((train_x, train_y), (test_x, test_y), **options)
-        runs.append(run)
-        example = inputs[not pooled][0][0]
-        if args.random_init:
-            inputs.clear()
+            run[probe] = fit((train_x, train_y[rows]), (test_x, test_y), **options)
+    runs, example = [run for run, _ in draws], inputs[not pooled][0][0]
 
     results = {
         "model": args.model_name_or_path if not args.random_init else f"random {args.model_name_or_path or args.size}",
@@ -214,11 +247,12 @@ def main(argv: list[str] | None = None, cache: dict[tuple, np.ndarray] | None = 
         "bf16": args.bf16,
         "embedding_size": example.shape[-1],
         "train_clips": len(train),
+        "shots": args.shots,
         "test_clips": len(test),
         "classes": len(label_names(train)),
         "group_column": group_column,
         "embedding_seconds": round(seconds, 1),
-        "summary": {probe: summary([run[probe] for run in runs]) for probe in args.probes},
+        "summary": summarize(args, runs),
         "runs": runs,
     }
     print_table(results)
@@ -267,21 +301,45 @@ def embed_both(
     return embed_set(train), embed_set(test)
 
 
-def targets(dataset: Dataset) -> np.ndarray:
-    """Class ids `(clips,)`, or 0-1 targets `(clips, classes)` for multi-label clips."""
-    labels = dataset["label"][:]
-    if problem_type_of(dataset) == "single_label_classification":
-        return np.asarray(labels)
-    rows = np.zeros((len(labels), len(label_names(dataset))), dtype=np.int64)
-    for row, ids in zip(rows, labels):
-        row[ids] = 1
-    return rows
+def draw_clips(args: argparse.Namespace, train: Dataset, seed: int) -> Iterator[tuple[dict[str, int], np.ndarray]]:
+    """
+    Every draw for one seed, as the beginning of its results and the rows of its training clips: all of them without
+    `--shots`. The rows of a class with fewer clips than shots are all drawn.
+    """
+    if not args.shots:
+        yield {"seed": seed}, np.arange(len(train))
+        return
+    y, names = targets(train), label_names(train)
+    classes = [[label] if y.ndim == 1 else np.flatnonzero(label) for label in y]
+    for shots in args.shots:
+        sizes = np.bincount(np.concatenate(classes), minlength=len(names))
+        if few := [f"{names[index]} ({sizes[index]})" for index in np.flatnonzero(sizes < shots)]:
+            what = f"{len(few)} of {len(names)} classes have fewer than {shots} training clips"
+            logger.warning_once(f"{what}, all of which are drawn: {', '.join(few[:8])}{', ...' * (len(few) > 8)}")
+        for draw in range(args.draws):
+            counts, rows = np.zeros(len(names), dtype=int), []
+            for row in np.random.default_rng([seed, draw]).permutation(len(y)):
+                if (counts[classes[row]] < shots).any():
+                    rows.append(row)
+                    counts[classes[row]] += 1
+            yield {"seed": seed, "shots": shots, "draw": draw, "clips": len(rows)}, np.array(rows)
+
+
+def summarize(args: argparse.Namespace, runs: list[dict]) -> dict:
+    """The `summary` of each probe, by the number of shots if there are any."""
+
+    def of(runs: list[dict]) -> dict:
+        return {probe: summary([run[probe] for run in runs]) for probe in args.probes}
+
+    if not args.shots:
+        return of(runs)
+    return {str(shots): of([run for run in runs if run["shots"] == shots]) for shots in args.shots}
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation over seeds of every metric."""
+    """Mean and standard deviation over runs of every metric."""
     no_metrics = ("weight_decay", "learning_rate", "layer_weights", "classes_without_positives")
-    names = [name for name in runs[0] if name not in no_metrics]
+    names = [name for name in runs[0] if name not in no_metrics and all(name in run for run in runs)]
     return {
         name: {"mean": float(np.mean([run[name] for run in runs])), "std": float(np.std([run[name] for run in runs]))}
         for name in names
@@ -292,14 +350,17 @@ def print_table(results: dict) -> None:
     print(
         f"{results['model']} | {results['pooling']} x {results['num_layers']}, {results['embedding_size']} dimensions "
         f"| {results['train_clips']} -> {results['test_clips']} clips, {results['classes']} classes | "
-        f"{len(results['runs'])} seeds, embedded in {results['embedding_seconds']} s"
+        f"{len(results['runs'])} runs, embedded in {results['embedding_seconds']} s"
     )
-    for probe, metrics in results["summary"].items():
-        for name, value in metrics.items():
-            print(f"{probe:9} {name:26} {value['mean']:8.4f} +- {value['std']:.4f}")
-    if ATTENTIVE in results["summary"]:
-        weights = np.mean([run[ATTENTIVE]["layer_weights"] for run in results["runs"]], axis=0)
-        print(f"{ATTENTIVE} layer weights, mean over seeds: {' '.join(f'{weight:.2f}' for weight in weights)}")
+    of_shots = results["summary"] if results["shots"] else {"": results["summary"]}
+    for shots, of_probes in of_shots.items():
+        for probe, metrics in of_probes.items():
+            what = f"{probe:9} {shots:>3} per class" if shots else f"{probe:9}"
+            for name, value in metrics.items():
+                print(f"{what} {name:26} {value['mean']:8.4f} +- {value['std']:.4f}")
+    if layers := [run[ATTENTIVE]["layer_weights"] for run in results["runs"] if ATTENTIVE in run]:
+        weights = " ".join(f"{weight:.2f}" for weight in np.mean(layers, axis=0))
+        print(f"{ATTENTIVE} layer weights, mean over runs: {weights}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ LEVELS = (
     ("evaluation", "hub"),
     ("finetuning", "pretraining"),
     ("pipeline",),
-    ("convert_original", "embed", "predict"),
+    ("convert_original", "embed", "fit", "predict"),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 MODULES = {

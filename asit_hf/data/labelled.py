@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
@@ -152,6 +153,17 @@ def problem_type_of(dataset: "Dataset") -> str:
     if hasattr(feature, "names"):
         return "single_label_classification"
     return "multi_label_classification" if hasattr(feature, "feature") else "regression"
+
+
+def targets(dataset: "Dataset") -> np.ndarray:
+    """Class ids `(clips,)` of a labelled data set, or 0-1 targets `(clips, classes)` for multi-label clips."""
+    labels = dataset["label"][:]
+    if problem_type_of(dataset) == "single_label_classification":
+        return np.asarray(labels)
+    rows = np.zeros((len(labels), len(label_names(dataset))), dtype=np.int64)
+    for row, ids in zip(rows, labels):
+        row[ids] = 1
+    return rows
 
 
 def check_classes(dataset: "Dataset", data: str | PathLike) -> None:

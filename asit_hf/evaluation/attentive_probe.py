@@ -65,7 +65,7 @@ def pad_tokens(clips: Sequence[torch.Tensor], device: str | torch.device = "cpu"
     return tokens.to(device), (torch.arange(tokens.shape[2]) < counts[:, None]).to(device)
 
 
-def fit_classifier(
+def fit_attentive_classifier(
     clips: Sequence[torch.Tensor],
     labels: np.ndarray,
     num_classes: int,
@@ -120,7 +120,7 @@ def attentive_probe(
         groups, num_folds: as in `linear_probe`.
         learning_rates (`Sequence[float]`): candidates.
         device: device to train on; the tokens stay on the CPU.
-        options: `num_heads` (8), `num_epochs` (30) and `weight_decay` (0.1) of [`fit_classifier`].
+        options: `num_heads` (8), `num_epochs` (30) and `weight_decay` (0.1) of [`fit_attentive_classifier`].
 
     Returns:
         As `linear_probe`, with `learning_rate` in place of the weight decay, and `layer_weights`, one per layer.
@@ -136,7 +136,7 @@ def attentive_probe(
         def predict(learning_rate: float) -> np.ndarray:
             clips = [tokens[index] for index in fitted]
             fitting = {"seed": seed, "batch_size": batch_size, "device": device, **options}
-            model = fit_classifier(clips, y[fitted], num_classes, learning_rate, **fitting)
+            model = fit_attentive_classifier(clips, y[fitted], num_classes, learning_rate, **fitting)
             weights[:] = model.layer_logits.softmax(0).tolist()  # the last fit is the one on the whole training set
             with torch.no_grad():
                 batches = torch.as_tensor(others).split(batch_size)

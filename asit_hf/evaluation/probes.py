@@ -7,7 +7,9 @@ training embeddings of 50 classes, `linear_probe` took 0.7 s of one core and Log
 `ridge_probe` took 40 s. `attentive_probe` is the probe of token sequences.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 
 import numpy as np
@@ -20,6 +22,9 @@ from .metrics import multi_label_metrics, single_label_metrics
 WEIGHT_DECAYS = tuple(10.0 ** np.arange(0, -6.5, -0.5))
 RIDGE_WEIGHT_DECAYS = tuple(10.0 ** np.arange(2, -6.5, -0.5))
 FLOAT32_WEIGHT_DECAY = 0.01
+FEW_SHOT_WEIGHT_DECAYS = tuple(10.0 ** np.arange(1, -4.5, -0.5))
+# For one clip per class: near the best log-likelihood for 2 to 10 classes of ESC-50; accuracy hardly depends on it.
+UNVALIDATED_WEIGHT_DECAY = 3.0
 Labelled = tuple[np.ndarray, np.ndarray]  # embeddings and labels
 # The search ends after this many weaker values in a row without a gain: weak ones take longest to fit.
 PATIENCE, RIDGE_PATIENCE = 3, 6
@@ -48,7 +53,8 @@ def linear_probe(
 
     Returns:
         The metrics of `asit_hf.evaluation.metrics` on the test set, `weight_decay`, and `validation_accuracy` or
-        `validation_mAP`.
+        `validation_mAP`. If every class has a single training clip, nothing can be validated: the weight decay is the
+        largest candidate.
 
     Raises:
         ValueError: shapes that do not fit, or fewer than two groups.
@@ -95,6 +101,86 @@ def knn_probe(train: Labelled, test: Labelled, k: int = 20, temperature: float =
         weights = (cosines / temperature).softmax(-1)
         votes.append((weights[..., None] * targets[nearest]).sum(1))
     return _metric(y)[1](torch.cat(votes).numpy(), y[num_train:])
+
+
+@dataclass(frozen=True)
+class LinearClassifier:
+    """
+    Its logits are `x @ weight.T + bias`, with `weight` `(classes, dim)` and `bias` `(classes,)`, float32.
+    `validation`: means over the folds of `accuracy`, `confidence` (the mean probability of what is predicted) and
+    `log_likelihood`; empty if every class has a single clip.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    weight_decay: float
+    validation: dict[str, float]
+
+
+def fit_linear(
+    x: np.ndarray,
+    y: np.ndarray,
+    seed: int = 0,
+    groups: Sequence | None = None,
+    weight_decays: Sequence[float] = FEW_SHOT_WEIGHT_DECAYS,
+    num_folds: int = 5,
+) -> LinearClassifier:
+    """
+    Logistic regression for a classifier to keep, from two clips on. Cross-validation chooses the weight decay by the
+    log-likelihood, for scores that are probabilities. Features are centered and divided by one common scale: the
+    standard deviations of single dimensions say little about a handful of clips. Arguments as in `linear_probe`.
+
+    Raises:
+        ValueError: non-finite embeddings, shapes that do not fit, or fewer than two groups.
+    """
+    x, y = np.asarray(x), np.asarray(y)
+    x, y, _, num_classes = _check((x, y), (x[:0], y[:0]))
+
+    def fit(rows: np.ndarray) -> Callable[[float], tuple[np.ndarray, np.ndarray]]:
+        mean = x[rows].mean(0)
+        scale = np.sqrt(x[rows].var(0).mean()) or 1.0
+        regression = logistic_regression(torch.as_tensor((x[rows] - mean) / scale), y[rows], num_classes)
+
+        def of_plain_features(decay: float) -> tuple[np.ndarray, np.ndarray]:
+            weight, bias = (values.numpy() for values in regression(decay))
+            return weight / scale, bias - (weight / scale) @ mean
+
+        return of_plain_features
+
+    def solver(fitted: np.ndarray, others: np.ndarray) -> Callable[[float], np.ndarray]:
+        classifier = fit(fitted)
+
+        def predict(decay: float) -> np.ndarray:
+            weight, bias = classifier(decay)
+            return x[others] @ weight.T + bias
+
+        return predict
+
+    decay, validation = choose(
+        solver, y, seed, groups, weight_decays, num_folds, PATIENCE, metrics=_probability_metrics, by="log_likelihood"
+    )
+    if not validation and len(weight_decays) > 1:
+        decay = UNVALIDATED_WEIGHT_DECAY
+    return LinearClassifier(*fit(np.arange(len(x)))(decay), decay, validation)
+
+
+def _probability_metrics(fitted: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The `validation` of a `LinearClassifier`. Classes without a fitted clip do not count in the likelihood."""
+    logits, num_classes = torch.as_tensor(scores), scores.shape[1]
+    targets = _zero_one(labels, num_classes).bool()
+    known = _zero_one(fitted, num_classes).bool().any(0)
+    if labels.ndim == 1:
+        log_likelihoods, counted = logits.log_softmax(-1), targets & known
+        confidences, right = logits.softmax(-1).max(-1)
+        right = right == torch.as_tensor(labels)
+    else:
+        log_likelihoods, counted = F.logsigmoid(torch.where(targets, logits, -logits)), known.expand(targets.shape)
+        confidences, right = logits.abs().sigmoid(), (logits > 0) == targets
+    return {
+        "accuracy": float(right.float().mean()),
+        "confidence": float(confidences.mean()),
+        "log_likelihood": float(log_likelihoods[counted].sum() / counted.sum().clamp_min(1)),
+    }
 
 
 PROBES = {"linear": linear_probe, "ridge": ridge_probe, "knn": knn_probe}
@@ -150,24 +236,50 @@ def cross_validate(
     """
     The result of `linear_probe`. `solver(fitted, others)` returns a function from a candidate (a weight decay, or what
     `chosen` names) to the scores of clips `others` after a fit on clips `fitted`; both are indices of `y`, where
-    training clips come first. The search goes from the largest candidate down.
+    training clips come first.
     """
     name, metrics = _metric(y)
-    splits = _folds(y[:num_train], groups, num_folds, seed)
-    folds = [(solver(fitted, held_out), y[held_out]) for fitted, held_out in splits]
-    best, best_score, failures = None, -np.inf, 0
-    for candidate in sorted(map(float, candidates), reverse=True):
-        score = float(np.mean([metrics(predict(candidate), labels)[name] for predict, labels in folds]))
-        if score > best_score:
-            best, best_score, failures = candidate, score, 0
+    search = (y[:num_train], seed, groups, candidates, num_folds, patience)
+    best, validation = choose(solver, *search, metrics=lambda _, scores, labels: metrics(scores, labels), by=name)
+    train, test = np.split(np.arange(len(y)), [num_train])
+    result = metrics(solver(train, test)(best), y[test])
+    if validation:
+        result[f"validation_{name}"] = validation[name]
+    return {**result, chosen: best}
+
+
+def choose(
+    solver: Callable[[np.ndarray, np.ndarray], Callable[[float], np.ndarray]],
+    labels: np.ndarray,
+    seed: int,
+    groups: Sequence | None,
+    candidates: Sequence[float],
+    num_folds: int,
+    patience: int,
+    metrics: Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, float]],
+    by: str,
+) -> tuple[float, dict[str, float]]:
+    """
+    The candidate with the best metric `by`, and the means over folds of all `metrics(fitted labels, scores, labels)`.
+    The search goes from the largest candidate down. If every class has a single clip, nothing can be validated: the
+    largest candidate, and no metrics. `solver` and the other arguments are as in `cross_validate`.
+    """
+    folds = [
+        (solver(fitted, held_out), labels[fitted], labels[held_out])
+        for fitted, held_out in _folds(labels, groups, num_folds, seed)
+    ]
+    candidates = sorted(map(float, candidates), reverse=True)
+    best, validation, failures = candidates[0], {}, 0
+    for candidate in candidates if folds else ():
+        rows = [metrics(fitted, predict(candidate), held_out) for predict, fitted, held_out in folds]
+        means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        if not validation or means[by] > validation[by]:
+            best, validation, failures = candidate, means, 0
         else:
             failures += 1
         if failures == patience:
             break
-    del folds
-    train, test = np.split(np.arange(len(y)), [num_train])
-    result = metrics(solver(train, test)(best), y[test])
-    return {**result, f"validation_{name}": best_score, chosen: best}
+    return best, validation
 
 
 def check_folds(labels: np.ndarray, groups: Sequence | None = None) -> None:
@@ -185,7 +297,7 @@ def check_folds(labels: np.ndarray, groups: Sequence | None = None) -> None:
 def _folds(
     labels: np.ndarray, groups: Sequence | None, num_folds: int, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Indices of the clips to fit and to validate on, for every fold."""
+    """Indices of the clips to fit and to validate on, for every fold; no fold if every class has a single clip."""
     with extra("train"):
         from sklearn.model_selection import StratifiedGroupKFold
     groups = np.arange(len(labels)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
@@ -197,10 +309,12 @@ def _folds(
     classes = labels if labels.ndim == 1 else np.zeros(len(labels), dtype=int)
     largest = int(np.bincount(classes).max())
     if largest < 2:
-        raise ValueError(f"expected two training clips of a class, one to validate on, got {len(labels)} of one each")
+        return []
     num_folds = max(2, min(num_folds, num_groups, largest))
     splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
-    return list(splitter.split(classes, classes, groups))
+    with warnings.catch_warnings():  # of classes with fewer clips than folds
+        warnings.simplefilter("ignore", UserWarning)
+        return list(splitter.split(classes, classes, groups))
 
 
 def _standardize(train_x: np.ndarray, other_x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,21 +330,35 @@ def _standardize(train_x: np.ndarray, other_x: np.ndarray) -> tuple[torch.Tensor
 def _logistic_solver(
     x: np.ndarray, labels: np.ndarray, num_classes: int, fitted: np.ndarray, others: np.ndarray
 ) -> Callable[[float], np.ndarray]:
-    """A solver for `cross_validate`, from features `x` `(clips, dim)`, by full-batch L-BFGS."""
+    """A solver for `cross_validate`, from features `x` `(clips, dim)`."""
     fitted_x, other_x = _standardize(x[fitted], x[others])
-    targets = torch.as_tensor(labels[fitted])
-    weight = torch.zeros(num_classes, x.shape[1], requires_grad=True)
+    fit = logistic_regression(fitted_x, labels[fitted], num_classes)
+    return lambda decay: F.linear(other_x, *fit(decay)).numpy()
+
+
+def logistic_regression(
+    x: torch.Tensor, labels: np.ndarray, num_classes: int
+) -> Callable[[float], tuple[torch.Tensor, torch.Tensor]]:
+    """
+    Fits by full-batch L-BFGS. Returns a function from a weight decay to the weight `(classes, dim)` and the bias
+    `(classes,)`, which starts from its previous result. Arguments as in `linear_probe`, with features `x`
+    `(clips, dim)` on one scale.
+    """
+    # Wide: L-BFGS from 0 never leaves the span of the clips, whose coordinates are fewer.
+    basis = torch.linalg.qr(x.T)[0] if x.shape[1] > len(x) else None
+    inputs, targets = x if basis is None else x @ basis, torch.as_tensor(labels)
+    weight = torch.zeros(num_classes, inputs.shape[1], requires_grad=True)
     bias = torch.zeros(num_classes, requires_grad=True)
     tolerances = {"tolerance_grad": 1e-5, "tolerance_change": 1e-6}
 
-    def predict(decay: float) -> np.ndarray:  # starts from the minimum at the previous decay
+    def fit(decay: float) -> tuple[torch.Tensor, torch.Tensor]:
         optimizer = torch.optim.LBFGS(
             [weight, bias], max_iter=500, history_size=20, line_search_fn="strong_wolfe", **tolerances
         )
 
         def closure() -> torch.Tensor:
             optimizer.zero_grad()
-            logits = F.linear(fitted_x, weight, bias)
+            logits = F.linear(inputs, weight, bias)
             if targets.dim() == 1:
                 loss = F.cross_entropy(logits, targets)
             else:  # a sum over classes, so that each regression is independent of the others
@@ -240,9 +368,10 @@ def _logistic_solver(
             return loss
 
         optimizer.step(closure)
-        return F.linear(other_x, weight, bias).detach().numpy()
+        with torch.no_grad():
+            return weight.clone() if basis is None else weight @ basis.T, bias.clone()
 
-    return predict
+    return fit
 
 
 def _gram(x: torch.Tensor, num_clips: int) -> torch.Tensor:

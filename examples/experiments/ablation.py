@@ -123,7 +123,8 @@ def check_options(args: AblationArguments) -> None:
         options = pretraining_options(args, row, args.seeds[0])
         parse_arguments(PRETRAINING_GROUPS, [*options, "--output_dir", str(folder)])
     for command in probe_commands(args, Path(args.output_dir), args.seeds[0]).values():
-        run_linear_probe.parse_args(command)
+        if run_linear_probe.parse_args(command).shots:
+            raise ValueError("a probe of an ablation is one fit per seed: expected no --shots")
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from asit_hf import ASiTFeatureExtractor
 from asit_hf.data import LabelledClips, label_names
-from asit_hf.data.labelled import DatasetArguments, problem_type_of
+from asit_hf.data.labelled import DatasetArguments, problem_type_of, targets
 from examples import run_linear_probe as probe
 
 NUM_COEFFICIENTS = 20
@@ -42,12 +42,14 @@ def mfcc_statistics(clips: LabelledClips) -> np.ndarray:
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     args = probe.parse_args(["--random_init", *(sys.argv[1:] if arguments is None else arguments)])
+    if args.shots:
+        raise ValueError("--shots has no effect here: run_linear_probe.py has it")
     reading = DatasetArguments.of(args)
     train = reading.load(args.train, args.train_filter or (), split=args.train_split)
     like = {"names": label_names(train), "problem_type": problem_type_of(train)}
     test = reading.load(args.test or args.train, args.test_filter or (), split=args.test_split, **like)
     train_x, test_x = (mfcc_statistics(LabelledClips(dataset, 16000)) for dataset in (train, test))
-    train_y, test_y = probe.targets(train), probe.targets(test)
+    train_y, test_y = targets(train), targets(test)
     scores: dict[str, list[float]] = {"random_forest": [], "logistic_regression": []}
     for seed in args.seeds:
         forest = RandomForestClassifier(TREES, random_state=seed, n_jobs=-1).fit(train_x, train_y)

@@ -2,7 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from asit_hf.evaluation.attentive_probe import AttentiveClassifier, attentive_probe, fit_classifier, pad_tokens
+from asit_hf.evaluation.attentive_probe import (
+    AttentiveClassifier,
+    attentive_probe,
+    fit_attentive_classifier,
+    pad_tokens,
+)
 
 LAYERS, DIM, CLASSES = 3, 16, 4
 OPTIONS = {"num_heads": 2, "num_epochs": 20}
@@ -31,7 +36,7 @@ TEST_X, TEST_Y, PLACES = clips(1, 60)
 @pytest.fixture(scope="module")
 def classifier() -> AttentiveClassifier:
     tokens = [torch.as_tensor(clip) for clip in TRAIN_X]
-    return fit_classifier(tokens, TRAIN_Y, CLASSES, 0.03, num_heads=2, num_epochs=60)
+    return fit_attentive_classifier(tokens, TRAIN_Y, CLASSES, 0.03, num_heads=2, num_epochs=60)
 
 
 def test_a_class_in_one_layer_at_one_time_is_found():

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from asit_hf.evaluation.probes import knn_probe, linear_probe, ridge_probe
+from asit_hf.evaluation.probes import fit_linear, knn_probe, linear_probe, logistic_regression, ridge_probe
 
 
 def gaussians(seed: int, clips: int = 400, classes: int = 4, distance: float = 2.0, noise: int = 20):
@@ -115,6 +116,68 @@ def test_multi_label_probes():
 def test_few_clips_of_a_class():
     train_x, train_y = gaussians(0, clips=12)
     assert linear_probe((train_x, train_y), TEST)["accuracy"] > 0.25
+
+
+@pytest.mark.parametrize("probe", [linear_probe, ridge_probe])
+def test_one_clip_per_class_takes_the_strongest_weight_decay(probe):
+    first = [list(TRAIN_Y).index(label) for label in range(4)]
+    result = probe((TRAIN_X[first], TRAIN_Y[first]), TEST, weight_decays=[0.1, 1, 0.01])
+    assert result["weight_decay"] == 1
+    assert "validation_accuracy" not in result
+    assert result["accuracy"] > 0.25
+
+
+def test_more_dimensions_than_clips_give_the_same_logistic_regression():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(30, 8))
+    wide = np.concatenate([x, np.zeros((30, 60))], axis=1) @ np.linalg.qr(generator.normal(size=(68, 68)))[0]
+    for labels in (np.arange(30) % 3, generator.integers(0, 2, (30, 3))):
+        fits = [logistic_regression(torch.tensor(one, dtype=torch.float32), labels, 3) for one in (x, wide)]
+        for decay in (1.0, 0.01):
+            (weight, bias), (wide_weight, wide_bias) = (fit(decay) for fit in fits)
+            assert wide_weight.shape == (3, 68)
+            np.testing.assert_allclose(wide @ wide_weight.numpy().T, x @ weight.numpy().T, atol=2e-3)
+            np.testing.assert_allclose(wide_bias, bias, atol=2e-3)
+
+
+def test_fit_linear_is_logistic_regression_for_the_features_as_they_are():
+    x, y = gaussians(0, clips=60, distance=0.5, noise=0)
+    found = fit_linear(x * 3 + 7, y, weight_decays=[0.1])
+    scale = np.sqrt((x * 3).var(0).mean())
+    reference = LogisticRegression(C=1 / (0.1 * len(x)), max_iter=2000, tol=1e-8).fit(x * 3 / scale, y)
+    logits = (x * 3 + 7) @ found.weight.T + found.bias
+    np.testing.assert_allclose(
+        logits - logits.mean(1, keepdims=True), reference.decision_function(x * 3 / scale), atol=2e-3
+    )
+
+
+def test_fit_linear_chooses_calibrated_scores():
+    x, y = gaussians(0, clips=80, distance=0.6, noise=0)
+    test_x, test_y = gaussians(1, distance=0.6, noise=0)
+    found = fit_linear(x, y)
+    scores = torch.tensor(test_x @ found.weight.T + found.bias).softmax(-1).numpy()
+    accuracy = (scores.argmax(1) == test_y).mean()
+    assert 0.4 < accuracy < 0.9
+    assert scores.max(1).mean() == pytest.approx(accuracy, abs=0.1)
+    assert found.validation["accuracy"] == pytest.approx(accuracy, abs=0.15)
+    assert found.validation["confidence"] == pytest.approx(accuracy, abs=0.15)
+
+
+def test_two_clips_are_compared_by_all_dimensions():
+    """Dimensions in which the two hardly differ, which single standard deviations would scale up, do not decide."""
+    x = np.zeros((2, 50))
+    x[:, 0], x[:, 1:] = (-1, 1), np.outer((-1, 1), np.full(49, 1e-3))
+    found = fit_linear(x, [0, 1])
+    assert found.validation == {}
+    test = np.array([1.0, *[-0.5] * 49])
+    assert (found.weight @ test + found.bias).argmax() == 1
+
+
+def test_identical_clips_and_classes_of_one_clip_give_finite_weights():
+    for y in ([0, 1, 0, 1], [0, 0, 0, 1], [[1, 0], [1, 1], [1, 0], [1, 1]]):
+        found = fit_linear(np.ones((4, 3)), y)
+        assert np.isfinite(found.weight).all()
+        assert np.isfinite([*found.bias, *found.validation.values()]).all()
 
 
 def test_knn_by_hand():

@@ -172,6 +172,7 @@ def test_wrong_input(sounds, checkpoint, options, message):
     ("options", "message"),
     [
         (["--k", "19"], "--k from 1 to 18.*got 19"),
+        (["--k", "4", "--shots", "1", "2"], "--k from 1 to 3.*got 4"),
         (["--num_layers", "9"], "--num_layers from 1 to 2, got 9"),
         (["--train_filter", "fold=1"], "two groups.*got 1"),
         (["--window_seconds", "0.01"], "window_seconds.*0.01"),
@@ -214,6 +215,7 @@ def test_splits_of_a_folder_are_used(sounds, tmp_path, caplog):
     "options",
     [
         ["--k", "3", "--probes", "linear"],
+        ["--draws", "3"],
         ["--group_column", "fold", "--probes", "knn"],
         ["--pooling", "mean", "--probes", "attentive"],
         ["--size", "tiny", "--model_name_or_path", "checkpoint"],
@@ -225,6 +227,63 @@ def test_options_without_effect_are_refused(options, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(["--train", "a.csv", "--test", "b.csv", *model, *options])
     assert f"{options[0]} has no effect" in capsys.readouterr().err
+
+
+def test_shots(sounds, checkpoint, tmp_path, capsys, monkeypatch):
+    embedded = []
+    original = script.embed
+    monkeypatch.setattr(
+        script, "embed", lambda *args, **options: (embedded.append(len(args[2])), original(*args, **options))[1]
+    )
+    options = [one for one in arguments(sounds) if one not in ("--k", "3")]
+    options += ["--model_name_or_path", str(checkpoint), "--label_column", "category", "--test_filter", "fold=5"]
+    few = [*options, "--shots", "1", "3", "--draws", "2", "--output", str(tmp_path / "results.json")]
+    results = script.main(few)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    runs = results["runs"]
+    assert [(run["shots"], run["draw"], run["clips"]) for run in runs] == [(1, 0, 3), (1, 1, 3), (3, 0, 9), (3, 1, 9)]
+    assert results["train_clips"] == embedded[0] < 18  # only what is drawn is embedded
+    assert results["test_clips"] == 6
+    accuracies = [run["linear"]["accuracy"] for run in runs[2:]]
+    assert results["summary"]["3"]["linear"]["accuracy"]["mean"] == pytest.approx(np.mean(accuracies))
+    assert results["summary"]["3"]["linear"]["accuracy"]["mean"] > 0.8
+    assert "validation_accuracy" in results["summary"]["3"]["linear"]
+    assert "validation_accuracy" not in results["summary"]["1"]["linear"]
+    assert "3 per class" in capsys.readouterr().out
+    assert script.main([*few, "--shots", "3", "--probes", "ridge"])["runs"][0]["ridge"] == runs[2]["ridge"]
+
+
+@pytest.mark.parametrize("labels", ["category", "tags"])
+def test_draws(sounds, labels, caplog):
+    train = load_labelled(sounds / "meta.csv", root=sounds / "audio", audio_column="filename", label_column=labels)
+    y = script.targets(train)
+    args = script.parse_args(
+        ["--random_init", "--train", "a", "--test", "b", "--shots", "2", "5", "12", "--draws", "3"]
+    )
+    draws = {(run["shots"], run["draw"]): rows for run, rows in script.draw_clips(args, train, 0)}
+    assert len(draws) == 9
+    for (shots, draw), rows in draws.items():
+        assert len(set(rows)) == len(rows)
+        counts = np.bincount(y[rows]) if y.ndim == 1 else y[rows].sum(0)
+        sizes = np.bincount(y) if y.ndim == 1 else y.sum(0)
+        assert (counts >= np.minimum(shots, sizes)).all()
+        if y.ndim == 1:
+            assert (counts == np.minimum(shots, sizes)).all()
+        assert set(draws[2, draw]) <= set(rows)
+    assert set(draws[2, 0]) != set(draws[2, 1])
+    assert "fewer than 12" in caplog.text
+    others = {run["draw"]: rows for run, rows in script.draw_clips(args, train, 1) if run["shots"] == 2}
+    assert set(others[0]) != set(draws[2, 0])
+    same = [rows.tolist() for _, rows in script.draw_clips(args, train, 0)]
+    assert same == [rows.tolist() for rows in draws.values()]
+
+
+def test_shots_of_the_attentive_probe_and_of_several_labels(sounds, checkpoint):
+    options = arguments(sounds, "--model_name_or_path", str(checkpoint), "--shots", "2", "--draws", "1")
+    results = script.main([*options, "--label_column", "tags", "--probes", "attentive", "ridge", "knn"])
+    (run,) = results["runs"]
+    assert 0.3 < run["ridge"]["mAP"] <= 1
+    assert len(run["attentive"]["layer_weights"]) == 2
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ LEVELS = (
     ("finetuning", "pretraining"),
     ("pipeline",),
     ("convert_original", "embed", "fit", "predict"),
+    ("listen",),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 MODULES = {

@@ -38,7 +38,7 @@ _TRAINING = {
     "ASiTPreTrainingArguments": "pretraining.arguments",
     "fit_classifier": "fit",
 }
-_LAZY = {"export_encoder": "hub.export", "load_encoder": "loading"}
+_LAZY = {"export_encoder": "hub.export", "export_model": "hub.export", "load_encoder": "loading"}
 __all__ = [
     "ASiTAudioClassificationPipeline",
     "ASiTConfig",

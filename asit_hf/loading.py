@@ -77,16 +77,38 @@ def load_trained(path: str | PathLike, model_class: type, **kwargs: Any) -> tupl
 
     Raises:
         FileNotFoundError: as in `load_encoder`.
-        ValueError: another kind of model, such as an encoder, which has no trained classifier.
+        ValueError: another kind of model, such as an encoder, which has no trained classifier, or missing weights.
     """
     config, expected = load_config(path), model_class.__name__
     if expected not in (config.architectures or []):
         script = "frame" if "Frame" in expected else "audio"
         hint = f"finetune it first (examples/run_{script}_classification.py)"
         raise ValueError(f"{path}: expected an {expected}, got {config.architectures}; {hint}")
+    checkpoint = resolve_checkpoint(path)
     with _hub_errors(path):
-        model = model_class.from_pretrained(resolve_checkpoint(path), **kwargs)
+        model, info = model_class.from_pretrained(checkpoint, output_loading_info=True, **kwargs)
+    # an adapter has the weights that its base model lacks
+    if read_adapter(checkpoint) is None and (missing := sorted(info["missing_keys"])):
+        raise ValueError(f"{path} lacks weights of the {expected}, first {missing[0]}")
     return model, load_feature_extractor(path)
+
+
+def load_model(path: str | PathLike, encoder: str = "teacher", **kwargs: Any) -> Any:
+    """
+    The model of any ASiT checkpoint as it was saved: an [`ASiTModel`], [`ASiTForAudioClassification`] or
+    [`ASiTForAudioFrameClassification`]; of a pretraining checkpoint, the chosen encoder.
+
+    Args:
+        path, encoder, kwargs: as in `load_encoder`.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `load_encoder`.
+    """
+    architectures = load_config(path).architectures or []
+    for one in (ASiTForAudioClassification, ASiTForAudioFrameClassification):
+        if one.__name__ in architectures:
+            return load_trained(path, one, **kwargs)[0]
+    return load_encoder(path, encoder, **kwargs)
 
 
 def load_feature_extractor(path: str | PathLike, **kwargs: Any) -> ASiTFeatureExtractor:

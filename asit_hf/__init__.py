@@ -32,7 +32,12 @@ register_pipeline()
 
 # Imported on first access: names that need the train extra, and names that inference does without.
 _TRAINING = {"ASiTPreTrainer": "pretraining.trainer", "ASiTPreTrainingArguments": "pretraining.arguments"}
-_LAZY = {"export_encoder": "hub.export", "load_encoder": "loading", "read_audio": "data.audio"}
+_LAZY = {
+    "export_encoder": "hub.export",
+    "export_model": "hub.export",
+    "load_encoder": "loading",
+    "read_audio": "data.audio",
+}
 __all__ = [
     "ASiTAudioClassificationPipeline",
     "ASiTConfig",

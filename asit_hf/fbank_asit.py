@@ -38,7 +38,7 @@ def num_fbank_frames(num_samples: int, sampling_rate: int) -> int:
 
 
 @lru_cache(maxsize=32)
-def _mel_filters(sampling_rate: int, num_mel_bins: int, fft_size: int) -> list[tuple[slice, torch.Tensor]]:
+def mel_filters(sampling_rate: int, num_mel_bins: int, fft_size: int) -> list[tuple[slice, torch.Tensor]]:
     """
     Kaldi's triangular filters from 20 Hz to Nyquist, without the Nyquist bin. The low and the high half are each a
     slice of frequency bins and a matrix of shape (bins, filters), because the full matrix is mostly zeros.
@@ -69,7 +69,7 @@ def _constants(
     if key not in _CONSTANTS or torch.compiler.is_compiling():
         with torch.inference_mode(False):
             window = torch.hann_window(window_size, periodic=False, dtype=torch.float32, device="cpu").to(device)
-            filters = _mel_filters(sampling_rate, num_mel_bins, fft_size)
+            filters = mel_filters(sampling_rate, num_mel_bins, fft_size)
             constants = window, [(bins, half.to(device)) for bins, half in filters]
         if not is_real(window):
             return constants

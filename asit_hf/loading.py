@@ -93,6 +93,24 @@ def load_trained(path: str | PathLike, model_class: type, **kwargs: Any) -> tupl
     return model, load_feature_extractor(path)
 
 
+def load_model(path: str | PathLike, encoder: str = "teacher", **kwargs: Any) -> Any:
+    """
+    The model of any ASiT checkpoint as it was saved: an [`ASiTModel`], [`ASiTForAudioClassification`] or
+    [`ASiTForAudioFrameClassification`]; of a pretraining checkpoint, the chosen encoder.
+
+    Args:
+        path, encoder, kwargs: as in `load_encoder`.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `load_encoder`.
+    """
+    architectures = load_config(path).architectures or []
+    for one in (ASiTForAudioClassification, ASiTForAudioFrameClassification):
+        if one.__name__ in architectures:
+            return load_trained(path, one, **kwargs)[0]
+    return load_encoder(path, encoder, **kwargs)
+
+
 def load_feature_extractor(path: str | PathLike, **kwargs: Any) -> ASiTFeatureExtractor:
     """
     Loads the feature extractor saved beside a checkpoint's weights, or else in its run folder.

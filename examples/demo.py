@@ -23,7 +23,7 @@ from demo_sounds import write_sounds
 
 from asit_hf.data import LabelledClips, find_audio_files, load_audio_dataset, read_audio, split_dataset
 from asit_hf.evaluation.embeddings import embed
-from asit_hf.hub.export import export_encoder
+from asit_hf.hub.export import export_model
 from asit_hf.loading import load_encoder, load_feature_extractor
 from asit_hf.plotting import plot_confusion, plot_embeddings, plot_log_mel
 from asit_hf.utils.names import local_path, path_text
@@ -192,7 +192,7 @@ def main() -> None:
 
     pretraining, encoder, classifier = (output_dir / name for name in ("pretraining", "encoder", "classifier"))
     run("run_pretraining.py", train_data=train, output_dir=pretraining, **{**PRETRAINING, "max_steps": args.max_steps})
-    export_encoder(pretraining, encoder, overwrite=True)
+    export_model(pretraining, encoder, overwrite=True)
     probe = {
         "train": train,
         "test": test,

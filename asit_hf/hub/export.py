@@ -1,55 +1,72 @@
-"""Exports the encoder of a pretraining checkpoint, and stores weights in 16 bits."""
+"""Exports the model of any checkpoint, and stores weights in 16 bits."""
 
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    CONFIG_NAME,
+    FEATURE_EXTRACTOR_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 
-from ..configuration_asit import HUB_FILES, ASiTConfig
+from ..configuration_asit import HUB_FILES, ASiTConfig, read_adapter
 from ..loading import (
-    find_checkpoint,
     is_pretraining_checkpoint,
     load_config,
-    load_encoder,
     load_feature_extractor,
+    load_model,
+    resolve_checkpoint,
     why_incomplete,
 )
 from ..modeling_asit import ASiTModel
 from ..utils.files import whole_file, whole_folder
 from .cards import CARD_NAME, write_model_card
+from .onnx import ONNX_FOLDER, export_onnx, is_onnx_export
 from .run_record import RUN_NAME
 
 _SETTINGS = (CONFIG_NAME, FEATURE_EXTRACTOR_NAME, CARD_NAME, RUN_NAME)
-_EXPORTED = {*_SETTINGS, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *HUB_FILES}
+# Marks a folder as an export, which another export may replace. It is hidden, so it is not uploaded.
+_MARK = ".export"
+_EXPORTED = {*_SETTINGS, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *HUB_FILES, ONNX_FOLDER, _MARK}
 
 
-def export_encoder(
-    pretraining_dir: str | os.PathLike,
+def export_model(
+    path: str | os.PathLike,
     output_dir: str | os.PathLike,
     encoder: str = "teacher",
     overwrite: bool = False,
     half: bool = False,
     max_shard_size: int | str = "50GB",
+    onnx: bool = False,
+    int8: bool = False,
     **facts: Any,
 ) -> Path:
     """
-    Writes the encoder of a pretraining checkpoint as a plain `ASiTModel`, with its feature extractor and a model card.
+    Writes the model of any ASiT checkpoint with its feature extractor and a model card: an encoder or a classifier as
+    it was saved, an adapter of peft merged into its base model, and of a pretraining checkpoint one encoder.
 
     Args:
-        pretraining_dir: a checkpoint saved by `ASiTForPreTraining`, or a Trainer's run folder: the model saved in the
-            folder itself if there is one, else its last complete checkpoint. The feature extractor is the one beside
-            the weights, else the run folder's.
-        output_dir: written completely or not at all. An earlier export there is replaced.
-        encoder: which encoder, `"teacher"` or `"student"`.
+        path: a checkpoint, a Trainer's run folder or a Hub name. A run folder means the model saved in the folder
+            itself if there is one, else its last complete checkpoint. The feature extractor is the one beside the
+            weights, else the run folder's.
+        output_dir: written completely or not at all. An earlier export there is replaced. With `onnx` it may be the
+            checkpoint's own folder, where only `onnx/` is written.
+        encoder: which encoder of a pretraining checkpoint, `"teacher"` or `"student"`.
         overwrite: whether to replace any other content of `output_dir`.
         half: whether to store the weights in 16 bits, as [`halve_weights`] does.
         max_shard_size: size of the largest weight file, as in `save_pretrained`.
-        facts: arguments of [`~asit_hf.hub.cards.write_model_card`].
+        onnx: whether to also write the files of [`~asit_hf.hub.onnx.export_onnx`] to `onnx/`.
+        int8: whether to also write ONNX files with weights in 8 bits.
+        facts: arguments of [`~asit_hf.hub.cards.write_model_card`], for a new card; without them, the card of an
+            encoder or classifier is copied.
 
     Returns:
         `Path`: `output_dir`, absolute.
@@ -59,27 +76,54 @@ def export_encoder(
         FileExistsError: `output_dir` holds something other than an earlier export.
         ValueError: unknown `encoder`, another type of model, or a checkpoint without that encoder.
     """
-    output_dir, pretraining_dir = Path(output_dir).resolve(), Path(pretraining_dir)
-    checkpoint = find_checkpoint(pretraining_dir)
-    check_replaceable(output_dir, checkpoint.resolve(), overwrite)
-    extractor = load_feature_extractor(pretraining_dir)
-    config = load_config(checkpoint)
-    if not is_pretraining_checkpoint(config):
-        raise ValueError(f"{checkpoint}: expected an ASiTForPreTraining checkpoint, got {config.architectures}")
-    model = load_encoder(checkpoint, encoder, dtype="auto")
+    output_dir, checkpoint = Path(output_dir).resolve(), resolve_checkpoint(path)
+    config, extractor = load_config(path), load_feature_extractor(path)
+    pretrained = is_pretraining_checkpoint(config)
+    if encoder != "teacher" and not pretrained:
+        raise ValueError(
+            f"{path}: expected a pretraining checkpoint to choose the {encoder} from, got {config.architectures}"
+        )
+    if int8 and not onnx:
+        raise ValueError("int8 is for the ONNX files: set onnx too")
+    in_place = onnx and not pretrained and Path(checkpoint).resolve() == output_dir
+    if not in_place:
+        check_replaceable(output_dir, Path(checkpoint).resolve(), overwrite)
+    elif half or facts or max_shard_size != "50GB":
+        raise ValueError(
+            f"only {ONNX_FOLDER}/ is written to the checkpoint's own folder: choose another to store other weights"
+        )
+    elif not (overwrite or _is_absent(output_dir / ONNX_FOLDER) or is_onnx_export(output_dir / ONNX_FOLDER)):
+        raise FileExistsError(
+            f"{output_dir / ONNX_FOLDER} is neither empty nor an earlier export: overwrite=True replaces it"
+        )
     expected, got = config.num_mel_bins, extractor.num_mel_bins
     if got != expected:
         raise ValueError(f"{checkpoint}: expected {expected} mel bins, got {got} from the feature extractor")
-    run = next((path for folder in (checkpoint, pretraining_dir) if (path := folder / RUN_NAME).is_file()), None)
-    facts = {"recipe": _recipe(checkpoint, encoder, config), **facts}
+    model = load_model(path, encoder, dtype="auto")
+    if in_place:
+        with whole_folder(output_dir / ONNX_FOLDER) as folder:
+            export_onnx(model.float(), extractor, folder, int8)
+        return output_dir
+    run, card = (_find(name, (checkpoint, path)) for name in (RUN_NAME, CARD_NAME))
     with whole_folder(output_dir) as export:
         weights = to_float16(model.state_dict()) if half else None
         model.save_pretrained(export, state_dict=weights, max_shard_size=max_shard_size)
         extractor.save_pretrained(export)
+        (export / _MARK).touch()
         if run is not None:
             shutil.copy(run, export)
-        write_model_card(export, **facts)
+        adapter = read_adapter(checkpoint)
+        if facts or pretrained or adapter or card is None:
+            write_model_card(export, **{**_known_facts(checkpoint, encoder, config), **facts})
+        else:
+            text = card.read_text(encoding="utf-8").replace(f'"{card.parent.resolve().name}"', f'"{output_dir.name}"')
+            (export / CARD_NAME).write_text(text, encoding="utf-8")
+        if onnx:
+            export_onnx(model.float(), extractor, export / ONNX_FOLDER, int8)
     return output_dir
+
+
+export_encoder = export_model  # its name in 0.1
 
 
 def halve_weights(folder: str | os.PathLike) -> None:
@@ -133,18 +177,37 @@ def check_replaceable(output_dir: Path, checkpoint: Path, overwrite: bool) -> No
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether `folder` holds what `export_encoder` writes, and nothing else."""
+    """Whether `folder` holds what `export_model` writes, and nothing else. Version 0.1 did not mark its encoders."""
     config = folder / CONFIG_NAME
-    if not config.is_file() or json.loads(config.read_text()).get("architectures") != [ASiTModel.__name__]:
+    if not config.is_file():
+        return False
+    is_encoder = json.loads(config.read_text()).get("architectures") == [ASiTModel.__name__]
+    if not (is_encoder or (folder / _MARK).is_file()):
+        return False
+    if (folder / ONNX_FOLDER).exists() and not is_onnx_export(folder / ONNX_FOLDER):
         return False
     return all(path.name in _EXPORTED or path.match("model-*.safetensors") for path in folder.iterdir())
 
 
-def _recipe(checkpoint: Path, encoder: str, config: ASiTConfig) -> dict[str, Any]:
-    """The settings of a pretraining run that its checkpoint records."""
-    recipe: dict[str, Any] = {"encoder": encoder}
-    if (file := checkpoint / "trainer_state.json").is_file():
+def _is_absent(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def _find(name: str, places: Iterable[str | os.PathLike]) -> Path | None:
+    """A file of the first of these folders or Hub names that has it."""
+    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = (cached_file(place, name, **options) for place in places)
+    return next((Path(file) for file in found if file is not None), None)
+
+
+def _known_facts(checkpoint: str | Path, encoder: str, config: ASiTConfig) -> dict[str, Any]:
+    """What a checkpoint itself records, as arguments of `write_model_card`."""
+    recipe: dict[str, Any] = {}
+    if (file := Path(checkpoint) / "trainer_state.json").is_file():
         state = json.loads(file.read_text(encoding="utf-8"))
         recipe |= {"optimizer steps": state.get("global_step"), "epochs": state.get("epoch")}
-    names = ("global_loss_weight", "local_loss_weight", "reconstruction_loss_weight", "num_prototypes")
-    return recipe | {name.replace("_", " "): getattr(config, name) for name in names}
+    if is_pretraining_checkpoint(config):
+        names = ("global_loss_weight", "local_loss_weight", "reconstruction_loss_weight", "num_prototypes")
+        recipe = {"encoder": encoder, **recipe, **{name.replace("_", " "): getattr(config, name) for name in names}}
+    base = (read_adapter(checkpoint) or {}).get("base_model_name_or_path")
+    return {"recipe": recipe, "base_model": None if base is None or os.path.exists(base) else base}

@@ -12,7 +12,7 @@ import soundfile
 import torch
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
-from asit_hf import ASiTForPreTraining, ASiTModel, export_encoder
+from asit_hf import ASiTForPreTraining, ASiTModel, export_model
 from asit_hf.convert_original import convert
 from asit_hf.data import PackedCrops
 from asit_hf.data.packed import PackedAudio, write_packed
@@ -76,7 +76,7 @@ def test_a_run_gives_a_checkpoint_that_exports(run, tmp_path):
     assert (output / "pictures" / "curves.png").is_file()
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     assert history[-1]["train_loss"] > 0
-    encoder = ASiTModel.from_pretrained(export_encoder(output, tmp_path / "encoder"))
+    encoder = ASiTModel.from_pretrained(export_model(output, tmp_path / "encoder"))
     teacher = trainer.model.teacher["asit"]
     assert (encoder.embeddings.cls_token == teacher.embeddings.cls_token).all()
 
@@ -108,7 +108,7 @@ def assert_same(module, state):
 
 def test_it_starts_from_an_encoder_with_new_heads(run, folder, tmp_path):
     trained = run[0].model
-    encoder = export_encoder(run[1], tmp_path / "encoder")
+    encoder = export_model(run[1], tmp_path / "encoder")
     longer = {"model_name_or_path": encoder, "global_seconds": 0.7}
     model = build(options(folder, tmp_path / "next", **longer))
     assert isinstance(model, ASiTForPreTraining)

@@ -29,7 +29,7 @@ from asit_hf import (
 )
 from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer
 from asit_hf.hub.cards import CardArguments, describe_run, write_model_card
-from asit_hf.hub.export import export_encoder
+from asit_hf.hub.export import export_model
 from asit_hf.hub.run_record import read_run, record_run
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -281,7 +281,7 @@ def save_classifier(folder: Path) -> Path:
 
 
 def test_card_of_an_encoder(tmp_path):
-    card = load_card(export_encoder(save(ASiTForPreTraining, tmp_path / "run"), tmp_path / "encoder"))
+    card = load_card(export_model(save(ASiTForPreTraining, tmp_path / "run"), tmp_path / "encoder"))
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "feature-extraction"
     assert {"asit", "audio", "self-supervised-learning"} <= set(card.data.tags)

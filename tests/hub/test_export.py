@@ -9,7 +9,7 @@ from transformers import AutoModel
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTForPreTraining, ASiTModel
 from asit_hf.hub.__main__ import main
-from asit_hf.hub.export import export_encoder, halve_weights
+from asit_hf.hub.export import export_model, halve_weights
 from asit_hf.loading import find_checkpoint
 
 EXTRACTOR = {"num_mel_bins": 32, "sampling_rate": 8000, "mean": -3.25, "std": 2.5}
@@ -55,7 +55,7 @@ def pretrained(tmp_path_factory) -> tuple[Path, ASiTForPreTraining]:
 @pytest.mark.parametrize("name", ["teacher", "student"])
 def test_export_is_bit_identical(pretrained, tmp_path, name):
     folder, model = pretrained
-    output = export_encoder(folder, tmp_path / "a" / "encoder", encoder=name)
+    output = export_model(folder, tmp_path / "a" / "encoder", encoder=name)
     assert output == tmp_path / "a" / "encoder"
     encoder, other = model.teacher["asit"], model.asit
     if name == "student":
@@ -78,22 +78,22 @@ def test_export_is_bit_identical(pretrained, tmp_path, name):
 
 def test_export_keeps_the_precision(tmp_path):
     model = save_pretraining(tmp_path / "half", dtype=torch.bfloat16)
-    assert_bit_identical(export_encoder(tmp_path / "half", tmp_path / "encoder"), model.teacher["asit"])
+    assert_bit_identical(export_model(tmp_path / "half", tmp_path / "encoder"), model.teacher["asit"])
 
 
 def test_sharded_checkpoints_are_exported(pretrained, tmp_path):
     _, model = pretrained
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     ASiTFeatureExtractor(**EXTRACTOR).save_pretrained(tmp_path / "sharded")
-    assert_bit_identical(export_encoder(tmp_path / "sharded", tmp_path / "encoder"), model.teacher["asit"])
+    assert_bit_identical(export_model(tmp_path / "sharded", tmp_path / "encoder"), model.teacher["asit"])
     next(iter((tmp_path / "sharded").glob("model-*.safetensors"))).unlink()
     with pytest.raises(FileNotFoundError, match="no model-"):
-        export_encoder(tmp_path / "sharded", tmp_path / "encoder")
+        export_model(tmp_path / "sharded", tmp_path / "encoder")
 
 
 def test_exported_encoder_starts_a_classifier(pretrained, tmp_path):
     folder, model = pretrained
-    output = export_encoder(folder, tmp_path / "encoder")
+    output = export_model(folder, tmp_path / "encoder")
     classifier = ASiTForAudioClassification.from_pretrained(output, num_labels=3)
     for name, tensor in model.teacher["asit"].state_dict().items():
         assert torch.equal(classifier.asit.state_dict()[name], tensor)
@@ -118,7 +118,7 @@ def run_folder(tmp_path) -> Path:
 def test_a_run_folder_means_its_last_complete_checkpoint(run_folder, tmp_path, caplog):
     assert find_checkpoint(run_folder) == run_folder / "checkpoint-20"
     assert "checkpoint-30" in caplog.text
-    output = export_encoder(run_folder, tmp_path / "encoder")
+    output = export_model(run_folder, tmp_path / "encoder")
     model = ASiTForPreTraining.from_pretrained(run_folder / "checkpoint-20")
     assert_bit_identical(output, model.teacher["asit"])
     assert ASiTFeatureExtractor.from_pretrained(output).mean == EXTRACTOR["mean"]
@@ -134,7 +134,7 @@ def test_no_complete_checkpoint(run_folder, tmp_path):
     for step in (9, 20):
         (run_folder / f"checkpoint-{step}" / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="checkpoint-30: damaged.*checkpoint-9: no model.safetensors"):
-        export_encoder(run_folder, tmp_path / "encoder")
+        export_model(run_folder, tmp_path / "encoder")
     assert not (tmp_path / "encoder").exists()
 
 
@@ -142,28 +142,30 @@ def test_wrong_inputs(pretrained, tmp_path):
     folder, _ = pretrained
     output = tmp_path / "encoder"
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        export_encoder(tmp_path / "nowhere", output)
+        export_model(tmp_path / "nowhere", output)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no config.json"):
-        export_encoder(tmp_path / "empty", output)
+        export_model(tmp_path / "empty", output)
     with pytest.raises(ValueError, match="'mentor'"):
-        export_encoder(folder, output, encoder="mentor")
+        export_model(folder, output, encoder="mentor")
     with pytest.raises(ValueError, match="ASiTForAudioClassification"):
-        export_encoder(save_classifier(tmp_path / "classifier"), output)
+        export_model(save_classifier(tmp_path / "classifier"), output, encoder="student")
+    with pytest.raises(ValueError, match="int8.*onnx"):
+        export_model(folder, output, int8=True)
 
     shutil.copytree(folder, tmp_path / "bare")
     (tmp_path / "bare" / "preprocessor_config.json").unlink()
     with pytest.raises(FileNotFoundError, match="no preprocessor_config.json in .*bare"):
-        export_encoder(tmp_path / "bare", output)
+        export_model(tmp_path / "bare", output)
     ASiTFeatureExtractor(num_mel_bins=64).save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="32 mel bins.*64"):
-        export_encoder(tmp_path / "bare", output)
+        export_model(tmp_path / "bare", output)
 
     shutil.copytree(folder, tmp_path / "foreign")
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "foreign" / "config.json").write_text(json.dumps(config | {"model_type": "vit"}))
     with pytest.raises(ValueError, match="'vit'"):
-        export_encoder(tmp_path / "foreign", output)
+        export_model(tmp_path / "foreign", output)
     assert not output.exists()
 
 
@@ -173,38 +175,38 @@ def test_a_checkpoint_without_its_teacher(pretrained, tmp_path):
     weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("teacher.")}
     model.save_pretrained(tmp_path / "student", state_dict=weights)
     with pytest.raises(ValueError, match="weights of the teacher's encoder"):
-        export_encoder(tmp_path / "student", tmp_path / "encoder")
-    assert_bit_identical(export_encoder(tmp_path / "student", tmp_path / "encoder", encoder="student"), model.asit)
+        export_model(tmp_path / "student", tmp_path / "encoder")
+    assert_bit_identical(export_model(tmp_path / "student", tmp_path / "encoder", encoder="student"), model.asit)
 
 
 def test_only_earlier_exports_are_replaced(pretrained, tmp_path):
     folder, model = pretrained
     output = tmp_path / "encoder"
-    export_encoder(folder, output, encoder="student")
-    export_encoder(folder, output, encoder="teacher")
+    export_model(folder, output, encoder="student")
+    export_model(folder, output, encoder="teacher")
     assert_bit_identical(output, model.teacher["asit"])
 
     (output / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="overwrite"):
-        export_encoder(folder, output)
+        export_model(folder, output)
     assert (output / "notes.txt").read_text() == "mine"
-    export_encoder(folder, output, encoder="student", overwrite=True)
+    export_model(folder, output, encoder="student", overwrite=True)
     assert_bit_identical(output, model.asit)
     assert not (output / "notes.txt").exists()
 
     classifier = save_classifier(tmp_path / "classifier")
     with pytest.raises(FileExistsError):
-        export_encoder(folder, classifier)
+        export_model(folder, classifier)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError, match="is a file"):
-        export_encoder(folder, tmp_path / "file", overwrite=True)
+        export_model(folder, tmp_path / "file", overwrite=True)
 
 
 def test_an_export_with_its_run_record_is_replaced(pretrained, tmp_path):
     folder = shutil.copytree(pretrained[0], tmp_path / "run")
     (folder / "run.json").write_text(json.dumps({"global_step": 7}))
     for name in ("student", "teacher"):
-        output = export_encoder(folder, tmp_path / "encoder", encoder=name)
+        output = export_model(folder, tmp_path / "encoder", encoder=name)
     assert_bit_identical(output, pretrained[1].teacher["asit"])
     assert json.loads((output / "run.json").read_text()) == {"global_step": 7}
 
@@ -212,15 +214,15 @@ def test_an_export_with_its_run_record_is_replaced(pretrained, tmp_path):
 def test_a_run_cannot_replace_itself(run_folder):
     for output in (run_folder, run_folder / "checkpoint-20", run_folder.parent):
         with pytest.raises(ValueError, match="choose another folder"):
-            export_encoder(run_folder, output, overwrite=True)
+            export_model(run_folder, output, overwrite=True)
     assert (run_folder / "checkpoint-20" / "model.safetensors").is_file()
 
 
 def test_a_failed_export_leaves_the_earlier_one(pretrained, tmp_path):
     folder, model = pretrained
-    output = export_encoder(folder, tmp_path / "encoder")
+    output = export_model(folder, tmp_path / "encoder")
     with pytest.raises(ValueError, match="command"):
-        export_encoder(folder, output, encoder="student", results=[{"task": "events"}])
+        export_model(folder, output, encoder="student", results=[{"task": "events"}])
     assert_bit_identical(output, model.teacher["asit"])
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
 

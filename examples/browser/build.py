@@ -7,15 +7,21 @@ which npm provides. Any server of files can serve it.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
+from asit_hf import ASiTForAudioClassification
+from asit_hf.hub.export import check_replaceable, export_model
+from asit_hf.loading import load_config, resolve_checkpoint
 from asit_hf.utils.files import whole_folder
 
 HERE = Path(__file__).parent
+DOWNLOADS = HERE.parents[1] / "build"
 PAGE_FILES = ("*.html", "*.css", "*.svg", "*.js")
 RUNTIME = "onnxruntime-web"
 RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
@@ -34,38 +40,55 @@ custom_headers:
   cross-origin-opener-policy: same-origin
 ---
 
-A page that classifies sounds inside the browser. It runs [ONNX Runtime](https://onnxruntime.ai) ({version}, MIT license).
+A page that classifies sounds inside the browser, with [ONNX Runtime](https://onnxruntime.ai) ({runtime}, MIT license).
 """
 
 
-def install_runtime() -> Path:
-    """Installs the pinned runtime beside this file, unless it is there, and returns its folder."""
+def build(model: str | os.PathLike, out: Path, overwrite: bool = False) -> None:
+    """Writes the page for any checkpoint of a clip classifier to the folder `out`, and exports the model if needed."""
+    is_page = (out / "runtime" / RUNTIME_FILES[0]).is_file()
+    check_replaceable(out, Path(resolve_checkpoint(model)).resolve(), overwrite or is_page)
+    if (architectures := load_config(model).architectures) != [ASiTForAudioClassification.__name__]:
+        raise ValueError(f"{model}: expected an {ASiTForAudioClassification.__name__}, got {architectures}")
+    runtime = download_runtime()
+    with tempfile.TemporaryDirectory() as scratch:
+        if not any((Path(model) / graph).is_file() for graph in GRAPHS):
+            model = export_model(model, Path(scratch) / "model", onnx=True, int8=True)
+        write_page(Path(model), runtime, out)
+
+
+def download_runtime() -> Path:
+    """The folder of the runtime's files, downloaded by npm in the version that `package.json` pins, unless it is there."""
     version = json.loads((HERE / "package.json").read_text())["dependencies"][RUNTIME]
-    package = HERE / "node_modules" / RUNTIME
-    installed = package / "package.json"
-    if not installed.is_file() or json.loads(installed.read_text())["version"] != version:
-        if (npm := shutil.which("npm")) is None:
-            raise FileNotFoundError(f"expected npm on the PATH, to install {RUNTIME} {version}, got none: install Node.js")
-        command = [npm, "install", "--ignore-scripts", "--no-package-lock", "--no-audit", "--no-fund"]
-        subprocess.run(command, cwd=HERE, check=True, stdout=subprocess.DEVNULL)
-    return package
+    runtime = DOWNLOADS / f"{RUNTIME}-{version}"
+    if all((runtime / name).is_file() for name in RUNTIME_FILES):
+        return runtime
+    if (npm := shutil.which("npm")) is None:
+        raise FileNotFoundError(f"expected npm on the PATH to download {RUNTIME} {version}: install Node.js")
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [npm, "pack", f"{RUNTIME}@{version}", "--pack-destination", scratch]
+        result = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
+        if result.returncode != 0:
+            raise OSError(f"npm could not download {RUNTIME} {version}: {result.stderr.strip()}")
+        (package,) = Path(scratch).glob("*.tgz")
+        with tarfile.open(package) as archive, whole_folder(runtime) as folder:
+            folder.mkdir()
+            for name in RUNTIME_FILES:
+                (folder / name).write_bytes(archive.extractfile(f"package/dist/{name}").read())
+    return runtime
 
 
-def write_page(model: Path, out: Path) -> None:
-    """Writes the page for an exported model, a folder with `config.json` and one of `GRAPHS`, to the folder `out`."""
-    graph = next((graph for graph in GRAPHS if (model / graph).is_file()), None)
-    if graph is None:
-        raise FileNotFoundError(f"{model}: expected {' or '.join(GRAPHS)}, got neither")
-    runtime = install_runtime()
+def write_page(model: Path, runtime: Path, out: Path) -> None:
+    """Writes the page for an exported model, a folder with one of `GRAPHS`, to the folder `out`."""
+    graph = next(graph for graph in GRAPHS if (model / graph).is_file())
     with whole_folder(out) as folder:
-        copies = {folder / path.name: path for pattern in PAGE_FILES for path in HERE.glob(pattern)}
-        copies |= {folder / "runtime" / name: runtime / "dist" / name for name in RUNTIME_FILES}
-        copies |= {folder / "model" / name: model / name for name in (*MODEL_FILES, graph)}
-        for target, source in copies.items():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-        version = json.loads((runtime / "package.json").read_text())["version"]
-        (folder / "README.md").write_text(CARD.format(version=f"{RUNTIME} {version}"), encoding="utf-8")
+        copies = {path.name: path for pattern in PAGE_FILES for path in HERE.glob(pattern)}
+        copies |= {f"runtime/{name}": runtime / name for name in RUNTIME_FILES}
+        copies |= {f"model/{name}": model / name for name in (*MODEL_FILES, graph)}
+        for name, source in copies.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, folder / name)
+        (folder / "README.md").write_text(CARD.format(runtime=runtime.name), encoding="utf-8")
 
 
 def describe_sizes(out: Path) -> str:
@@ -78,26 +101,17 @@ def describe_sizes(out: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="classifier: a folder, a name on the Hub, or a folder with an exported ONNX file")
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace any content of the folder")
+    parser.add_argument(
+        "model", help="classifier: checkpoint, Trainer run folder or Hub name; exported, unless it has ONNX files"
+    )
+    parser.add_argument("out", type=Path, help="folder to write; an earlier page there is replaced")
+    parser.add_argument("--overwrite", action="store_true", help="replace any content of out")
     args = parser.parse_args(arguments)
     try:
-        is_page = (args.out / "runtime" / RUNTIME_FILES[0]).is_file()
-        if args.out.exists() and not (args.overwrite or is_page) and any(args.out.iterdir()):
-            raise FileExistsError(f"{args.out} is neither empty nor an earlier page: --overwrite replaces it")
-        with tempfile.TemporaryDirectory() as scratch:
-            exported = Path(args.model)
-            if not any((exported / graph).is_file() for graph in GRAPHS):
-                exported = Path(scratch) / "model"
-                export = [sys.executable, "-m", "asit_hf.hub", "export", args.model, str(exported), "--onnx", "--int8"]
-                subprocess.run(export, check=True, stdout=subprocess.DEVNULL)
-            write_page(exported, args.out.resolve())
-    except (OSError, ValueError) as error:
+        build(args.model, args.out.resolve(), args.overwrite)
+    except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except subprocess.CalledProcessError as error:
-        return error.returncode
     print(f"{args.out}: {describe_sizes(args.out)}")
     return 0
 

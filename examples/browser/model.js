@@ -34,8 +34,9 @@ export async function loadModel(onProgress) {
   ort.env.wasm.wasmBinary = runtime.buffer
   ort.env.wasm.proxy = true // a thread of its own, so that the page answers while the model runs
   ort.env.wasm.numThreads = crossOriginIsolated ? 0 : 1 // 0: chosen by the runtime
+  const bytes = weights.length // before they move to that thread
   const session = await ort.InferenceSession.create(weights)
-  return new Model(session, config, extractor, weights.length)
+  return new Model(session, config, extractor, bytes)
 }
 
 class Model {

@@ -1,12 +1,14 @@
 // A file or the microphone -> one channel at the model's sampling rate.
 
+import { OPUS_RATE, readHeader } from './header.js'
 import { resample } from './resample.js'
 
 export const FORMATS = 'wav, flac, mp3, ogg, opus, m4a and webm'
 const MAX_MEGABYTES = 200
 const MAX_RECORDING_SECONDS = 300
-// of a file whose header is not understood below; no higher rate is needed
+// of files whose header does not tell
 const DEFAULT_RATE = 48000
+const OPUS_FLAT = 0.98
 
 /** The mean of a file's channels at `rate` Hz, in [-1, 1]. Throws an Error whose message is for the user. */
 export async function readSound(file, rate) {
@@ -15,21 +17,28 @@ export async function readSound(file, rate) {
     throw new Error(`${file.name} has ${Math.round(file.size / 1e6)} MB, this page takes up to ${MAX_MEGABYTES} MB.`)
   }
   const bytes = await file.arrayBuffer()
+  const header = readHeader(bytes)
   let audio
   try {
-    audio = await decodingContext(headerRate(bytes)).decodeAudioData(bytes)
+    audio = await decodingContext(header.isOpus ? OPUS_RATE : header.rate).decodeAudioData(bytes)
   } catch {
     throw new Error(
       `${file.name} cannot be read. This browser takes ${FORMATS}; the file may be of another kind, or damaged.`,
     )
   }
-  const samples = await resample(mixDown(audio), audio.sampleRate, rate)
+  let [samples, ownRate] = [mixDown(audio), audio.sampleRate]
+  if (header.isOpus) {
+    // as libsndfile decodes it, without the faint traces above the frequencies that the file holds
+    samples = await resample(samples, ownRate, header.rate, OPUS_FLAT)
+    ownRate = header.rate
+  }
+  samples = await resample(samples, ownRate, rate)
   if (samples.length === 0) throw new Error(`${file.name} holds no samples.`)
   if (!samples.every(Number.isFinite)) throw new Error(`${file.name} holds samples that are not finite numbers.`)
   return samples
 }
 
-// `decodeAudioData` resamples to the rate of its context, with a shorter filter than ours
+/** `decodeAudioData` resamples to the rate of its context, by a filter that alters the upper half: it is best the file's. */
 function decodingContext(rate) {
   try {
     return new OfflineAudioContext(1, 1, rate ?? DEFAULT_RATE)
@@ -45,40 +54,6 @@ function mixDown(audio) {
     for (let index = 0; index < mean.length; index++) mean[index] += samples[index]
   }
   return audio.numberOfChannels === 1 ? mean : mean.map((sum) => sum / audio.numberOfChannels)
-}
-
-/** The sampling rate in the header of a wav, flac, ogg or mp3 file, or null. */
-export function headerRate(buffer) {
-  const view = new DataView(buffer)
-  const text = (at, length) => String.fromCharCode(...new Uint8Array(buffer, at, length))
-  try {
-    if (['RIFF', 'RF64'].includes(text(0, 4))) {
-      for (let at = 12; ; at += 8 + view.getUint32(at + 4, true) + (view.getUint8(at + 4) & 1)) {
-        if (text(at, 4) === 'fmt ') return view.getUint32(at + 12, true) || null
-      }
-    }
-    const flacRate = (at) => view.getUint32(at + 18) >>> 12
-    if (text(0, 4) === 'OggS') {
-      const packet = 27 + view.getUint8(26)
-      if (text(packet, 7) === '\x01vorbis') return view.getUint32(packet + 12, true)
-      if (text(packet, 5) === '\x7fFLAC') return flacRate(packet + 9)
-      return null // Opus is decoded at 48 kHz
-    }
-    let at = 0
-    if (text(0, 3) === 'ID3') {
-      const sevenBits = [6, 7, 8, 9].map((place) => view.getUint8(place))
-      at = 10 + sevenBits.reduce((size, bits) => size * 128 + bits, 0)
-    }
-    return text(at, 4) === 'fLaC' ? flacRate(at) : mpegRate(view.getUint32(at))
-  } catch {
-    return null // the file ends in its header
-  }
-}
-
-function mpegRate(frame) {
-  const [sync, version, layer, index] = [frame >>> 21, (frame >>> 19) & 3, (frame >>> 17) & 3, (frame >>> 10) & 3]
-  if (sync !== 0x7ff || version === 1 || layer === 0 || index === 3) return null
-  return [44100, 48000, 32000][index] / { 3: 1, 2: 2, 0: 4 }[version]
 }
 
 /**

@@ -58,7 +58,7 @@ def build(model: str | os.PathLike, out: Path, overwrite: bool = False) -> None:
 
 
 def download_runtime() -> Path:
-    """The folder of the runtime's files, downloaded by npm in the version that `package.json` pins, unless it is there."""
+    """The folder of the runtime's files, downloaded by npm in the version that `package.json` pins, once."""
     version = json.loads((HERE / "package.json").read_text())["dependencies"][RUNTIME]
     runtime = DOWNLOADS / f"{RUNTIME}-{version}"
     if all((runtime / name).is_file() for name in RUNTIME_FILES):

@@ -4,17 +4,20 @@
 const FLAT = 0.913
 const ATTENUATION = 128
 const BETA = 0.1102 * (ATTENUATION - 8.7)
-// samples on each side of the center, at the lower rate (Kaiser's estimate)
-const HALF = Math.ceil((ATTENUATION - 8) / (2.285 * Math.PI * (1 - FLAT)) / 2)
 const MILLISECONDS_OF_WORK = 30
 
-/** `round(samples.length * toRate / fromRate)` samples as a Float32Array. It pauses, so that the page answers. */
-export async function resample(samples, fromRate, toRate) {
+/**
+ * `round(samples.length * toRate / fromRate)` samples as a Float32Array; `flat` is the part of the lower Nyquist frequency
+ * that stays. It pauses, so that the page answers.
+ */
+export async function resample(samples, fromRate, toRate, flat = FLAT) {
   if (fromRate === toRate) return samples
   const divisor = greatestCommonDivisor(fromRate, toRate)
   const [step, phases] = [fromRate / divisor, toRate / divisor]
   const ratio = Math.min(1, toRate / fromRate)
-  const half = Math.ceil(HALF / ratio)
+  // samples on each side of the center (Kaiser's estimate)
+  const half = Math.ceil((ATTENUATION - 8) / (2.285 * Math.PI * (1 - flat)) / 2 / ratio)
+  const cutoff = (ratio * (1 + flat)) / 2
   const padded = new Float32Array(samples.length + 2 * half)
   padded.set(samples, half)
 
@@ -23,7 +26,7 @@ export async function resample(samples, fromRate, toRate) {
   const outputs = new Float32Array(Math.floor((2 * samples.length * toRate + fromRate) / (2 * fromRate)))
   for (let index = 0; index < outputs.length; index++) {
     const phase = (index * step) % phases
-    if (!filters.has(phase)) filters.set(phase, filter(phase / phases, half, ratio))
+    if (!filters.has(phase)) filters.set(phase, filter(phase / phases, half, cutoff))
     const taps = filters.get(phase)
     const first = (index * step - phase) / phases + 1 // inputs `half - 1` before to `half` after, in `padded`
     let sum = 0
@@ -38,8 +41,7 @@ export async function resample(samples, fromRate, toRate) {
 }
 
 /** Weights of the `2 * half` inputs around an output that lies `offset` samples after one of them. */
-function filter(offset, half, ratio) {
-  const cutoff = (ratio * (1 + FLAT)) / 2
+function filter(offset, half, cutoff) {
   return Float64Array.from({ length: 2 * half }, (_, tap) => {
     const distance = tap - half + 1 - offset
     const x = Math.PI * cutoff * distance

@@ -81,15 +81,19 @@ def load_trained(path: str | PathLike, model_class: type, **kwargs: Any) -> tupl
 
     Raises:
         FileNotFoundError: as in `load_encoder`.
-        ValueError: another kind of model, such as an encoder, which has no trained classifier.
+        ValueError: another kind of model, such as an encoder, which has no trained classifier, or missing weights.
     """
     config, expected = load_config(path), model_class.__name__
     if expected not in (config.architectures or []):
         script = "frame" if "Frame" in expected else "audio"
         hint = f"finetune it first (examples/run_{script}_classification.py)"
         raise ValueError(f"{path}: expected an {expected}, got {config.architectures}; {hint}")
+    checkpoint = resolve_checkpoint(path)
     with _hub_errors(path):
-        model = model_class.from_pretrained(resolve_checkpoint(path), **kwargs)
+        model, info = model_class.from_pretrained(checkpoint, output_loading_info=True, **kwargs)
+    # an adapter has the weights that its base model lacks
+    if read_adapter(checkpoint) is None and (missing := sorted(info["missing_keys"])):
+        raise ValueError(f"{path} lacks weights of the {expected}, first {missing[0]}")
     return model, load_feature_extractor(path)
 
 

@@ -8,6 +8,7 @@ from huggingface_hub.utils import httpx
 
 from ..loading import ENCODERS
 from .export import export_model, halve_weights
+from .onnx import ONNX_FOLDER, summarize
 from .upload import upload_model
 
 
@@ -40,13 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.command == "export":
             names = ("encoder", "overwrite", "half", "max_shard_size", "onnx", "int8")
-            print(export_model(args.model, args.output_dir, **{name: getattr(args, name) for name in names}))
+            folder = export_model(args.model, args.output_dir, **{name: getattr(args, name) for name in names})
+            print("\n".join([str(folder), *(summarize(folder / ONNX_FOLDER) if args.onnx else ())]))
         elif args.command == "halve":
             halve_weights(args.folder)
             print(args.folder.resolve())
         else:
             print(upload_model(args.folder, args.name, args.private))
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (ImportError, OSError, ValueError, httpx.HTTPError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.utils import (
 
 from ..configuration_asit import HUB_FILES, ASiTConfig, read_adapter
 from ..loading import (
+    ENCODERS,
     is_pretraining_checkpoint,
     load_config,
     load_feature_extractor,
@@ -29,13 +31,13 @@ from ..loading import (
 from ..modeling_asit import ASiTModel
 from ..utils.files import whole_file, whole_folder
 from .cards import CARD_NAME, write_model_card
-from .onnx import ONNX_FOLDER, export_onnx, is_onnx_export
+from .onnx import ONNX_FOLDER, check_requirements, export_onnx, is_onnx_export
 from .run_record import RUN_NAME
 
 _SETTINGS = (CONFIG_NAME, FEATURE_EXTRACTOR_NAME, CARD_NAME, RUN_NAME)
 # Marks a folder as an export, which another export may replace. It is hidden, so it is not uploaded.
 _MARK = ".export"
-_EXPORTED = {*_SETTINGS, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *HUB_FILES, ONNX_FOLDER, _MARK}
+_EXPORTED = {*_SETTINGS, SAFE_WEIGHTS_INDEX_NAME, *HUB_FILES, ONNX_FOLDER, _MARK}
 
 
 def export_model(
@@ -78,30 +80,31 @@ def export_model(
     """
     output_dir, checkpoint = Path(output_dir).resolve(), resolve_checkpoint(path)
     config, extractor = load_config(path), load_feature_extractor(path)
-    pretrained = is_pretraining_checkpoint(config)
-    if encoder != "teacher" and not pretrained:
-        raise ValueError(
-            f"{path}: expected a pretraining checkpoint to choose the {encoder} from, got {config.architectures}"
-        )
+    pretrained, adapter = is_pretraining_checkpoint(config), read_adapter(checkpoint)
+    if encoder not in ENCODERS or (encoder != "teacher" and not pretrained):
+        expected = ENCODERS if pretrained else "teacher, since only pretraining checkpoints have two encoders"
+        raise ValueError(f"{path}, an {config.architectures}: expected encoder to be {expected}, got {encoder!r}")
     if int8 and not onnx:
         raise ValueError("int8 is for the ONNX files: set onnx too")
-    in_place = onnx and not pretrained and Path(checkpoint).resolve() == output_dir
+    if onnx:
+        check_requirements()
+    sources = [checkpoint, *([adapter["base_model_name_or_path"]] if adapter else [])]
+    sources = [Path(source).resolve() for source in sources if Path(source).exists()]
+    onnx_dir = output_dir / ONNX_FOLDER
+    in_place = onnx and not pretrained and output_dir == sources[0]
     if not in_place:
-        check_replaceable(output_dir, Path(checkpoint).resolve(), overwrite)
+        for source in sources:
+            check_replaceable(output_dir, source, overwrite)
     elif half or facts or max_shard_size != "50GB":
-        raise ValueError(
-            f"only {ONNX_FOLDER}/ is written to the checkpoint's own folder: choose another to store other weights"
-        )
-    elif not (overwrite or _is_absent(output_dir / ONNX_FOLDER) or is_onnx_export(output_dir / ONNX_FOLDER)):
-        raise FileExistsError(
-            f"{output_dir / ONNX_FOLDER} is neither empty nor an earlier export: overwrite=True replaces it"
-        )
+        raise ValueError(f"{output_dir}: only {ONNX_FOLDER}/ is added to a model's own folder, without other options")
+    elif not (overwrite or not onnx_dir.exists() or is_onnx_export(onnx_dir)):
+        raise FileExistsError(f"{onnx_dir} is not an earlier export: overwrite=True replaces it")
     expected, got = config.num_mel_bins, extractor.num_mel_bins
     if got != expected:
         raise ValueError(f"{checkpoint}: expected {expected} mel bins, got {got} from the feature extractor")
     model = load_model(path, encoder, dtype="auto")
     if in_place:
-        with whole_folder(output_dir / ONNX_FOLDER) as folder:
+        with whole_folder(onnx_dir) as folder:
             export_onnx(model.float(), extractor, folder, int8)
         return output_dir
     run, card = (_find(name, (checkpoint, path)) for name in (RUN_NAME, CARD_NAME))
@@ -109,10 +112,8 @@ def export_model(
         weights = to_float16(model.state_dict()) if half else None
         model.save_pretrained(export, state_dict=weights, max_shard_size=max_shard_size)
         extractor.save_pretrained(export)
-        (export / _MARK).touch()
         if run is not None:
             shutil.copy(run, export)
-        adapter = read_adapter(checkpoint)
         if facts or pretrained or adapter or card is None:
             write_model_card(export, **{**_known_facts(checkpoint, encoder, config), **facts})
         else:
@@ -120,6 +121,7 @@ def export_model(
             (export / CARD_NAME).write_text(text, encoding="utf-8")
         if onnx:
             export_onnx(model.float(), extractor, export / ONNX_FOLDER, int8)
+        (export / _MARK).touch()
     return output_dir
 
 
@@ -178,19 +180,17 @@ def check_replaceable(output_dir: Path, checkpoint: Path, overwrite: bool) -> No
 
 def _is_export(folder: Path) -> bool:
     """Whether `folder` holds what `export_model` writes, and nothing else. Version 0.1 did not mark its encoders."""
-    config = folder / CONFIG_NAME
-    if not config.is_file():
+    names = [path.name for path in folder.iterdir()]
+    weights = [name for name in names if name == SAFE_WEIGHTS_NAME or fnmatchcase(name, "model-*.safetensors")]
+    if CONFIG_NAME not in names or set(names) - {*weights, *_EXPORTED}:
         return False
-    is_encoder = json.loads(config.read_text()).get("architectures") == [ASiTModel.__name__]
-    if not (is_encoder or (folder / _MARK).is_file()):
+    if ONNX_FOLDER in names and not is_onnx_export(folder / ONNX_FOLDER):
         return False
-    if (folder / ONNX_FOLDER).exists() and not is_onnx_export(folder / ONNX_FOLDER):
-        return False
-    return all(path.name in _EXPORTED or path.match("model-*.safetensors") for path in folder.iterdir())
-
-
-def _is_absent(folder: Path) -> bool:
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if json.loads((folder / CONFIG_NAME).read_text()).get("architectures") == [ASiTModel.__name__]:
+        return True
+    # a model saved here since is not an export
+    changed = [(folder / name).stat().st_mtime_ns for name in weights]
+    return _MARK in names and max(changed, default=0) <= (folder / _MARK).stat().st_mtime_ns
 
 
 def _find(name: str, places: Iterable[str | os.PathLike]) -> Path | None:

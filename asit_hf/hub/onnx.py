@@ -6,18 +6,22 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
+from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from packaging.version import Version
+from transformers import __version__ as transformers_version
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME
 
-from ..configuration_asit import HUB_FILES, ASiTConfig
-from ..fbank_asit import HOP_SECONDS, PREEMPHASIS, mel_filters, window_and_hop
+from ..configuration_asit import HUB_FILES
+from ..fbank_asit import PREEMPHASIS, mel_filters, window_and_hop
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..utils.extras import extra
 
@@ -26,12 +30,15 @@ if TYPE_CHECKING:  # of the extra onnx
 
 ONNX_FOLDER = "onnx"
 WAVEFORM, WAVEFORM_INT8 = "waveform.onnx", "waveform_int8.onnx"
+INT8_FOLDER = "int8"
 # The graph and the weights have the names that `ExportedModel.from_pretrained` expects.
 _FILES = {
     *(WAVEFORM, WAVEFORM_INT8, "model.onnx", "model.onnx.data", "export.json"),
-    *(CONFIG_NAME, FEATURE_EXTRACTOR_NAME, *HUB_FILES),
+    *(CONFIG_NAME, FEATURE_EXTRACTOR_NAME, *HUB_FILES, INT8_FOLDER),
 }
 OPSET = 20  # the first with Gelu; onnxruntime reads it since 1.17
+MIN_TRANSFORMERS = "5.23"  # the first with `ExportedModel`
+MAX_BYTES = 2**31  # of a protocol buffer
 _LOG_MEL_PREFIX = "log_mel/"
 
 # The extractor's computation, step by step. The matrices of the Fourier transform are looked up in one period of the
@@ -130,65 +137,125 @@ def export_onnx(
         model: in evaluation mode, float32, on a CPU.
         extractor: its feature extractor.
         folder: folder to write.
-        int8: whether to also write `waveform_int8.onnx`, with the weights of the linear layers in 8 bits.
+        int8: whether to also write `waveform_int8.onnx`, with the weights of the linear layers in 8 bits, and `int8/`,
+            like `model.onnx` and its settings, whose linear layers also compute in 8 bits.
 
     Raises:
-        ModuleNotFoundError: the extra `onnx` is not installed.
+        ImportError: the extra `onnx` is not installed, or transformers is too old.
+        ValueError: the weights exceed 2 GB.
     """
-    with extra("onnx"):
-        import onnx
+    check_requirements()
+    import onnx
+
+    if (size := 4 * model.num_parameters()) >= MAX_BYTES:
+        raise ValueError(f"expected weights below 2 GB, which one ONNX file can hold, got {size / 1e9:.1f} GB")
     folder, frames = Path(folder), 4 * model.config.patch_size
     inputs = {
         "input_values": torch.zeros(2, frames, model.config.num_mel_bins),
         "attention_mask": torch.ones(2, frames, dtype=torch.long),
     }
-    _export(model, inputs).save_pretrained(folder)
+    exported = _export(model, inputs)
+    exported.save_pretrained(folder)
     extractor.save_pretrained(folder)
     graph = _export(model, {"input_values": inputs["input_values"]}).program
-    waveform_graph = _add_log_mel(graph, model.config, extractor)
+    waveform_graph = _add_log_mel(graph, model, extractor)
     onnx.checker.check_model(waveform_graph, full_check=True)
     onnx.save(waveform_graph, folder / WAVEFORM)
     if int8:
         onnx.save(_quantize_weights(waveform_graph), folder / WAVEFORM_INT8)
+        _quantize(exported, inputs).save_pretrained(folder / INT8_FOLDER)
+        extractor.save_pretrained(folder / INT8_FOLDER)
+
+
+def check_requirements() -> None:
+    """Raises `ImportError` if the packages that `export_onnx` needs are missing or too old."""
+    if Version(transformers_version) < Version(MIN_TRANSFORMERS):
+        raise ImportError(f"ONNX needs transformers {MIN_TRANSFORMERS} or later, got {transformers_version}")
+    with extra("onnx"):
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            import_module(name)
 
 
 def is_onnx_export(folder: Path) -> bool:
     """Whether `folder` holds what `export_onnx` writes, and nothing else."""
-    return (folder / WAVEFORM).is_file() and all(path.name in _FILES for path in folder.iterdir())
+    if not (folder / WAVEFORM).is_file():
+        return False
+    return all(path.name in _FILES for path in folder.rglob("*"))
 
 
-def describe(config: ASiTConfig, extractor: ASiTFeatureExtractor) -> dict[str, str]:
+def summarize(folder: Path) -> list[str]:
+    """A line for every graph in `folder`: its file, size, inputs and outputs."""
+    import onnx
+
+    lines = []
+    for path in sorted(folder.rglob("*.onnx")):
+        graph = onnx.load(path, load_external_data=False).graph
+        size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+        inputs, outputs = (", ".join(map(_signature, values)) for values in (graph.input, graph.output))
+        lines.append(f"{path}: {size / 1e6:.1f} MB, {inputs} -> {outputs}")
+    return lines
+
+
+def _signature(value: Any) -> str:
+    shape = ", ".join(dim.dim_param or str(dim.dim_value) for dim in value.type.tensor_type.shape.dim)
+    return f"{value.name} ({shape})"
+
+
+def describe(model: PreTrainedModel, extractor: ASiTFeatureExtractor) -> dict[str, str]:
     """What a program that has only `waveform.onnx` must know: the metadata in the file."""
-    facts = {"sampling_rate": str(extractor.sampling_rate)}
-    if not _is_classifier(config):
+    config, facts = model.config, {"sampling_rate": str(extractor.sampling_rate)}
+    if not _is_classifier(model):
         return facts | {"output": "embedding (batch, size), the pooled output"}
-    by_frame = "Frame" in config.architectures[0]
+    by_frame = "Frame" in type(model).__name__
+    _, hop = window_and_hop(extractor.sampling_rate)
     single = "regression" if config.num_labels == 1 else "single_label_classification"
     facts |= {
-        "output": "logits (batch, frames, labels)" if by_frame else "logits (batch, labels)",
+        "output": "logits (batch, time_patches, labels)" if by_frame else "logits (batch, labels)",
         "labels": json.dumps([config.id2label[index] for index in range(config.num_labels)], ensure_ascii=False),
         "problem_type": config.problem_type or single,
     }
-    return facts | ({"frame_seconds": f"{config.patch_size * HOP_SECONDS:g}"} if by_frame else {})
+    return facts | (
+        {"time_patch_seconds": f"{config.patch_size * hop / extractor.sampling_rate:g}"} if by_frame else {}
+    )
 
 
-def _is_classifier(config: ASiTConfig) -> bool:
-    return "Classification" in config.architectures[0]
+def _is_classifier(model: PreTrainedModel) -> bool:
+    return "Classification" in type(model).__name__
 
 
 def _export(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Any:
-    """An `ExportedModel` of transformers, without the traces of its making, half a megabyte, in every node."""
+    """An `ExportedModel` of transformers, without half a megabyte of notes on how each node was made."""
+    import onnx_ir
     from torch.export import Dim
     from transformers.exporters import OnnxConfig, OnnxExporter
 
     shapes = dict.fromkeys(inputs, {0: Dim.DYNAMIC, 1: Dim.DYNAMIC})
     with _quiet(), torch.no_grad():
         exported = OnnxExporter().export(model, inputs, OnnxConfig(dynamic_shapes=shapes, opset_version=OPSET))
-    for node in exported.program.graph:
+    graph = exported.program.graph
+    for node in graph:
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
+    for value in (*graph.inputs, *graph.outputs):
+        second = {"logits": "time_patches", "last_hidden_state": "tokens"}.get(value.name, "frames")
+        sizes = zip(value.shape, ("batch", second, ""))
+        value.shape = onnx_ir.Shape([size if isinstance(size, int) else name for size, name in sizes])
     return exported
+
+
+def _quantize(exported: Any, inputs: dict[str, torch.Tensor]) -> Any:
+    """An `ExportedModel` whose linear layers compute in int8, by onnxruntime."""
+    from transformers.exporters import ExportedModel, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
+    from transformers.exporters.base import ExportedComponent
+
+    ((name, component),) = exported.components.items()
+    products = [node.name for node in _products(component.program.graph)]
+    config = OnnxRuntimeDynamicConfig(op_types_to_quantize=["MatMul"], nodes_to_quantize=products, per_channel=True)
+    with _quiet():
+        program = OnnxRuntimeQuantizer(config).quantize(component.program, inputs, exported.export_format)
+    components = {name: ExportedComponent(program, component.metadata)}
+    return ExportedModel(components, exported.export_format, exported.config)
 
 
 @contextmanager
@@ -204,27 +271,33 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _add_log_mel(graph: Any, config: ASiTConfig, extractor: ASiTFeatureExtractor) -> "ModelProto":
+def _add_log_mel(graph: Any, model: PreTrainedModel, extractor: ASiTFeatureExtractor) -> "ModelProto":
     """A graph from `input_values` to a model's outputs as one from `waveform` to one output, with its metadata."""
     import onnx_ir
     from onnx import compose, helper
 
-    model = onnx_ir.to_proto(graph)
-    log_mel = compose.add_prefix(
-        log_mel_graph(extractor, OPSET, model.ir_version), _LOG_MEL_PREFIX, rename_inputs=False, rename_outputs=False
-    )
-    output, name = ("logits", "logits") if _is_classifier(config) else ("pooler_output", "embedding")
-    merged = compose.merge_models(log_mel, model, [("input_values", "input_values")], outputs=[output])
-    del merged.graph.value_info[:]
-    for node in merged.graph.node:
+    encoded = onnx_ir.to_proto(graph)
+    log_mel = log_mel_graph(extractor, OPSET, encoded.ir_version)
+    for node in log_mel.graph.node:
+        node.name = node.output[0]
+    merged = compose.add_prefix(log_mel, _LOG_MEL_PREFIX, rename_inputs=False, rename_outputs=False)
+    merged.producer_name, merged.graph.name = "asit_hf", model.config.model_type
+    output, name = ("logits", "logits") if _is_classifier(model) else ("pooler_output", "embedding")
+    for node in encoded.graph.node:
         node.output[:] = [name if one == output else one for one in node.output]
-    (value,) = merged.graph.output
+    (value,) = (one for one in encoded.graph.output if one.name == output)
     value.name = name
-    for dimension, symbol in zip(value.type.tensor_type.shape.dim, ("batch", "frames")):
-        if not dimension.HasField("dim_value"):
-            dimension.dim_param = symbol
-    helper.set_model_props(merged, describe(config, extractor))
+    merged.graph.node.extend(encoded.graph.node)
+    merged.graph.initializer.extend(encoded.graph.initializer)
+    merged.graph.output[0].CopyFrom(value)
+    helper.set_model_props(merged, describe(model, extractor))
     return merged
+
+
+def _products(nodes: Iterable[Any]) -> list[Any]:
+    """The matrix products of the transformer layers, without those of log-mel and of the positions before them."""
+    layers = dropwhile(lambda node: node.op_type != "LayerNormalization", nodes)
+    return [node for node in layers if node.op_type == "MatMul"]
 
 
 def _quantize_weights(model: "ModelProto") -> "ModelProto":
@@ -234,10 +307,9 @@ def _quantize_weights(model: "ModelProto") -> "ModelProto":
     small = ModelProto()
     small.CopyFrom(model)
     graph = small.graph
-    weights = {one.name: one for one in graph.initializer if not one.name.startswith(_LOG_MEL_PREFIX)}
-    names = [node.input[1] for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    weights = {one.name: one for one in graph.initializer}
     nodes = []
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(node.input[1] for node in _products(graph.node) if node.input[1] in weights):
         matrix = numpy_helper.to_array(weights[name])
         scales = np.maximum(np.abs(matrix).max(0), np.finfo(np.float32).tiny) / 127
         values = {f"{name}.int8": np.round(matrix / scales).astype(np.int8), f"{name}.scale": scales}

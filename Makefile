@@ -14,10 +14,12 @@ GPU_OPTIONS ?=
 AUDIO ?=
 OUT ?= demo_output
 MODEL ?= model_cards/asit-tiny-pool26h-esc50
+PAGE ?= build/page
+PORT ?= 8000
 # for the main process; the tests and the loader workers set their own number
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: demo test test-fast oldest gpu gpu-rehearsal hear xares mteb int8 common space browser quality style clean
+.PHONY: demo test test-fast oldest gpu gpu-rehearsal hear xares mteb int8 common space page browser quality style clean
 
 # torch first, so that no other package pulls in another build of it
 $(VENV)/torch-ready: constraints.txt
@@ -119,10 +121,15 @@ space: $(VENV)/torch-ready
 	$(PIP) --editable ".[space]"
 	$(BIN)/python examples/space/app.py --model "$(MODEL)"
 
-# the same page in headless Chromium; skipped without Debian's packages chromium and chromium-driver
+# a web page that classifies sounds inside the browser, without a server of its own; needs npm
+page: $(VENV)/ready
+	$(BIN)/python examples/browser/build.py "$(MODEL)" "$(PAGE)"
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory "$(PAGE)" $(PORT)
+
+# both pages in headless Chromium; skipped without Debian's packages chromium and chromium-driver, or without npm
 browser: $(VENV)/ready
 	$(PIP) --editable ".[space]" selenium
-	$(BIN)/python -m pytest tests/examples/test_space.py
+	$(BIN)/python -m pytest tests/examples/test_space.py tests/examples/test_browser.py
 
 quality: $(VENV)/ready
 	$(BIN)/ruff check .

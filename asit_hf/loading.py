@@ -25,7 +25,7 @@ from transformers.utils import (
 
 from .configuration_asit import TEACHER_KEYS, ASiTConfig, read_adapter
 from .feature_extraction_asit import ASiTFeatureExtractor
-from .modeling_asit import ASiTModel
+from .modeling_asit import ASiTForAudioClassification, ASiTForAudioFrameClassification, ASiTModel
 from .utils.extras import extra
 
 logger = logging.getLogger(__name__)

@@ -185,7 +185,8 @@ class _AudioClassification(AudioClassificationPipeline):
 
 def _feature_extractor_of(model: Any) -> Any:
     """The feature extractor saved with a model, or an error that says where there is none."""
-    if not (name := getattr(model, "name_or_path", "")):
+    # an `ExportedModel` of transformers has no name, but its configuration has
+    if not (name := getattr(model, "name_or_path", "") or getattr(model.config, "name_or_path", "")):
         raise ValueError("expected a feature_extractor, got None")
     return AutoFeatureExtractor.from_pretrained(name)
 

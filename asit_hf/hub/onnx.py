@@ -6,9 +6,10 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
+from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from transformers import __version__ as transformers_version
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME
 
-from ..configuration_asit import HUB_FILES, ASiTConfig
+from ..configuration_asit import HUB_FILES
 from ..fbank_asit import PREEMPHASIS, mel_filters, window_and_hop
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..utils.extras import extra
@@ -157,7 +158,7 @@ def export_onnx(
     exported.save_pretrained(folder)
     extractor.save_pretrained(folder)
     graph = _export(model, {"input_values": inputs["input_values"]}).program
-    waveform_graph = _add_log_mel(graph, model.config, extractor)
+    waveform_graph = _add_log_mel(graph, model, extractor)
     onnx.checker.check_model(waveform_graph, full_check=True)
     onnx.save(waveform_graph, folder / WAVEFORM)
     if int8:
@@ -200,12 +201,12 @@ def _signature(value: Any) -> str:
     return f"{value.name} ({shape})"
 
 
-def describe(config: ASiTConfig, extractor: ASiTFeatureExtractor) -> dict[str, str]:
+def describe(model: PreTrainedModel, extractor: ASiTFeatureExtractor) -> dict[str, str]:
     """What a program that has only `waveform.onnx` must know: the metadata in the file."""
-    facts = {"sampling_rate": str(extractor.sampling_rate)}
-    if not _is_classifier(config):
+    config, facts = model.config, {"sampling_rate": str(extractor.sampling_rate)}
+    if not _is_classifier(model):
         return facts | {"output": "embedding (batch, size), the pooled output"}
-    by_frame = "Frame" in config.architectures[0]
+    by_frame = "Frame" in type(model).__name__
     _, hop = window_and_hop(extractor.sampling_rate)
     single = "regression" if config.num_labels == 1 else "single_label_classification"
     facts |= {
@@ -218,8 +219,8 @@ def describe(config: ASiTConfig, extractor: ASiTFeatureExtractor) -> dict[str, s
     )
 
 
-def _is_classifier(config: ASiTConfig) -> bool:
-    return "Classification" in config.architectures[0]
+def _is_classifier(model: PreTrainedModel) -> bool:
+    return "Classification" in type(model).__name__
 
 
 def _export(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Any:
@@ -248,10 +249,11 @@ def _quantize(exported: Any, inputs: dict[str, torch.Tensor]) -> Any:
     from transformers.exporters import ExportedModel, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
     from transformers.exporters.base import ExportedComponent
 
-    quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(op_types_to_quantize=["MatMul"], per_channel=True))
     ((name, component),) = exported.components.items()
+    products = [node.name for node in _products(component.program.graph)]
+    config = OnnxRuntimeDynamicConfig(op_types_to_quantize=["MatMul"], nodes_to_quantize=products, per_channel=True)
     with _quiet():
-        program = quantizer.quantize(component.program, inputs, exported.export_format)
+        program = OnnxRuntimeQuantizer(config).quantize(component.program, inputs, exported.export_format)
     components = {name: ExportedComponent(program, component.metadata)}
     return ExportedModel(components, exported.export_format, exported.config)
 
@@ -269,27 +271,33 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _add_log_mel(graph: Any, config: ASiTConfig, extractor: ASiTFeatureExtractor) -> "ModelProto":
+def _add_log_mel(graph: Any, model: PreTrainedModel, extractor: ASiTFeatureExtractor) -> "ModelProto":
     """A graph from `input_values` to a model's outputs as one from `waveform` to one output, with its metadata."""
     import onnx_ir
     from onnx import compose, helper
 
-    model = onnx_ir.to_proto(graph)
-    log_mel = log_mel_graph(extractor, OPSET, model.ir_version)
+    encoded = onnx_ir.to_proto(graph)
+    log_mel = log_mel_graph(extractor, OPSET, encoded.ir_version)
     for node in log_mel.graph.node:
         node.name = node.output[0]
     merged = compose.add_prefix(log_mel, _LOG_MEL_PREFIX, rename_inputs=False, rename_outputs=False)
-    merged.producer_name, merged.graph.name = "asit_hf", type(config).model_type
-    output, name = ("logits", "logits") if _is_classifier(config) else ("pooler_output", "embedding")
-    for node in model.graph.node:
+    merged.producer_name, merged.graph.name = "asit_hf", model.config.model_type
+    output, name = ("logits", "logits") if _is_classifier(model) else ("pooler_output", "embedding")
+    for node in encoded.graph.node:
         node.output[:] = [name if one == output else one for one in node.output]
-    (value,) = (one for one in model.graph.output if one.name == output)
+    (value,) = (one for one in encoded.graph.output if one.name == output)
     value.name = name
-    merged.graph.node.extend(model.graph.node)
-    merged.graph.initializer.extend(model.graph.initializer)
+    merged.graph.node.extend(encoded.graph.node)
+    merged.graph.initializer.extend(encoded.graph.initializer)
     merged.graph.output[0].CopyFrom(value)
-    helper.set_model_props(merged, describe(config, extractor))
+    helper.set_model_props(merged, describe(model, extractor))
     return merged
+
+
+def _products(nodes: Iterable[Any]) -> list[Any]:
+    """The matrix products of the transformer layers, without those of log-mel and of the positions before them."""
+    layers = dropwhile(lambda node: node.op_type != "LayerNormalization", nodes)
+    return [node for node in layers if node.op_type == "MatMul"]
 
 
 def _quantize_weights(model: "ModelProto") -> "ModelProto":
@@ -299,10 +307,9 @@ def _quantize_weights(model: "ModelProto") -> "ModelProto":
     small = ModelProto()
     small.CopyFrom(model)
     graph = small.graph
-    weights = {one.name: one for one in graph.initializer if not one.name.startswith(_LOG_MEL_PREFIX)}
-    names = [node.input[1] for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    weights = {one.name: one for one in graph.initializer}
     nodes = []
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(node.input[1] for node in _products(graph.node) if node.input[1] in weights):
         matrix = numpy_helper.to_array(weights[name])
         scales = np.maximum(np.abs(matrix).max(0), np.finfo(np.float32).tiny) / 127
         values = {f"{name}.int8": np.round(matrix / scales).astype(np.int8), f"{name}.scale": scales}

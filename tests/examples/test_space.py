@@ -4,7 +4,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import soundfile
 import torch
 import yaml
+from browsing import addresses, open_browser, wait_for
 from matplotlib.figure import Figure
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTForPreTraining, ASiTModel
@@ -153,26 +153,9 @@ def page_address(classifier, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("no chromium or chromedriver: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    # for root in a container: no sandbox, little shared memory
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,1200"):
-        options.add_argument(argument)
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    browser = open_browser()
     yield browser
     browser.quit()
-
-
-def wait_for(condition, seconds: float = 60):
-    end = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < end, f"waited for {seconds} s"
-        time.sleep(0.1)
-    return result
 
 
 def upload(browser, address: str, file: Path) -> None:
@@ -189,8 +172,7 @@ def test_an_uploaded_file_gets_its_label(browser, page_address, sounds):
     upload(browser, page_address, sounds / "long.wav")
     wait_for(lambda: ANSWER in text_of(browser))
     wait_for(lambda: len(browser.find_elements("css selector", "[data-testid=matplotlib] img")) == 3)
-    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
-    assert [name for name in loaded if not name.startswith((page_address, "data:", "blob:"))] == []
+    assert [address for address in addresses(browser) if not address.startswith(page_address)] == []
 
 
 def test_a_damaged_file_is_a_line_on_the_page(browser, page_address, sounds):

@@ -76,6 +76,16 @@ def sentence_transformers_files(architectures: list[str] | None) -> dict[str, st
     return {name: json.dumps(one, indent=2) + "\n" for name, one in zip(SENTENCE_TRANSFORMERS_FILES, contents)}
 
 
+def write_sentence_transformers_files(folder: str | PathLike, architectures: list[str] | None) -> None:
+    """Writes these files to `folder`, but keeps those that differ, which may have prompts or further modules."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    ours = [sentence_transformers_files(kind) for kind in (None, ["ASiTForPreTraining"])]
+    for name, content in sentence_transformers_files(architectures).items():
+        file = Path(folder, name)
+        if not file.is_file() or file.read_text(encoding="utf-8") in [files[name] for files in ours]:
+            file.write_text(content, encoding="utf-8")
+
+
 def read_adapter(folder: str | PathLike | None) -> dict[str, Any] | None:
     """
     The settings of an adapter of peft in a local folder without the weights of a model, otherwise `None`. Raises
@@ -223,11 +233,8 @@ class ASiTConfig(SavesHubFiles, PreTrainedConfig):
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
 
     def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """As in Transformers, with the code files and, unless they are there, those of sentence-transformers."""
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        for name, content in sentence_transformers_files(self.architectures).items():
-            if not (file := Path(save_directory, name)).is_file():  # its own may have prompts or further modules
-                file.write_text(content, encoding="utf-8")
+        """As in Transformers, with the code files and those of sentence-transformers."""
+        write_sentence_transformers_files(save_directory, self.architectures)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod

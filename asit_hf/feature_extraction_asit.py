@@ -41,7 +41,7 @@ def read_audio(source: str | PathLike | bytes | dict[str, Any], sampling_rate: i
     ogg, mp3, ...), or of an `{"array", "sampling_rate"}` dict.
     """
     if not isinstance(source, dict):
-        file = BytesIO(source) if isinstance(source, bytes) else source
+        file = source if isinstance(source, (str, PathLike)) else BytesIO(source)
         source = dict(zip(("array", "sampling_rate"), import_module("soundfile").read(file, dtype="float32")))
     array, rate = torch.as_tensor(source["array"]).detach().cpu(), whole_rate(source["sampling_rate"])
     if array.dtype in (torch.int16, torch.int32):  # PCM
@@ -319,7 +319,7 @@ class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):
             sources = [sources]
         waveforms = []
         for source in sources:
-            if not isinstance(source, (str, PathLike, bytes)):
+            if not isinstance(source, (str, PathLike, bytes, bytearray, memoryview)):
                 if sampling_rate is None:
                     self._check_rate(None)
                 source = {"array": source, "sampling_rate": sampling_rate or self.sampling_rate}

@@ -376,25 +376,24 @@ class ASiTModel(ASiTPreTrainedModel):
         Returns:
             [`BaseModelOutputWithPooling`] with `pooler_output` alone.
         """
-        values = input_values.to(self.dtype)
-        mask = input_values.new_ones(values.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
-        window = MAX_FRAMES // self.config.patch_size * self.config.patch_size
-        if values.shape[1] < window + self.config.patch_size:
-            return BaseModelOutputWithPooling(pooler_output=self(values, mask).pooler_output)
+        values, patch_size = input_values.to(self.dtype), self.config.patch_size
+        window = MAX_FRAMES // patch_size * patch_size
+        if values.shape[1] < window + patch_size:
+            return BaseModelOutputWithPooling(pooler_output=self(values, attention_mask).pooler_output)
         logger.warning_once(
             f"clips longer than {window / 100:.2f} s are embedded in windows of that length, whose embeddings are "
             f"averaged; the longest clip here has {values.shape[1] / 100:.2f} s"
         )
-        total, pooled = self._num_time_patches(mask), 0.0
-        for part, real in zip(values.split(window, dim=1), mask.split(window, dim=1)):
-            count = real.sum(-1) // self.config.patch_size
-            if not torch.is_tensor(pooled):  # the first window may be shorter than a patch
-                count = count.clamp_min(1)
-                pooled = values.new_zeros(len(values), self.config.pooled_size, dtype=torch.float32)
-            rows = count.nonzero()[:, 0]
+        mask = values.new_ones(values.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
+        time_patches = self._num_time_patches(mask)
+        pooled = values.new_zeros(len(values), self.config.pooled_size, dtype=torch.float32)
+        for start in range(0, values.shape[1], window):
+            in_window = (time_patches - start // patch_size).clamp(0, window // patch_size)
+            rows = in_window.nonzero()[:, 0]
             if len(rows):
-                weights = (count / total)[rows, None]
-                pooled.index_add_(0, rows, weights * self(part[rows], real[rows]).pooler_output.float())
+                part, real = values[rows, start : start + window], mask[rows, start : start + window]
+                weights = (in_window / time_patches)[rows, None]
+                pooled.index_add_(0, rows, weights * self(part, real).pooler_output.float())
         return BaseModelOutputWithPooling(pooler_output=pooled.to(self.dtype))
 
     @torch.compiler.disable

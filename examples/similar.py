@@ -10,6 +10,7 @@ files are reported and skipped. MODEL is the folder or Hub name of any saved mod
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -18,14 +19,14 @@ from asit_hf import ASiTFeatureExtractor
 from asit_hf.data import AudioReadError, find_audio_files, read_audio
 from asit_hf.utils.extras import extra
 
-with extra("sentence-transformers"):
+if TYPE_CHECKING:  # slow to import
     from sentence_transformers import SentenceTransformer
 
 SECONDS = 10  # of each sound in the picture
 
 
 def embed_sounds(
-    model: SentenceTransformer, files: Sequence[Path], batch_size: int = 16
+    model: "SentenceTransformer", files: Sequence[Path], batch_size: int = 16
 ) -> tuple[list[Path], np.ndarray]:
     """The readable files, and their embeddings `(files, dim)` of length 1; a `ValueError` if there are none."""
     rate, kept, embeddings = model[0].processor.sampling_rate, [], []
@@ -80,6 +81,8 @@ def main(arguments: list[str] | None = None) -> list[tuple[Path, float]]:
     files = [file for file in find_audio_files(args.folder) if file.resolve() != args.query.resolve()]
     if not files:
         parser.error(f"expected other sounds in {args.folder} than the query")
+    with extra("sentence-transformers"):
+        from sentence_transformers import SentenceTransformer
     model = SentenceTransformer(args.model)
     _, (query,) = embed_sounds(model, [args.query])
     files, embeddings = embed_sounds(model, files, args.batch_size)

@@ -12,7 +12,7 @@ from gpu_trainer import RATE, build_model, cheap_compiler, local_frames, num_sam
 from transformers import TrainerCallback, set_seed
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForPreTraining
-from asit_hf.configuration_asit import HUB_FILES
+from asit_hf.configuration_asit import HUB_FILES, SENTENCE_TRANSFORMERS_FILES
 from asit_hf.data.packed import INDEX, PackedAudio, PackedCrops, is_packed, write_packed
 from asit_hf.data.parcels import decode_parcels
 from asit_hf.fbank_asit import num_fbank_frames
@@ -181,14 +181,14 @@ class ExportTeacher(TrainerCallback):
 def export_teacher(model: ASiTForPreTraining, extractor: ASiTFeatureExtractor, folder: Path) -> None:
     """
     Replaces `folder` atomically by the teacher's encoder and its feature extractor: float16 weights, which load as
-    float32, in files below 16 MiB, without the Hub files of other exports.
+    float32, in files below 16 MiB, without those that `python -m asit_hf.hub upload` adds.
     """
     encoder = model.teacher["asit"]
     halves = {name: tensor.cpu() for name, tensor in to_float16(encoder.state_dict()).items()}
     with whole_folder(folder) as scratch:
         encoder.save_pretrained(scratch, state_dict=halves, max_shard_size=SHARD_SIZE)
         extractor.save_pretrained(scratch)
-        for name in HUB_FILES:
+        for name in (*HUB_FILES, *SENTENCE_TRANSFORMERS_FILES):
             (scratch / name).unlink(missing_ok=True)
 
 

@@ -78,17 +78,21 @@ class MtebModel:
         self,
         inputs: DataLoader,
         *,
+        task_metadata: Any = None,
+        hf_split: str | None = None,
+        hf_subset: str | None = None,
+        prompt_type: Any = None,
         batch_size: int = 32,
         show_progress_bar: bool = True,
         precision: str = "float32",
-        **kwargs: Any,
     ) -> np.ndarray:
         """
         Args:
             inputs: loader of a data set with a column `audio`, whose clips are embedded in the data set's order.
+            task_metadata, hf_split, hf_subset, prompt_type: of mteb; they do not affect the embeddings.
             batch_size (`int`): of the windows.
             show_progress_bar (`bool`): over the clips.
-            kwargs: task, split, subset and prompt type, which do not affect the embeddings.
+            precision (`str`): "float32".
 
         Returns:
             `np.ndarray` of shape `(clips, embed_dim)`, float32.

@@ -90,6 +90,19 @@ def test_timestamps_are_interleaved(checkpoints, samples):
         torch.testing.assert_close(times[0, turn::4], torch.from_numpy(middles) + 40 * turn)
 
 
+def test_timestamps_of_patches_without_quarters():
+    """The hop divides the patch, so that every timestamp is at its patch's center."""
+    encoder = ASiTModel(ASiTConfig(**{**SMALL, "patch_size": 9, "num_frames": 9, "num_mel_bins": 36})).eval()
+    model = hear.HearModel(encoder, ASiTFeatureExtractor(num_mel_bins=36))
+    audio = noise(1, 8000)
+    embeddings, times = hear.get_timestamp_embeddings(audio, model)
+    assert set(times[0].diff().round().tolist()) == {10}
+    log_mel = model.log_mel(audio)
+    with torch.no_grad():
+        alone = [encoder(log_mel[:, start : start + 9]).last_hidden_state[0, 1:].mean(0) for start in (0, 7, 30)]
+    torch.testing.assert_close(embeddings[0, [0, 7, 30]], torch.stack(alone), rtol=0, atol=1e-4)
+
+
 def test_long_sounds_are_encoded_in_windows(checkpoints):
     audio = noise(2, 48000)
     model = hear.load_model(checkpoints["ASiTModel"], window_seconds=30)

@@ -92,6 +92,8 @@ def test_wrong_input(checkpoint):
         model.encode(DataLoader(Dataset.from_dict({"text": ["a"]})))
     with pytest.raises(ValueError, match="float32, got int8"):
         model.encode(loader(noise_files()), precision="int8")
+    with pytest.raises(TypeError, match="window_seconds"):  # an option of `load_model`
+        model.encode(loader(noise_files()), window_seconds=1)
     with pytest.raises(ValueError, match="num_layers from 1 to 2, got 3"):
         load_model(checkpoint, num_layers=3)
 

@@ -100,7 +100,8 @@ class FakeClassifier:
 def test_windows_are_those_of_the_pipeline(classifier, seconds, window, hop, sizes, live):
     sound = make_sound(seconds)
     options = {"window_seconds": window, "overlap": 1 - hop / window, "return_timeline": True, "top_k": None}
-    windows = listen(classifier, in_chunks(sound, sizes), window_seconds=window, hop_seconds=hop, live=live)
+    chunks = in_chunks(sound, sizes)
+    windows = listen(classifier, chunks, window_seconds=window, hop_seconds=hop, live=live, clock=lambda: 0.0)
     assert_same_windows(list(windows), classifier(sound, **options)["timeline"])
 
 
@@ -160,7 +161,7 @@ def test_smoothing_averages_the_latest_windows(classifier):
 
 def test_a_slow_model_skips_to_the_newest_window():
     """A window takes 4 s, in which 8 chunks of 0.5 s arrive; a window begins every 0.5 s."""
-    due, taken, left = threading.Semaphore(2), threading.Semaphore(0), [24]
+    due, taken, left, done = threading.Semaphore(2), threading.Semaphore(0), [24], threading.Event()
 
     def source():
         for index in range(26):
@@ -168,8 +169,11 @@ def test_a_slow_model_skips_to_the_newest_window():
             yield np.ones(RATE // 2, np.float32)
             if index >= 2:
                 taken.release()
+        done.wait()
 
     def deliver():
+        if slow.windows == 4:
+            done.set()
         for _ in range(min(8, left[0])):
             left[0] -= 1
             due.release()
@@ -219,7 +223,7 @@ def test_an_error_of_the_source_comes_after_the_windows_before_it(classifier, li
         yield make_sound(2.2)
         raise AudioReadError("the microphone", "unplugged")
 
-    windows = listen(classifier, source(), live=live)
+    windows = listen(classifier, source(), live=live, clock=lambda: 0.0)
     assert [next(windows)["start"] for _ in range(3)] == [0.0, 0.5, 1.0]
     with pytest.raises(AudioReadError, match="unplugged"):
         next(windows)
@@ -362,9 +366,13 @@ def test_standard_input(folder, classifier, monkeypatch, capsys, tmp_path, optio
     [
         (["--output", "windows.txt"], "windows.txt"),
         (["--channels", "0"], "channels.*0"),
-        (["--speed", "0"], "speed.*0"),
-        (["-", "--speed", "2"], "speed.*2"),
-        (["file.wav", "--microphone", "1"], "file.wav"),
+        (["file.wav", "--speed", "0"], "speed.*0"),
+        (["file.wav", "--top_k", "0"], "top_k.*0"),
+        (["-", "--speed", "2"], "speed.*standard input"),
+        (["file.wav", "--microphone", "1"], "microphone.*file.wav"),
+        (["file.wav", "--channels", "2"], "channels.*file.wav"),
+        (["file.wav", "--threshold", "1.5"], "threshold.*1.5"),
+        (["--sample_format", "u8"], "sample_format.*microphone"),
         (["no_such_file.wav"], "no_such_file.wav"),
         (["file.wav", "--hop_seconds", "9"], "hop_seconds.*9"),
         (["--sampling_rate", "-1"], "-1"),
@@ -399,6 +407,20 @@ def test_what_was_heard_before_an_error_is_shown(folder, recording, tmp_path, ca
     assert "timeline" in printed.out
     assert "1 windows" in printed.err
     assert printed.err.splitlines()[-1] == "error: cannot read recording.wav: damaged"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [([], (RATE, None, 1)), (["--microphone", "3", "--channels", "2", "--sampling_rate", "44100"], (44100, 3, 2))],
+)
+def test_the_microphone(folder, monkeypatch, capsys, options, expected):
+    def record(*args):
+        assert args == expected
+        return 44100, iter(in_chunks(make_sound(1.2, 44100), [2205]))
+
+    monkeypatch.setattr("asit_hf.listen.record", record)
+    assert main([str(folder), *options]) == 0
+    assert "2 windows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

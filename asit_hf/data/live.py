@@ -70,14 +70,17 @@ def record(sampling_rate: int, device: int | str | None = None, channels: int = 
         names = ", ".join(f"{one['index']} {one['name']}" for one in microphones()) or "none"
         raise OSError(f"cannot open the microphone: {error}; devices that record: {names}") from error
     logger.info("microphone: %s, %d Hz, channels: %d", info["name"], sampling_rate, channels)
-    return sampling_rate, _recorded(stream, block)
+    return sampling_rate, _recorded(stream, block, sounddevice.PortAudioError)
 
 
-def _recorded(stream: Any, block: int) -> Iterator[np.ndarray]:
+def _recorded(stream: Any, block: int, failure: type[Exception]) -> Iterator[np.ndarray]:
     with stream:
         said = False
         while True:
-            samples, overflowed = stream.read(block)
+            try:
+                samples, overflowed = stream.read(block)
+            except failure as error:
+                raise OSError(f"the microphone stopped: {error}") from error
             if overflowed and not said:
                 logger.warning("the microphone's buffer overflowed: some audio is lost")
                 said = True
@@ -113,14 +116,14 @@ def read_pcm(
         AudioReadError: another kind of file, a damaged header, or float samples that are none.
     """
     head = _exactly(read, 4)
-    size = 0
+    size, kind = 0, "raw"
     if head in (b"RIFF", b"RF64"):
         sampling_rate, channels, sample_format, size = _wav_header(read)
-        head = b""
-    elif kind := next((kind for magic, kind in _FILES.items() if head.startswith(magic)), None):
+        head, kind = b"", "wav"
+    elif found := next((kind for magic, kind in _FILES.items() if head.startswith(magic)), None):
         hint = f"decode it first: ffmpeg -i FILE -f s16le -ac 1 -ar {sampling_rate} - | ..."
-        raise AudioReadError(_PIPE, f"expected raw samples or wav, got {kind}: name the file instead, or {hint}")
-    logger.info("%s: %s, %d Hz, channels: %d", _PIPE, sample_format, sampling_rate, channels)
+        raise AudioReadError(_PIPE, f"expected raw samples or wav, got {found}: name the file instead, or {hint}")
+    logger.info("%s: %s, %s, %d Hz, channels: %d", _PIPE, kind, sample_format, sampling_rate, channels)
     return sampling_rate, _decoded(read, head, sampling_rate, channels, sample_format, size)
 
 

@@ -11,17 +11,16 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from io import FileIO
 from pathlib import Path
-from queue import Empty, Queue
-from threading import Event, Thread, current_thread, main_thread
+from threading import current_thread, main_thread
 from typing import Any
 
 import numpy as np
 
-from .data.audio import AudioReadError, to_mono_float
-from .data.live import SAMPLE_FORMATS, microphones, play, read_pcm, record, stream_resampler
+from .data.audio import AudioReadError
+from .data.live import SAMPLE_FORMATS, microphones, play, read_pcm, record, rolling_windows
 from .fbank_asit import HOP_SECONDS, WINDOW_SECONDS, whole_rate
 from .pipeline import ASiTAudioClassificationPipeline
 from .predict import load_classifier
@@ -29,12 +28,13 @@ from .utils.files import check_writable
 
 logger = logging.getLogger(__name__)
 
-# Of a live source, windows that have waited for longer are skipped. It may deliver in bursts (PulseAudio: 2 s) and
-# begin with a full pipe (2 s at 16 kHz); audio that is further ahead of the clock comes from a file, and waits.
-PATIENCE_SECONDS = 3.0
-_MOST_CHUNKS = 1000  # that wait in memory; then the source waits, too
-_CLOSING_SECONDS = 0.5  # a microphone returns within a block, a pipe perhaps never
-_END = object()
+_SOURCE_OPTIONS = {
+    "speed": ("a file",),
+    "microphone": ("the microphone",),
+    "sampling_rate": ("the microphone", "standard input"),
+    "channels": ("the microphone", "standard input"),
+    "sample_format": ("standard input",),
+}
 
 
 def default_window_seconds(classifier: ASiTAudioClassificationPipeline) -> float:
@@ -75,7 +75,8 @@ def listen(
         hop_seconds (`float`, *optional*): from the start of a window to that of the next; default: half a window.
         smoothing (`int`, defaults to 1): number of latest windows over which scores are averaged.
         live (`bool`, defaults to `True`): a thread reads `chunks`, and windows that have waited for more than 3 s are
-            skipped, up to the newest; but chunks that arrive faster than real time wait. Otherwise all chunks wait.
+            skipped, up to the newest, and so are those that have waited for two hops if a window takes longer than a
+            hop; but chunks that arrive faster than real time wait. Otherwise all chunks wait.
         clock: the time in seconds.
 
     Yields:
@@ -105,7 +106,7 @@ def listen(
     if live:
         classify(np.zeros(window, np.float32))  # the first forward pass is slower than the others
     silent, chunk_rate = False, rate if sampling_rate is None else whole_rate(sampling_rate)
-    for start, waveform, arrived, skipped in _windows(chunks, chunk_rate, rate, window, hop, live, clock):
+    for start, waveform, arrived, skipped in rolling_windows(chunks, chunk_rate, rate, window, hop, live, clock):
         if not silent and not waveform.any():
             message = "the window at %.2f s is digital silence, whose labels mean nothing: is the microphone muted?"
             logger.warning(message, start / rate)
@@ -117,94 +118,6 @@ def listen(
             labels = [{"score": means[label], "label": label} for label in sorted(means, key=means.get, reverse=True)]
         span = {"start": start / rate, "end": (start + len(waveform)) / rate}
         yield {**span, "labels": labels, "latency": clock() - arrived, "skipped": skipped}
-
-
-def _windows(
-    chunks: Iterable[Any], chunk_rate: int, rate: int, window: int, hop: int, live: bool, clock: Callable[[], float]
-) -> Iterator[tuple[int, np.ndarray, float, int]]:
-    """First sample, waveform, time of arrival, and number of windows skipped before; sizes in samples at `rate`."""
-    resampled = stream_resampler(chunk_rate, rate)
-    buffer, first = np.zeros(0, np.float32), 0  # samples from number `first` on
-    received, arrivals, began = 0, deque(), None  # numbers of samples of `chunks`, and when they had arrived
-    start = skipped = done = 0  # the next window, windows skipped before it, and where the last one ended
-    chunk, ended = None, False
-
-    def waiting() -> int:  # complete windows after the next one; -1 if that is not complete
-        return (first + len(buffer) - window - start) // hop
-
-    def is_ahead() -> bool:
-        return not live or (began is not None and received / chunk_rate - (clock() - began) > PATIENCE_SECONDS)
-
-    def arrival(end: int) -> float:
-        while len(arrivals) > 1 and arrivals[0][0] * rate < end * chunk_rate:
-            arrivals.popleft()
-        return clock() if is_ahead() else arrivals[0][1]
-
-    with _arriving(chunks, live, clock) as take:
-        while not ended or waiting() >= 0:
-            for chunk, now in [] if ended or (is_ahead() and waiting() >= 0) else take(waiting() < 0):
-                ended = chunk is _END or isinstance(chunk, BaseException)
-                if not ended and len(chunk) == 0:
-                    continue
-                began = now if began is None else began
-                samples = np.zeros(0, np.float32) if ended else to_mono_float(chunk)
-                received += len(samples)
-                arrivals.append((received, now))
-                buffer = np.concatenate([buffer, resampled(samples, last=ended)])
-            if waiting() * hop > PATIENCE_SECONDS * rate and not is_ahead():
-                skipped, start = skipped + waiting(), start + waiting() * hop
-            if waiting() >= 0:
-                done = start + window
-                yield start, buffer[start - first : done - first], arrival(done), skipped
-                skipped, start = 0, start + hop
-                # the last window may begin anywhere after the one before
-                buffer, first = buffer[start - hop - first :], start - hop
-    if isinstance(chunk, BaseException):
-        raise chunk
-    total = first + len(buffer)
-    if total == 0:
-        raise AudioReadError("the input", "no samples")
-    if done < total:
-        start = max(0, total - window)
-        yield start, buffer[start - first :], arrival(total), skipped
-
-
-@contextmanager
-def _arriving(
-    chunks: Iterable[Any], live: bool, clock: Callable[[], float]
-) -> Iterator[Callable[[bool], list[tuple[Any, float]]]]:
-    """
-    A function that returns the chunks that have arrived since its last call, with their times. If its argument is
-    true, it waits for at least one. The last one is `_END`, or the error that `chunks` raised in its thread.
-    """
-    if not live:
-        iterator = iter(chunks)
-        yield lambda wait: [(next(iterator, _END), clock())] if wait else []
-        return
-    arrived, stopped = Queue(_MOST_CHUNKS), Event()
-
-    def read() -> None:
-        last = _END
-        try:
-            for chunk in chunks:
-                arrived.put((chunk, clock()))
-                if stopped.is_set():
-                    break
-            getattr(chunks, "close", lambda: None)()
-        except BaseException as error:
-            last = error
-        arrived.put((last, clock()))
-
-    thread = Thread(target=read, daemon=True)
-    thread.start()
-    try:
-        yield lambda wait: [arrived.get() for _ in range(max(int(wait), arrived.qsize()))]
-    finally:
-        stopped.set()
-        with suppress(Empty):
-            while True:
-                arrived.get_nowait()
-        thread.join(_CLOSING_SECONDS)
 
 
 class Timeline:
@@ -306,13 +219,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--smoothing", type=int, default=1, help="windows over which scores are averaged (default: %(default)s)")
     add("--output", type=Path, help=".csv or .jsonl file of all windows, complete up to the last one at any time")
     add("--top_k", type=int, default=5, help="labels per window in the output file (default: %(default)s)")
-    add("--speed", type=float, default=1.0, help="speed of a file; inf: as fast as possible (default: 1, real time)")
+    add("--speed", type=float, help="speed of a file; inf: as fast as possible (default: 1, real time)")
     add("--microphone", help="number of a microphone or part of its name (default: the system's)")
     add("--list_microphones", action=_ListMicrophones, nargs=0, help="print the microphones and exit")
-    add("--sampling_rate", type=int, help="rate in Hz of standard input or the microphone (default: the model's)")
-    add("--channels", type=int, default=1, help="channels of the same, averaged (default: %(default)s)")
-    formats = "samples of standard input without a wav header, named as in ffmpeg (default: %(default)s)"
-    add("--sample_format", choices=list(SAMPLE_FORMATS), default="s16le", help=formats)
+    add("--sampling_rate", type=int, help="rate of the microphone or standard input in Hz (default: the model's)")
+    add("--channels", type=int, help="channels of the microphone or standard input, averaged (default: 1)")
+    formats = "samples of standard input without a wav header, named as in ffmpeg (default: s16le)"
+    add("--sample_format", choices=list(SAMPLE_FORMATS), help=formats)
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: cuda if available")
     return parser
 
@@ -320,32 +233,34 @@ def _parser() -> argparse.ArgumentParser:
 def _check(args: argparse.Namespace) -> None:
     if args.output is not None and args.output.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"--output must end in .csv or .jsonl, got {args.output}")
+    source = {None: "the microphone", "-": "standard input"}.get(args.source, "a file")
+    for name, sources in _SOURCE_OPTIONS.items():
+        if getattr(args, name) is not None and source not in sources:
+            raise ValueError(f"--{name} is for {' or '.join(sources)}, got {source}, {args.source}")
     for name in ("channels", "top_k", "smoothing"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if not args.speed > 0:
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if args.speed is not None and not args.speed > 0:
         raise ValueError(f"--speed must be above 0, got {args.speed}")
-    if args.speed != 1 and args.source in (None, "-"):
-        raise ValueError(f"--speed is for files, got {args.speed} with {args.source or 'the microphone'}")
-    if args.microphone is not None and args.source is not None:
-        raise ValueError(f"expected a source or a microphone, got {args.source} and --microphone {args.microphone}")
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold must be in [0, 1], got {args.threshold}")
     if args.sampling_rate is not None:
         whole_rate(args.sampling_rate)
 
 
 def _open_source(args: argparse.Namespace, rate: int) -> tuple[int, Iterator[np.ndarray], bool]:
     """Rate in Hz, chunks, and whether they are live."""
-    preferred = args.sampling_rate or rate
+    preferred, channels = args.sampling_rate or rate, args.channels or 1
     if args.source is None:
         name = args.microphone
-        device = int(name) if name is not None and name.isdecimal() else name
-        return *record(preferred, device, args.channels), True
+        return *record(preferred, int(name) if name and name.isdecimal() else name, channels), True
     if args.source != "-":
-        return rate, play(args.source, rate, args.speed), args.speed < math.inf
+        speed = args.speed or 1.0
+        return rate, play(args.source, rate, speed), speed < math.inf
     if sys.stdin is None or sys.stdin.isatty():
         raise AudioReadError("standard input", "expected a pipe of samples, got a terminal")
     pipe = FileIO(sys.stdin.fileno(), closefd=False)  # a buffered file's lock would be kept by a waiting thread
-    return *read_pcm(pipe.read, preferred, args.channels, args.sample_format), True
+    return *read_pcm(pipe.read, preferred, channels, args.sample_format or "s16le"), True
 
 
 def _show_change(time: float, begun: dict[str, float], ended: list[str], multi_label: bool) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from datetime import datetime, timedelta
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,8 @@ from transformers.pipelines import audio_utils
 
 from asit_hf import ASiTAudioClassificationPipeline, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.data.audio import AudioReadError, read_audio
-from asit_hf.listen import PATIENCE_SECONDS, Timeline, default_window_seconds, listen, main
+from asit_hf.data.live import PATIENCE_SECONDS
+from asit_hf.listen import Timeline, default_window_seconds, listen, main
 
 RATE = 8000
 LABELS = {0: "dog", 1: "rain, heavy", 2: "bell", 3: "siren", 4: "wind"}
@@ -100,7 +102,8 @@ class FakeClassifier:
 def test_windows_are_those_of_the_pipeline(classifier, seconds, window, hop, sizes, live):
     sound = make_sound(seconds)
     options = {"window_seconds": window, "overlap": 1 - hop / window, "return_timeline": True, "top_k": None}
-    windows = listen(classifier, in_chunks(sound, sizes), window_seconds=window, hop_seconds=hop, live=live)
+    chunks = in_chunks(sound, sizes)
+    windows = listen(classifier, chunks, window_seconds=window, hop_seconds=hop, live=live, clock=lambda: 0.0)
     assert_same_windows(list(windows), classifier(sound, **options)["timeline"])
 
 
@@ -160,7 +163,7 @@ def test_smoothing_averages_the_latest_windows(classifier):
 
 def test_a_slow_model_skips_to_the_newest_window():
     """A window takes 4 s, in which 8 chunks of 0.5 s arrive; a window begins every 0.5 s."""
-    due, taken, left = threading.Semaphore(2), threading.Semaphore(0), [24]
+    due, taken, left, done = threading.Semaphore(2), threading.Semaphore(0), [24], threading.Event()
 
     def source():
         for index in range(26):
@@ -168,8 +171,11 @@ def test_a_slow_model_skips_to_the_newest_window():
             yield np.ones(RATE // 2, np.float32)
             if index >= 2:
                 taken.release()
+        done.wait()
 
     def deliver():
+        if slow.windows == 4:
+            done.set()
         for _ in range(min(8, left[0])):
             left[0] -= 1
             due.release()
@@ -219,7 +225,7 @@ def test_an_error_of_the_source_comes_after_the_windows_before_it(classifier, li
         yield make_sound(2.2)
         raise AudioReadError("the microphone", "unplugged")
 
-    windows = listen(classifier, source(), live=live)
+    windows = listen(classifier, source(), live=live, clock=lambda: 0.0)
     assert [next(windows)["start"] for _ in range(3)] == [0.0, 0.5, 1.0]
     with pytest.raises(AudioReadError, match="unplugged"):
         next(windows)
@@ -362,9 +368,13 @@ def test_standard_input(folder, classifier, monkeypatch, capsys, tmp_path, optio
     [
         (["--output", "windows.txt"], "windows.txt"),
         (["--channels", "0"], "channels.*0"),
-        (["--speed", "0"], "speed.*0"),
-        (["-", "--speed", "2"], "speed.*2"),
-        (["file.wav", "--microphone", "1"], "file.wav"),
+        (["file.wav", "--speed", "0"], "speed.*0"),
+        (["file.wav", "--top_k", "0"], "top_k.*0"),
+        (["-", "--speed", "2"], "speed.*standard input"),
+        (["file.wav", "--microphone", "1"], "microphone.*file.wav"),
+        (["file.wav", "--channels", "2"], "channels.*file.wav"),
+        (["file.wav", "--threshold", "1.5"], "threshold.*1.5"),
+        (["--sample_format", "u8"], "sample_format.*microphone"),
         (["no_such_file.wav"], "no_such_file.wav"),
         (["file.wav", "--hop_seconds", "9"], "hop_seconds.*9"),
         (["--sampling_rate", "-1"], "-1"),
@@ -399,6 +409,20 @@ def test_what_was_heard_before_an_error_is_shown(folder, recording, tmp_path, ca
     assert "timeline" in printed.out
     assert "1 windows" in printed.err
     assert printed.err.splitlines()[-1] == "error: cannot read recording.wav: damaged"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [([], (RATE, None, 1)), (["--microphone", "3", "--channels", "2", "--sampling_rate", "44100"], (44100, 3, 2))],
+)
+def test_the_microphone(folder, monkeypatch, capsys, options, expected):
+    def record(*args):
+        assert args == expected
+        return 44100, iter(in_chunks(make_sound(1.2, 44100), [2205]))
+
+    monkeypatch.setattr("asit_hf.listen.record", record)
+    assert main([str(folder), *options]) == 0
+    assert "2 windows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -448,7 +472,7 @@ def test_labels_of_a_multi_label_classifier_rise_and_fall(tmp_path, recording, m
 @pytest.mark.parametrize("options", [{}, {"stride_length_s": (0.2, 0.1)}, {"format_for_conversion": "s16le"}])
 def test_the_pipeline_takes_the_chunks_of_transformers_microphone(classifier, monkeypatch, options):
     """`ffmpeg_microphone_live` itself, but for ffmpeg: partial chunks, with strides, in two sample formats."""
-    sound = make_sound(2.0)
+    sound = make_sound(1.25)
     pulled = []
     if "format_for_conversion" in options:
         sound = np.round(sound * 32767).astype(np.int16)
@@ -460,7 +484,10 @@ def test_the_pipeline_takes_the_chunks_of_transformers_microphone(classifier, mo
             yield content[first : first + size]
 
     monkeypatch.setattr(audio_utils, "_ffmpeg_stream", stream)
-    make = lambda: audio_utils.ffmpeg_microphone_live(RATE, 1.0, stream_chunk_s=0.25, **options)  # noqa: E731
+    now = datetime(2026, 1, 1)  # the generator leaves out chunks when it is late
+    clock = SimpleNamespace(datetime=SimpleNamespace(now=lambda: now), timedelta=timedelta)
+    monkeypatch.setattr(audio_utils, "datetime", clock)
+    make = lambda: audio_utils.ffmpeg_microphone_live(RATE, 0.75, stream_chunk_s=0.25, **options)  # noqa: E731
     chunks = list(make())
     assert any(chunk["partial"] for chunk in chunks)
     assert not all(chunk["partial"] for chunk in chunks)

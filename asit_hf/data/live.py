@@ -1,17 +1,21 @@
-"""Audio as it comes: a microphone, a pipe, or a file at the speed at which it would be heard."""
+"""Audio as it comes, from a microphone, a pipe, or a file in real time, and the rolling windows of it."""
 
 import logging
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from math import isfinite
+from queue import Empty, Queue
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 
 from ..utils.extras import extra
-from .audio import AudioReader, AudioReadError
+from .audio import AudioReader, AudioReadError, to_mono_float
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +28,13 @@ _WAV_EXTENSIBLE = 0xFFFE
 _UNKNOWN_SIZE = 0x7FFF0000  # recorders that cannot know the size declare one near 2^31 or 2^32, or 0
 _FILES = {b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3": "mp3", b"FORM": "AIFF", b".snd": "au", b"caff": "CAF"}
 _LOUDEST = 1e4  # float samples beyond that are something else
+# Of a live source, windows that have waited for longer are skipped, or for two hops if the model is slower than real
+# time. It may deliver in bursts (PulseAudio: 2 s) and begin with a full pipe (2 s at 16 kHz); audio that is further
+# ahead of the clock comes from a file, and waits.
+PATIENCE_SECONDS = 3.0
+_MOST_CHUNKS = 1000  # that wait in memory; then the source waits, too
+_CLOSING_SECONDS = 0.5  # a microphone returns within a block, a pipe perhaps never
+_END = object()
 _PIPE = "standard input"
 _PORTAUDIO = "apt install libportaudio2 (Debian, Ubuntu), dnf install portaudio, brew install portaudio"
 
@@ -70,14 +81,17 @@ def record(sampling_rate: int, device: int | str | None = None, channels: int = 
         names = ", ".join(f"{one['index']} {one['name']}" for one in microphones()) or "none"
         raise OSError(f"cannot open the microphone: {error}; devices that record: {names}") from error
     logger.info("microphone: %s, %d Hz, channels: %d", info["name"], sampling_rate, channels)
-    return sampling_rate, _recorded(stream, block)
+    return sampling_rate, _recorded(stream, block, sounddevice.PortAudioError)
 
 
-def _recorded(stream: Any, block: int) -> Iterator[np.ndarray]:
+def _recorded(stream: Any, block: int, failure: type[Exception]) -> Iterator[np.ndarray]:
     with stream:
         said = False
         while True:
-            samples, overflowed = stream.read(block)
+            try:
+                samples, overflowed = stream.read(block)
+            except failure as error:
+                raise OSError(f"the microphone stopped: {error}") from error
             if overflowed and not said:
                 logger.warning("the microphone's buffer overflowed: some audio is lost")
                 said = True
@@ -113,14 +127,14 @@ def read_pcm(
         AudioReadError: another kind of file, a damaged header, or float samples that are none.
     """
     head = _exactly(read, 4)
-    size = 0
+    size, kind = 0, "raw"
     if head in (b"RIFF", b"RF64"):
         sampling_rate, channels, sample_format, size = _wav_header(read)
-        head = b""
-    elif kind := next((kind for magic, kind in _FILES.items() if head.startswith(magic)), None):
+        head, kind = b"", "wav"
+    elif found := next((kind for magic, kind in _FILES.items() if head.startswith(magic)), None):
         hint = f"decode it first: ffmpeg -i FILE -f s16le -ac 1 -ar {sampling_rate} - | ..."
-        raise AudioReadError(_PIPE, f"expected raw samples or wav, got {kind}: name the file instead, or {hint}")
-    logger.info("%s: %s, %d Hz, channels: %d", _PIPE, sample_format, sampling_rate, channels)
+        raise AudioReadError(_PIPE, f"expected raw samples or wav, got {found}: name the file instead, or {hint}")
+    logger.info("%s: %s, %s, %d Hz, channels: %d", _PIPE, kind, sample_format, sampling_rate, channels)
     return sampling_rate, _decoded(read, head, sampling_rate, channels, sample_format, size)
 
 
@@ -231,3 +245,98 @@ def stream_resampler(from_rate: int, to_rate: int) -> Callable[..., np.ndarray]:
     with extra():
         import soxr
     return soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32", quality="HQ").resample_chunk
+
+
+def rolling_windows(
+    chunks: Iterable[Any], chunk_rate: int, rate: int, window: int, hop: int, live: bool, clock: Callable[[], float]
+) -> Iterator[tuple[int, np.ndarray, float, int]]:
+    """
+    Yields windows of `window` samples at `rate` Hz, one every `hop` samples, of `chunks` at `chunk_rate`: the number
+    of its first sample, its waveform `(samples,)`, the time at which the chunk with its end arrived, and the number of
+    windows skipped before it. The other arguments, and errors, are those of `asit_hf.listen.listen`.
+    """
+    resampled = stream_resampler(chunk_rate, rate)
+    buffer, first = np.zeros(0, np.float32), 0  # samples from number `first` on
+    received, arrivals, began = 0, deque(), None  # numbers of samples of `chunks`, and when they had arrived
+    start = skipped = done = 0  # the next window, windows skipped before it, and where the last one ended
+    chunk, ended, busy = None, False, 0.0
+
+    def waiting() -> int:  # complete windows after the next one; -1 if that is not complete
+        return (first + len(buffer) - window - start) // hop
+
+    def is_ahead() -> bool:
+        return not live or (began is not None and received / chunk_rate - (clock() - began) > PATIENCE_SECONDS)
+
+    def arrival(end: int) -> float:
+        while len(arrivals) > 1 and arrivals[0][0] * rate < end * chunk_rate:
+            arrivals.popleft()
+        return clock() if is_ahead() else arrivals[0][1]
+
+    with _arriving(chunks, live, clock) as take:
+        while not ended or waiting() >= 0:
+            for chunk, now in [] if ended or (is_ahead() and waiting() >= 0) else take(waiting() < 0):
+                ended = chunk is _END or isinstance(chunk, BaseException)
+                if not ended and len(chunk) == 0:
+                    continue
+                began = now if began is None else began
+                samples = np.zeros(0, np.float32) if ended else to_mono_float(chunk)
+                received += len(samples)
+                arrivals.append((received, now))
+                buffer = np.concatenate([buffer, resampled(samples, last=ended)])
+            patience = min(PATIENCE_SECONDS, 2 * hop / rate) if busy > hop / rate else PATIENCE_SECONDS
+            if waiting() * hop > patience * rate and not ended and not is_ahead():
+                skipped, start = skipped + waiting(), start + waiting() * hop
+            if waiting() >= 0:
+                done = start + window
+                given = clock()
+                yield start, buffer[start - first : done - first], arrival(done), skipped
+                busy = clock() - given
+                skipped, start = 0, start + hop
+                # the last window may begin anywhere after the one before
+                buffer, first = buffer[start - hop - first :], start - hop
+    if isinstance(chunk, BaseException):
+        raise chunk
+    total = first + len(buffer)
+    if total == 0:
+        raise AudioReadError("the input", "no samples")
+    if done < total:
+        start = max(0, total - window)
+        yield start, buffer[start - first :], arrival(total), skipped
+
+
+@contextmanager
+def _arriving(
+    chunks: Iterable[Any], live: bool, clock: Callable[[], float]
+) -> Iterator[Callable[[bool], list[tuple[Any, float]]]]:
+    """
+    A function that returns the chunks that have arrived since its last call, with their times. If its argument is
+    true, it waits for at least one. The last one is `_END`, or the error that `chunks` raised in its thread.
+    """
+    if not live:
+        iterator = iter(chunks)
+        yield lambda wait: [(next(iterator, _END), clock())] if wait else []
+        return
+    arrived, stopped = Queue(_MOST_CHUNKS), Event()
+
+    def read() -> None:
+        last = _END
+        try:
+            for chunk in chunks:
+                arrived.put((chunk, clock()))
+                if stopped.is_set():
+                    break
+            getattr(chunks, "close", lambda: None)()
+        except BaseException as error:
+            last = error
+        arrived.put((last, clock()))
+
+    thread = Thread(target=read, daemon=True)
+    thread.start()
+    try:
+        yield lambda wait: [arrived.get() for _ in range(max(int(wait), arrived.qsize()))]
+    finally:
+        stopped.set()
+        with suppress(Empty):
+            while True:
+                arrived.get_nowait()
+        thread.join(_CLOSING_SECONDS)

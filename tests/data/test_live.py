@@ -156,7 +156,7 @@ class PortAudioError(Exception):
 
 
 class InputStream:
-    """A recording of two channels; its third block comes after a loss."""
+    """A recording whose third block comes after a loss; it is unplugged after the seventh."""
 
     opened: list["InputStream"] = []
 
@@ -174,6 +174,8 @@ class InputStream:
     def read(self, frames):
         assert self.started
         self.blocks += 1
+        if self.blocks > 7:
+            raise PortAudioError("Device unplugged")
         levels = np.arange(self.channels, dtype=np.float32)
         return np.tile(levels, (frames, 1)), self.blocks >= 3
 
@@ -225,11 +227,14 @@ def test_a_microphone_records_at_the_models_rate_or_its_own(sounddevice, caplog,
     assert InputStream.opened[0].closed
 
 
-def test_audio_that_a_microphone_lost_is_reported_once(sounddevice, caplog):
+def test_audio_that_a_microphone_lost_is_reported_once_and_its_end_is_an_error(sounddevice, caplog):
     blocks = record(16000)[1]
-    for _ in range(6):
+    for _ in range(7):
         next(blocks)
-    assert ["overflowed" in record.getMessage() for record in caplog.records] == [True]
+    with pytest.raises(OSError, match="unplugged"):
+        next(blocks)
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+    assert "overflowed" in caplog.records[-1].getMessage()
 
 
 def test_devices_that_record_are_listed(sounddevice):

@@ -142,6 +142,13 @@ def test_selected_parts_are_written_to_their_own_files(tmp_path):
 
 
 @pytest.mark.slow
+def test_latencies_of_live_listening_are_measured():
+    report = load("live").measure(quick=True)
+    assert len(report.rows) == 3  # two sizes, and another rate
+    assert all(row.ours > 0 and "3 windows" in note for row, note in zip(report.rows, report.notes))
+
+
+@pytest.mark.slow
 def test_exported_models_are_compared(capsys):
     for package in ("onnx", "onnxscript", "onnxruntime", "torchao"):
         pytest.importorskip(package)

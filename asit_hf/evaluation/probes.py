@@ -134,7 +134,9 @@ def fit_linear(
         ValueError: non-finite embeddings, shapes that do not fit, or fewer than two groups.
     """
     x, y = np.asarray(x), np.asarray(y)
-    x, y, _, num_classes = _check((x, y), (x[:0], y[:0]))
+    x, y, num_clips, num_classes = _check((x, y), (x[:0], y[:0]))
+    if num_clips < 2:
+        raise ValueError(f"expected at least two clips, got {num_clips}")
 
     def fit(rows: np.ndarray) -> Callable[[float], tuple[np.ndarray, np.ndarray]]:
         mean = x[rows].mean(0)
@@ -304,7 +306,7 @@ def _folds(
     if len(groups) != len(labels):
         raise ValueError(f"expected a group for each of {len(labels)} clips, got {len(groups)}")
     num_groups = len(np.unique(groups))
-    if num_groups < 2:
+    if num_groups < 2 <= len(labels):
         raise ValueError("expected at least two groups, one to validate on, got 1")
     classes = labels if labels.ndim == 1 else np.zeros(len(labels), dtype=int)
     largest = int(np.bincount(classes).max())

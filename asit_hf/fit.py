@@ -115,7 +115,7 @@ def fit_classifier(
 
     chosen = {"pooling_mode": pooling_mode, "group_column": group_column, "seed": seed, **options}
     command = ["-m", "asit_hf.fit", str(model), str(data)], _command_line(chosen)
-    measured = f"{Path(data).name} (cross-validation of the training clips)"
+    measured = f"{Path(data).name} (cross-validation)"
     classifier.validation, classifier.base_model = linear.validation, None if os.path.exists(model) else str(model)
     classifier.record = {
         "command": command,

@@ -10,9 +10,10 @@ attention pooling over time (`attentive`, the slowest).
 With `--shots 8` it fits on 8 training clips per class instead, drawn at random 10 times, as the leaderboard MAEB does
 (https://github.com/embeddings-benchmark/mteb), and tests each draw on all test clips; `--shots 1 2 4 8 16` gives a
 curve. A smaller draw is a part of the larger one with the same number. The clip of several classes counts for each of
-them: clips are drawn, in random order, if one of their classes lacks some. MAEB's own classifier is a logistic
-regression on raw embeddings with a fixed penalty; here each probe chooses its weight decay by cross-validation within
-the drawn clips, or takes the strongest if there is one clip per class.
+them: clips are drawn, in random order, if one of their classes lacks some. Draws pay no regard to groups, such as
+speakers, as MAEB's; cross-validation does, if the drawn clips have two. MAEB's own classifier is a logistic regression
+on raw embeddings with a fixed penalty; here each probe chooses its weight decay by cross-validation within the drawn
+clips, or takes the strongest if there is one clip per class.
 """
 
 import argparse

@@ -7,6 +7,7 @@ training embeddings of 50 classes, `linear_probe` took 0.7 s of one core and Log
 `ridge_probe` took 40 s. `attentive_probe` is the probe of token sequences.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 
 from ..utils.extras import extra
 from .metrics import multi_label_metrics, single_label_metrics
+
+logger = logging.getLogger(__name__)
 
 WEIGHT_DECAYS = tuple(10.0 ** np.arange(0, -6.5, -0.5))
 RIDGE_WEIGHT_DECAYS = tuple(10.0 ** np.arange(2, -6.5, -0.5))
@@ -134,7 +137,9 @@ def fit_linear(
         ValueError: non-finite embeddings, shapes that do not fit, or fewer than two groups.
     """
     x, y = np.asarray(x), np.asarray(y)
-    x, y, _, num_classes = _check((x, y), (x[:0], y[:0]))
+    x, y, num_clips, num_classes = _check((x, y), (x[:0], y[:0]))
+    if num_clips < 2:
+        raise ValueError(f"expected at least two clips, got {num_clips}")
 
     def fit(rows: np.ndarray) -> Callable[[float], tuple[np.ndarray, np.ndarray]]:
         mean = x[rows].mean(0)
@@ -245,6 +250,8 @@ def cross_validate(
     result = metrics(solver(train, test)(best), y[test])
     if validation:
         result[f"validation_{name}"] = validation[name]
+    else:
+        logger.warning_once(f"every class has a single training clip: {chosen} is the largest candidate, {best:g}")
     return {**result, chosen: best}
 
 
@@ -304,7 +311,7 @@ def _folds(
     if len(groups) != len(labels):
         raise ValueError(f"expected a group for each of {len(labels)} clips, got {len(groups)}")
     num_groups = len(np.unique(groups))
-    if num_groups < 2:
+    if num_groups < 2 <= len(labels):
         raise ValueError("expected at least two groups, one to validate on, got 1")
     classes = labels if labels.ndim == 1 else np.zeros(len(labels), dtype=int)
     largest = int(np.bincount(classes).max())
@@ -324,6 +331,8 @@ def _standardize(train_x: np.ndarray, other_x: np.ndarray) -> tuple[torch.Tensor
     """
     mean, std = train_x.mean(0), train_x.std(0)
     scale = np.where(std > 1e-6 * (np.abs(mean) + 1e-6), std, np.inf)
+    if len(train_x) == 2:  # else every dimension would be -1 and 1, whether the clips differ much in it or hardly
+        scale[scale < np.inf] = np.sqrt(np.square(std).mean())
     return torch.as_tensor((train_x - mean) / scale), torch.as_tensor((other_x - mean) / scale)
 
 

@@ -118,12 +118,13 @@ def test_few_clips_of_a_class():
     assert linear_probe((train_x, train_y), TEST)["accuracy"] > 0.25
 
 
-@pytest.mark.parametrize("probe", [linear_probe, ridge_probe])
-def test_one_clip_per_class_takes_the_strongest_weight_decay(probe):
+@pytest.mark.parametrize(("probe", "strongest"), [(linear_probe, 1.25), (ridge_probe, 1.5)])
+def test_one_clip_per_class_takes_the_strongest_weight_decay(probe, strongest, caplog):
     first = [list(TRAIN_Y).index(label) for label in range(4)]
-    result = probe((TRAIN_X[first], TRAIN_Y[first]), TEST, weight_decays=[0.1, 1, 0.01])
-    assert result["weight_decay"] == 1
+    result = probe((TRAIN_X[first], TRAIN_Y[first]), TEST, weight_decays=[0.1, strongest, 0.01])
+    assert result["weight_decay"] == strongest
     assert "validation_accuracy" not in result
+    assert str(strongest) in caplog.text  # said once for each value
     assert result["accuracy"] > 0.25
 
 
@@ -163,14 +164,16 @@ def test_fit_linear_chooses_calibrated_scores():
     assert found.validation["confidence"] == pytest.approx(accuracy, abs=0.15)
 
 
-def test_two_clips_are_compared_by_all_dimensions():
-    """Dimensions in which the two hardly differ, which single standard deviations would scale up, do not decide."""
+def test_two_clips_are_compared_by_what_they_differ_in_most():
+    """Scaled one by one, the 49 dimensions in which they hardly differ would outvote the first."""
     x = np.zeros((2, 50))
     x[:, 0], x[:, 1:] = (-1, 1), np.outer((-1, 1), np.full(49, 1e-3))
+    test = np.array([[1.0, *[-0.5] * 49]])
     found = fit_linear(x, [0, 1])
     assert found.validation == {}
-    test = np.array([1.0, *[-0.5] * 49])
-    assert (found.weight @ test + found.bias).argmax() == 1
+    assert (test @ found.weight.T + found.bias).argmax() == 1
+    for probe in (linear_probe, ridge_probe):
+        assert probe((x, [0, 1]), (test, [1]))["accuracy"] == 1
 
 
 def test_identical_clips_and_classes_of_one_clip_give_finite_weights():

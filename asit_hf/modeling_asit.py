@@ -199,10 +199,11 @@ class ASiTLayer(GradientCheckpointingLayer):
         drop_path_scale: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        def attend(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        # no annotations: torch.compile of torch 2.6 cannot trace `|` in them
+        def attend(states, mask):
             return self.dropout(self.attention(self.layernorm_before(states), mask, **kwargs)[0])
 
-        def transform(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        def transform(states, mask):
             return self.dropout(self.mlp(self.layernorm_after(states)))
 
         scales = (None, None) if drop_path_scale is None else drop_path_scale

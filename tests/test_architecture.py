@@ -23,6 +23,14 @@ LEVELS = (
     ("convert_original", "embed", "fit", "predict"),
     ("listen",),
 )
+# of the standard library of the oldest Python that the package admits, but not of 3.12 or 3.13
+REMOVED_MODULES = {
+    *("aifc", "asynchat", "asyncore", "audioop", "cgi", "cgitb", "chunk", "crypt", "distutils", "imghdr"),
+    *("imp", "lib2to3", "mailcap", "msilib", "nis", "nntplib", "ossaudiodev", "pipes", "smtpd", "sndhdr", "spwd"),
+    *("sunau", "telnetlib", "uu", "xdrlib"),
+}
+# that versions of transformers to come change or empty; the files on the Hub must load with all of them
+MOVING_MODULES = ("transformers.audio_utils", "transformers.feature_extraction_sequence_utils")
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -120,6 +128,16 @@ def test_no_file_changes_the_module_search_path():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 assert ast.unparse(node.func) not in ("sys.path.insert", "sys.path.append", "sys.path.extend"), path
+
+
+def test_nothing_imports_modules_that_newer_pythons_lack():
+    for path in SCRIPTS:
+        assert not {module.split(".")[0] for module, _ in imports(path)} & REMOVED_MODULES, path
+
+
+def test_the_package_imports_nothing_that_is_about_to_move():
+    for path in MODULES.values():
+        assert not [module for module, _ in imports(path) if module.startswith(MOVING_MODULES)], path
 
 
 def test_the_package_imports_no_examples_or_tests():

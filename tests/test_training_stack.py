@@ -114,6 +114,7 @@ def test_an_adapter_loads_with_its_classes(adapted, tmp_path, caplog):
     expected = pipeline("audio-classification", model=model, feature_extractor=extractor, **options)(waveform)
     scores = [pytest.approx(row["score"], abs=1e-5) for row in expected]
     assert expected[0]["score"] > 0.4
+    assert ASiTFeatureExtractor.from_pretrained(folder).num_mel_bins == MEL  # the base model's
 
     unnamed = pipeline("audio-classification", model=str(folder), **options)(waveform)
     assert [row["score"] for row in unnamed] == scores

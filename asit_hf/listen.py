@@ -218,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threshold", type=float, help="lowest score of a label (default: 0; 0.5 for a multi-label classifier)")
     add("--smoothing", type=int, default=1, help="windows over which scores are averaged (default: %(default)s)")
     add("--output", type=Path, help=".csv or .jsonl file of all windows, complete up to the last one at any time")
-    add("--top_k", type=int, default=5, help="labels per window in the output file (default: %(default)s)")
+    add("--top_k", type=int, help="labels per window in the output file (default: 5)")
     add("--speed", type=float, help="speed of a file; inf: as fast as possible (default: 1, real time)")
     add("--microphone", help="number of a microphone or part of its name (default: the system's)")
     add("--list_microphones", action=_ListMicrophones, nargs=0, help="print the microphones and exit")
@@ -233,6 +233,8 @@ def _parser() -> argparse.ArgumentParser:
 def _check(args: argparse.Namespace) -> None:
     if args.output is not None and args.output.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"--output must end in .csv or .jsonl, got {args.output}")
+    if args.top_k is not None and args.output is None:
+        raise ValueError(f"--top_k is for the file of --output, got {args.top_k} without one")
     source = {None: "the microphone", "-": "standard input"}.get(args.source, "a file")
     for name, sources in _SOURCE_OPTIONS.items():
         if getattr(args, name) is not None and source not in sources:
@@ -312,7 +314,7 @@ def _run(args: argparse.Namespace) -> int:
         check_writable(args.output)
     classifier = load_classifier(args.model, args.device)
     problem_type = classifier.model.config.problem_type
-    if problem_type == "regression" or classifier.model.config.num_labels == 1 and problem_type is None:
+    if problem_type == "regression" or (problem_type is None and classifier.model.config.num_labels == 1):
         raise ValueError(f"expected a classifier with labels, got a regression model: {args.model}")
     multi_label = problem_type == "multi_label_classification"
     timeline = Timeline((0.5 if multi_label else 0.0) if args.threshold is None else args.threshold, multi_label)
@@ -322,7 +324,7 @@ def _run(args: argparse.Namespace) -> int:
     windows = listen(classifier, chunks, sampling_rate, window_seconds, hop_seconds, args.smoothing, live)
     latencies, skipped, failure = [], 0, None
     try:
-        with window_writer(args.output, args.top_k) as write, closing(windows):
+        with window_writer(args.output, args.top_k or 5) as write, closing(windows):
             for window in windows:
                 write(window)
                 if window["skipped"] and not skipped:

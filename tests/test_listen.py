@@ -19,7 +19,6 @@ from transformers.pipelines import audio_utils
 
 from asit_hf import ASiTAudioClassificationPipeline, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.data.audio import AudioReadError, read_audio
-from asit_hf.data.live import PATIENCE_SECONDS
 from asit_hf.listen import Timeline, default_window_seconds, listen, main
 
 RATE = 8000
@@ -163,25 +162,26 @@ def test_smoothing_averages_the_latest_windows(classifier):
 
 def test_a_slow_model_skips_to_the_newest_window():
     """A window takes 4 s, in which 8 chunks of 0.5 s arrive; a window begins every 0.5 s."""
-    due, taken, left, done = threading.Semaphore(2), threading.Semaphore(0), [24], threading.Event()
+    due, taken = threading.Semaphore(0), threading.Semaphore(0)
 
     def source():
         for index in range(26):
-            due.acquire()
+            if index < 2:
+                slow.now += 0.5
+            else:
+                due.acquire()
             yield np.ones(RATE // 2, np.float32)
             if index >= 2:
                 taken.release()
-        done.wait()
 
     def deliver():
-        if slow.windows == 4:
-            done.set()
-        for _ in range(min(8, left[0])):
-            left[0] -= 1
-            due.release()
-            taken.acquire()
+        for _ in range(8):
+            slow.now += 0.5
+            if slow.windows < 4:  # there are no more chunks
+                due.release()
+                taken.acquire()
 
-    slow = FakeClassifier(4.0, deliver)
+    slow = FakeClassifier(0.0, deliver)
     windows = list(listen(slow, source(), clock=lambda: slow.now))
     assert [(one["start"], one["skipped"]) for one in windows] == [(0.0, 0), (4.0, 7), (8.0, 7), (12.0, 7)]
     assert [one["latency"] for one in windows] == [4.0] * 4
@@ -210,13 +210,24 @@ def test_bursts_do_not_skip_windows():
     assert max(one["latency"] for one in windows) == pytest.approx(0.4)
 
 
-def test_audio_faster_than_real_time_waits():
-    waits = FakeClassifier(0.01)
-    chunks = in_chunks(np.ones(60 * RATE, np.float32), [RATE])
-    windows = list(listen(waits, iter(chunks), clock=lambda: waits.now))
-    assert len(windows) == 119
+@pytest.mark.parametrize("seconds", [0.01, 2.0])
+def test_audio_faster_than_real_time_waits(seconds):
+    """As from a file in a pipe: nothing is skipped, also if a window takes longer than a hop."""
+    exhausted = threading.Event()
+
+    def source():
+        yield from in_chunks(np.ones(60 * RATE, np.float32), [RATE])
+        exhausted.set()
+
+    def classified():
+        exhausted.wait()
+        waits.now += seconds
+
+    waits = FakeClassifier(0.0, classified)
+    windows = list(listen(waits, source(), clock=lambda: waits.now))
+    assert [one["start"] for one in windows] == [0.5 * index for index in range(119)]
     assert not any(one["skipped"] for one in windows)
-    assert max(one["latency"] for one in windows) < PATIENCE_SECONDS  # without the time in the queue
+    assert [one["latency"] for one in windows] == pytest.approx([seconds] * 119)  # without the time in the queue
 
 
 @pytest.mark.parametrize("live", [False, True])
@@ -369,7 +380,8 @@ def test_standard_input(folder, classifier, monkeypatch, capsys, tmp_path, optio
         (["--output", "windows.txt"], "windows.txt"),
         (["--channels", "0"], "channels.*0"),
         (["file.wav", "--speed", "0"], "speed.*0"),
-        (["file.wav", "--top_k", "0"], "top_k.*0"),
+        (["file.wav", "--top_k", "0", "--output", "windows.csv"], "top_k.*0"),
+        (["file.wav", "--top_k", "2"], "top_k.*output"),
         (["-", "--speed", "2"], "speed.*standard input"),
         (["file.wav", "--microphone", "1"], "microphone.*file.wav"),
         (["file.wav", "--channels", "2"], "channels.*file.wav"),

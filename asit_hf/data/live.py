@@ -28,9 +28,8 @@ _WAV_EXTENSIBLE = 0xFFFE
 _UNKNOWN_SIZE = 0x7FFF0000  # recorders that cannot know the size declare one near 2^31 or 2^32, or 0
 _FILES = {b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3": "mp3", b"FORM": "AIFF", b".snd": "au", b"caff": "CAF"}
 _LOUDEST = 1e4  # float samples beyond that are something else
-# Of a live source, windows that have waited for longer are skipped, or for two hops if the model is slower than real
-# time. It may deliver in bursts (PulseAudio: 2 s) and begin with a full pipe (2 s at 16 kHz); audio that is further
-# ahead of the clock comes from a file, and waits.
+# Windows that have waited for longer are skipped, or for two hops if the model is slower than real time. A live source
+# may deliver in bursts (PulseAudio: 2 s); one that delivers this much in less than half of it is a file, and waits.
 PATIENCE_SECONDS = 3.0
 _MOST_CHUNKS = 1000  # that wait in memory; then the source waits, too
 _CLOSING_SECONDS = 0.5  # a microphone returns within a block, a pipe perhaps never
@@ -257,7 +256,8 @@ def rolling_windows(
     """
     resampled = stream_resampler(chunk_rate, rate)
     buffer, first = np.zeros(0, np.float32), 0  # samples from number `first` on
-    received, arrivals, began = 0, deque(), None  # numbers of samples of `chunks`, and when they had arrived
+    received, arrivals = 0, deque()  # numbers of samples of `chunks`, and when they had arrived
+    waited, waits = 0.0, deque([(0, 0.0)])  # seconds for which the source was waited for, up to numbers of samples
     start = skipped = done = 0  # the next window, windows skipped before it, and where the last one ended
     chunk, ended, busy = None, False, 0.0
 
@@ -265,7 +265,9 @@ def rolling_windows(
         return (first + len(buffer) - window - start) // hop
 
     def is_ahead() -> bool:
-        return not live or (began is not None and received / chunk_rate - (clock() - began) > PATIENCE_SECONDS)
+        while received - waits[0][0] > PATIENCE_SECONDS * chunk_rate and len(waits) > 1:
+            waits.popleft()
+        return not live or waited - waits[0][1] < (received - waits[0][0]) / chunk_rate / 2
 
     def arrival(end: int) -> float:
         while len(arrivals) > 1 and arrivals[0][0] * rate < end * chunk_rate:
@@ -274,17 +276,18 @@ def rolling_windows(
 
     with _arriving(chunks, live, clock) as take:
         while not ended or waiting() >= 0:
-            for chunk, now in [] if ended or (is_ahead() and waiting() >= 0) else take(waiting() < 0):
+            for chunk, now, seconds in [] if ended or (is_ahead() and waiting() >= 0) else take(waiting() < 0):
                 ended = chunk is _END or isinstance(chunk, BaseException)
                 if not ended and len(chunk) == 0:
                     continue
-                began = now if began is None else began
                 samples = np.zeros(0, np.float32) if ended else to_mono_float(chunk)
                 received += len(samples)
+                waited += seconds
                 arrivals.append((received, now))
+                waits.append((received, waited))
                 buffer = np.concatenate([buffer, resampled(samples, last=ended)])
             patience = min(PATIENCE_SECONDS, 2 * hop / rate) if busy > hop / rate else PATIENCE_SECONDS
-            if waiting() * hop > patience * rate and not ended and not is_ahead():
+            if waiting() * hop > patience * rate and not is_ahead():
                 skipped, start = skipped + waiting(), start + waiting() * hop
             if waiting() >= 0:
                 done = start + window
@@ -307,28 +310,30 @@ def rolling_windows(
 @contextmanager
 def _arriving(
     chunks: Iterable[Any], live: bool, clock: Callable[[], float]
-) -> Iterator[Callable[[bool], list[tuple[Any, float]]]]:
+) -> Iterator[Callable[[bool], list[tuple[Any, float, float]]]]:
     """
-    A function that returns the chunks that have arrived since its last call, with their times. If its argument is
-    true, it waits for at least one. The last one is `_END`, or the error that `chunks` raised in its thread.
+    A function that returns the chunks that have arrived since its last call, with the times of their arrival and for
+    which `chunks` was waited for. If its argument is true, there is at least one. The last one is `_END`, or the error
+    that `chunks` raised in its thread.
     """
     if not live:
         iterator = iter(chunks)
-        yield lambda wait: [(next(iterator, _END), clock())] if wait else []
+        yield lambda wait: [(next(iterator, _END), clock(), 0.0)] if wait else []
         return
     arrived, stopped = Queue(_MOST_CHUNKS), Event()
 
     def read() -> None:
-        last = _END
+        last, began = _END, clock()
         try:
             for chunk in chunks:
-                arrived.put((chunk, clock()))
+                arrived.put((chunk, now := clock(), now - began))
                 if stopped.is_set():
                     break
+                began = clock()
             getattr(chunks, "close", lambda: None)()
         except BaseException as error:
             last = error
-        arrived.put((last, clock()))
+        arrived.put((last, clock(), 0.0))
 
     thread = Thread(target=read, daemon=True)
     thread.start()

@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +16,12 @@ def real_audio() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = {}
     if shutil.which("g++") is None:
-        for item in items:
-            if item.get_closest_marker("needs_compiler"):
-                item.add_marker(pytest.mark.skip(reason="needs g++, which is not installed"))
+        missing["needs_compiler"] = "needs g++, which is not installed"
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        missing["needs_cpu_fsdp"] = f"torch {torch.__version__} has no FSDP2 on a CPU"
+    for item in items:
+        for marker in missing:
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=missing[marker]))

@@ -23,9 +23,9 @@ CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md"]  # the changel
 # a script or module of the project and what follows it: the rest of the line, or lines, or of the code in backticks
 COMMAND = re.compile(r"(-m (?:asit_hf|examples)[\w.]*|\bexamples/[\w/]+\.py)((?:\\\n|[^\n`])*)")
 OPTION = re.compile(r"(?<![\w-])--([a-z]\w*)")
-# options of pip, torchrun, accelerate, hf, X-ARES (max-jobs), http.server and the page in the browser
+# options of pip, venv, torchrun, accelerate, hf, X-ARES (max-jobs), http.server and the page in the browser
 OTHER_OPTIONS = {"help", "max", "model", "multi_gpu", "nproc_per_node", "num_processes", "repo", "sdk", "type"}
-OTHER_OPTIONS |= {"bind", "directory"}
+OTHER_OPTIONS |= {"bind", "directory", "system"}
 # files that a command writes or that come from elsewhere
 NOT_IN_THE_REPOSITORY = re.compile(r"[$*<{]|\.\.\.|NAME|results/encoder")
 

@@ -410,6 +410,7 @@ def test_no_split_modules_exist_and_stay_on_one_device(cls):
     assert not any(place.startswith(f"{name}.") for place in places for name in whole)
 
 
+@pytest.mark.needs_cpu_fsdp
 def test_sharding_by_no_split_modules_keeps_the_gradients(tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

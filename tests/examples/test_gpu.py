@@ -215,7 +215,7 @@ def test_fallbacks_halve_the_batch_and_use_eager_layers():
         ("gradients", {"preset": "2023", "bf16": True}, 2e-2),
         ("checkpointing", {}, 1e-4),
         ("resumed", {}, 1e-4),
-        ("sharded", {}, 1e-4),
+        pytest.param("sharded", {}, 1e-4, marks=pytest.mark.needs_cpu_fsdp),
     ],
 )
 def test_checks_pass_at_toy_size(run, function, options, bound):

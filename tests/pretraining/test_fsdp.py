@@ -9,7 +9,7 @@ from tiny_pretraining import assert_close, launch, load_result
 
 from asit_hf import ASiTForPreTraining, ASiTModel
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.needs_cpu_fsdp]
 SCRIPT = Path(__file__).parent / "fsdp_processes.py"
 DDP = "plain_whole", "plain_accumulated", "plain_bf16", "plain_probed", "plain_spoiled"
 KINDS = "whole", "resumed", "accumulated", "bf16", "probed", "spoiled", "compiled", "default", "refused"

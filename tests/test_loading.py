@@ -13,7 +13,14 @@ from transformers.utils import logging as transformers_logging
 
 from asit_hf import ASiTFeatureExtractor, ASiTForAudioClassification, ASiTForPreTraining, ASiTModel
 from asit_hf.hub.export import halve_weights
-from asit_hf.loading import find_checkpoint, load_config, load_encoder, load_feature_extractor, resolve_checkpoint
+from asit_hf.loading import (
+    find_checkpoint,
+    load_config,
+    load_encoder,
+    load_feature_extractor,
+    load_model,
+    resolve_checkpoint,
+)
 from asit_hf.predict import load_classifier
 
 # A name that cannot be a Hub repository, and one that can.
@@ -211,3 +218,12 @@ def test_a_file_is_not_a_checkpoint(tmp_path):
     (tmp_path / "official.pth").touch()
     with pytest.raises(ValueError, match=r"official\.pth.*convert_original"):
         resolve_checkpoint(tmp_path / "official.pth")
+
+
+def test_a_classifier_without_its_classifier_is_refused(tmp_path):
+    model = build(ASiTForAudioClassification)
+    model.save_pretrained(tmp_path, state_dict=model.asit.state_dict(prefix="asit."))
+    ASiTFeatureExtractor(num_mel_bins=MEL).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="classifier"):
+        load_model(tmp_path)
+    assert type(load_encoder(tmp_path)) is ASiTModel

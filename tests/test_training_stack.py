@@ -24,6 +24,7 @@ from asit_hf import (
     ASiTModel,
 )
 from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer
+from asit_hf.hub.export import export_model
 from asit_hf.loading import load_config, load_encoder, load_feature_extractor
 from asit_hf.predict import load_classifier
 
@@ -135,6 +136,20 @@ def test_an_adapter_loads_with_its_classes(adapted, tmp_path, caplog):
     torch.testing.assert_close(encoder(**batch).last_hidden_state, adapted_states, rtol=0, atol=1e-4)
     assert encoder.state_dict().keys() == build(ASiTModel).state_dict().keys()
     assert load_feature_extractor(folder).num_mel_bins == MEL
+
+
+def test_an_adapter_is_exported_merged(adapted, tmp_path):
+    model, folder = adapted
+    model.get_base_model().config.save_pretrained(folder)
+    merged = ASiTForAudioClassification.from_pretrained(export_model(folder, tmp_path / "merged")).eval()
+    assert merged.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
+    batch = padded_batch([96, 40])
+    torch.testing.assert_close(merged(**batch).logits, model(**batch).logits, rtol=0, atol=1e-4)
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "cat, dog, owl" in card
+    assert str(tmp_path) not in card
+    with pytest.raises(ValueError, match="encoder"):  # the adapter needs its base model
+        export_model(folder, tmp_path / "encoder", overwrite=True)
 
 
 def test_finetuning_saves_the_classes_beside_an_adapter(adapted, tmp_path):
@@ -309,7 +324,7 @@ def test_onnx_equals_torch_at_other_batch_sizes_and_lengths(cls, tmp_path):
     exported = to_onnx(model, padded_batch([96, 60, 88]))
     exported.save_pretrained(tmp_path)
     loaded = type(exported).from_pretrained(tmp_path)
-    for lengths in ([112, 60, 98], [64], [250, 96, 16, 33, 130], [1998, 250]):
+    for lengths in ([112, 60, 98], [64], [250, 96, 16, 33, 130], [1998, 250], [7, 5]):
         batch = padded_batch(lengths)
         expected = model(**batch)
         for run in (exported, loaded):

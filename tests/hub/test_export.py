@@ -7,8 +7,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTForPreTraining, ASiTModel
+from asit_hf import (
+    ASiTConfig,
+    ASiTFeatureExtractor,
+    ASiTForAudioClassification,
+    ASiTForAudioFrameClassification,
+    ASiTForPreTraining,
+    ASiTModel,
+)
 from asit_hf.hub.__main__ import main
+from asit_hf.hub.cards import write_model_card
 from asit_hf.hub.export import export_model, halve_weights
 from asit_hf.loading import find_checkpoint
 
@@ -32,8 +40,8 @@ def save_pretraining(folder: Path, seed: int = 0, dtype: torch.dtype = torch.flo
     return model
 
 
-def save_classifier(folder: Path) -> Path:
-    ASiTForAudioClassification(tiny_config(id2label={0: "dog", 1: "rain"})).save_pretrained(folder)
+def save_classifier(folder: Path, cls=ASiTForAudioClassification) -> Path:
+    cls(tiny_config(id2label={0: "dog", 1: "rain"}, problem_type="multi_label_classification")).save_pretrained(folder)
     ASiTFeatureExtractor(**EXTRACTOR).save_pretrained(folder)
     return folder
 
@@ -200,6 +208,38 @@ def test_only_earlier_exports_are_replaced(pretrained, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError, match="is a file"):
         export_model(folder, tmp_path / "file", overwrite=True)
+
+
+@pytest.mark.parametrize("cls", [ASiTForAudioClassification, ASiTForAudioFrameClassification])
+def test_classifiers_are_exported_as_they_were_saved(tmp_path, cls):
+    source, output = save_classifier(tmp_path / "source", cls), tmp_path / "output"
+    write_model_card(source, limitations="Dogs and rain only.")
+    for _ in range(2):  # the second replaces the first
+        export_model(source, output)
+        assert_bit_identical(output, cls.from_pretrained(source))
+    config = ASiTConfig.from_pretrained(output)
+    assert (config.architectures, config.problem_type) == ([cls.__name__], "multi_label_classification")
+    assert config.id2label == {0: "dog", 1: "rain"}
+    assert ASiTFeatureExtractor.from_pretrained(output).std == EXTRACTOR["std"]
+    card = (output / "README.md").read_text()
+    assert "Dogs and rain only." in card
+    assert '"output"' in card
+    assert '"source"' not in card
+
+    export_model(source, tmp_path / "half", half=True, license="cc0-1.0")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.float16}
+    assert "license: cc0-1.0" in (tmp_path / "half" / "README.md").read_text()
+
+    save_classifier(output, cls)  # a model trained since
+    with pytest.raises(FileExistsError, match="overwrite"):
+        export_model(source, output)
+
+
+def test_encoders_are_exported_as_they_were_saved(pretrained, tmp_path):
+    folder, model = pretrained
+    export_model(export_model(folder, tmp_path / "encoder"), tmp_path / "copy")
+    assert_bit_identical(tmp_path / "copy", model.teacher["asit"])
+    assert "| encoder | teacher |" in (tmp_path / "copy" / "README.md").read_text()
 
 
 def test_an_export_with_its_run_record_is_replaced(pretrained, tmp_path):

@@ -111,6 +111,24 @@ def test_everything_loads_without_the_package(hub, pushed, tmp_path):
     assert set(run(LOAD, hub, tmp_path, package=False).splitlines()) == ALL
 
 
+EXPORT = """
+from asit_hf import ASiTForAudioClassification, ASiTModel, export_model
+for name, cls in (("classifier", ASiTForAudioClassification), ("pretraining", ASiTModel)):
+    weights = cls.from_pretrained(export_model(f"me/{name}", name)).state_dict()
+    if name == "classifier":
+        expected = cls.from_pretrained("me/classifier").state_dict()
+        assert all((expected[key] == value).all() for key, value in weights.items())
+"""
+
+
+@pytest.mark.slow
+def test_models_on_the_hub_are_exported(hub, pushed, tmp_path):
+    run(EXPORT, hub, tmp_path)
+    for name in ("classifier", "pretraining"):
+        files = {path.name for path in (tmp_path / name).iterdir()}
+        assert files >= {"config.json", "preprocessor_config.json", "model.safetensors", "README.md", *HUB_FILES}
+
+
 AGAIN = """
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 remote = {"trust_remote_code": True}

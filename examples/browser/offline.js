@@ -4,16 +4,17 @@ self.addEventListener('install', () => self.skipWaiting())
 self.addEventListener('activate', (event) => event.waitUntil(self.clients.claim()))
 self.addEventListener('fetch', (event) => {
   const isOwn = new URL(event.request.url).origin === self.location.origin
-  if (isOwn && event.request.method === 'GET') event.respondWith(fetchOrRecall(event.request))
+  if (isOwn && event.request.method === 'GET') event.respondWith(fetchOrRecall(event))
 })
 
-async function fetchOrRecall(request) {
+async function fetchOrRecall(event) {
   const cache = await caches.open('page')
   try {
-    const response = await fetch(request)
-    if (response.ok) await cache.put(request, response.clone())
+    const response = await fetch(event.request, { cache: 'no-cache' }) // asks the server whether its file is newer
+    // kept while the page reads it, so that the page can show its progress
+    if (response.ok) event.waitUntil(cache.put(event.request, response.clone()))
     return response
   } catch (error) {
-    return (await cache.match(request)) ?? Promise.reject(error)
+    return (await cache.match(event.request)) ?? Promise.reject(error)
   }
 }

@@ -3,20 +3,20 @@
 
 const FLAT = 0.913
 const ATTENUATION = 128
-const BETA = 0.1102 * (ATTENUATION - 8.7)
 const MILLISECONDS_OF_WORK = 30
 
 /**
- * `round(samples.length * toRate / fromRate)` samples as a Float32Array; `flat` is the part of the lower Nyquist frequency
- * that stays. It pauses, so that the page answers.
+ * `round(samples.length * toRate / fromRate)` samples as a Float32Array. `flat` is the part of the lower Nyquist frequency
+ * that stays, `attenuation` in dB what happens to the rest. It pauses, so that the page answers.
  */
-export async function resample(samples, fromRate, toRate, flat = FLAT) {
+export async function resample(samples, fromRate, toRate, flat = FLAT, attenuation = ATTENUATION) {
   if (fromRate === toRate) return samples
   const divisor = greatestCommonDivisor(fromRate, toRate)
   const [step, phases] = [fromRate / divisor, toRate / divisor]
   const ratio = Math.min(1, toRate / fromRate)
-  // samples on each side of the center (Kaiser's estimate)
-  const half = Math.ceil((ATTENUATION - 8) / (2.285 * Math.PI * (1 - flat)) / 2 / ratio)
+  // the window's shape, and the samples on each side of its center (Kaiser's estimates)
+  const beta = 0.1102 * (attenuation - 8.7)
+  const half = Math.ceil((attenuation - 8) / (2.285 * Math.PI * (1 - flat)) / 2 / ratio)
   const cutoff = (ratio * (1 + flat)) / 2
   const padded = new Float32Array(samples.length + 2 * half)
   padded.set(samples, half)
@@ -26,7 +26,7 @@ export async function resample(samples, fromRate, toRate, flat = FLAT) {
   const outputs = new Float32Array(Math.floor((2 * samples.length * toRate + fromRate) / (2 * fromRate)))
   for (let index = 0; index < outputs.length; index++) {
     const phase = (index * step) % phases
-    if (!filters.has(phase)) filters.set(phase, filter(phase / phases, half, cutoff))
+    if (!filters.has(phase)) filters.set(phase, filter(phase / phases, half, cutoff, beta))
     const taps = filters.get(phase)
     const first = (index * step - phase) / phases + 1 // inputs `half - 1` before to `half` after, in `padded`
     let sum = 0
@@ -41,11 +41,11 @@ export async function resample(samples, fromRate, toRate, flat = FLAT) {
 }
 
 /** Weights of the `2 * half` inputs around an output that lies `offset` samples after one of them. */
-function filter(offset, half, cutoff) {
+function filter(offset, half, cutoff, beta) {
   return Float64Array.from({ length: 2 * half }, (_, tap) => {
     const distance = tap - half + 1 - offset
     const x = Math.PI * cutoff * distance
-    const window = bessel(BETA * Math.sqrt(Math.max(0, 1 - (distance / half) ** 2))) / bessel(BETA)
+    const window = bessel(beta * Math.sqrt(Math.max(0, 1 - (distance / half) ** 2))) / bessel(beta)
     return cutoff * (x === 0 ? 1 : Math.sin(x) / x) * window
   })
 }

@@ -32,6 +32,7 @@ function element(name, className, text = '') {
 function say(text, share, isError = false) {
   page('message').textContent = text
   page('message').classList.toggle('error', isError)
+  page('message').setAttribute('aria-busy', share !== undefined) // screen readers read what it ends with
   page('progress').hidden = share === undefined
   if (share == null) page('progress').removeAttribute('value')
   else page('progress').value = share
@@ -62,7 +63,8 @@ async function keepForOffline() {
   if (!navigator.serviceWorker) return // pages from http:// have none
   try {
     await navigator.serviceWorker.register('offline.js')
-    await navigator.serviceWorker.ready
+    const seconds = new Promise((resolve) => setTimeout(resolve, 3000))
+    await Promise.race([navigator.serviceWorker.ready, seconds])
     const loaded = performance.getEntriesByType('resource').map((entry) => entry.name)
     await (await caches.open('page')).addAll([...new Set([location.pathname, ...loaded, 'microphone.js'])])
   } catch (error) {

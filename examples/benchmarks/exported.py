@@ -1,5 +1,6 @@
 """
-A classifier's forward pass in onnxruntime (float32 and int8) and in torchao's int8, each against torch in float32.
+A classifier's forward pass in onnxruntime (float32 and int8) and in torchao's int8, each against torch in float32; and
+the ONNX files that take waveforms, against the feature extractor and torch.
 `run.py` does not include it by default: it needs the extras `onnx` and `int8`, and exporting takes a minute.
 
     pip install "asit-hf[onnx,int8]"
@@ -8,6 +9,8 @@ A classifier's forward pass in onnxruntime (float32 and int8) and in torchao's i
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import onnxruntime
 import torch
@@ -17,7 +20,8 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize
 from training_step import TOY
 from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
-from asit_hf import ASiTConfig, ASiTForAudioClassification
+from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
+from asit_hf.hub.onnx import WAVEFORM, WAVEFORM_INT8, export_onnx
 
 SECONDS = (1, 10)
 BATCHES = (1, 4)
@@ -46,6 +50,22 @@ def build_runs(model: ASiTForAudioClassification) -> dict[str, Callable[..., dic
     return runs
 
 
+def build_waveform_runs(model: ASiTForAudioClassification) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """From waveforms to logits: extractor and torch first, then the ONNX files."""
+    extractor = ASiTFeatureExtractor(num_mel_bins=model.config.num_mel_bins)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    runs = {"extractor and torch": lambda waveforms: model(extractor.extract(waveforms)).logits}
+    with TemporaryDirectory() as folder:
+        export_onnx(model, extractor, folder, int8=True)
+        for name in (WAVEFORM, WAVEFORM_INT8):
+            session = onnxruntime.InferenceSession(Path(folder, name), options, providers=["CPUExecutionProvider"])
+            runs[name] = lambda waveforms, session=session: torch.from_numpy(
+                session.run(None, {"waveform": waveforms.numpy()})[0]
+            )
+    return runs
+
+
 @torch.no_grad()
 def measure(quick: bool = False) -> Report:
     """Base size, clips of 1 s and 10 s, batches of 1 and 4; the notes give the logits' differences from torch's."""
@@ -64,6 +84,19 @@ def measure(quick: bool = False) -> Report:
                 report.add(Row(f"{name} against torch, {what}", middle[name], middle["torch"]))
             report.notes.append(f"{what}: {ranges(found)}.")
     logits = {name: run(**inputs)["logits"] for name, run in runs.items()}
+    waveform_runs = build_waveform_runs(model)
+    for seconds in SECONDS:
+        waveforms = 0.1 * torch.randn(1, 16000 * seconds, generator=torch.Generator().manual_seed(0))
+        calls = {name: lambda run=run, x=waveforms: run(x) for name, run in waveform_runs.items()}
+        found = time_interleaved(calls, rounds=1 if quick else 3)
+        middle, (baseline, *names) = medians(found), list(calls)
+        for name in names:
+            report.add(Row(f"{name} against {baseline}, {seconds} s clips", middle[name], middle[baseline]))
+        report.notes.append(f"{seconds} s clips, from the waveform: {ranges(found)}.")
+    waveform_logits = {name: run(waveforms) for name, run in waveform_runs.items()}
+    for name in names:
+        difference = (waveform_logits[name] - waveform_logits[baseline]).abs().max() / logits["torch"].std()
+        report.notes.append(f"{name}: logits differ by at most {difference:.1g} of their standard deviation.")
     for name in list(runs)[1:]:
         difference = (logits[name] - logits["torch"]).abs().max() / logits["torch"].std()
         report.notes.append(f"{name}: logits differ by at most {difference:.1g} of their standard deviation.")

@@ -77,10 +77,9 @@ class ASiTPatchEmbeddings(nn.Module):
         if input_values.dtype != dtype and not torch.is_autocast_enabled(input_values.device.type):
             raise ValueError(f"expected input_values of the weights' dtype, {dtype}, got {input_values.dtype}")
         missing = self.patch_size - input_values.shape[1]
-        if torch.compiler.is_exporting():  # one graph for shorter and longer clips
+        if isinstance(missing, torch.SymInt):  # an exported graph is for shorter and longer clips
             missing = torch.sym_max(missing, 0)
-            input_values = nn.functional.pad(input_values, (0, 0, 0, missing))
-        elif missing > 0:
+        if isinstance(missing, torch.SymInt) or missing > 0:
             input_values = nn.functional.pad(input_values, (0, 0, 0, missing))
         return self.projection(input_values.unsqueeze(1)).permute(0, 2, 3, 1)
 

@@ -180,7 +180,8 @@ def check_replaceable(output_dir: Path, checkpoint: Path, overwrite: bool) -> No
 
 def _is_export(folder: Path) -> bool:
     """Whether `folder` holds what `export_model` writes, and nothing else. Version 0.1 did not mark its encoders."""
-    names = [path.name for path in folder.iterdir()]
+    # a killed export to the folder itself may have left its scratch folder
+    names = [path.name for path in folder.iterdir() if not path.name.startswith(f".{ONNX_FOLDER}-")]
     weights = [name for name in names if name == SAFE_WEIGHTS_NAME or fnmatchcase(name, "model-*.safetensors")]
     if CONFIG_NAME not in names or set(names) - {*weights, *_EXPORTED}:
         return False

@@ -14,7 +14,13 @@ import torch
 from tiny import MEL, build
 from transformers import pipeline
 
-from asit_hf import ASiTFeatureExtractor, ASiTForAudioClassification, ASiTForAudioFrameClassification, ASiTModel
+from asit_hf import (
+    ASiTFeatureExtractor,
+    ASiTForAudioClassification,
+    ASiTForAudioFrameClassification,
+    ASiTForPreTraining,
+    ASiTModel,
+)
 from asit_hf.hub import onnx as onnx_files
 from asit_hf.hub.__main__ import main
 from asit_hf.hub.export import export_model
@@ -262,6 +268,15 @@ def test_onnx_files_are_added_to_a_models_own_folder(tmp_path, fake_onnx):
         export_model(tmp_path, tmp_path, onnx=True)
     export_model(tmp_path, tmp_path, onnx=True, overwrite=True)
     assert not (tmp_path / "onnx" / "notes.txt").exists()
+
+
+def test_the_encoder_of_a_pretraining_checkpoint_needs_its_own_folder(tmp_path, fake_onnx):
+    save(ASiTForPreTraining, tmp_path / "run")
+    with pytest.raises(ValueError, match="another folder"):
+        export_model(tmp_path / "run", tmp_path / "run", onnx=True, overwrite=True)
+    assert not (tmp_path / "run" / "onnx").exists()
+    export_model(tmp_path / "run", tmp_path / "encoder", onnx=True)
+    assert (tmp_path / "encoder" / "onnx" / "waveform.onnx").is_file()
 
 
 def test_a_failed_conversion_leaves_the_earlier_files(tmp_path, fake_onnx, monkeypatch):

@@ -19,7 +19,7 @@ from .audio import AudioReader, AudioReadError, to_mono_float
 
 logger = logging.getLogger(__name__)
 
-BLOCK_SECONDS = 0.05
+BLOCK_SECONDS = 0.02
 _READ_SECONDS = 10  # of a file, read at once: each read may decode some context anew
 # names as in ffmpeg -> numpy's; 24-bit samples have three bytes, for which numpy has no type
 SAMPLE_FORMATS = {"u8": "u1", "s16le": "<i2", "s24le": "<i4", "s32le": "<i4", "f32le": "<f4", "f64le": "<f8"}
@@ -60,7 +60,7 @@ def record(sampling_rate: int, device: int | str | None = None, channels: int = 
 
     Returns:
         The rate in Hz, which is the device's own where it does not support `sampling_rate`, and an endless iterator of
-        blocks `(samples,)` of 50 ms. Closing the iterator closes the microphone.
+        blocks `(samples,)` of 20 ms. Closing the iterator closes the microphone.
 
     Raises:
         ModuleNotFoundError, OSError: sounddevice or PortAudio is not installed, or no such device, or it is in use.
@@ -212,7 +212,7 @@ def play(
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[np.ndarray]:
     """
-    Yields a file's audio in blocks `(samples,)` of 50 ms at `sampling_rate` Hz, each when its last sample would have
+    Yields a file's audio in blocks `(samples,)` of 20 ms at `sampling_rate` Hz, each when its last sample would have
     been heard; with `speed` infinite, at once.
 
     Raises:

@@ -30,7 +30,7 @@ def build_classifier(size: str, quick: bool) -> ASiTAudioClassificationPipeline:
 
 
 def noise(rate: int, seconds: float) -> Iterator[np.ndarray]:
-    """Blocks of 50 ms in real time."""
+    """Blocks of 20 ms in real time."""
     generator, began = np.random.default_rng(0), time.monotonic()
     for count in range(1, round(seconds / BLOCK_SECONDS) + 1):
         time.sleep(max(0.0, began + count * BLOCK_SECONDS - time.monotonic()))

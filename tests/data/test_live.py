@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from asit_hf.data.audio import AudioReadError, read_audio, resample
-from asit_hf.data.live import microphones, play, read_pcm, record, stream_resampler
+from asit_hf.data.live import BLOCK_SECONDS, microphones, play, read_pcm, record, stream_resampler
 
 RATE = 8000
 SOUND = (0.5 * np.sin(np.arange(1200) ** 1.2)).astype(np.float32)
@@ -134,7 +134,7 @@ def test_a_file_is_played_in_real_time(tmp_path, speed):
     for block in play(path, 16000, speed, clock=lambda: now[0], sleep=sleep):
         blocks.append(block)
         times.append(now[0] - 100)
-    assert times == pytest.approx([0.05 * count / speed for count in range(1, 241)])
+    assert times == pytest.approx([BLOCK_SECONDS * count / speed for count in range(1, 601)])
     np.testing.assert_allclose(np.concatenate(blocks), read_audio(path, 16000), atol=1e-6)
 
 
@@ -142,7 +142,7 @@ def test_a_player_that_is_late_does_not_sleep(tmp_path):
     path = tmp_path / "sound.wav"
     soundfile.write(path, SOUND, RATE)
     clock = iter(range(0, 1000, 10))
-    assert len(list(play(path, RATE, clock=lambda: next(clock), sleep=pytest.fail))) == 3
+    assert len(list(play(path, RATE, clock=lambda: next(clock), sleep=pytest.fail))) == 8
 
 
 def test_a_file_is_played_at_once(tmp_path):
@@ -221,7 +221,7 @@ def test_a_microphone_records_at_the_models_rate_or_its_own(sounddevice, caplog,
     assert found == actual
     assert "Built-in microphone" in caplog.records[-1].getMessage()
     block = next(blocks)
-    assert block.shape == (round(0.05 * actual),)
+    assert block.shape == (round(BLOCK_SECONDS * actual),)
     assert (block == 0.5).all()  # the mean of its channels
     blocks.close()
     assert InputStream.opened[0].closed

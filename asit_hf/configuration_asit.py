@@ -77,7 +77,12 @@ def sentence_transformers_files(architectures: list[str] | None) -> dict[str, st
 
 
 def write_sentence_transformers_files(folder: str | PathLike, architectures: list[str] | None) -> None:
-    """Writes these files to `folder`, but keeps those that differ, which may have prompts or further modules."""
+    """
+    Writes these files to `folder`, but keeps those that differ, which may have prompts or further modules. The folder
+    of an `ExportedModel` of Transformers, whose graph sentence-transformers cannot load, gets none.
+    """
+    if Path(folder, "export.json").is_file():
+        return
     Path(folder).mkdir(parents=True, exist_ok=True)
     ours = [sentence_transformers_files(kind) for kind in (None, ["ASiTForPreTraining"])]
     for name, content in sentence_transformers_files(architectures).items():

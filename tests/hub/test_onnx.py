@@ -21,10 +21,11 @@ from asit_hf import (
     ASiTForPreTraining,
     ASiTModel,
 )
+from asit_hf.configuration_asit import SENTENCE_TRANSFORMERS_FILES
 from asit_hf.hub import onnx as onnx_files
 from asit_hf.hub.__main__ import main
 from asit_hf.hub.export import export_model
-from asit_hf.hub.onnx import OPSET, describe, export_onnx, log_mel_graph
+from asit_hf.hub.onnx import OPSET, describe, export_onnx, is_onnx_export, log_mel_graph
 
 RATE = 8000  # windows of 200 samples every 80, patches of 16 windows
 PATCH = 200 + 15 * 80
@@ -128,6 +129,8 @@ def assert_waveforms_agree(model, extractor: ASiTFeatureExtractor, file: Path, t
 def test_a_waveform_gives_the_logits_of_extractor_and_model(classifier):
     model, extractor, folder = classifier
     assert_waveforms_agree(model, extractor, folder / "waveform.onnx")
+    assert is_onnx_export(folder)  # which another export may replace
+    assert not {path.name for path in folder.rglob("*")} & {*SENTENCE_TRANSFORMERS_FILES}
 
 
 @pytest.mark.slow

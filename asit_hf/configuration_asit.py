@@ -86,8 +86,9 @@ def write_sentence_transformers_files(folder: str | PathLike, architectures: lis
     Path(folder).mkdir(parents=True, exist_ok=True)
     ours = [sentence_transformers_files(kind) for kind in (None, ["ASiTForPreTraining"])]
     for name, content in sentence_transformers_files(architectures).items():
-        file = Path(folder, name)
-        if not file.is_file() or file.read_text(encoding="utf-8") in [files[name] for files in ours]:
+        file, known = Path(folder, name), [files[name].split() for files in ours]
+        # sentence-transformers writes the same settings with another indentation
+        if not file.is_file() or file.read_text(encoding="utf-8").split() in known:
             file.write_text(content, encoding="utf-8")
 
 

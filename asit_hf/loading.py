@@ -87,8 +87,7 @@ def load_trained(path: str | PathLike, model_class: type, **kwargs: Any) -> tupl
     checkpoint = resolve_checkpoint(path)
     with _hub_errors(path):
         model, info = model_class.from_pretrained(checkpoint, output_loading_info=True, **kwargs)
-    # an adapter has the weights that its base model lacks
-    if read_adapter(checkpoint) is None and (missing := sorted(info["missing_keys"])):
+    if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{path} lacks weights of the {expected}, first {missing[0]}")
     return model, load_feature_extractor(path)
 

@@ -256,7 +256,11 @@ class ASiTPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """
         As in Transformers. The local folder of an adapter of peft gives its base model with the adapter merged into
-        it and with the classes of the `config.json` saved beside it; as `ASiTModel`, the encoder of that model.
+        it and with the classes of the `config.json` saved beside it; as `ASiTModel`, the encoder of that model. Its
+        loading info names the weights that neither the base model nor the adapter has.
+
+        Raises:
+            `ValueError`: weights of the base model have another shape, and the adapter does not replace them.
         """
         path, adapter_kwargs = pretrained_model_name_or_path, kwargs.get("adapter_kwargs") or {}
         folder = adapter_kwargs.get("_adapter_model_path", path)  # the auto classes pass the base model as the path
@@ -270,17 +274,28 @@ class ASiTPreTrainedModel(PreTrainedModel):
         # the class that was trained, whose weights have other names than those of its encoder
         trained = classifiers.get((config.architectures or [""])[0], cls) if cls is ASiTModel else cls
         base, verbosity = adapter["base_model_name_or_path"], logging.get_verbosity()
-        logging.set_verbosity_error()  # the base model lacks the classifier, which the adapter has
+        returns_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        # the base model has no classifier, or one for other classes, and the adapter has its own
+        logging.set_verbosity_error()
         try:
             load = super(ASiTPreTrainedModel, trained).from_pretrained
-            loaded = load(base, *args, config=config, **dtype, **kwargs)
+            model, info = load(base, *args, config=config, **dtype, **kwargs)
         finally:
             logging.set_verbosity(verbosity)
-        model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
+        saved = set(adapter.get("modules_to_save") or ())
+        for name in ("missing_keys", "mismatched_keys"):
+            keys = [(key, key) if isinstance(key, str) else (key[0], key) for key in info[name]]
+            info[name] = {key for weight, key in keys if saved.isdisjoint(weight.split("."))}
+        for weight, found, expected in info["mismatched_keys"]:
+            raise ValueError(f"{base}: expected {weight} of shape {tuple(expected)}, got {tuple(found)}")
+        if info["missing_keys"] and trained is cls:
+            missing = ", ".join(sorted(info["missing_keys"]))
+            logger.warning(f"neither {base} nor the adapter {folder} has {missing}: random values, to be trained")
         # not `load_adapter`, which in transformers 5.6 leaves out the classifier
         model = import_module("peft").PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
         model = model if trained is cls else model.asit
-        return (model, *info) if info else model
+        return (model, info) if returns_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -25,7 +25,7 @@ from asit_hf import (
 )
 from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer
 from asit_hf.hub.export import export_model
-from asit_hf.loading import load_config, load_encoder, load_feature_extractor
+from asit_hf.loading import load_config, load_encoder, load_feature_extractor, load_trained
 from asit_hf.predict import load_classifier
 
 CLASSIFIERS = [ASiTForAudioClassification, ASiTForAudioFrameClassification]
@@ -154,6 +154,35 @@ def test_an_adapter_is_exported_merged(adapted, tmp_path):
     assert str(tmp_path) not in card
     with pytest.raises(ValueError, match="encoder"):  # the adapter needs its base model
         export_model(folder, tmp_path / "encoder", overwrite=True)
+
+
+@pytest.mark.parametrize(("base_labels", "saved"), [(5, ["classifier"]), (5, None), (None, None)])
+def test_an_adapter_gives_the_classifier_that_its_base_model_lacks(base_labels, saved, tmp_path, caplog):
+    peft = pytest.importorskip("peft")
+    build(ASiTModel).save_pretrained(tmp_path / "base")
+    if base_labels:
+        build(num_labels=base_labels).save_pretrained(tmp_path / "base")
+    labels = {"id2label": {0: "cat", 1: "dog", 2: "owl"}, "label2id": {"cat": 0, "dog": 1, "owl": 2}}
+    base = ASiTForAudioClassification.from_pretrained(tmp_path / "base", **labels, ignore_mismatched_sizes=True)
+    lora = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"], modules_to_save=saved)
+    model = peft.get_peft_model(base, lora).eval()
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder)
+    base.config.save_pretrained(folder)
+    ASiTFeatureExtractor(num_mel_bins=MEL).save_pretrained(folder)
+    batch = padded_batch([96, 40])
+    caplog.clear()
+    if saved:
+        loaded, _ = load_trained(folder, ASiTForAudioClassification)
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=1e-5)
+        assert not caplog.records
+        return
+    with pytest.raises(ValueError, match=r"classifier\.(bias|weight)"):
+        load_trained(folder, ASiTForAudioClassification)
+    if base_labels is None:
+        _, info = ASiTForAudioClassification.from_pretrained(folder, output_loading_info=True)
+        assert info["missing_keys"] == {"classifier.bias", "classifier.weight"}
+        assert "classifier.weight" in caplog.text
 
 
 def test_finetuning_saves_the_classes_beside_an_adapter(adapted, tmp_path):

@@ -120,6 +120,8 @@ def export_model(
             text = card.read_text(encoding="utf-8").replace(f'"{card.parent.resolve().name}"', f'"{output_dir.name}"')
             (export / CARD_NAME).write_text(text, encoding="utf-8")
         if onnx:
+            if half:  # the values that were stored
+                model.load_state_dict(weights)
             export_onnx(model.float(), extractor, export / ONNX_FOLDER, int8)
         (export / _MARK).touch()
     return output_dir

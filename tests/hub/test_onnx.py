@@ -249,6 +249,7 @@ def fake_onnx(monkeypatch):
 
     def write(model, extractor, folder, int8=False):
         folder.mkdir()
+        write.weights = model.state_dict()
         for name in ("waveform.onnx", "model.onnx", *(["waveform_int8.onnx"] if int8 else [])):
             (folder / name).touch()
 
@@ -280,6 +281,12 @@ def test_the_encoder_of_a_pretraining_checkpoint_needs_its_own_folder(tmp_path, 
     assert not (tmp_path / "run" / "onnx").exists()
     export_model(tmp_path / "run", tmp_path / "encoder", onnx=True)
     assert (tmp_path / "encoder" / "onnx" / "waveform.onnx").is_file()
+
+
+def test_onnx_files_beside_halved_weights_compute_with_these(tmp_path, fake_onnx):
+    save(ASiTModel, tmp_path / "model")
+    folder = export_model(tmp_path / "model", tmp_path / "half", onnx=True, half=True)
+    torch.testing.assert_close(fake_onnx.weights, ASiTModel.from_pretrained(folder).state_dict(), rtol=0, atol=0)
 
 
 def test_a_failed_conversion_leaves_the_earlier_files(tmp_path, fake_onnx, monkeypatch):

@@ -91,7 +91,7 @@ def export_model(
     sources = [checkpoint, *([adapter["base_model_name_or_path"]] if adapter else [])]
     sources = [Path(source).resolve() for source in sources if Path(source).exists()]
     onnx_dir = output_dir / ONNX_FOLDER
-    in_place = onnx and not pretrained and output_dir == sources[0]
+    in_place = onnx and not pretrained and [output_dir] == sources[:1]  # a Hub name is no source
     if not in_place:
         for source in sources:
             check_replaceable(output_dir, source, overwrite)

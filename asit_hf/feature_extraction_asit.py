@@ -46,11 +46,14 @@ def read_audio(source: str | PathLike | bytes | dict[str, Any], sampling_rate: i
     array, rate = torch.as_tensor(source["array"]).detach().cpu(), whole_rate(source["sampling_rate"])
     if array.dtype in (torch.int16, torch.int32):  # PCM
         array = array.float() / -torch.iinfo(array.dtype).min
+    if not array.is_floating_point():  # an error of `__call__`
+        return array.numpy()
+    array = array.float()
     if array.ndim == 2:
-        array = array.float().mean(int(np.argmin(array.shape)))
+        array = array.mean(int(np.argmin(array.shape)))
     if rate == sampling_rate or array.ndim != 1 or array.numel() == 0:
         return array.numpy()
-    return import_module("soxr").resample(array.float().numpy(), rate, sampling_rate, quality="HQ")
+    return import_module("soxr").resample(array.numpy(), rate, sampling_rate, quality="HQ")
 
 
 class ASiTFeatureExtractor(SavesHubFiles, SequenceFeatureExtractor):

@@ -76,9 +76,20 @@ def test_resampling_scales_pcm_and_assumes_the_models_rate_for_bare_waveforms(re
     torch.testing.assert_close(resampling(clip.tolist())["input_values"], expected)
     pcm = resampling([(clip * 2**31).astype(np.int32)])["input_values"]
     torch.testing.assert_close(pcm, expected, rtol=0, atol=1e-4)
-    for empty in ([], [np.zeros(0, np.float32)], [np.zeros((3, 4, 5), np.float32)]):
+    half = torch.tensor(clip).bfloat16()
+    torch.testing.assert_close(
+        resampling(half)["input_values"], extractor(half, RATE, return_tensors="pt")["input_values"]
+    )
+    unscaled = [(clip * 2**31).astype(np.int64)]
+    for wrong in (
+        [],
+        [np.zeros(0, np.float32)],
+        [np.zeros((3, 4, 5), np.float32)],
+        unscaled,
+        [np.stack(unscaled * 2)],
+    ):
         with pytest.raises((ValueError, OSError)):
-            resampling(empty, 8000)
+            resampling(wrong, 8000)
 
 
 def test_normalization():

@@ -283,13 +283,14 @@ class ASiTPreTrainedModel(PreTrainedModel):
             model, info = load(base, *args, config=config, **dtype, **kwargs)
         finally:
             logging.set_verbosity(verbosity)
-        saved = set(adapter.get("modules_to_save") or ())
+        # those that the adapter replaces, and those that an encoder does without
+        replaced = {*(adapter.get("modules_to_save") or ()), *(["classifier"] if trained is not cls else [])}
         for name in ("missing_keys", "mismatched_keys"):
             keys = [(key, key) if isinstance(key, str) else (key[0], key) for key in info[name]]
-            info[name] = {key for weight, key in keys if saved.isdisjoint(weight.split("."))}
+            info[name] = {key for weight, key in keys if replaced.isdisjoint(weight.split("."))}
         for weight, found, expected in info["mismatched_keys"]:
             raise ValueError(f"{base}: expected {weight} of shape {tuple(expected)}, got {tuple(found)}")
-        if info["missing_keys"] and trained is cls:
+        if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"]))
             logger.warning(f"neither {base} nor the adapter {folder} has {missing}: random values, to be trained")
         # not `load_adapter`, which in transformers 5.6 leaves out the classifier

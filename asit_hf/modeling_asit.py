@@ -270,11 +270,16 @@ class ASiTPreTrainedModel(PreTrainedModel):
         dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
         # a `config` from `pipeline()` may be that of the base model, which does not know the adapter's classes
         config, kwargs = cls.config_class.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
-        classifiers = {one.__name__: one for one in (ASiTForAudioClassification, ASiTForAudioFrameClassification)}
-        # the class that was trained, whose weights have other names than those of its encoder
-        trained = classifiers.get((config.architectures or [""])[0], cls) if cls is ASiTModel else cls
+        peft, folder = import_module("peft"), str(folder)
+        # an adapter of a model with a head names the encoder, which may also have been adapted alone
+        with_head = any(".asit." in name for name in peft.load_peft_weights(folder, device="cpu"))
+        is_frame = config.architectures == [ASiTForAudioFrameClassification.__name__]
+        classifier = ASiTForAudioFrameClassification if is_frame else ASiTForAudioClassification
+        trained = classifier if cls is ASiTModel and with_head else cls
         base, verbosity = adapter["base_model_name_or_path"], logging.get_verbosity()
-        returns_info = kwargs.pop("output_loading_info", False)
+        returns_info, ignores = (
+            kwargs.pop(name, False) for name in ("output_loading_info", "ignore_mismatched_sizes")
+        )
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         # the base model has no classifier, or one for other classes, and the adapter has its own
         logging.set_verbosity_error()
@@ -288,14 +293,16 @@ class ASiTPreTrainedModel(PreTrainedModel):
         for name in ("missing_keys", "mismatched_keys"):
             keys = [(key, key) if isinstance(key, str) else (key[0], key) for key in info[name]]
             info[name] = {key for weight, key in keys if replaced.isdisjoint(weight.split("."))}
-        for weight, found, expected in info["mismatched_keys"]:
+        for weight, found, expected in info["mismatched_keys"] if not ignores else ():
             raise ValueError(f"{base}: expected {weight} of shape {tuple(expected)}, got {tuple(found)}")
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"]))
             logger.warning(f"neither {base} nor the adapter {folder} has {missing}: random values, to be trained")
         # not `load_adapter`, which in transformers 5.6 leaves out the classifier
-        model = import_module("peft").PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
-        model = model if trained is cls else model.asit
+        peft.PeftModel.from_pretrained(
+            model if with_head or cls is ASiTModel else model.asit, folder
+        ).merge_and_unload()
+        model = (model if trained is cls else model.asit).eval()
         return (model, info) if returns_info else model
 
     @torch.no_grad()

@@ -120,6 +120,9 @@ def test_an_adapter_loads_with_its_classes(adapted, tmp_path, caplog):
     unnamed = pipeline("audio-classification", model=str(folder), **options)(waveform)
     assert [row["score"] for row in unnamed] == scores
     assert "names of its 3 classes" in caplog.text
+    batch = padded_batch([96, 40])
+    adapted_states = model.get_base_model().asit(**batch).last_hidden_state
+    torch.testing.assert_close(load_encoder(folder)(**batch).last_hidden_state, adapted_states, rtol=0, atol=1e-4)
     model.get_base_model().config.save_pretrained(folder)
     assert [row["score"] for row in load_classifier(folder, "cpu")(waveform)] == scores
     extractor.save_pretrained(folder)
@@ -130,10 +133,8 @@ def test_an_adapter_loads_with_its_classes(adapted, tmp_path, caplog):
         assert [row["score"] for row in named] == scores
     assert not caplog.records
 
-    batch = padded_batch([96, 40])
     encoder = load_encoder(folder)
     assert type(encoder) is ASiTModel
-    adapted_states = model.get_base_model().asit(**batch).last_hidden_state
     torch.testing.assert_close(encoder(**batch).last_hidden_state, adapted_states, rtol=0, atol=1e-4)
     assert encoder.state_dict().keys() == build(ASiTModel).state_dict().keys()
     again = AutoModel.from_pretrained(folder)
@@ -187,6 +188,20 @@ def test_an_adapter_gives_the_classifier_that_its_base_model_lacks(base_class, s
         _, info = ASiTForAudioClassification.from_pretrained(folder, output_loading_info=True)
         assert info["missing_keys"] == {"classifier.bias", "classifier.weight"}
         assert "classifier.weight" in caplog.text
+
+
+def test_an_adapter_of_an_encoder_loads_into_a_classifier_too(tmp_path):
+    peft = pytest.importorskip("peft")
+    build(ASiTModel).save_pretrained(tmp_path / "base")
+    encoder = ASiTModel.from_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(encoder, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    batch = padded_batch([96, 40])
+    expected = adapted(**batch).last_hidden_state
+    for cls in (ASiTModel, ASiTForAudioClassification, ASiTForAudioFrameClassification):
+        model = cls.from_pretrained(tmp_path / "adapter")
+        states = getattr(model, "asit", model)(**batch).last_hidden_state
+        torch.testing.assert_close(states, expected, rtol=0, atol=1e-4)
 
 
 def test_finetuning_saves_the_classes_beside_an_adapter(adapted, tmp_path):

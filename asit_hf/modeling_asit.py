@@ -299,9 +299,8 @@ class ASiTPreTrainedModel(PreTrainedModel):
             missing = ", ".join(sorted(info["missing_keys"]))
             logger.warning(f"neither {base} nor the adapter {folder} has {missing}: random values, to be trained")
         # not `load_adapter`, which in transformers 5.6 leaves out the classifier
-        peft.PeftModel.from_pretrained(
-            model if with_head or cls is ASiTModel else model.asit, folder
-        ).merge_and_unload()
+        adapted = model if with_head or cls is ASiTModel else model.asit
+        peft.PeftModel.from_pretrained(adapted, folder).merge_and_unload()
         model = (model if trained is cls else model.asit).eval()
         return (model, info) if returns_info else model
 

@@ -292,6 +292,15 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+@contextmanager
+def _until_output_closes() -> Iterator[None]:
+    """Ends when whoever reads the output has enough, as `head` does; what is left of it must not fail at the end."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
@@ -324,7 +333,7 @@ def _run(args: argparse.Namespace) -> int:
     windows = listen(classifier, chunks, sampling_rate, window_seconds, hop_seconds, args.smoothing, live)
     latencies, skipped, failure = [], 0, None
     try:
-        with window_writer(args.output, args.top_k or 5) as write, closing(windows):
+        with _until_output_closes(), window_writer(args.output, args.top_k or 5) as write, closing(windows):
             for window in windows:
                 write(window)
                 if window["skipped"] and not skipped:
@@ -334,15 +343,14 @@ def _run(args: argparse.Namespace) -> int:
                 _show_change(*timeline.add(window), multi_label)
     except KeyboardInterrupt:
         pass
-    except BrokenPipeError:  # whoever reads the output has enough; what is left of it must not fail again at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as error:
         failure = error
-    if spans := timeline.spans():
-        print("timeline:")
-    for span in spans:
-        times = f"{_clock_text(span['start'])} - {_clock_text(span['end'])}"
-        print(f"{times}  {span['score']:.2f}  {span['label']}", flush=True)
+    with _until_output_closes():
+        if spans := timeline.spans():
+            print("timeline:")
+        for span in spans:
+            times = f"{_clock_text(span['start'])} - {_clock_text(span['end'])}"
+            print(f"{times}  {span['score']:.2f}  {span['label']}", flush=True)
     summary = f"{len(latencies)} windows of {window_seconds:g} s, one every {hop_seconds:g} s; {skipped} skipped"
     if latencies:
         milliseconds = [1000 * value for value in (*np.percentile(latencies, [50, 95]), max(latencies))]

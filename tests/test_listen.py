@@ -463,6 +463,23 @@ def test_a_closed_output_ends_the_command(folder, recording, monkeypatch, capsys
     assert "1 windows" in capsys.readouterr().err
 
 
+def test_output_that_closes_before_the_timeline_ends_the_command(folder, recording, monkeypatch, capsys):
+    """As `| head -1` does it, for a label that does not change."""
+    reading, writing = os.pipe()
+
+    def closing(*args, **kwargs):
+        yield window(0, 1, dog=0.8) | {"latency": 0.5, "skipped": 0}
+        os.close(reading)
+
+    monkeypatch.setattr("asit_hf.listen.listen", closing)
+    with os.fdopen(writing, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert main([str(folder), str(recording)]) == 0
+    printed = capsys.readouterr().err
+    assert "1 windows" in printed
+    assert "error" not in printed
+
+
 def test_labels_of_a_multi_label_classifier_rise_and_fall(tmp_path, recording, monkeypatch, capsys):
     classifier = make_classifier(problem_type="multi_label_classification")
     classifier.model.save_pretrained(tmp_path)

@@ -24,7 +24,7 @@ export async function readSound(file, rate) {
     audio = await decodingContext(header.isOpus ? OPUS_RATE : header.rate).decodeAudioData(bytes)
   } catch {
     throw new Error(
-      `${file.name} cannot be read. This browser takes ${FORMATS}; the file may be of another kind, or damaged.`,
+      `${file.name} cannot be read. This browser takes ${FORMATS}; the file may be of another kind, damaged, or too long.`,
     )
   }
   let [samples, ownRate] = [mixDown(audio), audio.sampleRate]
@@ -73,7 +73,16 @@ export async function startRecording(onLevel) {
     throw new Error(missing ? 'No microphone was found.' : `The microphone may not be used (${error.message}).`)
   }
   const context = new AudioContext()
-  await context.audioWorklet.addModule('microphone.js')
+  const close = () => {
+    stream.getTracks().forEach((track) => track.stop())
+    return context.close()
+  }
+  try {
+    await context.audioWorklet.addModule('microphone.js')
+  } catch (error) {
+    await close()
+    throw new Error(`Recording could not start (${error.message}).`)
+  }
   const microphone = new AudioWorkletNode(context, 'microphone', { numberOfOutputs: 0 })
   const chunks = []
   let [length, peak, reported] = [0, 0, 0]
@@ -90,8 +99,7 @@ export async function startRecording(onLevel) {
   }
   context.createMediaStreamSource(stream).connect(microphone)
   const finished = stopped.then(async () => {
-    stream.getTracks().forEach((track) => track.stop())
-    await context.close()
+    await close()
     if (length === 0) throw new Error('Nothing was recorded.')
     return new File([wavHeader(length, context.sampleRate), ...chunks], 'recording.wav', { type: 'audio/wav' })
   })

@@ -84,7 +84,8 @@ def write_page(model: Path, runtime: Path, out: Path) -> None:
     with whole_folder(out) as folder:
         copies = {path.name: path for pattern in PAGE_FILES for path in HERE.glob(pattern)}
         copies |= {f"runtime/{name}": runtime / name for name in RUNTIME_FILES}
-        copies |= {f"model/{name}": model / name for name in (*MODEL_FILES, graph)}
+        copies |= {f"model/{name}": model / name for name in MODEL_FILES}
+        copies["model/waveform.onnx"] = model / graph  # one name, so that no copy of an earlier build is kept offline
         for name, source in copies.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / name)

@@ -5,6 +5,7 @@ import * as ort from './runtime/ort.wasm.bundle.min.mjs'
 const WINDOW_SECONDS = 30
 const OVERLAP = 0.5
 const RUNTIME = 'runtime/ort-wasm-simd-threaded.wasm'
+const WEIGHTS = 'model/waveform.onnx'
 
 const FUNCTIONS = {
   softmax: (logits) => {
@@ -28,8 +29,8 @@ export async function loadModel(onProgress) {
     onProgress(sum(0), isKnown ? sum(1) : null)
   }
   const [runtime, weights] = await Promise.all([
-    download([RUNTIME], report('runtime')),
-    download(['model/onnx/waveform_int8.onnx', 'model/onnx/waveform.onnx'], report('model')),
+    download(RUNTIME, report('runtime')),
+    download(WEIGHTS, report('model')),
   ])
   ort.env.wasm.wasmBinary = runtime.buffer
   ort.env.wasm.proxy = true // a thread of its own, so that the page answers while the model runs
@@ -83,14 +84,9 @@ async function readJson(name) {
   return response.json()
 }
 
-/** The bytes of the first of `paths` that the server has. */
-async function download(paths, onProgress) {
-  let response
-  for (const path of paths) {
-    response = await fetch(path)
-    if (response.ok) break
-  }
-  if (!response.ok) throw new Error(`${paths[0]} cannot be loaded (${response.status}).`)
+async function download(path, onProgress) {
+  const response = await fetch(path)
+  if (!response.ok) throw new Error(`${path} cannot be loaded (${response.status}).`)
   const isCompressed = response.headers.has('content-encoding')
   const total = isCompressed ? null : Number(response.headers.get('content-length')) || null
   const chunks = []

@@ -79,11 +79,11 @@ async function show(file) {
     const model = await loading
     say(`Reading ${file.name} …`, null)
     const samples = await readSound(file, model.rate)
-    const isNewest = () => number === newest
     const result = await model.classify(samples, (index, count) => {
-      if (isNewest()) say(`Listening to ${file.name} …`, count === 1 ? null : index / count)
+      if (number !== newest) throw new Error(`${file.name} is dropped.`) // which nobody reads
+      say(`Listening to ${file.name} …`, count === 1 ? null : index / count)
     })
-    if (!isNewest()) return
+    if (number !== newest) return
     say('')
     fill(model, file, samples, result)
   } catch (error) {

@@ -284,6 +284,41 @@ def test_without_a_microphone(browser, page):
 
 
 @pytest.mark.slow
+def test_a_recording_that_cannot_start_frees_the_microphone(browser, page):
+    open_page(browser, page)
+    browser.execute_script("""
+        window.stream = new AudioContext().createMediaStreamDestination().stream
+        navigator.mediaDevices.getUserMedia = async () => stream
+        AudioWorklet.prototype.addModule = async () => { throw new Error('no such module') }""")
+    browser.find_element("id", "record").click()
+    wait_for(lambda: "no such module" in text_of(browser, "message"))
+    assert browser.execute_script("return stream.getTracks().map((track) => track.readyState)") == ["ended"]
+    assert browser.find_element("id", "record").is_enabled()
+
+
+@pytest.mark.slow
+def test_the_model_stops_for_a_newer_sound(browser, page, tmp_path):
+    open_page(browser, page)
+    files = [write_sound(tmp_path, index) for index in (len(SOUNDS) - 1, 0)]
+    browser.execute_script(
+        """window.runs = 0
+        const post = Worker.prototype.postMessage
+        Worker.prototype.postMessage = function (message, ...others) {
+            window.runs += message.type === 'run'
+            return post.call(this, message, ...others)
+        }
+        for (const [name, content] of arguments[0]) {
+            const transfer = new DataTransfer()
+            transfer.items.add(new File([Uint8Array.from(atob(content), (one) => one.charCodeAt(0))], name))
+            document.dispatchEvent(new DragEvent('drop', { dataTransfer: transfer }))
+        }""",
+        [(file.name, base64.b64encode(file.read_bytes()).decode()) for file in files],
+    )
+    wait_for(lambda: text_of(browser, "name").startswith(files[1].name))
+    assert browser.execute_script("return runs") == 1
+
+
+@pytest.mark.slow
 def test_nothing_leaves_the_page(browser, page, tmp_path):
     open_page(browser, page)
     choose(browser, write_sound(tmp_path, 0))
@@ -301,6 +336,21 @@ def test_the_page_opens_again_without_a_connection(browser, folder, classifier, 
     check_scores(choose(browser, file), classifier(str(file)))
     open_page(browser, address)
     check_scores(choose(browser, file), classifier(str(file)))
+
+
+@pytest.mark.parametrize("graphs", [["waveform"], ["waveform", "waveform_int8"]])
+def test_every_build_has_its_weights_under_one_name(tmp_path, graphs):
+    """Otherwise the page would take those of an earlier build, or of none, without a connection."""
+    files = {f"onnx/{graph}.onnx": graph for graph in graphs}
+    files |= {name: name for name in (*build.MODEL_FILES, *build.RUNTIME_FILES)}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    build.write_page(tmp_path, tmp_path, tmp_path / "page")
+    names = {path.relative_to(tmp_path / "page").as_posix() for path in (tmp_path / "page" / "model").iterdir()}
+    assert names == {f"model/{name}" for name in (*build.MODEL_FILES, "waveform.onnx")}
+    assert (tmp_path / "page/model/waveform.onnx").read_text() == graphs[-1]
+    assert "'model/waveform.onnx'" in (tmp_path / "page/model.js").read_text()
 
 
 @pytest.mark.slow

@@ -143,7 +143,10 @@ def _decoded(
     width = (3 if sample_format == "s24le" else np.dtype(SAMPLE_FORMATS[sample_format]).itemsize) * channels
     block = max(1, round(BLOCK_SECONDS * sampling_rate)) * width
     left = size or float("inf")
-    while new := read(min(block, left) if size else block):
+    ended = False
+    while not ended:
+        new = read(min(block, left) if size else block)
+        ended = not new
         left -= len(new)
         head += new
         whole = len(head) - len(head) % width
@@ -276,6 +279,7 @@ def rolling_windows(
 
     with _arriving(chunks, live, clock) as take:
         while not ended or waiting() >= 0:
+            pieces = [buffer]
             for chunk, now, seconds in [] if ended or (is_ahead() and waiting() >= 0) else take(waiting() < 0):
                 ended = chunk is _END or isinstance(chunk, BaseException)
                 if not ended and len(chunk) == 0:
@@ -285,7 +289,8 @@ def rolling_windows(
                 waited += seconds
                 arrivals.append((received, now))
                 waits.append((received, waited))
-                buffer = np.concatenate([buffer, resampled(samples, last=ended)])
+                pieces.append(resampled(samples, last=ended))
+            buffer = np.concatenate(pieces) if len(pieces) > 1 else buffer
             patience = min(PATIENCE_SECONDS, 2 * hop / rate) if busy > hop / rate else PATIENCE_SECONDS
             if waiting() * hop > patience * rate and not is_ahead():
                 skipped, start = skipped + waiting(), start + waiting() * hop

@@ -105,6 +105,12 @@ def test_integers_taken_for_floats_are_refused():
         read_all(reader(raw), RATE, 1, "f32le")
 
 
+def test_the_shortest_input_is_audio(caplog):
+    raw = np.array([-16384, 16384], "<i2").tobytes()  # as long as the beginning that tells wav from samples
+    assert read_all(reader(raw), RATE)[1].tolist() == [-0.5, 0.5]
+    assert "not a whole sample" not in caplog.text
+
+
 def test_a_sample_that_is_cut_off_is_reported(caplog):
     content = wav(STEREO, "PCM_16", "RAW")
     assert len(read_all(reader(content[:-1]), RATE, 2)[1]) == len(SOUND) - 1

@@ -26,6 +26,7 @@ from asit_hf.evaluation.embeddings import embed
 from asit_hf.hub.export import export_model
 from asit_hf.loading import load_encoder, load_feature_extractor
 from asit_hf.plotting import plot_confusion, plot_embeddings, plot_log_mel
+from asit_hf.utils.arguments import run_script
 from asit_hf.utils.names import local_path, path_text
 
 EXAMPLES = Path(__file__).parent
@@ -253,4 +254,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -37,6 +37,7 @@ from asit_hf.data import AudioReadError, label_names, load_audio_dataset
 from asit_hf.data.audio import source_name
 from asit_hf.evaluation.embeddings import POOLINGS, embed_files, embedding_size
 from asit_hf.loading import ENCODERS, load_encoder, load_feature_extractor
+from asit_hf.utils.arguments import run_script
 from asit_hf.utils.files import whole_file
 
 # rows of a parquet row group, which are in memory until it is written
@@ -239,4 +240,4 @@ def class_names_of(dataset: Any) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 
 from asit_hf import ASiTFeatureExtractor
 from asit_hf.data import AudioReadError, find_audio_files, read_audio
+from asit_hf.loading import load_config, resolve_checkpoint
+from asit_hf.utils.arguments import run_script
 from asit_hf.utils.extras import extra
 
 if TYPE_CHECKING:  # slow to import
@@ -83,7 +85,8 @@ def main(arguments: list[str] | None = None) -> list[tuple[Path, float]]:
         parser.error(f"expected other sounds in {args.folder} than the query")
     with extra("sentence-transformers"):
         from sentence_transformers import SentenceTransformer
-    model = SentenceTransformer(args.model)
+    load_config(args.model)  # its error is one line if there is no such model
+    model = SentenceTransformer(str(resolve_checkpoint(args.model)))
     _, (query,) = embed_sounds(model, [args.query])
     files, embeddings = embed_sounds(model, files, args.batch_size)
     found = [(files[row], float(cosine)) for row, cosine in zip(*nearest(embeddings, query, args.top_k))]
@@ -97,4 +100,4 @@ def main(arguments: list[str] | None = None) -> list[tuple[Path, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

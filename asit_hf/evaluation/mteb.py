@@ -5,7 +5,7 @@ The encoder interface of mteb (https://github.com/embeddings-benchmark/mteb), wh
     from asit_hf.evaluation.mteb import load_model
 
     model = load_model("CHECKPOINT")
-    print(mteb.mock_run(model).to_markdown())  # checks the interface in seconds, without data
+    print(mteb.mock_run(model).to_markdown())  # checks the interface in seconds, without data; needs torchcodec
     print(mteb.evaluate(model, mteb.get_tasks(tasks=["ESC50"])))
 """
 

@@ -159,11 +159,12 @@ def start_run(args: TrainingArguments) -> None:
 def run_script(main: Callable[[], Any]) -> None:
     """
     Runs the `main` of a script. An error that its user can mend is printed in one line instead of a traceback; the
-    exit code is 2 for a wrong option and 1 for anything else, such as a file that is missing or cannot be read.
+    exit code is 2 for a wrong option and 1 for anything else, such as a file that is missing or cannot be read, or an
+    extra that is not installed.
     """
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if not (isinstance(error, OSError) or _is_deliberate(error)):
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)

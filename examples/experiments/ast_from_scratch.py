@@ -15,6 +15,7 @@ from transformers import ASTConfig, ASTForAudioClassification
 
 from asit_hf import ASiTFeatureExtractor
 from asit_hf.loading import load_config
+from asit_hf.utils.arguments import run_script
 from examples import run_audio_classification as finetuning
 
 
@@ -57,4 +58,4 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from asit_hf import ASiTFeatureExtractor
 from asit_hf.data import LabelledClips, label_names
 from asit_hf.data.labelled import DatasetArguments, problem_type_of, targets
+from asit_hf.utils.arguments import run_script
 from examples import run_linear_probe as probe
 
 NUM_COEFFICIENTS = 20
@@ -66,4 +67,4 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

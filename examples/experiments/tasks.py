@@ -28,6 +28,7 @@ from transformers.utils import logging
 from asit_hf.data.audio import source_name
 from asit_hf.data.labelled import DatasetArguments
 from asit_hf.evaluation.embeddings import POOLINGS
+from asit_hf.utils.arguments import run_script
 from examples import run_audio_classification, run_linear_probe
 from examples.experiments import ast_from_scratch, mfcc
 from examples.experiments.ablation import check_settings
@@ -291,4 +292,4 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

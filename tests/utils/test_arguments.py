@@ -1,9 +1,13 @@
 import json
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from transformers import TrainingArguments
 
@@ -15,6 +19,9 @@ from asit_hf.utils.arguments import (
     refuse_without_effect,
     run_script,
 )
+from asit_hf.utils.extras import extra
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @dataclass
@@ -155,3 +162,40 @@ def test_a_run_is_resumed_from_its_last_checkpoint(tmp_path, caplog, asked):
     assert checkpoint_to_resume(args) == "elsewhere"
     args.resume_from_checkpoint = None
     assert checkpoint_to_resume(args) is None
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("similar.py", ["{folder}", "{folder}/none", "{sound}"]),
+        ("similar.py", ["{folder}/none", "{folder}", "{sound}"]),
+        (
+            "extract_embeddings.py",
+            ["--model_name_or_path", "{folder}/none", "--data", "{folder}", "--scenes", "{folder}/a.npz"],
+        ),
+    ],
+)
+def test_a_wrong_path_is_one_line(tmp_path, monkeypatch, capsys, script, arguments):
+    if script == "similar.py":
+        pytest.importorskip("sentence_transformers")
+    for name in ("sound.wav", "other.wav"):
+        soundfile.write(tmp_path / name, np.zeros(1600), 16000)
+    arguments = [one.format(folder=tmp_path, sound=tmp_path / "sound.wav") for one in arguments]
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    assert exit.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert str(tmp_path / "none") in line
+
+
+def test_a_missing_package_is_one_line(capsys):
+    def main():
+        with extra("mteb"):
+            import no_such_package  # noqa: F401
+
+    with pytest.raises(SystemExit):
+        run_script(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no_such_package" in line
+    assert "mteb" in line

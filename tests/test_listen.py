@@ -446,7 +446,12 @@ def test_an_interrupt_ends_with_the_timeline(folder, recording, monkeypatch, cap
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("asit_hf.listen.listen", interrupted)
-    assert main([str(folder), str(recording)]) == 0
+    # a process in the background ignores Ctrl-C
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main([str(folder), str(recording)]) == 0
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)
     printed = capsys.readouterr()
     assert printed.out.splitlines()[1:] == ["timeline:", "0:00:00.00 - 0:00:01.00  0.80  dog"]
     assert "3 skipped" in printed.err

@@ -128,7 +128,7 @@ def text_of(browser, name: str) -> str:
 
 def choose(browser, file: Path) -> dict[str, float]:
     """The scores that the page shows for a file, best first, or an AssertionError with its message."""
-    browser.find_element("id", "file").send_keys(str(file))
+    browser.find_element("id", "file").send_keys(str(file.resolve()))
     wait_for(lambda: text_of(browser, "name").startswith(file.name) or has_failed(browser))
     assert not has_failed(browser), text_of(browser, "message")
     return shown_scores(browser)

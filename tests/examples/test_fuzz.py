@@ -47,6 +47,7 @@ def test_outcomes(read, outcome, tmp_path):
 @pytest.mark.slow
 def test_a_process_that_does_not_answer_is_killed(monkeypatch):
     monkeypatch.setattr(fuzz, "HANG_SECONDS", 0.0)
-    [(number, _, outcome, _)] = fuzz.run(1, first=5)
-    assert number == 5
-    assert "hangs" in outcome
+    results = fuzz.run(3, first=5)
+    assert [number for number, *_ in results] == [5, 6, 7]
+    # on a busy machine, an answer may arrive before it is waited for
+    assert any("hangs" in outcome for _, _, outcome, _ in results)

@@ -65,7 +65,7 @@ def fit_classifier(
 ) -> FittedClassifier:
     """
     A classifier of your own sounds from a handful of labelled clips, one per class at least: logistic regression on
-    the frozen encoder's pooled output, with a weight decay chosen by cross-validation.
+    the frozen encoder's pooled output, with a weight decay and temperature chosen by cross-validation.
 
     ```python
     >>> from asit_hf import fit_classifier
@@ -122,6 +122,7 @@ def fit_classifier(
         "recipe": {
             "classifier": "logistic regression on the frozen encoder",
             "weight decay": linear.weight_decay,
+            "temperature": linear.temperature,
             "seed": seed,
         },
         "seconds": time.perf_counter() - start,
@@ -184,6 +185,7 @@ def _report(linear: LinearClassifier, dataset: "Dataset") -> None:
     """One line with what cross-validation says."""
     y, count = targets(dataset), len(label_names(dataset))
     fitted = f"fitted {len(y)} clips of {count} classes with weight decay {linear.weight_decay:g}"
+    fitted += f" and temperature {linear.temperature:g}"
     if not linear.validation:
         logger.warning(f"{fitted}; not validated, as every class has a single clip")
         return

@@ -25,10 +25,12 @@ logger = logging.getLogger(__name__)
 WEIGHT_DECAYS = tuple(10.0 ** np.arange(0, -6.5, -0.5))
 RIDGE_WEIGHT_DECAYS = tuple(10.0 ** np.arange(2, -6.5, -0.5))
 FLOAT32_WEIGHT_DECAY = 0.01
-FEW_SHOT_WEIGHT_DECAYS = tuple(10.0 ** np.arange(1, -4.5, -0.5))
+FEW_SHOT_WEIGHT_DECAYS = tuple(10.0 ** np.arange(1, -2.5, -0.5))
+FEW_SHOT_TEMPERATURES = tuple(2.0 ** np.arange(0, 3.5, 0.5))
 # For one clip per class: near the best log-likelihood for 2 to 10 classes of ESC-50; accuracy hardly depends on it.
 UNVALIDATED_WEIGHT_DECAY = 3.0
 Labelled = tuple[np.ndarray, np.ndarray]  # embeddings and labels
+Candidate = float | tuple[float, ...]  # a weight decay, or several settings
 # The search ends after this many weaker values in a row without a gain: weak ones take longest to fit.
 PATIENCE, RIDGE_PATIENCE = 3, 6
 
@@ -109,7 +111,8 @@ def knn_probe(train: Labelled, test: Labelled, k: int = 20, temperature: float =
 @dataclass(frozen=True)
 class LinearClassifier:
     """
-    Its logits are `x @ weight.T + bias`, with `weight` `(classes, dim)` and `bias` `(classes,)`, float32.
+    Its logits are `x @ weight.T + bias`, with `weight` `(classes, dim)` and `bias` `(classes,)`, float32. They are
+    those of the regression with this `weight_decay`, divided by `temperature`.
     `validation`: means over the folds of `accuracy`, `confidence` (the mean probability of what is predicted) and
     `log_likelihood`; empty if every class has a single clip.
     """
@@ -117,6 +120,7 @@ class LinearClassifier:
     weight: np.ndarray
     bias: np.ndarray
     weight_decay: float
+    temperature: float
     validation: dict[str, float]
 
 
@@ -127,11 +131,14 @@ def fit_linear(
     groups: Sequence | None = None,
     weight_decays: Sequence[float] = FEW_SHOT_WEIGHT_DECAYS,
     num_folds: int = 5,
+    temperatures: Sequence[float] = FEW_SHOT_TEMPERATURES,
 ) -> LinearClassifier:
     """
-    Logistic regression for a classifier to keep, from two clips on. Cross-validation chooses the weight decay by the
-    log-likelihood, for scores that are probabilities. Features are centered and divided by one common scale: the
-    standard deviations of single dimensions say little about a handful of clips. Arguments as in `linear_probe`.
+    Logistic regression for a classifier to keep, from two clips on. Cross-validation chooses the weight decay and the
+    temperature by the log-likelihood, for scores that are probabilities; without a temperature, it would choose a
+    decay that is too strong to tell the classes apart where a weaker one is too sure of itself. Features are centered
+    and divided by one common scale: the standard deviations of single dimensions say little about a handful of clips.
+    Arguments as in `linear_probe`.
 
     Raises:
         ValueError: non-finite embeddings, shapes that do not fit, or fewer than two groups.
@@ -146,27 +153,33 @@ def fit_linear(
         scale = np.sqrt(x[rows].var(0).mean()) or 1.0
         regression = logistic_regression(torch.as_tensor((x[rows] - mean) / scale), y[rows], num_classes)
 
+        @cache
         def of_plain_features(decay: float) -> tuple[np.ndarray, np.ndarray]:
             weight, bias = (values.numpy() for values in regression(decay))
             return weight / scale, bias - (weight / scale) @ mean
 
         return of_plain_features
 
-    def solver(fitted: np.ndarray, others: np.ndarray) -> Callable[[float], np.ndarray]:
+    def solver(fitted: np.ndarray, others: np.ndarray) -> Callable[[tuple[float, float]], np.ndarray]:
         classifier = fit(fitted)
 
-        def predict(decay: float) -> np.ndarray:
+        def predict(candidate: tuple[float, float]) -> np.ndarray:
+            decay, temperature = candidate
             weight, bias = classifier(decay)
-            return x[others] @ weight.T + bias
+            return (x[others] @ weight.T + bias) / temperature
 
         return predict
 
-    decay, validation = choose(
-        solver, y, seed, groups, weight_decays, num_folds, PATIENCE, metrics=_probability_metrics, by="log_likelihood"
+    candidates = [(float(decay), float(temperature)) for decay in weight_decays for temperature in temperatures]
+    (decay, temperature), validation = choose(
+        *(solver, y, seed, groups, candidates, num_folds, PATIENCE * len(temperatures)),
+        metrics=_probability_metrics,
+        by="log_likelihood",
     )
-    if not validation and len(weight_decays) > 1:
-        decay = UNVALIDATED_WEIGHT_DECAY
-    return LinearClassifier(*fit(np.arange(len(x)))(decay), decay, validation)
+    if not validation:
+        decay, temperature = UNVALIDATED_WEIGHT_DECAY if len(weight_decays) > 1 else decay, min(temperatures)
+    weight, bias = fit(np.arange(len(x)))(decay)
+    return LinearClassifier(weight / temperature, bias / temperature, decay, temperature, validation)
 
 
 def _probability_metrics(fitted: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -244,7 +257,7 @@ def cross_validate(
     training clips come first.
     """
     name, metrics = _metric(y)
-    search = (y[:num_train], seed, groups, candidates, num_folds, patience)
+    search = (y[:num_train], seed, groups, [*map(float, candidates)], num_folds, patience)
     best, validation = choose(solver, *search, metrics=lambda _, scores, labels: metrics(scores, labels), by=name)
     train, test = np.split(np.arange(len(y)), [num_train])
     result = metrics(solver(train, test)(best), y[test])
@@ -256,16 +269,16 @@ def cross_validate(
 
 
 def choose(
-    solver: Callable[[np.ndarray, np.ndarray], Callable[[float], np.ndarray]],
+    solver: Callable[[np.ndarray, np.ndarray], Callable[[Candidate], np.ndarray]],
     labels: np.ndarray,
     seed: int,
     groups: Sequence | None,
-    candidates: Sequence[float],
+    candidates: Sequence[Candidate],
     num_folds: int,
     patience: int,
     metrics: Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, float]],
     by: str,
-) -> tuple[float, dict[str, float]]:
+) -> tuple[Candidate, dict[str, float]]:
     """
     The candidate with the best metric `by`, and the means over folds of all `metrics(fitted labels, scores, labels)`.
     The search goes from the largest candidate down. If every class has a single clip, nothing can be validated: the
@@ -275,7 +288,7 @@ def choose(
         (solver(fitted, held_out), labels[fitted], labels[held_out])
         for fitted, held_out in _folds(labels, groups, num_folds, seed)
     ]
-    candidates = sorted(map(float, candidates), reverse=True)
+    candidates = sorted(candidates, reverse=True)
     best, validation, failures = candidates[0], {}, 0
     for candidate in candidates if folds else ():
         rows = [metrics(fitted, predict(candidate), held_out) for predict, fitted, held_out in folds]

@@ -143,7 +143,7 @@ def test_more_dimensions_than_clips_give_the_same_logistic_regression():
 
 def test_fit_linear_is_logistic_regression_for_the_features_as_they_are():
     x, y = gaussians(0, clips=60, distance=0.5, noise=0)
-    found = fit_linear(x * 3 + 7, y, weight_decays=[0.1])
+    found = fit_linear(x * 3 + 7, y, weight_decays=[0.1], temperatures=[1.0])
     scale = np.sqrt((x * 3).var(0).mean())
     reference = LogisticRegression(C=1 / (0.1 * len(x)), max_iter=2000, tol=1e-8).fit(x * 3 / scale, y)
     logits = (x * 3 + 7) @ found.weight.T + found.bias
@@ -162,6 +162,23 @@ def test_fit_linear_chooses_calibrated_scores():
     assert scores.max(1).mean() == pytest.approx(accuracy, abs=0.1)
     assert found.validation["accuracy"] == pytest.approx(accuracy, abs=0.15)
     assert found.validation["confidence"] == pytest.approx(accuracy, abs=0.15)
+
+
+def test_fit_linear_tells_classes_apart_that_are_hidden_by_what_clips_share():
+    """As speakers hide digits: a strong decay would win by its caution alone, and guess."""
+    draw = np.random.default_rng(0)
+    speakers, digits = 6 * draw.normal(size=(5, 64)), draw.normal(size=(10, 64))
+
+    def clips(count: int) -> tuple[np.ndarray, np.ndarray]:
+        y = np.repeat(np.arange(10), count)
+        return speakers[draw.integers(5, size=len(y))] + digits[y] + 3 * draw.normal(size=(len(y), 64)), y
+
+    (x, y), (test_x, test_y) = clips(5), clips(20)
+    found, cautious = fit_linear(x, y), fit_linear(x, y, temperatures=[1.0])
+    right, guessed = ((test_x @ one.weight.T + one.bias).argmax(1) == test_y for one in (found, cautious))
+    assert guessed.mean() < 0.2 < right.mean()
+    assert found.temperature > 1
+    assert found.validation["log_likelihood"] > cautious.validation["log_likelihood"]
 
 
 def test_two_clips_are_compared_by_what_they_differ_in_most():

@@ -195,7 +195,7 @@ def _probability_metrics(fitted: np.ndarray, scores: np.ndarray, labels: np.ndar
         log_likelihoods, counted = F.logsigmoid(torch.where(targets, logits, -logits)), known.expand(targets.shape)
         confidences, right = logits.abs().sigmoid(), (logits > 0) == targets
     return {
-        "accuracy": float(right.float().mean()),
+        "accuracy": float(right.double().mean()),
         "confidence": float(confidences.mean()),
         "log_likelihood": float(log_likelihoods[counted].sum() / counted.sum().clamp_min(1)),
     }

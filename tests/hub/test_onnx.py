@@ -214,7 +214,7 @@ def test_the_example_of_the_documentation_needs_only_onnxruntime(classifier, tmp
         for one in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
         if "soundfile" in one
     )
-    code = code.replace("runs/onnx/waveform.onnx", str(folder / "waveform.onnx"))
+    code = code.replace("runs/classifier/onnx/waveform.onnx", str(folder / "waveform.onnx"))
     blocked = "import sys\nfor name in ('torch', 'transformers', 'asit_hf', 'onnx'):\n    sys.modules[name] = None\n"
     done = subprocess.run(
         [sys.executable, "-c", blocked + code], cwd=tmp_path, capture_output=True, text=True, check=True

@@ -50,7 +50,7 @@ def measure(quick: bool = False) -> Report:
                 half, most = np.percentile(latencies, [50, 95])
                 what = f"{size}, {rate / 1000:g} kHz, windows of {seconds:g} s"
                 limit = target if seconds <= 5 else None
-                report.add(Row(f"{what}, median against {LIMIT} ms", half, LIMIT, "ms", limit))
+                report.add(Row(f"{what}, median against {LIMIT} ms", float(half), LIMIT, "ms", limit))
                 report.notes.append(
                     f"{what}: median {half:.1f} ms, 95th percentile {most:.1f} ms, longest {max(latencies):.1f} ms; "
                     f"{len(windows)} windows, {skipped} skipped."

@@ -146,6 +146,8 @@ def test_latencies_of_live_listening_are_measured():
     report = load("live").measure(quick=True)
     assert len(report.rows) == 3  # two sizes, and another rate
     assert all(row.ours > 0 and "3 windows" in note for row, note in zip(report.rows, report.notes))
+    assert {row.reached for row in report.rows} <= {True, False, None}
+    assert all(type(row.ours) is float for row in report.rows)  # json knows no number of numpy
 
 
 @pytest.mark.slow

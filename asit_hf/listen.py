@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from .configuration_asit import ASiTConfig
 from .data.audio import AudioReadError
 from .data.live import SAMPLE_FORMATS, microphones, play, read_pcm, record, rolling_windows
 from .fbank_asit import HOP_SECONDS, WINDOW_SECONDS, whole_rate
@@ -37,9 +38,9 @@ _SOURCE_OPTIONS = {
 }
 
 
-def default_window_seconds(classifier: ASiTAudioClassificationPipeline) -> float:
+def default_window_seconds(config: ASiTConfig) -> float:
     """Length of the training crops, at least 1 s."""
-    return max(1.0, classifier.model.config.num_frames * HOP_SECONDS)
+    return max(1.0, config.num_frames * HOP_SECONDS)
 
 
 def listen(
@@ -89,7 +90,7 @@ def listen(
         ValueError: an option out of range, or a chunk that is not audio.
     """
     rate = classifier.feature_extractor.sampling_rate
-    window_seconds = default_window_seconds(classifier) if window_seconds is None else window_seconds
+    window_seconds = default_window_seconds(classifier.model.config) if window_seconds is None else window_seconds
     hop_seconds = window_seconds / 2 if hop_seconds is None else hop_seconds
     if not WINDOW_SECONDS <= window_seconds < math.inf:
         raise ValueError(f"window_seconds must be at least {WINDOW_SECONDS}, got {window_seconds}")
@@ -137,7 +138,7 @@ class Timeline:
         best = window["labels"] if self.multi_label else window["labels"][:1]
         scores = {one["label"]: one["score"] for one in best if one["score"] >= self.threshold}
         end = window["start"] if self._end is None else self._end
-        border = (end + window["start"]) / 2  # windows may have been skipped: then nothing is said of what is between
+        border = (end + window["start"]) / 2  # after skipped windows, the gap has no label
         ended = [label for label in self._open if label not in scores]
         self._close(ended, min(border, end))
         begun = {label: score for label, score in scores.items() if label not in self._open}
@@ -327,7 +328,9 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"expected a classifier with labels, got a regression model: {args.model}")
     multi_label = problem_type == "multi_label_classification"
     timeline = Timeline((0.5 if multi_label else 0.0) if args.threshold is None else args.threshold, multi_label)
-    window_seconds = default_window_seconds(classifier) if args.window_seconds is None else args.window_seconds
+    window_seconds = (
+        default_window_seconds(classifier.model.config) if args.window_seconds is None else args.window_seconds
+    )
     hop_seconds = window_seconds / 2 if args.hop_seconds is None else args.hop_seconds
     sampling_rate, chunks, live = _open_source(args, classifier.feature_extractor.sampling_rate)
     windows = listen(classifier, chunks, sampling_rate, window_seconds, hop_seconds, args.smoothing, live)

@@ -121,8 +121,8 @@ def test_chunks_of_any_rate_and_kind_are_resampled_without_seams(rate, chunk_rat
 
 
 def test_windows_are_as_long_as_training_crops_but_at_least_a_second(classifier):
-    assert default_window_seconds(classifier) == 1.0
-    assert default_window_seconds(make_classifier(num_frames=208)) == pytest.approx(2.08)
+    assert default_window_seconds(classifier.model.config) == 1.0
+    assert default_window_seconds(make_classifier(num_frames=208).model.config) == pytest.approx(2.08)
     spans = [(one["start"], one["end"]) for one in listen(classifier, [make_sound(2)], live=False)]
     assert spans == [(0.0, 1.0), (0.5, 1.5), (1.0, 2.0)]
 

@@ -123,7 +123,7 @@ def read_pcm(
         The rate in Hz and an iterator of blocks `(samples,)`, float32 in [-1, 1], as they arrive.
 
     Raises:
-        AudioReadError: another kind of file, a damaged header, or float samples that are none.
+        AudioReadError: another kind of file, a damaged header, or float samples out of range.
     """
     head = _exactly(read, 4)
     size, kind = 0, "raw"

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from asit_hf import ASiTAudioClassificationPipeline, ASiTFeatureExtractor, ASiTForPreTraining, ASiTPreTrainedModel
 from asit_hf.data.audio import AudioReader, AudioReadError
 from asit_hf.evaluation.attention import attention_rollout
+from asit_hf.listen import default_window_seconds
 from asit_hf.loading import is_pretraining_checkpoint, load_config, load_feature_extractor, resolve_checkpoint
 from asit_hf.plotting import plot_attention, plot_log_mel, plot_reconstruction, plot_timeline
 from asit_hf.predict import load_classifier
@@ -34,8 +35,8 @@ class Checkpoint:
 
     @property
     def window_seconds(self) -> float:
-        """Length of the training crops, at least 1 s; longer sounds get a timeline."""
-        return max(1.0, self.model.config.num_frames / 100)
+        """Longer sounds get a timeline."""
+        return default_window_seconds(self.model.config)
 
 
 def load_checkpoint(name: str) -> Checkpoint:

@@ -167,3 +167,21 @@ def test_probes_are_compared_with_scikit_learn():
     rows = load("probes").main(["--quick", "--probes", "ridge", "knn"])
     for row in rows:
         assert row["accuracy"] == pytest.approx(row["their_accuracy"], abs=0.1)
+
+
+@pytest.mark.slow
+def test_labels_of_exported_graphs_are_compared_with_the_pipelines(tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    torch.manual_seed(0)
+    config = ASiTConfig(**TINY, num_mel_bins=32, num_frames=96, id2label={0: "rain", 1: "wind"})
+    ASiTForAudioClassification(config).save_pretrained(tmp_path / "model")
+    ASiTFeatureExtractor(num_mel_bins=32).save_pretrained(tmp_path / "model")
+    export_model(tmp_path / "model", tmp_path / "exported", onnx=True)
+    for label in ("rain", "wind"):
+        (tmp_path / "clips" / label).mkdir(parents=True)
+        noise = np.random.default_rng(len(label)).normal(size=16000).astype("float32")
+        soundfile.write(tmp_path / "clips" / label / "a.wav", 0.1 * noise, 16000)
+    found = load("exported_labels").main([str(tmp_path / "exported"), "--data", str(tmp_path / "clips")])
+    assert set(found) == {"waveform.onnx", "onnx/"}
+    assert all(same == 2 and difference < 1e-4 for same, difference in found.values())

@@ -1,8 +1,9 @@
-"""
+r"""
 Compares the labels of a classifier's ONNX files with those of the pipeline, on the clips of a labelled data set.
 
     python -m asit_hf.hub export MODEL DIR --onnx --int8
-    python examples/benchmarks/exported_labels.py DIR --data "$ASIT_REAL_AUDIO/esc50-16k" --corpus esc50 --filters fold=4
+    python examples/benchmarks/exported_labels.py DIR --data "$ASIT_REAL_AUDIO/esc50-16k" --corpus esc50 \
+        --filters fold=4
 """
 
 import argparse

@@ -4,9 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+from tiny import MEL, build
 
+from asit_hf import ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.fbank_asit import log_mel_spectrogram
+from asit_hf.hub.export import export_model
 from asit_hf.pretraining.masking import GMML, corrupt
 from asit_hf.utils.cpu import has_bf16_instructions
 
@@ -173,10 +177,8 @@ def test_probes_are_compared_with_scikit_learn():
 def test_labels_of_exported_graphs_are_compared_with_the_pipelines(tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    torch.manual_seed(0)
-    config = ASiTConfig(**TINY, num_mel_bins=32, num_frames=96, id2label={0: "rain", 1: "wind"})
-    ASiTForAudioClassification(config).save_pretrained(tmp_path / "model")
-    ASiTFeatureExtractor(num_mel_bins=32).save_pretrained(tmp_path / "model")
+    build(ASiTForAudioClassification).save_pretrained(tmp_path / "model")
+    ASiTFeatureExtractor(num_mel_bins=MEL).save_pretrained(tmp_path / "model")
     export_model(tmp_path / "model", tmp_path / "exported", onnx=True)
     for label in ("rain", "wind"):
         (tmp_path / "clips" / label).mkdir(parents=True)

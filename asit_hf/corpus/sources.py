@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ..data.datasets import load_with_names
-from ..data.files import resolve_paths
-from ..data.inputs import Input, find_input, join_path
+from ..data.files import join_path, resolve_paths
+from ..data.inputs import Input, find_input
+from ..data.labels import label_text
 from ..data.manifests import AUDIO_COLUMNS, LABEL_COLUMNS, find_column, load_manifest
 from ..data.splits import match_split, split_kind
 from ..utils.names import local_path, path_text
 from ..utils.texts import Texts
 from ..utils.urls import is_url
-from .shards import Clip, Files, ParquetShard, Rows, Stream, TarShard, label_text, open_parquet, parquet_classes
+from .shards import Clip, Files, ParquetShard, Rows, Stream, TarShard, open_parquet, parquet_classes
 
 _SHARD_NUMBER = re.compile(r"[-_.]\d+([-_]of[-_]\d+)?$")
 

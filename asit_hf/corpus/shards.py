@@ -158,6 +158,8 @@ class ParquetShard:
 
     def clips(self, start: int, stop: int | None) -> Iterator[Clip]:
         with open_parquet(join_path(self.folder, self.name)) as file:
+            shard = path_text(join_path(self.prefix, self.name))
+            inside = join_path(self.prefix, self.name) if self.prefix else ""
             row, groups = 0, []
             for group in range(file.num_row_groups):
                 count = file.metadata.row_group(group).num_rows
@@ -176,8 +178,7 @@ class ParquetShard:
                         return
                     if row >= start:
                         label = _divided(one.get(self.label_column), self.separator)
-                        name = f"{path_text(self.name)}#{row}"
-                        yield _clip(one[self.audio_column], label, classes, self.prefix, name)
+                        yield _clip(one[self.audio_column], label, classes, inside, f"{shard}#{row}")
                     row += 1
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,8 +123,8 @@ class Manifest:
         """The column of labels: `wanted` or one of the usual names."""
         return find_column(self.names, wanted, LABEL_COLUMNS, "label", str(self.path))
 
-    def rows_of(self, split: str) -> np.ndarray:
-        """The rows of a split, by their number.
+    def in_split(self, split: str) -> np.ndarray:
+        """Which rows are in a split, `(rows,)`.
 
         Raises:
             ValueError: no such split.
@@ -141,7 +142,7 @@ class Manifest:
             logger.warning_once(
                 f"{without} of {len(cells)} rows of {self.path} have no {column}: they are in no split"
             )
-        return np.flatnonzero(name_of_row == wanted)
+        return name_of_row == wanted
 
     def splits(self) -> list[str]:
         """The values of the column of splits, if there is one."""
@@ -183,8 +184,8 @@ def load_manifest(
     manifest.find_label(label_column)
     columns = {name: manifest.typed(list(manifest.cells(name)), name) for name in manifest.names}
     if split is not None:
-        rows = manifest.rows_of(split)
-        columns = {name: [values[row] for row in rows] for name, values in columns.items()}
+        in_split = manifest.in_split(split)
+        columns = {name: list(compress(values, in_split)) for name, values in columns.items()}
     columns[audio] = resolve_paths(columns[audio], root, path)
     if audio_column is None and _plain(audio) not in AUDIO_COLUMNS:
         columns = {"audio" if name == audio else name: values for name, values in columns.items()}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..utils.texts import Texts
+from ..utils.urls import is_url, stream_url, url_path
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Table:
         delimiter: between cells.
     """
 
-    path: Path
+    path: Path | str
     names: list[str]
     rows: list[list[str]]
     lines: list[int]
@@ -102,12 +103,13 @@ class OpenTable:
     """
 
     def __init__(self, path: str | os.PathLike, header: bool = True, fill: bool = False, comment: str | None = None):
-        self.path = Path(path)
+        self.path = path if is_url(path) else Path(path)
+        extension = os.path.splitext(url_path(os.fspath(path)))[1].lower()
         self._text, self._comment, self._header, self._fill = read_text(path), comment, header, fill
-        own = _OF_EXTENSION.get(self.path.suffix.lower(), "\t")
+        own = _OF_EXTENSION.get(extension, "\t")
         self._mark = re.match(' *"?sep=(.)"? *(?=[\r\n]|\\Z)', self._text)  # Excel's
         self.delimiter, self._split, self._used = self._divide(self._mark[1] if self._mark else own)
-        if self.delimiter != _OF_EXTENSION.get(self.path.suffix.lower(), self.delimiter):
+        if self.delimiter != _OF_EXTENSION.get(extension, self.delimiter):
             name = _DELIMITERS.get(self.delimiter, repr(self.delimiter))
             logger.warning_once(f"the cells of {path} are separated by {name}")
         self.names: list[str] = []
@@ -197,7 +199,8 @@ def read_text(path: str | os.PathLike) -> str:
     Raises:
         ValueError: a file that is not text.
     """
-    content = Path(path).read_bytes()
+    with stream_url(path) if is_url(path) else open(path, "rb") as file:
+        content = file.read()
     kind = next((kind for start, kind in _BINARY.items() if content.startswith(start)), None)
     encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
     try:

@@ -5,15 +5,16 @@ import os
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from math import gcd
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from ..fbank_asit import whole_rate
 from ..utils.extras import extra
 from ..utils.names import local_path, path_text
+from ..utils.urls import is_url, open_url
 from .decoding.decoder import AudioInfo, AudioReadError, DecodedSamples, Decoder, UnknownFormatError
 from .decoding.pyav import PyAVDecoder, find_format
 from .decoding.sndfile import open_sndfile
@@ -33,7 +34,7 @@ class AudioReader(AbstractContextManager):
         source: a path, `bytes`, a `{"path", "bytes"}` row of `datasets.Audio(decode=False)`, an
             `{"array", "sampling_rate"}` or `{"raw", "sampling_rate"}` dict, or a decoder with `get_all_samples()`
             (torchcodec). `file:` URIs are local paths; other paths that contain `://` are opened with fsspec (`hf://`,
-            `zip://...::`).
+            `zip://...::`). Remote files are fetched whole up to 16 MiB; of larger ones the blocks that are decoded.
 
     Raises:
         AudioReadError: missing, empty, damaged or truncated file, or no samples. Truncated files whose
@@ -43,10 +44,11 @@ class AudioReader(AbstractContextManager):
 
     def __init__(self, source: Any):
         self.name = source_name(source)
+        self._files = ExitStack()  # that decoders read and do not close
         is_array = isinstance(source, dict) and ("array" in source or "raw" in source)
         decoded = _decode_all if hasattr(source, "get_all_samples") else _decode_array if is_array else None
         if decoded is None:
-            self._decoder = _open_file(source, self.name)
+            self._decoder = _open_file(source, self.name, self._files)
         else:
             with _named_errors(self.name):
                 self._decoder = decoded(source, self.name)
@@ -60,6 +62,7 @@ class AudioReader(AbstractContextManager):
 
     def close(self) -> None:
         self._decoder.close()
+        self._files.close()
 
     @property
     def info(self) -> AudioInfo:
@@ -215,7 +218,7 @@ def _decode_array(source: dict, name: str) -> Decoder:
     return DecodedSamples(samples, AudioInfo(whole_rate(source["sampling_rate"]), samples.size, num_channels))
 
 
-def _open_file(source: Any, name: str) -> Decoder:
+def _open_file(source: Any, name: str, files: ExitStack) -> Decoder:
     path, content = source, None
     if isinstance(source, (bytes, bytearray, memoryview)):
         path, content = None, source
@@ -229,8 +232,9 @@ def _open_file(source: Any, name: str) -> Decoder:
         raise AudioReadError(name, f"neither a path nor bytes{keys}")
     with _named_errors(name):
         path = path if path is None else local_path(path)
-        if content is None and "://" in os.fspath(path):
-            content = _fetch(path)
+        if content is None and is_url(path):
+            content = files.enter_context(open_url(path))
+            content = content.getvalue() if isinstance(content, io.BytesIO) else content
         if content is None:
             mode = os.stat(path).st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a pipe, opening would wait for a writer
@@ -238,7 +242,7 @@ def _open_file(source: Any, name: str) -> Decoder:
             with open(path, "rb") as file:
                 if not file.read(1):
                     raise AudioReadError(name, "empty file")
-        elif len(content) == 0:
+        elif isinstance(content, (bytes, bytearray, memoryview)) and not len(content):
             raise AudioReadError(name, "empty")
         return _decode_file(path if content is None else content, name)
 
@@ -262,7 +266,7 @@ def _named_errors(name: str) -> Iterator[None]:
         raise AudioReadError(name, f"{type(error).__name__}: {error}") from error
 
 
-def _decode_file(file: str | os.PathLike | bytes, name: str) -> Decoder:
+def _decode_file(file: str | os.PathLike | bytes | BinaryIO, name: str) -> Decoder:
     """libsndfile's decoder, or PyAV's for the formats that only ffmpeg knows, by content."""
     try:
         return open_sndfile(file, name)
@@ -276,18 +280,6 @@ def _decode_file(file: str | os.PathLike | bytes, name: str) -> Decoder:
             return PyAVDecoder(file, format, name)
         except ModuleNotFoundError as missing:
             raise AudioReadError(name, f"{error.reason}: {missing}") from error
-
-
-def _fetch(url: str) -> bytes:
-    import fsspec
-
-    try:
-        with fsspec.open(url, "rb") as remote:
-            return remote.read()
-    except OSError:
-        raise
-    except Exception as error:  # each protocol has its own errors
-        raise AudioReadError(url, f"{type(error).__name__}: {error}") from error
 
 
 def _checked(waveform: np.ndarray, name: str) -> np.ndarray:

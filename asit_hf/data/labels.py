@@ -100,7 +100,7 @@ def divide_cells(
 def label_text(label: Any, names: Sequence[str] | None = None) -> str | None:
     """A label as text: a class id by its name in `names`; of a list, the labels joined by `;`; None if missing."""
     if isinstance(label, (list, tuple, np.ndarray)):
-        return ";".join(filter(None, (label_text(one, names) for one in label)))
+        return ";".join(filter(None, (label_text(one, names) for one in label))) or None
     if label is None or (isinstance(label, float) and math.isnan(label)):
         return None
     return as_text(label) if names is None else names[label]

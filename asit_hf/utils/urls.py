@@ -125,7 +125,7 @@ def _errors(url: str) -> Iterator[None]:
         if isinstance(error, ValueError) and "Protocol not known" in str(error):
             raise ValueError(f"expected a URL of a protocol that fsspec knows, got {url}: {error}") from error
         what = "credentials" if "redential" in repr(error) else "the address, the network and the credentials"
-        raise OSError(f"cannot read {url}: {_reason(error)}; check {what}") from error
+        raise OSError(f"{_reason(error)}; check {what} ({url})") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -6,6 +6,7 @@ gives it a file with the header as it should be.
 
 import io
 import logging
+import os
 import re
 import struct
 from bisect import bisect_right
@@ -86,6 +87,15 @@ class Pieces(io.RawIOBase):
         if isinstance(part, bytes):
             return part[offset : offset + count]
         return bytes(count) if isinstance(part, int) else read_at(self._file, part[0] + offset, count)
+
+
+def open_binary(file: str | os.PathLike | bytes | BinaryIO) -> BinaryIO:
+    """A path, content or open file as a file to read and seek in, whose closing leaves an open file open."""
+    if isinstance(file, (str, os.PathLike)):
+        return open(file, "rb")
+    if isinstance(file, (bytes, bytearray, memoryview)):
+        return io.BytesIO(file)
+    return Pieces(file, [(0, file_size(file))])
 
 
 def _length(part: bytes | tuple[int, int] | int) -> int:

@@ -1,6 +1,5 @@
 """Decoding with PyAV, which carries ffmpeg: m4a, aac, webm, wma, amr, video files, and what libsndfile lacks."""
 
-import io
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ import numpy as np
 
 from ...utils.extras import extra
 from .decoder import AudioInfo, AudioReadError
+from .headers import open_binary
 
 if TYPE_CHECKING:
     import av
@@ -68,9 +68,9 @@ _END = 1 << 40  # a time stamp past the end of any file: seeking to it finds the
 _said: set[str] = set()  # what is said once, with the first file as an example
 
 
-def find_format(file: str | os.PathLike | bytes) -> str | None:
-    """ffmpeg's name of the format of a file (path or content) by its first bytes; None if it is not one of PyAV's."""
-    with _binary(file) as opened:
+def find_format(file: str | os.PathLike | bytes | BinaryIO) -> str | None:
+    """ffmpeg's name of the format of a path, content or open file by its first bytes; None if not one of PyAV's."""
+    with open_binary(file) as opened:
         head = opened.read(_HEAD)
         if head.startswith(b"ID3") and len(head) >= 10:  # a tag before an aac file
             opened.seek(10 + sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0))))
@@ -87,7 +87,7 @@ class PyAVDecoder:
     size, and otherwise to the unit of the time stamps: 1 ms for Vorbis in webm.
 
     Args:
-        file: its path or content.
+        file: its path or content, or an open file.
         format: ffmpeg's name of its format, see `find_format`.
         name: of the file, in errors.
 
@@ -96,12 +96,12 @@ class PyAVDecoder:
         ModuleNotFoundError: PyAV is not installed.
     """
 
-    def __init__(self, file: str | os.PathLike | bytes, format: str, name: str):
+    def __init__(self, file: str | os.PathLike | bytes | BinaryIO, format: str, name: str):
         self.name = name
         self._format = format
         with extra("av"):
             import av
-        self._file = _binary(file)
+        self._file = open_binary(file)
         self._container: av.container.InputContainer | None = None
         try:
             with self._errors():
@@ -308,7 +308,3 @@ def _to_mono(frame: "av.AudioFrame") -> np.ndarray:
     elif samples.dtype.kind == "i":
         samples = samples / -float(np.iinfo(samples.dtype).min)
     return samples.astype(np.float32).mean(axis=0)
-
-
-def _binary(file: str | os.PathLike | bytes) -> BinaryIO:
-    return io.BytesIO(file) if isinstance(file, (bytes, bytearray, memoryview)) else open(file, "rb")

@@ -1,6 +1,5 @@
 """Decoding with libsndfile: wav, flac, ogg, opus, mp3, aiff, au, caf, w64 and what else it knows."""
 
-import io
 import os
 from contextlib import ExitStack
 from dataclasses import replace
@@ -11,7 +10,7 @@ import numpy as np
 from ...utils.extras import extra
 from ...utils.names import path_text
 from .decoder import AudioInfo, AudioReadError, Decoder, Links, UnknownFormatError
-from .headers import Pieces, file_size, repaired, warn
+from .headers import Pieces, file_size, open_binary, repaired, warn
 from .mpeg import MpegDecoder, begins_with_frame, count_frames, is_recording
 from .pyav import find_format
 from .rare_formats import declared_size
@@ -34,8 +33,8 @@ _REASONS = {
 _BLOCK = 1 << 22  # numbers read at once: memory grows with what a file has, not with what its header states
 
 
-def open_sndfile(file: str | os.PathLike | bytes, name: str) -> Decoder:
-    """Decoder of a path or content, with its true length whatever its header states; `name` is used in errors.
+def open_sndfile(file: str | os.PathLike | bytes | BinaryIO, name: str) -> Decoder:
+    """Decoder of a path, content or open file, with its true length whatever its header states; errors have `name`.
 
     Raises:
         UnknownFormatError: a format that libsndfile does not know, or a damaged header.
@@ -43,13 +42,12 @@ def open_sndfile(file: str | os.PathLike | bytes, name: str) -> Decoder:
     """
     with ExitStack() as stack:
         is_path = isinstance(file, (str, os.PathLike))
-        file = file if is_path else bytes(file)
-        stream = stack.enter_context(open(file, "rb") if is_path else io.BytesIO(file))  # noqa: SIM115
+        stream = stack.enter_context(open_binary(file))
         links = _open_links(repaired(stream, name), name)
         if begins_with_frame(stream) or any(link.is_mpeg for link in links):
             links = _mpeg_links(stream, name) or links
         if not links:
-            source = file if is_path else io.BytesIO(file)
+            source = file if is_path else open_binary(file)
             # soundfile expects the caller to know the rate of .raw, and names in UTF-8
             if is_path and (os.fspath(file).lower().endswith(".raw") or path_text(file) != os.fspath(file)):
                 source = Pieces(stream, [(0, file_size(stream))])

@@ -1,5 +1,5 @@
 """
-One engine behind `predict` and `embed`: windows of many clips in batches of similar length, rows of each clip in order.
+One engine behind `predict` and `embed`: windows of many clips in batches of similar length, rows of clips in order.
 
 A part is a run of consecutive clips. Batches never mix parts, so that rows depend on neither the number of workers nor
 that of processes.
@@ -43,6 +43,9 @@ class Rows(Protocol):
     def finish(self) -> list[dict[str, Any]]:
         """The rows that need the whole clip."""
 
+    def fail(self, reason: str) -> list[dict[str, Any]]:
+        """The rows of a clip that cannot be read, also after windows that could be."""
+
 
 class Job(Protocol):
     """What is computed of every window, and the rows it becomes."""
@@ -58,9 +61,6 @@ class Job(Protocol):
         """
 
     def rows(self, clip: Clip) -> Rows: ...
-
-    def failed(self, clip: Clip, reason: str) -> list[dict[str, Any]]:
-        """The rows of a clip that cannot be read."""
 
 
 class Table(Protocol):
@@ -163,7 +163,7 @@ class Batches(IterableDataset):
             yield from self._of_buffer(number, part, waveforms, items, True)
 
     def _windows(self, clips: Iterable[Clip]) -> Iterator[tuple[Clip, int, np.ndarray | None, bool | str]]:
-        """Clip, first sample, waveform, and whether it is the clip's last; of an unreadable clip the reason instead."""
+        """Clip, first sample, waveform, whether it is the clip's last; or no waveform and why it cannot be read."""
         for clip in clips:
             named = Clip(clip.file, None, clip.label)
             try:
@@ -210,19 +210,16 @@ class _Progress:
         if batch.items is None:
             return
         for place, (clip, start, end, last) in enumerate(batch.items):
-            if isinstance(last, str):
-                self.rows = None
-                self.table.write(self.job.failed(clip, last))
-                self.on_clip(clip, last)
-                continue
             self.rows = self.rows or self.job.rows(clip)
-            rows = self.rows.add(start, end, self.values[place])
+            if isinstance(last, str):
+                written = self.rows.fail(last)
+            else:
+                written = self.rows.add(start, end, self.values[place])
+                written = [*written, *self.rows.finish()] if last else written
+            self.table.write(written)
             if last:
-                rows = [*rows, *self.rows.finish()]
                 self.rows = None
-            self.table.write(rows)
-            if last:
-                self.on_clip(clip, None)
+                self.on_clip(clip, last if isinstance(last, str) else None)
         self.values.clear()
         if batch.ends_part:
             self.stack.close()

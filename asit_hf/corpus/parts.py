@@ -161,7 +161,6 @@ def one_file(
     ):
         logger.warning("removed the parts of an unfinished run with other settings: %s", unlike)
         shutil.rmtree(folder)
-    parts.start(settings)
     yield parts
     with whole_file(path) as unfinished:
         join(list(parts.done().values()), unfinished)

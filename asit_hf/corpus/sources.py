@@ -18,7 +18,7 @@ from ..data.manifests import MANIFEST_EXTENSIONS, as_text
 from ..utils.names import local_path, path_text
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,9 @@ def _open(data: Any, prefixed: bool, options: dict[str, Any]) -> list[Any]:
 
 def _is_described(folder: Path) -> bool:
     """Whether a folder holds more than files of audio: a table of them, or a saved data set."""
-    return any(folder.glob("metadata.*")) or (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+    return (
+        any(folder.glob("metadata.*")) or (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+    )
 
 
 class Texts(Sequence):

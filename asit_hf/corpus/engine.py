@@ -271,8 +271,8 @@ def run(
 
 def _run_threads(job: Job, batches: Batches, states: list[_Progress], num_workers: int | None) -> None:
     """
-    Whole tasks in threads, each reading and computing by turns. With one thread of torch in each, two threads take less
-    time than one that computes with two, whose second would idle while the first reads.
+    Whole tasks in threads, each reading and computing by turns. With one thread of torch in each, two threads take
+    less time than one that computes with two, whose second would idle while the first reads.
     """
     available = torch.get_num_threads()
     count = min(available, _MAX_THREADS) if num_workers is None else num_workers

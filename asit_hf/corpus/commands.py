@@ -1,6 +1,7 @@
 """What the commands `predict` and `embed` share: options, outputs in one file or in parts, progress and messages."""
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -117,7 +118,8 @@ def write_corpus(
         part_clips = default_part_clips(corpus, batch_size or choices_for(job.device).windows_per_batch)
     if part_clips < 1:
         raise ValueError(f"part_clips must be at least 1, got {part_clips}")
-    settings = {**settings, "part_clips": part_clips, "num_clips": corpus.num_clips, "fingerprint": corpus.fingerprint}
+    size = {"part_clips": part_clips, "num_clips": corpus.num_clips, "fingerprint": corpus.fingerprint}
+    settings = json.loads(json.dumps({**settings, **size}))
     by_shard = corpus.num_shards > 1
     with (
         one_file(output, tables, settings, by_shard)

@@ -263,10 +263,8 @@ def run(
     with ExitStack() as stack:
         for state in states:
             stack.push(state.stack)  # which removes an unfinished part
-        if job.device.type == "cpu":
-            _run_threads(job, batches, states, num_workers)
-        else:
-            _run_accelerator(job, batches, states, num_workers)
+        run_tasks = _run_threads if choices.threads else _run_processes
+        run_tasks(job, batches, states, num_workers)
 
 
 def _run_threads(job: Job, batches: Batches, states: list[_Progress], num_workers: int | None) -> None:
@@ -308,7 +306,7 @@ def _run_threads(job: Job, batches: Batches, states: list[_Progress], num_worker
             stopped.set()
 
 
-def _run_accelerator(job: Job, batches: Batches, states: list[_Progress], num_workers: int | None) -> None:
+def _run_processes(job: Job, batches: Batches, states: list[_Progress], num_workers: int | None) -> None:
     """Processes read, and the results of a batch are fetched when the next one has been launched."""
     if num_workers is None:
         num_workers = min(_MAX_WORKERS, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -343,7 +341,7 @@ def _compute(job: Job, batch: Batch) -> tuple:
     mask = None
     if len(set(frames)) > 1:
         mask = (torch.arange(max(frames)) < torch.tensor(frames)[:, None]).long().to(device, non_blocking=True)
-    if device.type == "cpu":
+    if choices_for(device).threads:
         clips = [row[:length] for row, length in zip(batch.waveforms, batch.lengths)]
         features = extractor(clips, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_values"]
         return job.forward(features, mask, frames), None

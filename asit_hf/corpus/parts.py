@@ -122,7 +122,6 @@ class Parts:
             ValueError: the folder has the parts of a run with other settings, or other files.
         """
         path = self.folder / SETTINGS_NAME
-        settings = json.loads(json.dumps(settings))
         if not path.is_file():
             if self.folder.is_dir() and (others := sorted(self.folder.glob("[!.]*"))):
                 what = f"expected a new or empty folder, or one of an earlier run, got {self.folder}"
@@ -161,7 +160,7 @@ def one_file(path: Path, tables: Tables, settings: Mapping[str, Any], by_shard: 
     """
     parts = Parts(parts_folder(path), tables, by_shard)
     found = read_settings(parts.folder) if (parts.folder / SETTINGS_NAME).is_file() else settings
-    if unlike := differences(found, json.loads(json.dumps(settings))):
+    if unlike := differences(found, settings):
         logger.warning("removed the parts of an unfinished run with other settings: %s", unlike)
         shutil.rmtree(parts.folder)
     yield parts

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..utils.device import choices_for
 from ..utils.files import check_writable
-from .engine import Job, Task, run
+from .engine import Job, Task, check_run_options, run
 from .parts import (
     SETTINGS_NAME,
     Parts,
@@ -105,6 +105,7 @@ def write_corpus(
     Raises:
         ValueError: an option out of range, or the output of a run with other settings.
     """
+    check_run_options(batch_size, num_workers)
     rank, world_size = process_share()
     in_file = is_file(output)
     if in_file and world_size > 1:
@@ -144,6 +145,7 @@ def emit_corpus(
     progress: bool = True,
 ) -> dict[str, int]:
     """Passes the rows of a corpus to `emit`, in order, part by part; arguments and result as of `write_corpus`."""
+    check_run_options(batch_size, num_workers)
     if (world_size := process_share()[1]) > 1:
         raise ValueError(f"expected a folder as --output for the parts of {world_size} processes, got none")
     if corpus.num_clips is None:  # one shard after the other

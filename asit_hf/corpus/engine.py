@@ -226,6 +226,14 @@ class _Progress:
             self.part = None
 
 
+def check_run_options(batch_size: int | None, num_workers: int | None) -> None:
+    """Raises `ValueError` for options of `run` that are out of range."""
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+
+
 def run(
     job: Job,
     corpus: Corpus,
@@ -252,12 +260,9 @@ def run(
         ValueError: an option out of range.
         RuntimeError: a reading process was killed.
     """
+    check_run_options(batch_size, num_workers)
     choices = choices_for(job.device)
     batch_size = choices.windows_per_batch if batch_size is None else batch_size
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if num_workers is not None and num_workers < 0:
-        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
     batches = Batches(corpus, tasks, job.windows, batch_size, choices.int16_batches)
     states = [_Progress(job, task, open_part, on_clip) for task in tasks]
     with ExitStack() as stack:

@@ -145,7 +145,9 @@ def test_a_long_clip_is_read_as_it_is_computed(tmp_path, monkeypatch):
     original = AudioReader.read
     monkeypatch.setattr(AudioReader, "read", lambda *args: (read.append(1), original(*args))[1])
     add = SumRows.add
-    monkeypatch.setattr(SumRows, "add", lambda self, *args: (ahead.append(len(read) - self.count), add(self, *args))[1])
+    monkeypatch.setattr(
+        SumRows, "add", lambda self, *args: (ahead.append(len(read) - self.count), add(self, *args))[1]
+    )
     parts, _, _ = run(open_corpus(tmp_path / "long.wav"))
     assert parts[0, 0][-1] == {"file": "long.wav", "windows": 40}
     assert max(ahead) <= 4

@@ -210,7 +210,7 @@ def embed_corpus(
         hidden_size=loaded.config.hidden_size,
         data=corpus.name,
     )
-    schema = embedding_schema(job.dim, settings, embedding_dtype, getattr(corpus, "has_labels", False))
+    schema = embedding_schema(job.dim, settings, embedding_dtype, corpus.has_labels)
     of_run = {"command": "embed", **asdict(settings), "embedding_dtype": embedding_dtype}
     return write_corpus(
         job, corpus, output, EmbeddingTables(schema), of_run, batch_size, num_workers, part_clips, progress

@@ -59,9 +59,16 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`"cpu"`, `"cuda"`, or `"auto"`, cuda if available. Of several processes on a machine each has its own."""
+    """
+    `"cpu"`, `"cuda"`, or `"auto"`, cuda if available. Of several processes on a machine each has its own.
+
+    Raises:
+        ValueError: `"cuda"` is not available.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("expected a GPU for the device cuda, got none that torch can use: set --device cpu")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device(name, int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return torch.device(name)

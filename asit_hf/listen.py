@@ -5,7 +5,6 @@ import csv
 import json
 import logging
 import math
-import os
 import signal
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from .configuration_asit import ASiTConfig
+from .corpus.commands import until_output_closes
 from .corpus.timeline import EVENT_THRESHOLDS, Timeline
 from .data.audio import AudioReadError
 from .data.live import SAMPLE_FORMATS, microphones, play, read_pcm, record, rolling_windows
@@ -253,15 +253,6 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-@contextmanager
-def _until_output_closes() -> Iterator[None]:
-    """Ends when whoever reads the output has enough, as `head` does; what is left of it must not fail at the end."""
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
@@ -297,7 +288,7 @@ def _run(args: argparse.Namespace) -> int:
     windows = listen(classifier, chunks, sampling_rate, window_seconds, hop_seconds, args.smoothing, live)
     latencies, skipped, failure = [], 0, None
     try:
-        with _until_output_closes(), window_writer(args.output, args.top_k or 5) as write, closing(windows):
+        with until_output_closes(), window_writer(args.output, args.top_k or 5) as write, closing(windows):
             for window in windows:
                 write(window)
                 if window["skipped"] and not skipped:
@@ -309,7 +300,7 @@ def _run(args: argparse.Namespace) -> int:
         pass
     except (OSError, ValueError) as error:
         failure = error
-    with _until_output_closes():
+    with until_output_closes():
         if spans := timeline.finish():
             print("timeline:")
         for span in spans:

@@ -140,6 +140,8 @@ def write_corpus(
         tasks = share_out(corpus, part_clips, rank, world_size, done)
         with report_clips(corpus, tasks, progress) as report:
             run(job, corpus, tasks, parts.open, report.take, batch_size, num_workers)
+        if not parts.done() and world_size == 1:
+            raise ValueError(f"expected audio in {corpus.name}, got none")
     return {"clips": report.clips, "unreadable": report.unreadable, "parts": len(done)}
 
 
@@ -217,6 +219,15 @@ def report_clips(corpus: Corpus, tasks: list[Task], progress: bool = True) -> It
         total = sum(min(end, corpus.num_clips) - start for start, end in ends)
     with tqdm(total=total, unit="clip", disable=not progress, smoothing=0) as bar:
         yield ClipReport(bar)
+
+
+@contextmanager
+def until_output_closes() -> Iterator[None]:
+    """Ends when whoever reads the output has enough, as `head` does; what is left of it must not fail at the end."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_command(parser: argparse.ArgumentParser, arguments: list[str] | None, command: Callable[..., int]) -> int:

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ..data.inputs import join_path
-from ..data.labels import NO_SEPARATOR, class_names
-from ..data.manifests import as_text
+from ..data.files import join_path
+from ..data.labels import NO_SEPARATOR, class_names, label_text
 from ..data.tars import read_tar
 from ..utils.extras import extra
 from ..utils.names import local_path, path_text
@@ -163,6 +160,8 @@ class ParquetShard:
 
     def clips(self, start: int, stop: int | None) -> Iterator[Clip]:
         with open_parquet(join_path(self.folder, self.name)) as file:
+            shard = path_text(join_path(self.prefix, self.name))
+            inside = join_path(self.prefix, self.name) if self.prefix else ""
             row, groups = 0, []
             for group in range(file.num_row_groups):
                 count = file.metadata.row_group(group).num_rows
@@ -181,8 +180,7 @@ class ParquetShard:
                         return
                     if row >= start:
                         label = _divided(one.get(self.label_column), self.separator)
-                        name = f"{path_text(self.name)}#{row}"
-                        yield _clip(one[self.audio_column], label, classes, self.prefix, name)
+                        yield _clip(one[self.audio_column], label, classes, inside, f"{shard}#{row}")
                     row += 1
 
 
@@ -234,15 +232,6 @@ def parquet_classes(file: "pyarrow.parquet.ParquetFile", column: str | None) -> 
     feature = metadata.get("info", {}).get("features", {}).get(column) or {}
     feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
     return feature.get("names") if isinstance(feature, dict) else None
-
-
-def label_text(label: Any, classes: Sequence[str] | None = None) -> str | None:
-    """A label, class id, or list of them, as text."""
-    if isinstance(label, (list, tuple, np.ndarray)):
-        return ";".join(filter(None, (label_text(one, classes) for one in label)))
-    if label is None or (isinstance(label, float) and np.isnan(label)):
-        return None
-    return as_text(label) if classes is None else classes[label]
 
 
 def _clip(source: Any, label: Any, classes: Sequence[str] | None, prefix: str, nameless: str) -> Clip:

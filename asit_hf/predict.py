@@ -168,7 +168,8 @@ def _run(args: argparse.Namespace) -> int:
     )
     if unit == "event" and args.window_seconds is None:
         args.window_seconds = default_window_seconds(model.config)
-        what = "events are joined from windows of %g s, the length of the training crops; --window_seconds changes it"
+        what = "events are joined from windows of %g s, the length of the training crops but at least 1 s; "
+        what += "to change that, set --window_seconds"
         logger.warning(what, args.window_seconds)
     job = LabelJob(model.to(device), feature_extractor, labels, args.window_seconds, args.overlap)
     if args.output is None:

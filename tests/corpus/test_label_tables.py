@@ -179,12 +179,11 @@ def test_tables_lead_to_files_of_any_name(tmp_path, format):
 
 
 def test_csv_of_events_is_read_back(tmp_path):
-    rows = [row for row in ROWS["event"][:-1] if row["label"] != "line\nbreak"]
-    write(LabelTables("csv", "event"), tmp_path / "events.csv", rows)
+    write(LabelTables("csv", "event"), tmp_path / "events.csv", ROWS["event"][:-1])
     events = read_strong_labels(tmp_path / "events.csv")
     labels = {file: [one.label for one in of_file] for file, of_file in events.items()}
     assert labels == {
-        "sub/a.wav": [label for label in ODD if label != "line\nbreak"],
+        "sub/a.wav": list(ODD),
         "sub/a.flac": ["dog"],
         "quiet.wav": [],
     }

@@ -17,7 +17,6 @@ from .corpus.commands import (
     add_run_options,
     choose_device,
     choose_dtype,
-    is_file,
     run_command,
     write_corpus,
 )
@@ -43,6 +42,7 @@ from .fbank_asit import window_and_hop
 from .feature_extraction_asit import ASiTFeatureExtractor
 from .loading import ENCODERS, load_encoder, load_feature_extractor
 from .modeling_asit import ASiTModel
+from .utils.files import is_file
 from .utils.weights import model_hash
 
 if TYPE_CHECKING:

@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from .configuration_asit import ASiTConfig
 from .corpus.commands import until_output_closes
-from .corpus.timeline import EVENT_THRESHOLDS, Timeline
+from .corpus.timeline import EVENT_THRESHOLDS, Timeline, default_window_seconds
 from .data.audio import AudioReadError
 from .data.live import SAMPLE_FORMATS, microphones, play, read_pcm, record, rolling_windows
-from .fbank_asit import HOP_SECONDS, WINDOW_SECONDS, whole_rate
+from .fbank_asit import WINDOW_SECONDS, whole_rate
 from .pipeline import ASiTAudioClassificationPipeline
 from .predict import load_classifier
 from .utils.files import check_writable
@@ -37,11 +36,6 @@ _SOURCE_OPTIONS = {
     "channels": ("the microphone", "standard input"),
     "sample_format": ("standard input",),
 }
-
-
-def default_window_seconds(config: ASiTConfig) -> float:
-    """Length of the training crops, at least 1 s."""
-    return max(1.0, config.num_frames * HOP_SECONDS)
 
 
 def listen(

@@ -16,7 +16,6 @@ from .corpus.commands import (
     choose_device,
     choose_dtype,
     emit_corpus,
-    is_file,
     run_command,
     until_output_closes,
     write_corpus,
@@ -24,10 +23,12 @@ from .corpus.commands import (
 from .corpus.label_tables import FORMATS, LabelTables, choose_format, choose_unit
 from .corpus.labels import AGGREGATES, ClipRows, LabelRows, label_rows
 from .corpus.sources import Clip, open_corpus
+from .corpus.timeline import default_window_seconds
 from .feature_extraction_asit import ASiTFeatureExtractor
 from .loading import load_trained
 from .modeling_asit import ASiTForAudioClassification
 from .pipeline import SCORE_FUNCTIONS, ASiTAudioClassificationPipeline, default_function, label_windows
+from .utils.files import is_file
 from .utils.weights import model_hash
 
 logger = logging.getLogger(__name__)
@@ -141,10 +142,11 @@ def _parser() -> argparse.ArgumentParser:
     formats = "of the table (default: by the extension of the file, or else csv); raven and audacity: a table per clip"
     add("--format", choices=FORMATS, help=formats)
     add("--top_k", type=int, help="labels per clip or window (default: 5; of events 1, or all of several labels)")
-    add("--threshold", type=float, help="leave out labels with a lower score (default: 0.5 for events, or none)")
-    add("--window_seconds", type=float, help="window length for longer clips (default: 30)")
+    add("--threshold", type=float, help="lowest score (default: none; 0.5 for events of several labels)")
+    windows = "window length for longer clips (default: 30; for events that of the training crops, at least 1)"
+    add("--window_seconds", type=float, help=windows)
     add("--overlap", type=float, default=0.5, help="overlap of windows, [0, 1) (default: %(default)s)")
-    add("--aggregate", choices=AGGREGATES, default="mean", help="combination of window scores (default: %(default)s)")
+    add("--aggregate", choices=AGGREGATES, default="mean", help="combination of window scores in a clip or event")
     unit = parser.add_mutually_exclusive_group()
     unit.add_argument("--timeline", action="store_true", help="the labels of every window")
     unit.add_argument("--events", action="store_true", help="spans of time with a label, from windows with the same")
@@ -165,6 +167,11 @@ def _run(args: argparse.Namespace) -> int:
     labels = label_rows(
         _names(model.config), default_function(model.config), unit, top_k, args.threshold, args.aggregate
     )
+    if unit == "event" and args.window_seconds is None:
+        args.window_seconds = default_window_seconds(model.config)
+        what = "events are joined from windows of %g s, the length of the training crops but at least 1 s; "
+        what += "to change that, set --window_seconds"
+        logger.warning(what, args.window_seconds)
     job = LabelJob(model.to(device), feature_extractor, labels, args.window_seconds, args.overlap)
     if args.output is None:
         if hasattr(sys.stdout, "reconfigure"):  # names and labels may have characters that a terminal lacks

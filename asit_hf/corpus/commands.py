@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..utils.device import choices_for
-from ..utils.files import check_writable
+from ..utils.files import check_writable, is_file
 from .engine import Job, Task, check_run_options, run
 from .parts import (
     SETTINGS_NAME,
@@ -185,11 +185,6 @@ class _InOrder:
 
 class _RowList(list):
     write = list.extend
-
-
-def is_file(output: Path) -> bool:
-    """Whether an output is a file rather than a folder: it has an extension, not a number as in v1.0."""
-    return output.suffix[1:].isalnum() and not output.suffix[1:].isdigit() and not output.is_dir()
 
 
 class ClipReport:

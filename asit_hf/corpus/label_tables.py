@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from ..utils.extras import extra
-from ..utils.files import whole_file
+from ..utils.files import is_file, whole_file
 
 # extensions of a single output file
 EXTENSIONS = {
@@ -61,7 +61,7 @@ def choose_format(output: Path | None, format: str | None, num_clips: int | None
     Raises:
         ValueError: an output that cannot have the format.
     """
-    suffix = "" if output is None or output.is_dir() else output.suffix.lower()
+    suffix = output.suffix.lower() if output is not None and is_file(output) else ""
     known = [name for name in FORMATS if EXTENSIONS[name] == suffix]
     if suffix and not known:
         extensions = ", ".join(dict.fromkeys(EXTENSIONS.values()))
@@ -105,7 +105,8 @@ class LabelTables:
     Args:
         format (`str`): one of `FORMATS`.
         unit (`str`): what a row is about, see `choose_unit`.
-        folder (`Path`, *optional*): for the tables of Raven and Audacity, one per clip, see `clip_table`.
+        folder (`Path`, *optional*): for the tables of Raven and Audacity, one per clip, see `clip_table`. Others have
+            no use for it.
         high_frequency (`float`): upper edge of Raven's selections in Hz: half the model's sampling rate.
     """
 
@@ -129,7 +130,7 @@ class LabelTables:
         kinds = {"csv": _CsvTable, "parquet": _ParquetTable}
         with closing(kinds.get(self.format, _JsonLines)(path, self.unit)) as table:
             yield table
-        if self.folder is not None:
+        if self.format in EVENT_FORMATS and self.folder is not None:
             self._write_clip_tables(path)
 
     def join(self, parts: Sequence[Path], path: Path) -> None:

@@ -164,8 +164,12 @@ def one_file(path: Path, tables: Tables, settings: Mapping[str, Any], by_shard: 
         logger.warning("removed the parts of an unfinished run with other settings: %s", unlike)
         shutil.rmtree(parts.folder)
     yield parts
-    with whole_file(path) as unfinished:
-        tables.join(list(parts.done().values()), unfinished)
+    try:
+        with whole_file(path) as unfinished:
+            tables.join(list(parts.done().values()), unfinished)
+    except ValueError:  # a table that these parts cannot make
+        shutil.rmtree(parts.folder)
+        raise
     shutil.rmtree(parts.folder)
 
 

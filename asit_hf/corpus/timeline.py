@@ -6,8 +6,16 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import Any
 
+from ..configuration_asit import ASiTConfig
+from ..fbank_asit import HOP_SECONDS
+
 # lowest score of a label, by the function that made it from the logits: softmax has a best label in every window
 EVENT_THRESHOLDS = {"softmax": 0.0, "sigmoid": 0.5}
+
+
+def default_window_seconds(config: ASiTConfig) -> float:
+    """Length of the windows whose labels are joined: that of the training crops, at least 1 s."""
+    return max(1.0, config.num_frames * HOP_SECONDS)
 
 
 class Timeline:

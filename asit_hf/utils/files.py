@@ -16,6 +16,11 @@ def check_writable(path: Path) -> None:
         pass
 
 
+def is_file(output: Path) -> bool:
+    """Whether an output is a file rather than a folder: it has an extension, not a number as in v1.0."""
+    return output.suffix[1:].isalnum() and not output.suffix[1:].isdigit() and not output.is_dir()
+
+
 @contextmanager
 def whole_file(path: Path, by: str = "") -> Iterator[Path]:
     """

@@ -15,6 +15,7 @@ from transformers.pipelines.base import ChunkPipeline
 
 from .data.audio import AudioReader, AudioReadError
 from .data.clips import MAX_SECONDS, undecoded
+from .data.windows import Windows
 from .fbank_asit import WINDOW_SECONDS
 from .feature_extraction_asit import MAX_CHANNELS
 
@@ -126,9 +127,9 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
     ) -> Iterator[dict[str, Any]]:
         """Yields the features of one clip's windows one by one, so that a long file is never completely in memory."""
         rate = self.feature_extractor.sampling_rate
-        window = round((MAX_SECONDS if window_seconds is None else window_seconds) * rate)
+        windows = label_windows(rate, window_seconds, overlap)
         with AudioReader(_to_source(inputs, rate)) as reader:
-            for start, waveform, is_last in _windows(reader, rate, window, max(1, round(window * (1 - overlap)))):
+            for start, waveform, is_last in windows.read(reader):
                 options = {"sampling_rate": rate, "return_attention_mask": True, "return_tensors": "pt"}
                 features = self.feature_extractor(waveform, **options).to(dtype=self.dtype)
                 end = start + len(waveform)
@@ -168,6 +169,12 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
         best = scores.topk(len(scores) if top_k is None else min(top_k, len(scores)))
         pairs = zip(best.values.tolist(), best.indices.tolist())
         return [{"score": score, "label": self.model.config.id2label[index]} for score, index in pairs]
+
+
+def label_windows(sampling_rate: int, window_seconds: float | None = None, overlap: float = 0.5) -> Windows:
+    """The windows of clips to label; options as in [`ASiTAudioClassificationPipeline`]."""
+    length = round((MAX_SECONDS if window_seconds is None else window_seconds) * sampling_rate)
+    return Windows(sampling_rate, length, step=max(1, round(length * (1 - overlap))))
 
 
 class _AudioClassification(AudioClassificationPipeline):
@@ -242,17 +249,3 @@ def _to_source(clip: Any, sampling_rate: int) -> Any:
         except httpx.HTTPError as error:
             raise AudioReadError(clip, str(error)) from error
     return clip
-
-
-def _windows(reader: AudioReader, rate: int, window: int, stride: int) -> Iterator[tuple[int, np.ndarray, bool]]:
-    """Yields (first sample, waveform, whether it is the last) of every window; sizes in samples at `rate`."""
-    total = reader.num_samples(rate)
-    start = 0
-    while True:
-        waveform = reader.read(rate, start, window)
-        # a compressed file may end before the length in its header
-        is_last = start + window >= total or len(waveform) < window
-        yield start, waveform, is_last
-        if is_last:
-            return
-        start = min(start + stride, total - window)

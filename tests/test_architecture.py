@@ -20,6 +20,7 @@ LEVELS = (
     ("evaluation", "hub"),
     ("finetuning", "pretraining"),
     ("pipeline",),
+    ("corpus",),
     ("convert_original", "embed", "fit", "predict"),
     ("listen",),
 )

@@ -30,6 +30,7 @@ class DeviceChoices:
             each copy would launch a kernel, so all crops are gathered by one index.
         int16_batches (`bool`): the loader sends waveform crops as int16, half the bytes through shared memory and over
             the bus. On a CPU the conversion would only cost time.
+        windows_per_batch (`int`): in one forward pass of `predict` and `embed`. A CPU is as fast with few.
     """
 
     loss_rows: int = 256
@@ -38,6 +39,7 @@ class DeviceChoices:
     masks_block_by_block: bool = True
     crops_by_slices: bool = True
     int16_batches: bool = False
+    windows_per_batch: int = 8
 
 
 CPU = DeviceChoices()
@@ -48,6 +50,7 @@ ACCELERATOR = DeviceChoices(
     masks_block_by_block=False,
     crops_by_slices=False,
     int16_batches=True,
+    windows_per_batch=64,
 )
 
 

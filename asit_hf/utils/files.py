@@ -17,10 +17,13 @@ def check_writable(path: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to. The file replaces `path` on exit; after an error it is removed and `path` stays."""
+def whole_file(path: Path, by: str = "") -> Iterator[Path]:
+    """
+    A path to write to, `.{name}.{by}.unfinished`. The file replaces `path` on exit; after an error it is removed and
+    `path` stays. `by` is the name of the writer, if there may be several.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = path.with_name(f".{path.name}.{f'{by}.' if by else ''}unfinished")
     try:
         yield unfinished
         with unfinished.open("rb") as file:

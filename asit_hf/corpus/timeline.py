@@ -1,0 +1,70 @@
+"""Spans of time in which a label applies, from the labels of windows."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+# lowest score of a label, by the function that made it from the logits: softmax has a best label in every window
+EVENT_THRESHOLDS = {"softmax": 0.0, "sigmoid": 0.5}
+
+
+class Timeline:
+    """
+    The spans in which labels apply, from windows in order. A window's labels are those of its `top_k` best whose score
+    reaches `threshold`. Two windows meet in the middle of their overlap; a gap between windows has no label.
+
+    Args:
+        threshold (`float`, defaults to 0): lowest score of a label.
+        top_k (`int`, *optional*, defaults to 1): labels of a window; `None`: all that reach the threshold.
+        aggregate (`str`, defaults to `"mean"`): whether a span's score is the `"mean"` or `"max"` over its windows.
+    """
+
+    def __init__(self, threshold: float = 0.0, top_k: int | None = 1, aggregate: str = "mean"):
+        self.threshold, self.top_k, self.aggregate = threshold, top_k, aggregate
+        self._closed: list[dict[str, Any]] = []
+        self._open: dict[str, dict[str, Any]] = {}
+        self._end: float | None = None
+
+    def add(self, window: dict[str, Any]) -> tuple[float, dict[str, float], list[str]]:
+        """
+        Takes the next window, a dict of `start` and `end` in seconds and `labels`, `{"label", "score"}`, best first.
+
+        Returns:
+            The time in seconds at which labels change, those that begin, with their scores, and those that end.
+        """
+        best = window["labels"][: self.top_k]
+        scores = {one["label"]: one["score"] for one in best if one["score"] >= self.threshold}
+        end = window["start"] if self._end is None else self._end
+        border = (end + window["start"]) / 2  # after skipped windows, the gap has no label
+        ended = [label for label in self._open if label not in scores]
+        self._close(ended, min(border, end))
+        begun = {label: score for label, score in scores.items() if label not in self._open}
+        for label, score in scores.items():
+            span = {"start": max(border, window["start"]), "label": label, "sum": 0.0, "max": -math.inf, "windows": 0}
+            span = self._open.setdefault(label, span)
+            span["sum"] += score
+            span["max"] = max(span["max"], score)
+            span["windows"] += 1
+        self._end = window["end"]
+        return max(border, window["start"]), begun, ended
+
+    def take(self) -> list[dict[str, Any]]:
+        """
+        Spans that have ended since the last call, `{"start", "end", "label", "score"}`. Those that begin after one
+        that goes on wait for it, so that all calls together give the spans by start and end.
+        """
+        first = min((span["start"] for span in self._open.values()), default=math.inf)
+        taken = [span for span in self._closed if span["start"] <= first]
+        self._closed = [span for span in self._closed if span["start"] > first]
+        return sorted(taken, key=lambda span: (span["start"], span["end"]))
+
+    def finish(self) -> list[dict[str, Any]]:
+        """All spans that have not been taken; those that go on end with the last window."""
+        self._close(list(self._open), self._end or 0.0)
+        return self.take()
+
+    def _close(self, labels: Iterable[str], end: float) -> None:
+        for label in labels:
+            span = self._open.pop(label)
+            score = span["sum"] / span["windows"] if self.aggregate == "mean" else span["max"]
+            self._closed.append({"start": span["start"], "end": end, "label": label, "score": score})

@@ -4,15 +4,16 @@ import argparse
 import logging
 import os
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
 
 from .corpus.commands import (
-    Format,
     add_data_options,
     add_run_options,
     choose_device,
@@ -48,6 +49,20 @@ from .utils.weights import model_hash
 logger = logging.getLogger(__name__)
 
 ROWS = ("clip", "window", "time_patch")
+
+
+@dataclass(frozen=True)
+class EmbeddingTables:
+    """Parquet tables of one schema."""
+
+    schema: pyarrow.Schema
+    suffix: str = ".parquet"
+
+    def open(self, path: Path) -> EmbeddingWriter:
+        return EmbeddingWriter(path, self.schema)
+
+    def join(self, parts: Sequence[Path], path: Path) -> None:
+        join_embedding_tables(parts, path)
 
 
 class EmbeddingJob:
@@ -150,7 +165,7 @@ def embed_corpus(
     """
     Writes embeddings as parquet, with the columns and metadata of [`~asit_hf.corpus.embeddings.embedding_schema`].
 
-    Run again after a kill, it does what is missing. Under torchrun or `accelerate launch`, each process does its share.
+    Run again after a kill, it does what is missing. Under torchrun or accelerate, each process does its share.
 
     Args:
         model: folder or Hub name of any ASiT checkpoint.
@@ -161,8 +176,8 @@ def embed_corpus(
         pooling, num_layers, window_seconds, max_seconds: see [`~asit_hf.evaluation.embeddings.embed_files`]; time
             patches are means over mel patches of the last layer.
         embedding_dtype: `"float32"` or `"float16"`, of the table.
-        dtype: of the weights, `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: float32 on a CPU, otherwise bfloat16
-            or float16.
+        dtype: of the weights, `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: float32 on a CPU, otherwise
+            bfloat16 or float16.
         device: `"cpu"`, `"cuda"` or `"auto"`.
         batch_size, num_workers, part_clips, progress: see [`~asit_hf.corpus.commands.write_corpus`].
 
@@ -174,7 +189,8 @@ def embed_corpus(
         ValueError: an option out of range, or an output with other settings.
     """
     output = Path(output)
-    is_file(output, (".parquet",))
+    if is_file(output) and output.suffix != ".parquet":
+        raise ValueError(f"expected a folder, or a file that ends in .parquet, as output, got {output}")
     corpus = open_corpus(data, **data_options)
     device = choose_device(device)
     loaded = load_encoder(model, encoder, dtype=choose_dtype(dtype, device)).to(device)
@@ -194,10 +210,11 @@ def embed_corpus(
         hidden_size=loaded.config.hidden_size,
         data=corpus.name,
     )
-    schema = embedding_schema(job.dim, settings, embedding_dtype, getattr(corpus, "has_labels", False))
-    table = Format(".parquet", lambda path: EmbeddingWriter(path, schema), join_embedding_tables)
-    of_run = {**asdict(settings), "embedding_dtype": embedding_dtype}
-    return write_corpus(job, corpus, output, table, of_run, batch_size, num_workers, part_clips, progress)
+    schema = embedding_schema(job.dim, settings, embedding_dtype, corpus.has_labels)
+    of_run = {"command": "embed", **asdict(settings), "embedding_dtype": embedding_dtype}
+    return write_corpus(
+        job, corpus, output, EmbeddingTables(schema), of_run, batch_size, num_workers, part_clips, progress
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

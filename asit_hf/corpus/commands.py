@@ -1,12 +1,13 @@
 """What the commands `predict` and `embed` share: options, outputs in one file or in parts, progress and messages."""
 
 import argparse
+import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,18 @@ from tqdm.auto import tqdm
 
 from ..utils.device import choices_for
 from ..utils.files import check_writable
-from .engine import Job, Table, run
-from .parts import SETTINGS_NAME, Parts, default_part_clips, one_file, process_share, read_settings
+from .engine import Job, Task, check_run_options, run
+from .parts import (
+    SETTINGS_NAME,
+    Parts,
+    Tables,
+    default_part_clips,
+    one_file,
+    parts_folder,
+    process_share,
+    read_settings,
+    share_out,
+)
 from .sources import Clip, Corpus
 
 logger = logging.getLogger(__name__)
@@ -24,22 +35,6 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = ("auto", "cpu", "cuda")
 _SHOWN = 10
-
-
-@dataclass(frozen=True)
-class Format:
-    """
-    A kind of table.
-
-    Args:
-        suffix: of its files.
-        open_table: a context manager with a table at a path.
-        join: writes the rows of tables at a path.
-    """
-
-    suffix: str
-    open_table: Callable[[Path], AbstractContextManager[Table]]
-    join: Callable[[list[Path], Path], None]
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -81,27 +76,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def is_file(output: Path, suffixes: tuple[str, ...]) -> bool:
-    """
-    Whether `--output` names a file rather than a folder.
-
-    Raises:
-        ValueError: another extension than `suffixes`.
-    """
-    if output.suffix in suffixes:
-        return True
-    if output.suffix[1:].isalnum() and not output.suffix[1:].isdigit() and not output.is_dir():
-        raise ValueError(
-            f"expected a folder, or a file that ends in {' or '.join(suffixes)}, as --output, got {output}"
-        )
-    return False
-
-
 def write_corpus(
     job: Job,
     corpus: Corpus,
     output: Path,
-    table: Format,
+    tables: Tables,
     settings: Mapping[str, Any],
     batch_size: int | None = None,
     num_workers: int | None = None,
@@ -113,8 +92,8 @@ def write_corpus(
 
     Args:
         job, corpus: what is computed of which clips.
-        output: a file with the suffix of `table`, or a folder of parts.
-        table: the kind of table.
+        output: a file, if it has an extension, or a folder of parts.
+        tables: the kind of table.
         settings: all that rows depend on; an earlier run's must be equal.
         batch_size, num_workers: see `engine.run`.
         part_clips: clips in a part; default: those of an earlier run, or see `default_part_clips`.
@@ -126,41 +105,82 @@ def write_corpus(
     Raises:
         ValueError: an option out of range, or the output of a run with other settings.
     """
+    check_run_options(batch_size, num_workers)
     rank, world_size = process_share()
-    in_file = output.suffix == table.suffix
+    in_file = is_file(output)
     if in_file and world_size > 1:
-        raise ValueError(
-            f"{world_size} processes write parts into a folder: expected a folder as --output, got {output}"
-        )
+        raise ValueError(f"expected a folder as --output for the parts of {world_size} processes, got {output}")
     if in_file:
         check_writable(output)
-    folder = output.with_name(f".{output.name}.parts") if in_file else output
+    folder = parts_folder(output) if in_file else output
     if part_clips is None and (folder / SETTINGS_NAME).is_file():
         part_clips = read_settings(folder).get("part_clips")
     if part_clips is None:
         part_clips = default_part_clips(corpus, batch_size or choices_for(job.device).windows_per_batch)
     if part_clips < 1:
         raise ValueError(f"part_clips must be at least 1, got {part_clips}")
-    settings = {**settings, "part_clips": part_clips, "num_clips": corpus.num_clips, "fingerprint": corpus.fingerprint}
+    size = {"part_clips": part_clips, "num_clips": corpus.num_clips, "fingerprint": corpus.fingerprint}
+    settings = json.loads(json.dumps({**settings, **size}))
     by_shard = corpus.num_shards > 1
-    if in_file:
-        context = one_file(output, table.open_table, table.join, settings, by_shard)
-    else:
-        context = nullcontext(Parts(output, table.suffix, table.open_table, by_shard))
-    with context as parts:
+    with (
+        one_file(output, tables, settings, by_shard)
+        if in_file
+        else nullcontext(Parts(output, tables, by_shard)) as parts
+    ):
         parts.start(settings)
-        before = len(parts.done())
-        tasks = parts.tasks(corpus, part_clips, rank, world_size)
-        clips = (
-            sum(min(part_clips, corpus.num_clips - task.first * part_clips) for task in tasks)
-            if corpus.num_clips
-            else None
-        )
-        if before:
-            logger.info("%s: %d parts are there already", output, before)
-        with report_clips(clips, progress) as report:
+        if done := parts.done():
+            logger.info("%s: %d parts are there already", folder, len(done))
+        tasks = share_out(corpus, part_clips, rank, world_size, done)
+        with report_clips(corpus, tasks, progress) as report:
             run(job, corpus, tasks, parts.open, report.take, batch_size, num_workers)
-    return {"clips": report.clips, "unreadable": report.unreadable, "parts": before}
+    return {"clips": report.clips, "unreadable": report.unreadable, "parts": len(done)}
+
+
+def emit_corpus(
+    job: Job,
+    corpus: Corpus,
+    emit: Callable[[list[dict[str, Any]]], None],
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    progress: bool = True,
+) -> dict[str, int]:
+    """Passes the rows of a corpus to `emit`, in order, part by part; arguments and result as of `write_corpus`."""
+    check_run_options(batch_size, num_workers)
+    if (world_size := process_share()[1]) > 1:
+        raise ValueError(f"expected a folder as --output for the parts of {world_size} processes, got none")
+    if corpus.num_clips is None:  # one shard after the other
+        num_workers = 1
+    tasks = share_out(corpus, default_part_clips(corpus, batch_size or choices_for(job.device).windows_per_batch))
+    in_order = _InOrder(emit)
+    with report_clips(corpus, tasks, progress) as report:
+        run(job, corpus, tasks, in_order.open, report.take, batch_size, num_workers)
+    return {"clips": report.clips, "unreadable": report.unreadable}
+
+
+class _InOrder:
+    """Rows of parts that are complete in any order, if they are numbered without gaps."""
+
+    def __init__(self, emit: Callable[[list[dict[str, Any]]], None]):
+        self.emit, self.next, self.waiting, self.lock = emit, 0, {}, threading.Lock()
+
+    @contextmanager
+    def open(self, shard: int, number: int) -> Iterator["_RowList"]:
+        rows = _RowList()
+        yield rows
+        with self.lock:
+            self.waiting[number if shard == 0 else self.next] = rows
+            while self.next in self.waiting:
+                self.emit(self.waiting.pop(self.next))
+                self.next += 1
+
+
+class _RowList(list):
+    write = list.extend
+
+
+def is_file(output: Path) -> bool:
+    """Whether an output is a file rather than a folder: it has an extension, not a number as in v1.0."""
+    return output.suffix[1:].isalnum() and not output.suffix[1:].isdigit() and not output.is_dir()
 
 
 class ClipReport:
@@ -182,8 +202,12 @@ class ClipReport:
 
 
 @contextmanager
-def report_clips(total: int | None, progress: bool = True) -> Iterator[ClipReport]:
-    """A progress bar of clips."""
+def report_clips(corpus: Corpus, tasks: list[Task], progress: bool = True) -> Iterator[ClipReport]:
+    """A progress bar of the clips of `tasks`."""
+    total = None
+    if corpus.num_clips is not None:
+        ends = [(task.first * task.part_clips, task.last * task.part_clips) for task in tasks]
+        total = sum(min(end, corpus.num_clips) - start for start, end in ends)
     with tqdm(total=total, unit="clip", disable=not progress, smoothing=0) as bar:
         yield ClipReport(bar)
 

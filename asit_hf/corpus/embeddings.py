@@ -249,6 +249,11 @@ def iter_embeddings(path: str | os.PathLike) -> Iterator[Embeddings]:
         )
 
 
+def read_settings(path: str | os.PathLike) -> EmbeddingSettings | None:
+    """The settings of a table, or of all tables in a folder, without its rows; see `iter_embeddings` for errors."""
+    return _settings_of(_common_schema(embedding_tables(path)))
+
+
 def embedding_tables(path: str | os.PathLike) -> list[Path]:
     """The file `path`, or the parquet files in the folder `path`, sorted; see `read_embeddings` for errors."""
     path = Path(path)

@@ -226,6 +226,14 @@ class _Progress:
             self.part = None
 
 
+def check_run_options(batch_size: int | None, num_workers: int | None) -> None:
+    """Raises `ValueError` for options of `run` that are out of range."""
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+
+
 def run(
     job: Job,
     corpus: Corpus,
@@ -252,27 +260,22 @@ def run(
         ValueError: an option out of range.
         RuntimeError: a reading process was killed.
     """
+    check_run_options(batch_size, num_workers)
     choices = choices_for(job.device)
     batch_size = choices.windows_per_batch if batch_size is None else batch_size
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if num_workers is not None and num_workers < 0:
-        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
     batches = Batches(corpus, tasks, job.windows, batch_size, choices.int16_batches)
     states = [_Progress(job, task, open_part, on_clip) for task in tasks]
     with ExitStack() as stack:
         for state in states:
             stack.push(state.stack)  # which removes an unfinished part
-        if job.device.type == "cpu":
-            _run_threads(job, batches, states, num_workers)
-        else:
-            _run_accelerator(job, batches, states, num_workers)
+        run_tasks = _run_threads if choices.threads else _run_processes
+        run_tasks(job, batches, states, num_workers)
 
 
 def _run_threads(job: Job, batches: Batches, states: list[_Progress], num_workers: int | None) -> None:
     """
-    Whole tasks in threads, each reading and computing by turns. With one thread of torch in each, two threads take less
-    time than one that computes with two, whose second would idle while the first reads.
+    Whole tasks in threads, each reading and computing by turns. With one thread of torch in each, two threads take
+    less time than one that computes with two, whose second would idle while the first reads.
     """
     available = torch.get_num_threads()
     count = min(available, _MAX_THREADS) if num_workers is None else num_workers
@@ -308,7 +311,7 @@ def _run_threads(job: Job, batches: Batches, states: list[_Progress], num_worker
             stopped.set()
 
 
-def _run_accelerator(job: Job, batches: Batches, states: list[_Progress], num_workers: int | None) -> None:
+def _run_processes(job: Job, batches: Batches, states: list[_Progress], num_workers: int | None) -> None:
     """Processes read, and the results of a batch are fetched when the next one has been launched."""
     if num_workers is None:
         num_workers = min(_MAX_WORKERS, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -343,7 +346,7 @@ def _compute(job: Job, batch: Batch) -> tuple:
     mask = None
     if len(set(frames)) > 1:
         mask = (torch.arange(max(frames)) < torch.tensor(frames)[:, None]).long().to(device, non_blocking=True)
-    if device.type == "cpu":
+    if choices_for(device).threads:
         clips = [row[:length] for row, length in zip(batch.waveforms, batch.lengths)]
         features = extractor(clips, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_values"]
         return job.forward(features, mask, frames), None

@@ -61,7 +61,7 @@ def choose_format(output: Path | None, format: str | None, num_clips: int | None
     Raises:
         ValueError: an output that cannot have the format.
     """
-    suffix = "" if output is None else output.suffix.lower()
+    suffix = "" if output is None or output.is_dir() else output.suffix.lower()
     known = [name for name in FORMATS if EXTENSIONS[name] == suffix]
     if suffix and not known:
         extensions = ", ".join(dict.fromkeys(EXTENSIONS.values()))

@@ -6,11 +6,11 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..utils.files import whole_file
 from .engine import Table, Task
@@ -32,6 +32,23 @@ def default_part_clips(corpus: Corpus, batch_size: int) -> int:
     return min(clips if clips < batch_size else -(-clips // batch_size) * batch_size, max(_MAX_CLIPS, batch_size))
 
 
+def share_out(
+    corpus: Corpus, part_clips: int, rank: int = 0, world_size: int = 1, done: Collection[tuple[int, int]] = ()
+) -> list[Task]:
+    """
+    What a process is to do: its share of the parts of `part_clips` clips without those that are done, by shard and
+    number.
+    """
+    if corpus.num_clips is not None:
+        numbers = range(rank, -(-corpus.num_clips // part_clips), world_size)
+        return [Task(0, part_clips, number, number + 1) for number in numbers if (0, number) not in done]
+    shards = range(corpus.num_shards)
+    of_shard = {shard: frozenset(number for one, number in done if one == shard) for shard in shards}
+    if len(shards) >= world_size:  # each process has shards of its own
+        return [Task(shard, part_clips, done=of_shard[shard]) for shard in shards[rank::world_size]]
+    return [Task(shard, part_clips, done=of_shard[shard], rank=rank, world_size=world_size) for shard in shards]
+
+
 def process_share() -> tuple[int, int]:
     """
     Rank and number of the processes, from the environment variables `RANK` and `WORLD_SIZE` that torchrun and
@@ -48,6 +65,17 @@ def process_share() -> tuple[int, int]:
     return int(rank), int(world_size)
 
 
+class Tables(Protocol):
+    """A kind of table, whose parts have the extension `suffix`."""
+
+    suffix: str
+
+    def open(self, path: Path) -> AbstractContextManager[Table]: ...
+
+    def join(self, parts: Sequence[Path], path: Path) -> None:
+        """Writes one table of all parts."""
+
+
 @dataclass(frozen=True)
 class Parts:
     """
@@ -55,29 +83,30 @@ class Parts:
     several shards.
 
     Args:
-        folder, suffix: of the files.
-        open_table: a context manager with a table at a path.
+        folder: of the files.
+        tables: their kind.
         by_shard (`bool`): whether names have a shard.
     """
 
     folder: Path
-    suffix: str
-    open_table: Callable[[Path], AbstractContextManager[Table]]
+    tables: Tables
     by_shard: bool = False
 
     def path(self, shard: int, number: int) -> Path:
         name = f"part-{shard:05d}-{number:05d}" if self.by_shard else f"part-{number:05d}"
-        return self.folder / f"{name}{self.suffix}"
+        return self.folder / f"{name}{self.tables.suffix}"
 
     @contextmanager
     def open(self, shard: int, number: int) -> Iterator[Table]:
         """The table of a part, which appears under its name when the context is left without an error."""
-        with whole_file(self.path(shard, number), by=_process()) as path, self.open_table(path) as table:
+        with whole_file(self.path(shard, number), by=_process()) as path, self.tables.open(path) as table:
             yield table
 
     def done(self) -> dict[tuple[int, int], Path]:
         """The files of complete parts by shard and number, in order."""
-        pattern = re.compile(r"part-(\d{5,})" + (r"-(\d{5,})" if self.by_shard else "()") + re.escape(self.suffix))
+        pattern = re.compile(
+            r"part-(\d{5,})" + (r"-(\d{5,})" if self.by_shard else "()") + re.escape(self.tables.suffix)
+        )
         found = {}
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if match := pattern.fullmatch(path.name):
@@ -93,35 +122,16 @@ class Parts:
             ValueError: the folder has the parts of a run with other settings, or other files.
         """
         path = self.folder / SETTINGS_NAME
-        settings = json.loads(json.dumps(settings))
         if not path.is_file():
             if self.folder.is_dir() and (others := sorted(self.folder.glob("[!.]*"))):
-                what = f"expected a new or empty folder, or one of an earlier run, got {self.folder} with {others[0].name}"
-                raise ValueError(f"{what}: choose another --output")
+                what = f"expected a new or empty folder, or one of an earlier run, got {self.folder}"
+                raise ValueError(f"{what} with {others[0].name}: choose another --output")
             with whole_file(path, by=_process()) as unfinished:  # other processes write the same
                 unfinished.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         elif unlike := differences(read_settings(self.folder), settings):
             what = f"{self.folder} holds the parts of a run with other settings, {unlike}"
             raise ValueError(f"{what}: choose another --output, or remove that folder")
         self._remove_unfinished()
-
-    def tasks(self, corpus: Corpus, part_clips: int, rank: int = 0, world_size: int = 1) -> list[Task]:
-        """What a process is to do: its share without what is done."""
-        done = frozenset(self.done())
-        if corpus.num_clips is not None:
-            numbers = range(rank, -(-corpus.num_clips // part_clips), world_size)
-            return [Task(0, part_clips, number, number + 1) for number in numbers if (0, number) not in done]
-        of_shard = {
-            shard: frozenset(number for one, number in done if one == shard) for shard in range(corpus.num_shards)
-        }
-        if corpus.num_shards >= world_size:  # each process has shards of its own
-            return [
-                Task(shard, part_clips, done=of_shard[shard]) for shard in range(rank, corpus.num_shards, world_size)
-            ]
-        return [
-            Task(shard, part_clips, done=of_shard[shard], rank=rank, world_size=world_size)
-            for shard in range(corpus.num_shards)
-        ]
 
     def _remove_unfinished(self) -> None:
         """Removes what processes that were killed on this machine have left."""
@@ -143,28 +153,25 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def one_file(
-    path: Path,
-    open_table: Callable[[Path], AbstractContextManager[Table]],
-    join: Callable[[list[Path], Path], None],
-    settings: Mapping[str, Any],
-    by_shard: bool = False,
-) -> Iterator[Parts]:
+def one_file(path: Path, tables: Tables, settings: Mapping[str, Any], by_shard: bool = False) -> Iterator[Parts]:
     """
-    Parts in a hidden folder beside `path`, where they stay if the run is killed; on exit they are joined. Parts of an
-    unfinished run with other settings are removed.
+    Parts in a hidden folder, `parts_folder`, where they stay if the run is killed; on exit they are joined. Those of
+    an unfinished run with other settings are removed.
     """
-    folder = path.with_name(f".{path.name}.parts")
-    parts = Parts(folder, path.suffix, open_table, by_shard)
-    if (folder / SETTINGS_NAME).is_file() and (
-        unlike := differences(read_settings(folder), json.loads(json.dumps(settings)))
-    ):
+    parts = Parts(parts_folder(path), tables, by_shard)
+    found = read_settings(parts.folder) if (parts.folder / SETTINGS_NAME).is_file() else settings
+    if unlike := differences(found, settings):
         logger.warning("removed the parts of an unfinished run with other settings: %s", unlike)
-        shutil.rmtree(folder)
+        shutil.rmtree(parts.folder)
     yield parts
     with whole_file(path) as unfinished:
-        join(list(parts.done().values()), unfinished)
-    shutil.rmtree(folder)
+        tables.join(list(parts.done().values()), unfinished)
+    shutil.rmtree(parts.folder)
+
+
+def parts_folder(path: Path) -> Path:
+    """Where the parts of a single file lie, beside it, until it is complete."""
+    return path.with_name(f".{path.name}.parts")
 
 
 def _process() -> str:

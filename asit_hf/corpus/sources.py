@@ -1,44 +1,25 @@
 """What is to be read: clips by index, of files, folders, manifests, shards, data sets and streams."""
 
-import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from ..data.datasets import find_audio_files, load_with_names
-from ..data.formats import AUDIO_EXTENSIONS
-from ..data.labels import class_names
-from ..data.manifests import MANIFEST_EXTENSIONS, as_text
+from ..data.datasets import load_with_names
+from ..data.files import resolve_paths
+from ..data.inputs import Input, find_input, join_path
+from ..data.manifests import AUDIO_COLUMNS, LABEL_COLUMNS, find_column, load_manifest
+from ..data.splits import match_split, split_kind
 from ..utils.names import local_path, path_text
+from ..utils.texts import Texts
+from ..utils.urls import is_url
+from .shards import Clip, Files, ParquetShard, Rows, Stream, TarShard, label_text, open_parquet, parquet_classes
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-logger = logging.getLogger(__name__)
-
-# rows of a data set that are read at once; their audio is in memory if it is stored in the data set
-_BLOCK = 16
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One source of audio.
-
-    Attributes:
-        file: name in tables, see `open_corpus`.
-        source: for [`~asit_hf.data.audio.AudioReader`].
-        label: of the data, as text; several are joined by `;`.
-    """
-
-    file: str
-    source: Any
-    label: str | None = None
+_SHARD_NUMBER = re.compile(r"[-_.]\d+([-_]of[-_]\d+)?$")
 
 
 class Corpus:
@@ -51,6 +32,7 @@ class Corpus:
     Attributes:
         num_clips: of all shards; None for streams, whose clips are not counted before they are read.
         num_shards: 1 if the number of clips is known, because any range of them can then be read.
+        has_labels: whether clips may have a label.
     """
 
     def __init__(self, name: str, shards: Sequence[Any]):
@@ -59,6 +41,7 @@ class Corpus:
         counts = [shard.num_clips for shard in self._shards]
         self.num_clips = None if None in counts else sum(counts)
         self.num_shards = 1 if self.num_clips is not None else len(self._shards)
+        self.has_labels = any(shard.has_labels for shard in self._shards)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -104,117 +87,108 @@ def open_corpus(
         FileNotFoundError: no such file, folder or data set, or a folder without audio.
         ValueError: a missing column or split, a row without a path, or an option that does not apply.
     """
-    several = isinstance(data, (list, tuple))
-    inputs = list(data) if several else [data]
+    inputs = list(data) if isinstance(data, (list, tuple)) else [data]
     if not inputs:
         raise ValueError("expected files, folders or data sets, got an empty list")
-    options = {
-        "split": split,
-        "audio_column": audio_column,
-        "label_column": label_column,
-        "label_separator": label_separator,
-        "root": root,
-    }
-    shards = [shard for one in inputs for shard in _open(one, len(inputs) > 1, options)]
-    names = [_name_of(one) for one in inputs]
+    options = _Options(split, audio_column, label_column, label_separator, root)
+    loaded = [f"data[{index}]" for index in range(len(inputs))] if len(inputs) > 1 else ["data"]
+    is_path = [isinstance(one, (str, os.PathLike)) for one in inputs]
+    names = [path_text(one) if named else other for one, named, other in zip(inputs, is_path, loaded)]
+    shards = [shard for one, name in zip(inputs, names) for shard in _open(one, name, len(inputs) > 1, options)]
     return Corpus(names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more", shards)
 
 
-def _name_of(data: Any) -> str:
-    return path_text(data) if isinstance(data, (str, os.PathLike)) else "data"
+@dataclass(frozen=True)
+class _Options:
+    split: str | None
+    audio_column: str | None
+    label_column: str | None
+    label_separator: str | None
+    root: str | os.PathLike | None
 
 
-def _open(data: Any, prefixed: bool, options: dict[str, Any]) -> list[Any]:
-    name = _name_of(data)
-    if isinstance(data, (str, os.PathLike)):
-        path = Path(data).expanduser()
-        plain = not any(options.values())
-        if plain and path.is_file() and path.suffix.lower() in AUDIO_EXTENSIONS:
-            return [_Files(str(path.parent), [path.name], prefixed)]
-        if plain and path.is_dir() and not _is_described(path):
-            return [_Files(str(path), [str(file.relative_to(path)) for file in find_audio_files(path)], prefixed)]
-    dataset, _ = load_with_names(data, **options)
-    rows = _Rows(dataset, name, prefixed)
-    if isinstance(data, (str, os.PathLike)) and path.suffix.lower() in (*MANIFEST_EXTENSIONS, ".txt"):
-        folder = os.path.join(options["root"] or path.parent, "")
-        names = [local_path(clip.file).removeprefix(folder) for clip in rows.clips(0, None)]
-        return [_Files(folder, names, prefixed, [clip.label for clip in rows.clips(0, None)])]
-    return [rows]
+def _open(data: Any, name: str, is_prefixed: bool, options: _Options) -> list[Any]:
+    """The shards of one input. With a prefix, names lead to their files from the working directory."""
+    if not isinstance(data, (str, os.PathLike)):
+        return _open_loaded(data, name, "", options)
+    found = find_input(data, options.split, options.root)
+    prefix = found.place if is_prefixed else ""
+    if found.kind == "audio":
+        return [Files(found.place, Texts(map(path_text, found.names)), prefix=prefix)]
+    if found.kind == "tar":
+        return [TarShard(found.place, one, prefix) for one in found.names]
+    if found.kind == "manifest":
+        return [_open_manifest(found, is_prefixed, options)]
+    if found.kind == "parquet":
+        return _open_parquet(found, is_prefixed, options)
+    if is_url(found.place):
+        raise ValueError(f"expected a folder written by save_to_disk on this machine, got {found.place}: copy it")
+    return _open_loaded(found.place, name, prefix, options)
 
 
-def _is_described(folder: Path) -> bool:
-    """Whether a folder holds more than files of audio: a table of them, or a saved data set."""
-    return (
-        any(folder.glob("metadata.*")) or (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+def _open_loaded(data: Any, name: str, prefix: str, options: _Options) -> list[Any]:
+    from datasets import Dataset
+
+    is_hub = isinstance(data, str) and not os.path.exists(data)
+    dataset, _ = load_with_names(data, **vars(options), streaming=is_hub)
+    if isinstance(dataset, Dataset):
+        return [Rows(dataset, name, prefix)]
+    return [Stream(dataset, index, name, prefix, options.label_separator) for index in range(dataset.num_shards)]
+
+
+def _open_manifest(found: Input, is_prefixed: bool, options: _Options) -> Files:
+    path = Path(found.place)
+    dataset = load_manifest(path, found.split, options.audio_column, options.label_column, Path(found.roots[0]))
+    dataset, _ = load_with_names(
+        dataset,
+        audio_column=options.audio_column,
+        label_column=options.label_column,
+        label_separator=options.label_separator,
     )
+    rows = Rows(dataset, found.place)
+    folder = found.roots[0]
+    paths = (local_path(clip.file) for clip in rows.clips(0, None))
+    names = Texts(path_text(one.removeprefix(os.path.join(folder, ""))) for one in paths)
+    labels = [clip.label for clip in rows.clips(0, None)] if "label" in dataset.column_names else None
+    return Files(folder, names, labels, folder if is_prefixed else "")
 
 
-class Texts(Sequence):
-    """Strings in one piece of memory: a million of them cost little more than their characters."""
-
-    def __init__(self, texts: Sequence[str]):
-        encoded = [text.encode() for text in texts]
-        self._ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
-        self._content = b"".join(encoded)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> str:
-        index = range(len(self))[index]
-        return self._content[self._ends[index - 1] if index else 0 : self._ends[index]].decode()
-
-    def update(self, digest: Any) -> None:
-        digest.update(self._ends)
-        digest.update(self._content)
+def _open_parquet(found: Input, is_prefixed: bool, options: _Options) -> list[Any]:
+    """Shards of audio; or, if they hold paths, the files."""
+    names = _choose_shards(found)
+    with open_parquet(join_path(found.place, names[0])) as file:
+        schema, source = file.schema_arrow, path_text(join_path(found.place, names[0]))
+    audio = find_column(schema.names, options.audio_column, AUDIO_COLUMNS, "audio", source)
+    label = find_column(schema.names, options.label_column, LABEL_COLUMNS, "label", source)
+    if str(schema.field(audio).type) in ("string", "large_string", "string_view"):
+        return [_read_paths(found, one, audio, label, is_prefixed) for one in names]
+    prefixes = [join_path(found.place, one) if is_prefixed else "" for one in names]
+    separator = options.label_separator
+    return [ParquetShard(found.place, one, audio, label, prefix, separator) for one, prefix in zip(names, prefixes)]
 
 
-class _Files:
-    """Files by their names below a folder."""
-
-    def __init__(self, root: str, names: Sequence[str], prefixed: bool, labels: Sequence[str | None] | None = None):
-        self.root, self.prefix = root, root if prefixed else ""
-        self.names, self.labels = Texts([path_text(name) for name in names]), labels
-        self.num_clips = len(names)
-
-    def update(self, digest: Any) -> None:
-        digest.update(path_text(self.prefix).encode())
-        self.names.update(digest)
-
-    def clips(self, start: int, stop: int | None) -> Iterator[Clip]:
-        for row in range(self.num_clips)[start:stop]:
-            name = local_path(self.names[row])
-            label = self.labels[row] if self.labels is not None else None
-            file = path_text(os.path.join(self.prefix, name))
-            yield Clip(file, path_text(os.path.join(self.root, name)), label)
+def _read_paths(found: Input, name: str, audio: str, label: str | None, is_prefixed: bool) -> Files:
+    source, folder = join_path(found.place, name), os.path.join(found.roots[0], "")
+    with open_parquet(source) as file:
+        table, classes = file.read([audio, *filter(None, [label])]), parquet_classes(file, label)
+    paths = resolve_paths(table[audio].to_pylist(), folder, source)
+    labels = [label_text(one, classes) for one in table[label].to_pylist()] if label else None
+    names = Texts(path_text(local_path(one).removeprefix(folder)) for one in paths)
+    return Files(folder, names, labels, folder if is_prefixed else "")
 
 
-class _Rows:
-    """Rows of a data set in Arrow."""
-
-    def __init__(self, dataset: "Dataset", name: str, prefixed: bool):
-        self.dataset, self.name, self.prefix = dataset, name, name if prefixed else ""
-        self.num_clips = len(dataset)
-        self.classes = class_names(dataset.features.get("label"))
-
-    def update(self, digest: Any) -> None:
-        for clip in self.clips(0, None):
-            digest.update(clip.file.encode() + b"\0")
-
-    def clips(self, start: int, stop: int | None) -> Iterator[Clip]:
-        rows = range(self.num_clips)[start:stop]
-        for first in range(rows.start, rows.stop, _BLOCK):
-            block = self.dataset[first : min(first + _BLOCK, rows.stop)]
-            labels = block.get("label") or [None] * len(block["audio"])
-            for row, (source, label) in enumerate(zip(block["audio"], labels), first):
-                path = source.get("path") if isinstance(source, dict) else None
-                yield Clip(path or f"{self.name}#{row}", source, label_text(label, self.classes))
-
-
-def label_text(label: Any, classes: Sequence[str] | None) -> str | None:
-    """A label, class id, or list of them, as text."""
-    if isinstance(label, (list, tuple, np.ndarray)):
-        return ";".join(filter(None, (label_text(one, classes) for one in label)))
-    if label is None or (isinstance(label, float) and np.isnan(label)):
-        return None
-    return as_text(label) if classes is None else classes[label]
+def _choose_shards(found: Input) -> Sequence[str]:
+    """The parquet files of a split, by their names: `data/train-00000-of-00002.parquet`, `train/0.parquet`."""
+    splits: dict[str, list[str]] = {}
+    for name in found.names:
+        *folders, stem = Path(name).with_suffix("").parts
+        candidates = (_SHARD_NUMBER.sub("", stem), *reversed(folders))
+        split = next((one for one in candidates if split_kind(one) or one == found.split), "")
+        splits.setdefault(split, []).append(name)
+    if found.split is None and len(splits) == 1:
+        return found.names
+    chosen = None if found.split is None else match_split(found.split, splits)
+    if chosen is None:
+        named = ", ".join(filter(None, splits)) or "none"
+        raise ValueError(f"expected one of the splits of {found.place}, {named}; got {found.split!r}")
+    return splits[chosen]

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterable
+from heapq import heappop, heappush
+from itertools import count
 from typing import Any
 
 # lowest score of a label, by the function that made it from the logits: softmax has a best label in every window
@@ -21,8 +23,9 @@ class Timeline:
 
     def __init__(self, threshold: float = 0.0, top_k: int | None = 1, aggregate: str = "mean"):
         self.threshold, self.top_k, self.aggregate = threshold, top_k, aggregate
-        self._closed: list[dict[str, Any]] = []
-        self._open: dict[str, dict[str, Any]] = {}
+        self._closed: list[tuple[float, float, int, dict[str, Any]]] = []  # a heap by start, end and time of closing
+        self._closings = count()
+        self._open: dict[str, dict[str, Any]] = {}  # by start
         self._end: float | None = None
 
     def add(self, window: dict[str, Any]) -> tuple[float, dict[str, float], list[str]]:
@@ -53,10 +56,11 @@ class Timeline:
         Spans that have ended since the last call, `{"start", "end", "label", "score"}`. Those that begin after one
         that goes on wait for it, so that all calls together give the spans by start and end.
         """
-        first = min((span["start"] for span in self._open.values()), default=math.inf)
-        taken = [span for span in self._closed if span["start"] <= first]
-        self._closed = [span for span in self._closed if span["start"] > first]
-        return sorted(taken, key=lambda span: (span["start"], span["end"]))
+        first = next((span["start"] for span in self._open.values()), math.inf)
+        taken = []
+        while self._closed and self._closed[0][0] <= first:
+            taken.append(heappop(self._closed)[-1])
+        return taken
 
     def finish(self) -> list[dict[str, Any]]:
         """All spans that have not been taken; those that go on end with the last window."""
@@ -67,4 +71,5 @@ class Timeline:
         for label in labels:
             span = self._open.pop(label)
             score = span["sum"] / span["windows"] if self.aggregate == "mean" else span["max"]
-            self._closed.append({"start": span["start"], "end": end, "label": label, "score": score})
+            closed = {"start": span["start"], "end": end, "label": label, "score": score}
+            heappush(self._closed, (closed["start"], end, next(self._closings), closed))

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from .manifests import (
     manifest_splits,
 )
 from .splits import check_class_folders, first_folders, match_split, split_kind, split_paths
+from .tars import read_tar
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -395,18 +395,8 @@ def _load_tars(files: list[Path], streaming: bool, options: dict) -> "IterableDa
 
 def _read_tars(paths: list[str]) -> Iterator[dict[str, Any]]:
     for path in paths:
-        left_out = LeftOut(path)
-        try:
-            with tarfile.open(path, "r|*") as archive:
-                for member in archive:
-                    if member.isfile() and Path(member.name).suffix.lower() in AUDIO_EXTENSIONS:
-                        name = path_text(f"{os.path.basename(path)}/{member.name}")
-                        yield {"audio": {"bytes": archive.extractfile(member).read(), "path": name}}
-                    elif member.isfile():
-                        left_out.add(member.name, lambda member=member: archive.extractfile(member).read())
-        except tarfile.TarError as error:
-            raise ValueError(f"cannot read {path}: damaged or truncated tar file ({error})") from error
-        left_out.report()
+        for name, content in read_tar(path):
+            yield {"audio": {"bytes": content(), "path": path_text(f"{os.path.basename(path)}/{name}")}}
 
 
 def _load_spec(spec: "str | dict", defaults: dict[str, Any]) -> "Dataset | IterableDataset":

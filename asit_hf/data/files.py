@@ -5,7 +5,7 @@ import logging
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -19,13 +19,31 @@ _CHECKED = 10000
 
 def walk(folder: Path) -> list[Path]:
     """All files below `folder`, sorted, without hidden ones. Links to folders are followed, each folder once."""
-    files, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
-        files += [Path(parent, name) for name in names if not name.startswith(".") and real not in seen]
-        seen.add(real)
-    return sorted(files)
+    return [folder / name for name in walk_names(folder)]
+
+
+def walk_names(folder: str | os.PathLike) -> Iterator[str]:
+    """The files that [`walk`] finds, relative to `folder`, one after another in the same order."""
+    return _walk(os.fspath(folder), "", set())
+
+
+def _walk(folder: str, prefix: str, seen: set[str]) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    if real in seen:
+        return
+    seen.add(real)
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        logger.warning("%s is left out: %s", path_text(folder), error.strerror)
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(entry.path, f"{prefix}{entry.name}/", seen)
+        else:
+            yield prefix + entry.name
 
 
 def resolve_paths(values: Sequence[Any], root: str | os.PathLike, source: str | os.PathLike) -> list[str]:

@@ -3,11 +3,11 @@ Kill `python -m asit_hf.predict` and `asit_hf.embed` with SIGKILL, run them agai
 
     python examples/benchmarks/kill_corpus.py --kills 20
 
-Each case, one command on a folder of clips of which one is unreadable, is killed in two ways, `--kills` times each: at
-random moments of one run, which is resumed every time, and in a new run each at one of its file operations (opening,
-renaming, removing), which include those of parts that are being written and joined. Afterwards the output folder must
-have the files of the undisturbed run, bit for bit and no other; and after every kill the files that have their final
-names must be whole. Prints counts as JSON; the exit status is 1 if a check fails.
+Each case, one command on a folder of clips of which one is unreadable, is killed in three ways, `--kills` times each:
+at random moments of one run, which is resumed every time; while its parts are joined to one file; and, in a new run
+each, at one of its file operations (opening, renaming, removing). Afterwards the output folder must have the files of
+the undisturbed run, bit for bit and no other; after every kill the files that have their final names must be whole.
+Prints counts as JSON; the exit status is 1 if a check fails.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.process import BaseProcess
@@ -38,6 +39,7 @@ from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
 TOY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 RATE = 16000
 CLIPS_OF_A_PART = 2
+FEW_PARTS = 6  # of the runs that are killed at their file operations
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")  # audit events of Python
 PRELOADED = ["asit_hf.predict", "asit_hf.embed"]  # imported once, not after every kill
 
@@ -56,32 +58,35 @@ class Case:
         return " ".join((self.command, self.output, *self.options, f"processes: {self.processes}"))
 
     def arguments(self, model: Path, clips: Path, folder: Path) -> list[str]:
-        fixed = ["--part_clips", str(CLIPS_OF_A_PART), "--batch_size", "2", "--output", str(folder / self.output)]
-        return [str(model), str(clips), *fixed, *self.options]
+        fixed = ["--part_clips", str(CLIPS_OF_A_PART), "--batch_size", "2", "--num_workers", "2"]
+        return [str(model), str(clips), "--output", str(folder / self.output), *fixed, *self.options]
 
 
 CASES = (
-    Case("embed", "parts", ("--num_workers", "0")),
-    Case("embed", "clips.parquet", ("--num_workers", "1")),
-    Case("predict", "labels.csv", ("--num_workers", "0")),
-    Case("predict", "parts", ("--num_workers", "0", "--format", "parquet")),
-    Case("embed", "parts", ("--num_workers", "0", "--windows"), processes=2),
+    Case("embed", "parts"),
+    Case("embed", "clips.parquet"),
+    Case("predict", "labels.csv"),
+    Case("predict", "parts", ("--format", "parquet")),
+    Case("embed", "parts", ("--windows",), processes=2),
 )
 
 
-def make_inputs(folder: Path, count: int) -> tuple[Path, Path]:
-    """A toy classifier, and a folder of clips of 0.3 to 1.5 s, of which one is unreadable."""
+def write_model(folder: Path) -> Path:
     torch.manual_seed(0)
-    model, clips = folder / "model", folder / "clips"
-    ASiTForAudioClassification(ASiTConfig(num_labels=3, **TOY)).save_pretrained(model)
-    ASiTFeatureExtractor().save_pretrained(model)
-    clips.mkdir()
+    ASiTForAudioClassification(ASiTConfig(num_labels=3, **TOY)).save_pretrained(folder)
+    ASiTFeatureExtractor().save_pretrained(folder)
+    return folder
+
+
+def write_clips(folder: Path, count: int) -> Path:
+    """A folder of clips of 0.3 to 1.5 s, of which one is unreadable."""
+    folder.mkdir()
     generator = np.random.default_rng(0)
     for index in range(count):
         noise = generator.uniform(-0.3, 0.3, int(RATE * generator.uniform(0.3, 1.5)))
-        soundfile.write(clips / f"{index:04d}.wav", noise, RATE)
-    (clips / f"{count // 2:04d}.wav").write_bytes(b"no audio")
-    return model, clips
+        soundfile.write(folder / f"{index:04d}.wav", noise, RATE)
+    (folder / f"{count // 2:04d}.wav").write_bytes(b"no audio")
+    return folder
 
 
 def work(
@@ -116,45 +121,50 @@ def work(
 
 
 class Killer:
-    """Starts, kills and repeats one case."""
+    """Starts, kills and repeats one case on the clips of a folder, and counts what happens."""
 
-    def __init__(self, case: Case, model: Path, clips: Path, scratch: Path):
-        self.case, self.model, self.clips, self.scratch = case, model, clips, scratch
+    def __init__(self, case: Case, model: Path, clips: Path, scratch: Path, counts: Counter[str]):
+        self.case, self.model, self.clips, self.scratch, self.counts = case, model, clips, scratch, counts
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOADED)
-        self.whole = contents(self.undisturbed())
-        self.counts: Counter[str] = Counter()
+        self.whole = self.undisturbed()
 
-    def undisturbed(self) -> Path:
-        """The folder of a run of the command in a process of its own; raises an error unless every clip is in it."""
+    def undisturbed(self) -> dict[str, str]:
+        """The content of a run of the command in a process of its own, in which every clip must be once."""
         folder = self.scratch / "undisturbed"
         command = [sys.executable, "-m", f"asit_hf.{self.case.command}"]
-        subprocess.run(
-            [*command, *self.case.arguments(self.model, self.clips, folder)], check=True, capture_output=True
-        )
+        arguments = self.case.arguments(self.model, self.clips, folder)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, *arguments], check=True, capture_output=True, env=environment)
         found, expected = files_in(folder), Counter(path.name for path in self.clips.iterdir())
         if found != expected:
             raise SystemExit(f"{self.case.name}: lost {expected - found}, twice {found - expected}")
-        return folder
+        return contents(folder)
 
     def start(
         self, folder: Path, rank: int = 0, last_operation: int | None = None, counted: Path | None = None
     ) -> BaseProcess:
         arguments = self.case.arguments(self.model, self.clips, folder)
-        process = self.context.Process(
-            target=work, args=(self.case, arguments, rank, folder, last_operation, counted)
-        )
+        process = self.context.Process(target=work, args=(self.case, arguments, rank, folder, last_operation, counted))
         process.start()
         return process
 
+    def start_all(self, folder: Path) -> list[BaseProcess]:
+        return [self.start(folder, rank) for rank in range(self.case.processes)]
+
     def finish(self, folder: Path) -> None:
         """Runs the command to its end and counts whether the result equals that of the undisturbed run."""
-        processes = [self.start(folder, rank) for rank in range(self.case.processes)]
+        processes = self.start_all(folder)
         for process in processes:
             process.join()
         failed = any(process.exitcode for process in processes)
         self.counts["runs"] += 1
         self.counts["runs equal to the undisturbed one"] += not failed and contents(folder) == self.whole
+
+    def kill(self, process: BaseProcess, kind: str) -> None:
+        self.counts[f"kills {kind}" if process.is_alive() else "ended before the kill"] += 1
+        process.kill()
+        process.join()
 
     def check(self, folder: Path) -> None:
         """Counts files that have their final names but not their final content."""
@@ -164,20 +174,23 @@ class Killer:
         )
 
     def kill_at_random(self, kills: int, generator: random.Random) -> None:
-        """Kills one of the processes after each part or two, at a random moment, and resumes it every time."""
-        folder, seconds_of_a_part = self.scratch / "random", 0.1
+        """Kills each process at a random moment after it has written something, and resumes them every time."""
+        folder = self.scratch / "random"
         for _ in range(kills):
-            processes = [self.start(folder, rank) for rank in range(self.case.processes)]
-            process = generator.choice(processes)
-            before, began = len(contents(folder)), time.perf_counter()
-            while process.is_alive() and len(contents(folder)) == before and time.perf_counter() - began < 60:
-                time.sleep(0.002)
-            process.join(generator.uniform(0, 2 * seconds_of_a_part))
-            self.counts["kills at random" if process.is_alive() else "ended before the kill"] += 1
-            process.kill()
-            for one in processes:  # the other one finishes its share
-                one.join()
+            before = len(list(folder.rglob("*")))
+            processes = self.start_all(folder)
+            wait_until(lambda before=before: len(list(folder.rglob("*"))) > before, processes)
+            for process in generator.sample(processes, len(processes)):
+                process.join(generator.uniform(0, 0.2))
+                self.kill(process, "at random moments")
             self.check(folder)
+        if Path(self.case.output).suffix:
+            for _ in range(kills):
+                process = self.start(folder)
+                wait_until(lambda: any(folder.glob(f".{self.case.output}.*unfinished")), [process])
+                process.join(generator.uniform(0, 0.005))
+                self.kill(process, "while joining")
+                self.check(folder)
         self.finish(folder)
 
     def kill_at_operations(self, kills: int) -> None:
@@ -190,9 +203,15 @@ class Killer:
             folder = self.scratch / f"operation-{index}"
             process = self.start(folder, last_operation=last)
             process.join()
-            self.counts["kills at operations"] += process.exitcode == -signal.SIGKILL
+            self.counts["kills at file operations"] += process.exitcode == -signal.SIGKILL
             self.check(folder)
             self.finish(folder)
+
+
+def wait_until(condition: Callable[[], bool], processes: list[BaseProcess]) -> None:
+    """Returns when a condition holds, or one of the processes has ended."""
+    while all(process.is_alive() for process in processes) and not condition():
+        time.sleep(0.001)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -230,14 +249,19 @@ def main(arguments: list[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     fine = True
-    with tempfile.TemporaryDirectory() as folder:
-        model, clips = make_inputs(Path(folder), CLIPS_OF_A_PART * (2 * args.kills + 4))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = write_model(folder / "model")
+        many = write_clips(folder / "many", CLIPS_OF_A_PART * (4 * args.kills + 4))
+        few = write_clips(folder / "few", CLIPS_OF_A_PART * FEW_PARTS)
         for index in args.cases:
-            killer = Killer(CASES[index], model, clips, Path(folder) / str(index))
-            killer.kill_at_random(args.kills, random.Random(args.seed + index))
-            killer.kill_at_operations(args.kills)
-            counts = killer.counts
-            print(json.dumps({"case": CASES[index].name, **counts}), flush=True)
+            counts: Counter[str] = Counter()
+            case, scratch = CASES[index], folder / str(index)
+            Killer(case, model, many, scratch / "many", counts).kill_at_random(
+                args.kills, random.Random(args.seed + index)
+            )
+            Killer(case, model, few, scratch / "few", counts).kill_at_operations(args.kills)
+            print(json.dumps({"case": case.name, **counts}), flush=True)
             fine &= counts["runs"] == counts["runs equal to the undisturbed one"]
             fine &= not counts["unfinished files under final names"]
     return int(not fine)

@@ -48,7 +48,7 @@ from transformers.trainer_utils import PredictionOutput
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.data import CORPORA, ClassificationCollator, LabelledClips, filter_rows, label_names, split_dataset
 from asit_hf.data.clips import MAX_SECONDS, warn_of_longer
-from asit_hf.data.labelled import DatasetArguments, check_classes, problem_type_of
+from asit_hf.data.labelled import DatasetArguments, audio_paths, check_classes, problem_type_of
 from asit_hf.data.manifests import SPLIT_COLUMNS
 from asit_hf.evaluation.metrics import TOP_K, calibration_metrics, compute_metrics_for, temperature_metrics
 from asit_hf.finetuning.augmentation import Augmentation, TrainingClips
@@ -262,7 +262,8 @@ def build_model(
         fields |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     path = args.model_name_or_path
     config = load_config(path, **fields) if path else ASiTConfig.from_size(args.size or "base", **fields)
-    model = ASiTForAudioClassification._from_config(config, attn_implementation=args.attn_implementation)
+    options = {"attn_implementation": args.attn_implementation, "dtype": torch.float32}  # also of 16-bit checkpoints
+    model = ASiTForAudioClassification._from_config(config, **options)
     if not args.random_init:
         if not is_pretraining_checkpoint(config):
             refuse_without_effect(args, ["encoder"], f"with {path}, which is not a pretraining checkpoint")
@@ -306,6 +307,8 @@ def finetune(
     if model_args.freeze_encoder:
         refuse_without_effect(args, ["layer_decay"], "with freeze_encoder")
     train, validation, evaluation = load_data(data_args, args.seed, args.load_best_model_at_end)
+    if args.calibrate:
+        check_held_out(train, validation)
     problem_type = check_problem_type(data_args.problem_type, train)
     names = None if problem_type == "regression" else label_names(train)
     if problem_type == "regression" and (data_args.balanced_sampling or args.label_smoothing or args.calibrate):
@@ -365,6 +368,16 @@ def finetune(
     if trainer.is_world_process_zero():
         write_reports(Path(args.output_dir), evaluation, output, problem_type, names)
     return output.metrics, trainer.state.log_history
+
+
+def check_held_out(train: Dataset, validation: Dataset) -> None:
+    """Raises `ValueError` for validation clips whose files are also training clips."""
+    trained, held_out = set(audio_paths(train)), set(audio_paths(validation))
+    if shared := trained & held_out:
+        got = f"{len(shared)} of {len(held_out)} files in common, first {min(shared)}"
+        raise ValueError(
+            f"calibrate needs validation clips that are not trained on, got {got}: remove them from either"
+        )
 
 
 def score(

@@ -190,6 +190,8 @@ def test_a_finished_run_is_calibrated_on_its_validation_data(sounds, encoder, tm
 
 def test_a_trained_classifier_is_calibrated_without_training(sounds, encoder, tmp_path, monkeypatch):
     script.main(arguments(sounds, encoder, tmp_path / "run", train_filter="fold=1,2,3"))
+    # a classifier in 16 bits is calibrated in 32, so that no weight is rounded again
+    ASiTForAudioClassification.from_pretrained(tmp_path / "run").to(torch.bfloat16).save_pretrained(tmp_path / "run")
     before = ASiTForAudioClassification.from_pretrained(tmp_path / "run").state_dict()
     lines = (sounds / "meta.csv").read_text().splitlines()
     held_out = [lines[0], *(line for line in lines if line.split(",")[2] == "4")]
@@ -201,7 +203,9 @@ def test_a_trained_classifier_is_calibrated_without_training(sounds, encoder, tm
     metrics = script.main(arguments(sounds, tmp_path / "run", tmp_path / "calibrated", **with_test))
     temperature = metrics["validation_temperature"]
     calibrated = ASiTForAudioClassification.from_pretrained(tmp_path / "calibrated")
-    torch.testing.assert_close(calibrated.classifier.weight * temperature, before["classifier.weight"])
+    weight = before["classifier.weight"]
+    assert weight.dtype == torch.bfloat16
+    torch.testing.assert_close(calibrated.classifier.weight * temperature, weight.float())
     assert (metrics["validation_clips"], metrics["eval_clips"]) == (6, 6)
     row = read_predictions(tmp_path / "calibrated")[0]
     best = pipeline("audio-classification", model=str(tmp_path / "calibrated"), device="cpu")(row["file"])[0]
@@ -411,12 +415,22 @@ def test_splits_of_a_folder_train_select_and_evaluate(split_folder, caplog):
         ({"calibrate": True}, "--validation_data, --validation_split or --validation_fraction"),
         ({"calibrate": True, "eval_filter": None, "folds": "1,2"}, "--validation_fraction"),
         ({"calibrate": True, "label_column": "pitch", "validation_fraction": 0.2}, "calibrate need classes"),
+        ({"calibrate": True, "validation_data": "meta.csv"}, "24 of 30 files in common"),
         ({"validation_data": "a.csv", "validation_fraction": 0.1}, "validation_data .*exclude each other"),
     ],
 )
 def test_wrong_input(sounds, encoder, tmp_path, options, message):
+    options = {name: sounds / value if value == "meta.csv" else value for name, value in options.items()}
     with pytest.raises(ValueError, match=message):
         script.main(arguments(sounds, encoder, tmp_path, **options))
+
+
+def test_an_encoder_in_16_bits_is_trained_in_32(encoder, tmp_path):
+    ASiTForPreTraining.from_pretrained(encoder).asit.to(torch.bfloat16).save_pretrained(tmp_path)
+    ASiTFeatureExtractor().save_pretrained(tmp_path)
+    args = script.ModelArguments(model_name_or_path=str(tmp_path))
+    model, _ = script.build_model(args, script.InputArguments(), "single_label_classification", ["a", "b"])
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
 
 
 def test_student_is_refused_where_there_is_one_encoder(sounds, encoder, tmp_path):

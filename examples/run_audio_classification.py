@@ -73,7 +73,7 @@ logger = logging.getLogger(__name__)
 
 # those that calibration changes
 SCORE_METRICS = ("temperature", "ece_percent_before", "ece_percent", "nll_before", "nll", "in_sample_temperature")
-CARD_METRICS = ("accuracy", f"top{TOP_K}_accuracy", "mAP", "mAUC", "mse", "clips", *SCORE_METRICS)
+CARD_METRICS = ("accuracy", f"top{TOP_K}_accuracy", "mAP", "mAUC", "mse", *SCORE_METRICS)
 
 
 @dataclass
@@ -403,10 +403,11 @@ def score(
 def card_results(metrics: dict[str, float], args: DataArguments) -> list[tuple[str, str, float]]:
     """Rows for the model card: data, metric and value."""
     split = ", ".join(args.eval_filter) or args.eval_split or "evaluation"
-    fitted = ", ".join(filter(None, ["validation", args.validation_split, "on which the temperature was fitted"]))
+    fitted = f"{metrics.get('validation_clips')} clips on which the temperature was fitted"
+    validation = args.validation_data or args.train_data
     data = {
-        "eval": f"{Path(args.eval_data or args.validation_data or args.train_data).name} ({split})",
-        "validation": f"{Path(args.validation_data or args.train_data or '').name} ({fitted})",
+        "eval": f"{Path(args.eval_data or validation).name} ({split})",
+        "validation": f"{Path(validation).name} ({args.validation_split or 'validation'}, {fitted})",
     }
     return [
         (data[kind], metric, metrics[f"{kind}_{metric}"])
@@ -475,7 +476,7 @@ def evaluate(
     output = score(trainer, LabelledClips(data, **held_out), problem_type, calibration, data is not validation)
     if calibration and trainer.is_world_process_zero():
         command = ["examples/run_audio_classification.py", *arguments]
-        results = [row for row in card_results(output.metrics, data_args) if row[1] in ("clips", *SCORE_METRICS)]
+        results = [row for row in card_results(output.metrics, data_args) if row[1] in SCORE_METRICS]
         add_results(args.output_dir, model_args.model_name_or_path, command, results, SCORE_METRICS)
         write_model_card(args.output_dir, **card_args.facts())
     if trainer.is_world_process_zero():

@@ -180,7 +180,7 @@ def test_a_finished_run_is_calibrated_on_its_validation_data(sounds, encoder, tm
         assert number in caplog.text
     assert json.loads((tmp_path / "eval_results.json").read_text()) == metrics
     card = (tmp_path / "README.md").read_text()
-    fitted, others = "meta.csv (validation, on which the temperature was fitted)", "meta.csv (fold=5)"
+    fitted, others = "meta.csv (validation, 6 clips on which the temperature was fitted)", "meta.csv (fold=5)"
     for data, name in ((fitted, "validation_temperature"), (fitted, "validation_nll"), (others, "eval_ece_percent")):
         assert f"| {data} | {name.partition('_')[2]} | {metrics[name]} |" in card
     caplog.clear()

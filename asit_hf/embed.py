@@ -7,10 +7,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow
 import torch
 
 from .corpus.commands import (
@@ -46,6 +45,9 @@ from .modeling_asit import ASiTModel
 from .utils.files import is_file
 from .utils.weights import model_hash
 
+if TYPE_CHECKING:
+    import pyarrow
+
 logger = logging.getLogger(__name__)
 
 ROWS = ("clip", "window", "time_patch")
@@ -55,7 +57,7 @@ ROWS = ("clip", "window", "time_patch")
 class EmbeddingTables:
     """Parquet tables of one schema."""
 
-    schema: pyarrow.Schema
+    schema: "pyarrow.Schema"
     suffix: str = ".parquet"
 
     def open(self, path: Path) -> EmbeddingWriter:
@@ -210,7 +212,7 @@ def embed_corpus(
         hidden_size=loaded.config.hidden_size,
         data=corpus.name,
     )
-    schema = embedding_schema(job.dim, settings, embedding_dtype, getattr(corpus, "has_labels", False))
+    schema = embedding_schema(job.dim, settings, embedding_dtype, corpus.has_labels)
     of_run = {"command": "embed", **asdict(settings), "embedding_dtype": embedding_dtype}
     return write_corpus(
         job, corpus, output, EmbeddingTables(schema), of_run, batch_size, num_workers, part_clips, progress

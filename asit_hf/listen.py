@@ -5,7 +5,6 @@ import csv
 import json
 import logging
 import math
-import os
 import signal
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from .corpus.commands import until_output_closes
 from .corpus.timeline import EVENT_THRESHOLDS, Timeline, default_window_seconds
 from .data.audio import AudioReadError
 from .data.live import SAMPLE_FORMATS, microphones, play, read_pcm, record, rolling_windows
@@ -247,15 +247,6 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-@contextmanager
-def _until_output_closes() -> Iterator[None]:
-    """Ends when whoever reads the output has enough, as `head` does; what is left of it must not fail at the end."""
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
@@ -291,7 +282,7 @@ def _run(args: argparse.Namespace) -> int:
     windows = listen(classifier, chunks, sampling_rate, window_seconds, hop_seconds, args.smoothing, live)
     latencies, skipped, failure = [], 0, None
     try:
-        with _until_output_closes(), window_writer(args.output, args.top_k or 5) as write, closing(windows):
+        with until_output_closes(), window_writer(args.output, args.top_k or 5) as write, closing(windows):
             for window in windows:
                 write(window)
                 if window["skipped"] and not skipped:
@@ -303,7 +294,7 @@ def _run(args: argparse.Namespace) -> int:
         pass
     except (OSError, ValueError) as error:
         failure = error
-    with _until_output_closes():
+    with until_output_closes():
         if spans := timeline.finish():
             print("timeline:")
         for span in spans:

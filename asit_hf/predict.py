@@ -17,6 +17,7 @@ from .corpus.commands import (
     choose_dtype,
     emit_corpus,
     run_command,
+    until_output_closes,
     write_corpus,
 )
 from .corpus.label_tables import FORMATS, LabelTables, choose_format, choose_unit
@@ -175,15 +176,18 @@ def _run(args: argparse.Namespace) -> int:
     if args.output is None:
         if hasattr(sys.stdout, "reconfigure"):  # names and labels may have characters that a terminal lacks
             sys.stdout.reconfigure(errors="backslashreplace")
-        with LabelTables(format, unit).open(sys.stdout) as table:
+        counts = {"clips": 0, "unreadable": 0}
+        with until_output_closes(), LabelTables(format, unit).open(sys.stdout) as table:
             counts = emit_corpus(job, corpus, table.write, args.batch_size, args.num_workers)
     else:
         tables = LabelTables(
             format, unit, None if is_file(args.output) else args.output, feature_extractor.sampling_rate / 2
         )
-        names = ("model", "dtype", "threshold", "window_seconds", "overlap", "aggregate")
+        names = ("model", "window_seconds", "overlap", "aggregate")
         settings = {"command": "predict", "format": format, "unit": unit, "model_hash": model_hash(model, whole=True)}
-        settings |= {"top_k": labels.top_k} | {name: getattr(args, name) for name in names}
+        settings |= {"top_k": labels.top_k, "threshold": labels.threshold} | {
+            name: getattr(args, name) for name in names
+        }
         settings["dtype"] = str(model.dtype).removeprefix("torch.")
         run_options = args.batch_size, args.num_workers, args.part_clips
         counts = write_corpus(job, corpus, args.output, tables, settings, *run_options)

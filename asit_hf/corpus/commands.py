@@ -59,9 +59,16 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`"cpu"`, `"cuda"`, or `"auto"`, cuda if available. Of several processes on a machine each has its own."""
+    """
+    `"cpu"`, `"cuda"`, or `"auto"`, cuda if available. Of several processes on a machine each has its own.
+
+    Raises:
+        ValueError: `"cuda"` is not available.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("expected a GPU for the device cuda, got none that torch can use: set --device cpu")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device(name, int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return torch.device(name)
@@ -133,6 +140,8 @@ def write_corpus(
         tasks = share_out(corpus, part_clips, rank, world_size, done)
         with report_clips(corpus, tasks, progress) as report:
             run(job, corpus, tasks, parts.open, report.take, batch_size, num_workers)
+        if not parts.done() and world_size == 1:
+            raise ValueError(f"expected audio in {corpus.name}, got none")
     return {"clips": report.clips, "unreadable": report.unreadable, "parts": len(done)}
 
 
@@ -205,6 +214,15 @@ def report_clips(corpus: Corpus, tasks: list[Task], progress: bool = True) -> It
         total = sum(min(end, corpus.num_clips) - start for start, end in ends)
     with tqdm(total=total, unit="clip", disable=not progress, smoothing=0) as bar:
         yield ClipReport(bar)
+
+
+@contextmanager
+def until_output_closes() -> Iterator[None]:
+    """Ends when whoever reads the output has enough, as `head` does; what is left of it must not fail at the end."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_command(parser: argparse.ArgumentParser, arguments: list[str] | None, command: Callable[..., int]) -> int:

@@ -84,7 +84,8 @@ def embedding_schema(
 ) -> pyarrow.Schema:
     """
     The columns of a table: `file`, `start` and `end` (seconds), `label` with `has_labels`, `embedding` `(dim,)` of
-    type `dtype`, and `error`. Its metadata has every setting by name, as text, and all as json under `PANDAS_ATTRS`.
+    type `dtype`, NaN in rows with an `error`, the last column. The metadata has every setting by name, as text, and
+    all as json under `PANDAS_ATTRS`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -93,7 +94,8 @@ def embedding_schema(
     metadata[_SETTINGS_KEY] = json.dumps(values)
     columns = {"file": pyarrow.string(), "start": pyarrow.float64(), "end": pyarrow.float64()}
     columns |= {"label": pyarrow.string()} if has_labels else {}
-    columns |= {"embedding": pyarrow.list_(getattr(pyarrow, dtype)(), dim), "error": pyarrow.string()}
+    element = pyarrow.field("element", getattr(pyarrow, dtype)())  # the name that parquet gives it
+    columns |= {"embedding": pyarrow.list_(element, dim), "error": pyarrow.string()}
     return pyarrow.schema(columns, metadata=metadata)
 
 
@@ -111,7 +113,7 @@ class EmbeddingWriter:
         others = [name for name in schema.names if name != "embedding"]
         self._writer = pyarrow.parquet.ParquetWriter(
             path,
-            schema,
+            self.schema,
             compression="zstd",
             use_dictionary=[name for name in others if name not in ("start", "end")],
             write_statistics=others,
@@ -119,7 +121,8 @@ class EmbeddingWriter:
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
         """
-        Rows of `file`, `start`, `end`, `label`, `embedding` `(dim,)` and `error`; what a row lacks is null.
+        Rows of `file`, `start`, `end`, `label`, `embedding` `(dim,)` and `error`; what a row lacks is null, but an
+        embedding NaN.
 
         Raises:
             ValueError: an embedding of another width, or with values that float16 cannot hold.
@@ -165,7 +168,7 @@ def join_embedding_tables(parts: Sequence[str | os.PathLike], path: str | os.Pat
     with EmbeddingWriter(path, schema) as writer:
         for part in parts:
             for batch in _batches(part, schema):
-                writer.write_table(pyarrow.Table.from_batches([batch], schema))
+                writer.write_table(pyarrow.Table.from_batches([batch]))
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,8 @@ def iter_embeddings(path: str | os.PathLike) -> Iterator[Embeddings]:
     for table in tables:
         for batch in _batches(table, schema):
             is_good = batch["embedding"].is_valid()
+            if "error" in schema.names:
+                is_good = pyarrow.compute.and_(is_good, batch["error"].is_null())
             good = batch.filter(is_good)
             if len(good) < len(batch) and not num_bad:
                 row = batch.filter(pyarrow.compute.invert(is_good)).slice(0, 1).to_pylist()[0]
@@ -244,9 +249,7 @@ def iter_embeddings(path: str | os.PathLike) -> Iterator[Embeddings]:
                     settings,
                 )
     if num_bad:
-        logger.warning(
-            "%s: left out %d of %d rows, which have no embedding, such as %s", path, num_bad, num_rows, example
-        )
+        logger.warning("%s: left out %d of %d rows, which have an error, such as %s", path, num_bad, num_rows, example)
 
 
 def read_settings(path: str | os.PathLike) -> EmbeddingSettings | None:
@@ -277,8 +280,8 @@ def _group_rows(schema: pyarrow.Schema) -> int:
 
 def _embedding_column(rows: Sequence[dict[str, Any]], embeddings: pyarrow.FixedSizeListType) -> pyarrow.Array:
     dtype = np.dtype(embeddings.value_type.to_pandas_dtype())
-    matrix = np.zeros((len(rows), embeddings.list_size), dtype)
-    missing = np.ones(len(rows), bool)
+    # not null where there is none: pyarrow before 26 writes lists of a fixed size with nulls and cannot read them
+    matrix = np.full((len(rows), embeddings.list_size), np.nan, dtype)
     for index, row in enumerate(rows):
         embedding = row.get("embedding")
         if embedding is None:
@@ -291,8 +294,7 @@ def _embedding_column(rows: Sequence[dict[str, Any]], embeddings: pyarrow.FixedS
         except FloatingPointError:
             largest = np.abs(embedding).max()
             raise ValueError(f"{row['file']}: expected values that {dtype} can hold, got {largest:g}") from None
-        missing[index] = False
-    return pyarrow.FixedSizeListArray.from_arrays(matrix.ravel(), type=embeddings, mask=pyarrow.array(missing))
+    return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(matrix.ravel()), type=embeddings)
 
 
 def _batches(path: str | os.PathLike, schema: pyarrow.Schema) -> Iterator[pyarrow.RecordBatch]:

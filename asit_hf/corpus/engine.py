@@ -116,6 +116,7 @@ class Batch:
         items (`list`, *optional*): `(clip, start, end, is last or error)` of every place in the buffer, in order; the
             clip without its source, start and end in seconds. Only with the last batch of a buffer.
         ends_part (`bool`): whether nothing of the part follows.
+        error (`str`, *optional*): why the shard cannot be read any further, which ends the task without the part.
     """
 
     task: int
@@ -125,6 +126,7 @@ class Batch:
     places: list[int] = field(default_factory=list)
     items: list[tuple[Clip, float, float, bool | str]] | None = None
     ends_part: bool = False
+    error: str | None = None
 
     def pin_memory(self) -> "Batch":
         return self if self.waveforms is None else replace(self, waveforms=self.waveforms.pin_memory())
@@ -145,6 +147,12 @@ class Batches(IterableDataset):
             yield from self.of_task(number)
 
     def of_task(self, number: int) -> Iterator[Batch]:
+        try:
+            yield from self._of_parts(number)
+        except (ValueError, OSError) as error:  # of a damaged shard, or of the way to it
+            yield Batch(number, 0, error=str(error))
+
+    def _of_parts(self, number: int) -> Iterator[Batch]:
         for part, clips in self.tasks[number].parts(self.corpus):
             items: list[tuple[Clip, float, float, bool | str]] = []
             waveforms: dict[int, np.ndarray] = {}
@@ -187,7 +195,7 @@ class Batches(IterableDataset):
         batch = np.zeros((len(places), max(lengths)), np.float32)
         for row, place in zip(batch, places):
             row[: len(waveforms[place])] = waveforms[place]
-        if self.int16:
+        if self.int16 and np.abs(batch).max() <= 1:  # floats beyond would be clipped
             batch = (batch * 2**15).round().clip(-(2**15), 2**15 - 1).astype(np.int16)
         return torch.from_numpy(batch), lengths, places
 
@@ -201,8 +209,13 @@ class _Progress:
         self.part: int | None = None
         self.stack = ExitStack()
         self.rows: Rows | None = None
+        self.error: ValueError | None = None
 
     def take(self, batch: Batch, values: list[tuple]) -> None:
+        if batch.error is not None:
+            self.error = ValueError(batch.error)
+            self.stack.__exit__(ValueError, self.error, None)
+            return
         if self.part is None:
             self.table = self.stack.enter_context(self.open_part(self.task.shard, batch.part))
             self.part = batch.part
@@ -257,7 +270,7 @@ def run(
             default: the cores of the machine, up to 16, divided by the processes on it.
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option out of range; or, when all else is done, a shard that cannot be read.
         RuntimeError: a reading process was killed.
     """
     check_run_options(batch_size, num_workers)
@@ -270,6 +283,9 @@ def run(
             stack.push(state.stack)  # which removes an unfinished part
         run_tasks = _run_threads if choices.threads else _run_processes
         run_tasks(job, batches, states, num_workers)
+    if failed := [state.error for state in states if state.error is not None]:
+        others = f", and {len(failed) - 1} more shards" if len(failed) > 1 else ""
+        raise ValueError(f"{failed[0]}{others}: all else is done; the next run tries what is missing")
 
 
 def _run_threads(job: Job, batches: Batches, states: list[_Progress], num_workers: int | None) -> None:

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ..data.inputs import join_path
-from ..data.labels import NO_SEPARATOR, class_names
-from ..data.manifests import as_text
+from ..data.files import join_path
+from ..data.labels import NO_SEPARATOR, class_names, label_text
 from ..data.tars import read_tar
 from ..utils.extras import extra
 from ..utils.names import local_path, path_text
@@ -54,7 +51,7 @@ class Files:
 
     def __init__(self, folder: str, names: Texts, labels: Sequence[str | None] | None = None, prefix: str = ""):
         self.folder, self.names, self.labels, self.prefix = folder, names, labels, prefix
-        self.num_clips = len(names)
+        self.num_clips, self.has_labels = len(names), labels is not None
 
     def update(self, digest: Any) -> None:
         digest.update(path_text(self.prefix).encode())
@@ -80,7 +77,7 @@ class Rows:
     def __init__(self, dataset: "Dataset", name: str, prefix: str = ""):
         columns = [column for column in ("audio", "label") if column in dataset.column_names]
         self.dataset, self.name, self.prefix = dataset.select_columns(columns), name, prefix
-        self.num_clips = len(dataset)
+        self.num_clips, self.has_labels = len(dataset), "label" in columns
 
     def update(self, digest: Any) -> None:
         """Hashes the paths, without reading the audio beside them."""
@@ -117,6 +114,7 @@ class Stream:
     def __init__(self, dataset: "IterableDataset", shard: int, name: str, prefix: str, separator: str | None):
         self.dataset, self.shard, self.prefix, self.separator = dataset, shard, prefix, separator
         self.name = name if dataset.num_shards == 1 else f"{name}#{shard}"
+        self.has_labels = "label" in (dataset.column_names or ())
 
     def update(self, digest: Any) -> None:
         digest.update(f"{self.name} of {self.dataset.num_shards}".encode())
@@ -155,12 +153,15 @@ class ParquetShard:
     ):
         self.folder, self.name, self.prefix, self.separator = folder, name, prefix, separator
         self.audio_column, self.label_column = audio_column, label_column
+        self.has_labels = label_column is not None
 
     def update(self, digest: Any) -> None:
         digest.update(f"{self.name} {_size(self.folder, self.name)}".encode(errors="surrogatepass"))
 
     def clips(self, start: int, stop: int | None) -> Iterator[Clip]:
         with open_parquet(join_path(self.folder, self.name)) as file:
+            shard = path_text(join_path(self.prefix, self.name))
+            inside = join_path(self.prefix, self.name) if self.prefix else ""
             row, groups = 0, []
             for group in range(file.num_row_groups):
                 count = file.metadata.row_group(group).num_rows
@@ -179,8 +180,7 @@ class ParquetShard:
                         return
                     if row >= start:
                         label = _divided(one.get(self.label_column), self.separator)
-                        name = f"{path_text(self.name)}#{row}"
-                        yield _clip(one[self.audio_column], label, classes, self.prefix, name)
+                        yield _clip(one[self.audio_column], label, classes, inside, f"{shard}#{row}")
                     row += 1
 
 
@@ -192,7 +192,7 @@ class TarShard:
         prefix: of the names in tables.
     """
 
-    num_clips = None
+    num_clips, has_labels = None, False
 
     def __init__(self, folder: str, name: str, prefix: str = ""):
         self.folder, self.name, self.prefix = folder, name, prefix
@@ -232,15 +232,6 @@ def parquet_classes(file: "pyarrow.parquet.ParquetFile", column: str | None) -> 
     feature = metadata.get("info", {}).get("features", {}).get(column) or {}
     feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
     return feature.get("names") if isinstance(feature, dict) else None
-
-
-def label_text(label: Any, classes: Sequence[str] | None = None) -> str | None:
-    """A label, class id, or list of them, as text."""
-    if isinstance(label, (list, tuple, np.ndarray)):
-        return ";".join(filter(None, (label_text(one, classes) for one in label)))
-    if label is None or (isinstance(label, float) and np.isnan(label)):
-        return None
-    return as_text(label) if classes is None else classes[label]
 
 
 def _clip(source: Any, label: Any, classes: Sequence[str] | None, prefix: str, nameless: str) -> Clip:

@@ -2,22 +2,25 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
+from itertools import compress, repeat
 from pathlib import Path
 from typing import Any
 
 from ..data.datasets import load_with_names
-from ..data.files import resolve_paths
-from ..data.inputs import Input, find_input, join_path
-from ..data.manifests import AUDIO_COLUMNS, LABEL_COLUMNS, find_column, load_manifest
+from ..data.files import find_moved, join_path, name_in_row
+from ..data.inputs import Input, find_input
+from ..data.labels import divide_cells, label_text
+from ..data.manifests import AUDIO_COLUMNS, LABEL_COLUMNS, Manifest, as_text, find_column
 from ..data.splits import match_split, split_kind
-from ..utils.names import local_path, path_text
-from ..utils.texts import Texts
+from ..utils.names import path_text
+from ..utils.texts import Categories, Texts
 from ..utils.urls import is_url
-from .shards import Clip, Files, ParquetShard, Rows, Stream, TarShard, label_text, open_parquet, parquet_classes
+from .shards import Clip, Files, ParquetShard, Rows, Stream, TarShard, open_parquet, parquet_classes
 
 _SHARD_NUMBER = re.compile(r"[-_.]\d+([-_]of[-_]\d+)?$")
 
@@ -32,6 +35,7 @@ class Corpus:
     Attributes:
         num_clips: of all shards; None for streams, whose clips are not counted before they are read.
         num_shards: 1 if the number of clips is known, because any range of them can then be read.
+        has_labels: whether clips may have a label.
     """
 
     def __init__(self, name: str, shards: Sequence[Any]):
@@ -40,6 +44,7 @@ class Corpus:
         counts = [shard.num_clips for shard in self._shards]
         self.num_clips = None if None in counts else sum(counts)
         self.num_shards = 1 if self.num_clips is not None else len(self._shards)
+        self.has_labels = any(shard.has_labels for shard in self._shards)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -135,44 +140,90 @@ def _open_loaded(data: Any, name: str, prefix: str, options: _Options) -> list[A
 
 
 def _open_manifest(found: Input, is_prefixed: bool, options: _Options) -> Files:
-    path = Path(found.place)
-    dataset = load_manifest(path, found.split, options.audio_column, options.label_column, Path(found.roots[0]))
-    dataset, _ = load_with_names(
-        dataset,
-        audio_column=options.audio_column,
-        label_column=options.label_column,
-        label_separator=options.label_separator,
-    )
-    rows = Rows(dataset, found.place)
-    folder = found.roots[0]
-    paths = (local_path(clip.file) for clip in rows.clips(0, None))
-    names = Texts(path_text(one.removeprefix(os.path.join(folder, ""))) for one in paths)
-    labels = [clip.label for clip in rows.clips(0, None)] if "label" in dataset.column_names else None
-    return Files(folder, names, labels, folder if is_prefixed else "")
+    manifest = Manifest(found.place, options.audio_column)
+    audio, label = manifest.find_audio(options.audio_column), manifest.find_label(options.label_column)
+    in_split = repeat(True) if found.split is None else manifest.in_split(found.split)
+
+    def cells(column: str) -> Iterator[Any]:
+        return compress(manifest.cells(column), in_split)
+
+    names = Texts(name_in_row(cell, row, found.place) for row, cell in enumerate(cells(audio)))
+    labels = None
+    if label is not None:
+        labels = Categories(tuple(cell) if isinstance(cell, list) else cell for cell in cells(label))
+        labels.values = manifest.typed(labels.values, label)
+    return _listed(found, names, labels, is_prefixed, options)
 
 
 def _open_parquet(found: Input, is_prefixed: bool, options: _Options) -> list[Any]:
     """Shards of audio; or, if they hold paths, the files."""
     names = _choose_shards(found)
-    with open_parquet(join_path(found.place, names[0])) as file:
-        schema, source = file.schema_arrow, path_text(join_path(found.place, names[0]))
-    audio = find_column(schema.names, options.audio_column, AUDIO_COLUMNS, "audio", source)
-    label = find_column(schema.names, options.label_column, LABEL_COLUMNS, "label", source)
+    first = join_path(found.place, names[0])
+    with open_parquet(first) as file:
+        schema = file.schema_arrow
+    audio = find_column(schema.names, options.audio_column, AUDIO_COLUMNS, "audio", path_text(first))
+    label = find_column(schema.names, options.label_column, LABEL_COLUMNS, "label", path_text(first))
     if str(schema.field(audio).type) in ("string", "large_string", "string_view"):
-        return [_read_paths(found, one, audio, label, is_prefixed) for one in names]
-    prefixes = [join_path(found.place, one) if is_prefixed else "" for one in names]
-    separator = options.label_separator
-    return [ParquetShard(found.place, one, audio, label, prefix, separator) for one, prefix in zip(names, prefixes)]
+        tables = [replace(found, place=join_path(found.place, name)) for name in names]
+        return [_open_paths(table, audio, label, is_prefixed, options) for table in tables]
+    prefix, separator = found.place if is_prefixed else "", options.label_separator
+    return [ParquetShard(found.place, name, audio, label, prefix, separator) for name in names]
 
 
-def _read_paths(found: Input, name: str, audio: str, label: str | None, is_prefixed: bool) -> Files:
-    source, folder = join_path(found.place, name), os.path.join(found.roots[0], "")
-    with open_parquet(source) as file:
-        table, classes = file.read([audio, *filter(None, [label])]), parquet_classes(file, label)
-    paths = resolve_paths(table[audio].to_pylist(), folder, source)
-    labels = [label_text(one, classes) for one in table[label].to_pylist()] if label else None
-    names = Texts(path_text(local_path(one).removeprefix(folder)) for one in paths)
-    return Files(folder, names, labels, folder if is_prefixed else "")
+def _open_paths(found: Input, audio: str, label: str | None, is_prefixed: bool, options: _Options) -> Files:
+    with open_parquet(found.place) as file:
+        columns = {name: file.read([name])[name] for name in (audio, label) if name}
+        classes = parquet_classes(file, label)
+    names = Texts(name_in_row(one.as_py(), row, found.place) for row, one in enumerate(columns[audio]))
+    labels = None
+    if label is not None:
+        labels = Categories(label_text(one.as_py(), classes) for one in columns[label])
+    return _listed(found, names, labels, is_prefixed, options)
+
+
+def _listed(found: Input, names: Texts, labels: Categories | None, is_prefixed: bool, options: _Options) -> Files:
+    """The files that a table names."""
+    folder, moved = _find_files(found, names)
+    root = os.path.join(folder, "")
+
+    def named(name: str) -> str:
+        return path_text(moved.get(name, name).removeprefix(root))
+
+    if found.inside is not None:
+        inside = os.path.join(found.inside, "")
+        kept = [join_path(folder, moved.get(name, name)).startswith(inside) for name in names]
+        names = Texts(compress(names, kept))
+        labels = labels and Categories(compress(labels, kept))
+    if labels is not None:
+        labels.values = _label_texts(labels.counts(), options.label_separator, path_text(found.place))
+    return Files(folder, Texts(map(named, names)), labels, folder if is_prefixed else "")
+
+
+def _find_files(found: Input, names: Texts) -> tuple[str, dict[str, str]]:
+    """The folder that the names of a table are relative to, and the files that are elsewhere, by name."""
+    source = path_text(found.place)
+    for folder in found.roots[:-1]:
+        try:
+            moved = find_moved(names, folder, source)
+        except FileNotFoundError:
+            continue
+        if all(is_url(folder) or os.path.isfile(join_path(folder, moved.get(name, name))) for name in set(names)):
+            return folder, moved
+    return found.roots[-1], find_moved(names, found.roots[-1], source)
+
+
+def _label_texts(counts: dict[Any, int], separator: str | None, source: str) -> list[str | None]:
+    """The text of each label, of which those that are lists are joined by `;`."""
+    if any(isinstance(label, tuple) for label in counts):
+        return [label_text(label) for label in counts]
+    if any(isinstance(label, str) for label in counts):
+        texts, cells = [None if label is None else as_text(label) for label in counts], Counter()
+        for text, count in zip(texts, counts.values()):
+            cells[text] += count
+        divided = divide_cells(cells, separator=separator, source=source)
+        return [label_text(divided[text]) for text in texts]
+    is_whole = all(label is None or float(label).is_integer() for label in counts)
+    return [None if label is None else as_text(label) if is_whole else str(float(label)) for label in counts]
 
 
 def _choose_shards(found: Input) -> Sequence[str]:

@@ -20,9 +20,9 @@ from .manifests import (
     AUDIO_COLUMNS,
     LABEL_COLUMNS,
     MANIFEST_EXTENSIONS,
+    Manifest,
     find_column,
     load_manifest,
-    manifest_splits,
 )
 from .splits import check_class_folders, first_folders, match_split, split_kind, split_paths
 from .tars import read_tar
@@ -157,7 +157,7 @@ def find_splits(data: str | os.PathLike) -> dict[str, Path | None]:
     path = Path(data).expanduser()
     manifest = _metadata_file(path) or path
     if manifest.is_file() and manifest.suffix.lower() in (*MANIFEST_EXTENSIONS, ".txt"):
-        names = manifest_splits(manifest)
+        names = Manifest(manifest).splits()
         if all(map(split_kind, names)) and "train" in map(split_kind, names):
             return dict.fromkeys(names)
     if (path / "dataset_dict.json").exists():
@@ -260,7 +260,7 @@ def _metadata_file(folder: Path) -> Path | None:
 
 
 def _has_split(manifest: Path, split: str) -> bool:
-    return manifest.suffix.lower() != ".parquet" and match_split(split, manifest_splits(manifest)) is not None
+    return manifest.suffix.lower() != ".parquet" and match_split(split, Manifest(manifest).splits()) is not None
 
 
 def _split_paths(folder: Path) -> dict[str, Path]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.names import local_path, path_text
-from ..utils.urls import is_url, join_url, list_url, split_url, url_path, url_size
-from .files import walk_names
+from ..utils.urls import is_url, list_url, split_url, url_path, url_size
+from .files import join_path, walk_names
 from .formats import AUDIO_EXTENSIONS, LeftOut, why_left_out
-from .manifests import MANIFEST_EXTENSIONS, manifest_splits
+from .manifests import MANIFEST_EXTENSIONS, Manifest
 from .splits import match_split, split_kind, split_paths
 
 logger = logging.getLogger(__name__)
@@ -70,11 +70,6 @@ def find_input(data: str | os.PathLike, split: str | None = None, root: str | os
         raise FileNotFoundError(f"no such file or folder: {path_text(place)}")
     check_options("a Hub data set", {"root": root})
     return Input("hub", text, split=split)
-
-
-def join_path(folder: str, name: str) -> str:
-    """The path or URL of `name` in `folder`, both of which may be URLs."""
-    return join_url(folder, name) if is_url(folder) and not os.path.isabs(name) else os.path.join(folder, name)
 
 
 def check_options(kind: str, options: dict[str, Any], *allowed: str) -> None:
@@ -168,7 +163,7 @@ def _find_part(place: str, split: str, splits: dict[str, Path], names: Iterable[
 
 
 def _has_split(manifest: str, split: str) -> bool:
-    return _extension(manifest) != ".parquet" and match_split(split, manifest_splits(Path(manifest))) is not None
+    return _extension(manifest) != ".parquet" and match_split(split, Manifest(manifest).splits()) is not None
 
 
 def _report_others(place: str, by_kind: dict[str | None, list[str]]) -> None:

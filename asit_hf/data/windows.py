@@ -30,23 +30,26 @@ class Windows:
 
     def read(self, reader: AudioReader) -> Iterator[tuple[int, np.ndarray, bool]]:
         """
-        Yields the first sample, the waveform, and whether it is the last, of every window; two are in memory.
+        Yields the first sample, the waveform, and whether it is the last, of every window; two are in memory. What a
+        window repeats of the one before is not read again.
 
         Raises:
             AudioReadError: see `AudioReader.read`. That the file is shorter than its header states is none.
         """
         start, window = 0, None
         while start is not None:
+            repeated = np.zeros(0, np.float32) if window is None else window[1][start - window[0] :]
+            first = start + len(repeated)
             try:
-                waveform = reader.read(self.sampling_rate, start, min(self.length, self._total(reader) - start))
+                fresh = reader.read(self.sampling_rate, first, min(start + self.length, self._total(reader)) - first)
             except AudioReadError:
-                if window is None or start < reader.num_samples(self.sampling_rate):
+                if window is None or first < reader.num_samples(self.sampling_rate):
                     raise
                 break
             if window is not None:
                 yield *window, False
-            window = start, waveform
-            start = self._next(start, len(waveform), self._total(reader))
+            window = start, np.concatenate([repeated, fresh]) if len(repeated) else fresh
+            start = self._next(start, len(window[1]), self._total(reader))
         yield *window, True
 
     def _total(self, reader: AudioReader) -> int:

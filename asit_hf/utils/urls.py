@@ -18,7 +18,9 @@ def is_url(path: Any) -> bool:
 
 
 def url_path(url: str) -> str:
-    """The path that a URL ends with, without a query: `/clips/a.wav` of `https://host/clips/a.wav?download=true`."""
+    """The path that a URL ends with (of a path, itself), without a query: `/clips/a.wav` of `https://host/clips/a.wav?download=true`."""
+    if not is_url(url):
+        return url
     first = url.partition("::")[0]
     return urlsplit(first).path if first.startswith("http") else first.partition("://")[2]
 

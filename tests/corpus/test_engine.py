@@ -10,7 +10,7 @@ from asit_hf.corpus.parts import share_out
 from asit_hf.corpus.sources import Clip, open_corpus
 from asit_hf.data.audio import AudioReader
 from asit_hf.data.windows import Windows
-from asit_hf.utils.device import ACCELERATOR
+from asit_hf.utils.device import ACCELERATOR, CPU
 
 RATE = 16000
 SECONDS = {"a.wav": 0.6, "b.flac": 2.3, "c.wav": 0.02, "d.wav": 0.61, "e.wav": 0.6, "f.wav": 1.9}
@@ -236,3 +236,43 @@ def test_a_model_gives_the_embeddings_it_gives_alone(folder):
     alone = embed_files(model, feature_extractor, [folder / name for name in SECONDS], batch_size=1, **options)
     for row, one in zip(rows, alone, strict=True):
         np.testing.assert_allclose(row["embedding"], one.scene, atol=2e-5)
+
+
+@pytest.mark.parametrize("choices", [CPU, ACCELERATOR])
+def test_a_damaged_shard_does_not_stop_the_others(folder, choices, monkeypatch):
+    class Shards:
+        name, num_clips, num_shards = "shards", None, 3
+
+        def clips(self, shard, start=0, stop=None):
+            for row, name in enumerate(list(SECONDS)[start:stop]):
+                if shard == 1 and row == 3:
+                    raise ValueError("cannot read 1.tar, truncated")
+                yield Clip(f"{shard}/{name}", folder / name)
+
+    monkeypatch.setattr(engine, "choices_for", lambda device: choices)
+    rows, written = {}, []
+
+    class Part(list):
+        write = list.extend
+
+        def __init__(self, *number):
+            rows[number] = self
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, kind, *exception):
+            if kind is None:
+                written.append(next(number for number, part in rows.items() if part is self))
+
+    with pytest.raises(ValueError, match=r"1\.tar"):
+        engine.run(Sums(), Shards(), share_out(Shards(), 2), Part, lambda *clip: None, num_workers=0)
+    assert sorted(written) == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1), (2, 2)]
+
+
+def test_loud_audio_is_not_clipped(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "loud.wav", 40 * np.random.default_rng(0).normal(0, 1, 8000), RATE, subtype="FLOAT")
+    expected, _, _ = run(open_corpus(tmp_path / "loud.wav"))
+    monkeypatch.setattr(engine, "choices_for", lambda device: ACCELERATOR)
+    parts, _, _ = run(open_corpus(tmp_path / "loud.wav"))
+    assert parts[0, 0][0]["mean"] == pytest.approx(expected[0, 0][0]["mean"], abs=1e-3)

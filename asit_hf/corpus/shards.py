@@ -51,7 +51,7 @@ class Files:
 
     def __init__(self, folder: str, names: Texts, labels: Sequence[str | None] | None = None, prefix: str = ""):
         self.folder, self.names, self.labels, self.prefix = folder, names, labels, prefix
-        self.num_clips = len(names)
+        self.num_clips, self.has_labels = len(names), labels is not None
 
     def update(self, digest: Any) -> None:
         digest.update(path_text(self.prefix).encode())
@@ -77,7 +77,7 @@ class Rows:
     def __init__(self, dataset: "Dataset", name: str, prefix: str = ""):
         columns = [column for column in ("audio", "label") if column in dataset.column_names]
         self.dataset, self.name, self.prefix = dataset.select_columns(columns), name, prefix
-        self.num_clips = len(dataset)
+        self.num_clips, self.has_labels = len(dataset), "label" in columns
 
     def update(self, digest: Any) -> None:
         """Hashes the paths, without reading the audio beside them."""
@@ -114,6 +114,7 @@ class Stream:
     def __init__(self, dataset: "IterableDataset", shard: int, name: str, prefix: str, separator: str | None):
         self.dataset, self.shard, self.prefix, self.separator = dataset, shard, prefix, separator
         self.name = name if dataset.num_shards == 1 else f"{name}#{shard}"
+        self.has_labels = "label" in (dataset.column_names or ())
 
     def update(self, digest: Any) -> None:
         digest.update(f"{self.name} of {self.dataset.num_shards}".encode())
@@ -152,6 +153,7 @@ class ParquetShard:
     ):
         self.folder, self.name, self.prefix, self.separator = folder, name, prefix, separator
         self.audio_column, self.label_column = audio_column, label_column
+        self.has_labels = label_column is not None
 
     def update(self, digest: Any) -> None:
         digest.update(f"{self.name} {_size(self.folder, self.name)}".encode(errors="surrogatepass"))
@@ -190,7 +192,7 @@ class TarShard:
         prefix: of the names in tables.
     """
 
-    num_clips = None
+    num_clips, has_labels = None, False
 
     def __init__(self, folder: str, name: str, prefix: str = ""):
         self.folder, self.name, self.prefix = folder, name, prefix

@@ -35,6 +35,7 @@ class Corpus:
     Attributes:
         num_clips: of all shards; None for streams, whose clips are not counted before they are read.
         num_shards: 1 if the number of clips is known, because any range of them can then be read.
+        has_labels: whether clips may have a label.
     """
 
     def __init__(self, name: str, shards: Sequence[Any]):
@@ -43,6 +44,7 @@ class Corpus:
         counts = [shard.num_clips for shard in self._shards]
         self.num_clips = None if None in counts else sum(counts)
         self.num_shards = 1 if self.num_clips is not None else len(self._shards)
+        self.has_labels = any(shard.has_labels for shard in self._shards)
 
     @cached_property
     def fingerprint(self) -> str:

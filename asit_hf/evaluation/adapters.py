@@ -13,6 +13,7 @@ from ..configuration_asit import ASiTConfig
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..loading import load_encoder, load_feature_extractor
 from ..modeling_asit import ASiTModel
+from ..utils.weights import model_hash
 from .embeddings import window_time_patches
 
 logger = logging.get_logger(__name__)
@@ -50,12 +51,9 @@ def fingerprint(encoder: ASiTModel, feature_extractor: ASiTFeatureExtractor, **o
     12 hexadecimal digits of the weights, the feature extractor and the options. Benchmarks store results under a
     model's name and reuse them, so that another checkpoint, or other options, must not have the same name.
     """
-    digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
-    digest.update(feature_extractor.to_json_string().encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:12]
+    of_options = json.dumps(options, sort_keys=True, default=str)
+    parts = (of_options, feature_extractor.to_json_string(), model_hash(encoder))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 
 
 class WindowedModel(nn.Module):

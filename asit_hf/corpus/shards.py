@@ -114,7 +114,7 @@ class Stream:
     def __init__(self, dataset: "IterableDataset", shard: int, name: str, prefix: str, separator: str | None):
         self.dataset, self.shard, self.prefix, self.separator = dataset, shard, prefix, separator
         self.name = name if dataset.num_shards == 1 else f"{name}#{shard}"
-        self.has_labels = "label" in (dataset.column_names or ())
+        self.has_labels = "label" in (dataset.column_names or next(iter(dataset), ()))
 
     def update(self, digest: Any) -> None:
         digest.update(f"{self.name} of {self.dataset.num_shards}".encode())

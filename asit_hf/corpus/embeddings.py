@@ -298,7 +298,7 @@ def _embedding_column(rows: Sequence[dict[str, Any]], embeddings: pyarrow.FixedS
 
 
 def _batches(path: str | os.PathLike, schema: pyarrow.Schema) -> Iterator[pyarrow.RecordBatch]:
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:  # else it keeps all that was read in memory
         yield from file.iter_batches(_group_rows(schema))
 
 

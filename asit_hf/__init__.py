@@ -36,6 +36,7 @@ ASiTFeatureExtractor.read_audio = staticmethod(read_audio)
 _TRAINING = {
     "ASiTPreTrainer": "pretraining.trainer",
     "ASiTPreTrainingArguments": "pretraining.arguments",
+    "calibrate_classifier": "finetuning.calibration",
     "fit_classifier": "fit",
 }
 _LAZY = {"export_encoder": "hub.export", "export_model": "hub.export", "load_encoder": "loading"}

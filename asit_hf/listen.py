@@ -5,7 +5,6 @@ import csv
 import json
 import logging
 import math
-import os
 import signal
 import sys
 import time
@@ -19,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from .configuration_asit import ASiTConfig
+from .corpus.commands import until_output_closes
+from .corpus.timeline import EVENT_THRESHOLDS, Timeline, default_window_seconds
 from .data.audio import AudioReadError
 from .data.live import SAMPLE_FORMATS, microphones, play, read_pcm, record, rolling_windows
-from .fbank_asit import HOP_SECONDS, WINDOW_SECONDS, whole_rate
+from .fbank_asit import WINDOW_SECONDS, whole_rate
 from .pipeline import ASiTAudioClassificationPipeline
 from .predict import load_classifier
 from .utils.files import check_writable
@@ -36,11 +36,6 @@ _SOURCE_OPTIONS = {
     "channels": ("the microphone", "standard input"),
     "sample_format": ("standard input",),
 }
-
-
-def default_window_seconds(config: ASiTConfig) -> float:
-    """Length of the training crops, at least 1 s."""
-    return max(1.0, config.num_frames * HOP_SECONDS)
 
 
 def listen(
@@ -119,47 +114,6 @@ def listen(
             labels = [{"score": means[label], "label": label} for label in sorted(means, key=means.get, reverse=True)]
         span = {"start": start / rate, "end": (start + len(waveform)) / rate}
         yield {**span, "labels": labels, "latency": clock() - arrived, "skipped": skipped}
-
-
-class Timeline:
-    """
-    The spans of time in which a label applies, from windows in order (see `listen`): a window's best label, or any of
-    a multi-label classifier, whose score reaches `threshold`. Two windows meet in the middle of their overlap.
-    """
-
-    def __init__(self, threshold: float = 0.0, multi_label: bool = False):
-        self.threshold, self.multi_label = threshold, multi_label
-        self._closed: list[dict[str, Any]] = []
-        self._open: dict[str, dict[str, Any]] = {}
-        self._end: float | None = None
-
-    def add(self, window: dict[str, Any]) -> tuple[float, dict[str, float], list[str]]:
-        """The time in seconds at which labels change, those that begin, with their scores, and those that end."""
-        best = window["labels"] if self.multi_label else window["labels"][:1]
-        scores = {one["label"]: one["score"] for one in best if one["score"] >= self.threshold}
-        end = window["start"] if self._end is None else self._end
-        border = (end + window["start"]) / 2  # after skipped windows, the gap has no label
-        ended = [label for label in self._open if label not in scores]
-        self._close(ended, min(border, end))
-        begun = {label: score for label, score in scores.items() if label not in self._open}
-        for label, score in scores.items():
-            span = {"start": max(border, window["start"]), "label": label, "scores": 0.0, "windows": 0}
-            span = self._open.setdefault(label, span)
-            span["scores"] += score
-            span["windows"] += 1
-        self._end = window["end"]
-        return max(border, window["start"]), begun, ended
-
-    def _close(self, labels: Iterable[str], end: float) -> None:
-        for label in labels:
-            span = self._open.pop(label)
-            score = span["scores"] / span["windows"]
-            self._closed.append({"start": span["start"], "end": end, "label": label, "score": score})
-
-    def spans(self) -> list[dict[str, Any]]:
-        """All spans by start, `{"start", "end", "label", "score"}`, the score being the mean. Open ones end here."""
-        self._close(list(self._open), self._end or 0.0)
-        return sorted(self._closed, key=lambda span: (span["start"], span["end"]))
 
 
 @contextmanager
@@ -293,15 +247,6 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-@contextmanager
-def _until_output_closes() -> Iterator[None]:
-    """Ends when whoever reads the output has enough, as `head` does; what is left of it must not fail at the end."""
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
@@ -327,7 +272,8 @@ def _run(args: argparse.Namespace) -> int:
     if problem_type == "regression" or (problem_type is None and classifier.model.config.num_labels == 1):
         raise ValueError(f"expected a classifier with labels, got a regression model: {args.model}")
     multi_label = problem_type == "multi_label_classification"
-    timeline = Timeline((0.5 if multi_label else 0.0) if args.threshold is None else args.threshold, multi_label)
+    threshold = EVENT_THRESHOLDS["sigmoid" if multi_label else "softmax"]
+    timeline = Timeline(threshold if args.threshold is None else args.threshold, None if multi_label else 1)
     window_seconds = (
         default_window_seconds(classifier.model.config) if args.window_seconds is None else args.window_seconds
     )
@@ -336,7 +282,7 @@ def _run(args: argparse.Namespace) -> int:
     windows = listen(classifier, chunks, sampling_rate, window_seconds, hop_seconds, args.smoothing, live)
     latencies, skipped, failure = [], 0, None
     try:
-        with _until_output_closes(), window_writer(args.output, args.top_k or 5) as write, closing(windows):
+        with until_output_closes(), window_writer(args.output, args.top_k or 5) as write, closing(windows):
             for window in windows:
                 write(window)
                 if window["skipped"] and not skipped:
@@ -348,8 +294,8 @@ def _run(args: argparse.Namespace) -> int:
         pass
     except (OSError, ValueError) as error:
         failure = error
-    with _until_output_closes():
-        if spans := timeline.spans():
+    with until_output_closes():
+        if spans := timeline.finish():
             print("timeline:")
         for span in spans:
             times = f"{_clock_text(span['start'])} - {_clock_text(span['end'])}"

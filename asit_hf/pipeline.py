@@ -13,8 +13,10 @@ from transformers import AudioClassificationPipeline, AutoFeatureExtractor
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import ChunkPipeline
 
+from .configuration_asit import ASiTConfig
 from .data.audio import AudioReader, AudioReadError
 from .data.clips import MAX_SECONDS, undecoded
+from .data.windows import Windows
 from .fbank_asit import WINDOW_SECONDS
 from .feature_extraction_asit import MAX_CHANNELS
 
@@ -26,7 +28,11 @@ _NOT_CLIPS = (str, bytes, bytearray, memoryview, io.IOBase, Mapping, np.ndarray,
 
 _PREPROCESS = ("window_seconds", "overlap")
 _POSTPROCESS = ("top_k", "function_to_apply", "aggregate", "return_timeline")
-_FUNCTIONS = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid, "none": lambda logits: logits}
+SCORE_FUNCTIONS = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "none": lambda logits: logits,
+}
 _AGGREGATES = {"mean": lambda scores: scores.mean(0), "max": lambda scores: scores.amax(0)}
 
 
@@ -106,18 +112,14 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
         parameters.pop("local_files_only", None)  # passed on by `pipeline()`
         if unknown := sorted(set(parameters) - {*_PREPROCESS, *_POSTPROCESS}):
             raise TypeError(f"expected arguments among {[*_PREPROCESS, *_POSTPROCESS]}, got {unknown}")
-        window_seconds, overlap = parameters.get("window_seconds"), parameters.get("overlap", 0.0)
-        if window_seconds is not None and not (isinstance(window_seconds, Real) and window_seconds >= WINDOW_SECONDS):
-            raise ValueError(f"window_seconds must be None or at least {WINDOW_SECONDS}, got {window_seconds!r}")
-        if not (isinstance(overlap, Real) and 0 <= overlap < 1):
-            raise ValueError(f"overlap must be in [0, 1), got {overlap!r}")
         top_k = parameters.get("top_k")
         if top_k is not None and not (isinstance(top_k, Integral) and top_k >= 1):
             raise ValueError(f"top_k must be None or at least 1, got {top_k!r}")
-        for name, choices in (("function_to_apply", [None, *_FUNCTIONS]), ("aggregate", list(_AGGREGATES))):
+        for name, choices in (("function_to_apply", [None, *SCORE_FUNCTIONS]), ("aggregate", list(_AGGREGATES))):
             if name in parameters and parameters[name] not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {parameters[name]!r}")
         preprocess = {name: parameters[name] for name in _PREPROCESS if name in parameters}
+        label_windows(1, **preprocess)  # raises for options out of range
         postprocess = {name: parameters[name] for name in _POSTPROCESS if name in parameters}
         return preprocess, {}, postprocess
 
@@ -126,9 +128,9 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
     ) -> Iterator[dict[str, Any]]:
         """Yields the features of one clip's windows one by one, so that a long file is never completely in memory."""
         rate = self.feature_extractor.sampling_rate
-        window = round((MAX_SECONDS if window_seconds is None else window_seconds) * rate)
+        windows = label_windows(rate, window_seconds, overlap)
         with AudioReader(_to_source(inputs, rate)) as reader:
-            for start, waveform, is_last in _windows(reader, rate, window, max(1, round(window * (1 - overlap)))):
+            for start, waveform, is_last in windows.read(reader):
                 options = {"sampling_rate": rate, "return_attention_mask": True, "return_tensors": "pt"}
                 features = self.feature_extractor(waveform, **options).to(dtype=self.dtype)
                 end = start + len(waveform)
@@ -147,7 +149,7 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
         return_timeline: bool = False,
     ) -> list[dict[str, Any]] | dict[str, Any]:
         logits = torch.cat([window["logits"] for window in model_outputs]).float()
-        scores = _FUNCTIONS[function_to_apply or self._default_function()](logits)
+        scores = SCORE_FUNCTIONS[function_to_apply or default_function(self.model.config)](logits)
         labels = self._top_labels(_AGGREGATES[aggregate](scores), top_k)
         if not return_timeline:
             return labels
@@ -157,17 +159,31 @@ class ASiTAudioClassificationPipeline(AudioClassificationPipeline, ChunkPipeline
         ]
         return {"labels": labels, "timeline": timeline}
 
-    def _default_function(self) -> str:
-        config = self.model.config
-        if config.problem_type == "multi_label_classification":
-            return "sigmoid"
-        is_regression = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
-        return "none" if is_regression else "softmax"
-
     def _top_labels(self, scores: torch.Tensor, top_k: int | None) -> list[dict[str, Any]]:
         best = scores.topk(len(scores) if top_k is None else min(top_k, len(scores)))
         pairs = zip(best.values.tolist(), best.indices.tolist())
         return [{"score": score, "label": self.model.config.id2label[index]} for score, index in pairs]
+
+
+def default_function(config: ASiTConfig) -> str:
+    """The name of the function, of `SCORE_FUNCTIONS`, that turns a model's logits into scores."""
+    if config.problem_type == "multi_label_classification":
+        return "sigmoid"
+    is_regression = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+    return "none" if is_regression else "softmax"
+
+
+def label_windows(sampling_rate: int, window_seconds: float | None = None, overlap: float = 0.5) -> Windows:
+    """
+    The windows of clips to label; options as in [`ASiTAudioClassificationPipeline`]. Raises `ValueError` for one that
+    is out of range.
+    """
+    if window_seconds is not None and not (isinstance(window_seconds, Real) and window_seconds >= WINDOW_SECONDS):
+        raise ValueError(f"window_seconds must be None or at least {WINDOW_SECONDS}, got {window_seconds!r}")
+    if not (isinstance(overlap, Real) and 0 <= overlap < 1):
+        raise ValueError(f"overlap must be in [0, 1), got {overlap!r}")
+    length = round((MAX_SECONDS if window_seconds is None else window_seconds) * sampling_rate)
+    return Windows(sampling_rate, length, step=max(1, round(length * (1 - overlap))))
 
 
 class _AudioClassification(AudioClassificationPipeline):
@@ -242,17 +258,3 @@ def _to_source(clip: Any, sampling_rate: int) -> Any:
         except httpx.HTTPError as error:
             raise AudioReadError(clip, str(error)) from error
     return clip
-
-
-def _windows(reader: AudioReader, rate: int, window: int, stride: int) -> Iterator[tuple[int, np.ndarray, bool]]:
-    """Yields (first sample, waveform, whether it is the last) of every window; sizes in samples at `rate`."""
-    total = reader.num_samples(rate)
-    start = 0
-    while True:
-        waveform = reader.read(rate, start, window)
-        # a compressed file may end before the length in its header
-        is_last = start + window >= total or len(waveform) < window
-        yield start, waveform, is_last
-        if is_last:
-            return
-        start = min(start + stride, total - window)

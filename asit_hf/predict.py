@@ -1,25 +1,37 @@
-"""Classifies a folder of audio files: `python -m asit_hf.predict MODEL FOLDER --output predictions.csv`."""
+"""Labels any amount of audio: `python -m asit_hf.predict MODEL DATA --output predictions.csv`."""
 
 import argparse
-import csv
-import json
+import logging
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import pipeline
 
-from .data.audio import AudioReadError, audio_info
-from .data.datasets import find_audio_files
+from .corpus.commands import (
+    add_data_options,
+    add_run_options,
+    choose_device,
+    choose_dtype,
+    emit_corpus,
+    run_command,
+    until_output_closes,
+    write_corpus,
+)
+from .corpus.label_tables import FORMATS, LabelTables, choose_format, choose_unit
+from .corpus.labels import AGGREGATES, ClipRows, LabelRows, label_rows
+from .corpus.sources import Clip, open_corpus
+from .corpus.timeline import default_window_seconds
+from .feature_extraction_asit import ASiTFeatureExtractor
 from .loading import load_trained
 from .modeling_asit import ASiTForAudioClassification
-from .pipeline import ASiTAudioClassificationPipeline
-from .utils.files import check_writable
-from .utils.names import path_text
+from .pipeline import SCORE_FUNCTIONS, ASiTAudioClassificationPipeline, default_function, label_windows
+from .utils.files import is_file
+from .utils.weights import model_hash
+
+logger = logging.getLogger(__name__)
 
 
 def load_classifier(model: str | os.PathLike, device: str = "auto") -> ASiTAudioClassificationPipeline:
@@ -32,140 +44,162 @@ def load_classifier(model: str | os.PathLike, device: str = "auto") -> ASiTAudio
         ValueError: `model` is not a trained classifier.
     """
     trained, feature_extractor = load_trained(model, ASiTForAudioClassification, dtype="auto")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return pipeline(
         "audio-classification",
         model=trained,
         feature_extractor=feature_extractor,
-        device=device,
+        device=choose_device(device),
         pipeline_class=ASiTAudioClassificationPipeline,
     )
 
 
+class LabelJob:
+    """
+    Scores of windows, for `corpus.engine.run`.
+
+    Args:
+        model, feature_extractor: of one classifier.
+        labels: what the rows hold.
+        window_seconds, overlap: as in [`ASiTAudioClassificationPipeline`].
+        function: that gives the scores, by default that of the pipeline.
+    """
+
+    def __init__(
+        self,
+        model: ASiTForAudioClassification,
+        feature_extractor: ASiTFeatureExtractor,
+        labels: LabelRows,
+        window_seconds: float | None = None,
+        overlap: float = 0.5,
+        function: str | None = None,
+    ):
+        self.model, self.feature_extractor, self.device = model.eval(), feature_extractor, model.device
+        self.labels = labels
+        self.windows = label_windows(feature_extractor.sampling_rate, window_seconds, overlap)
+        self.function = SCORE_FUNCTIONS[function or default_function(model.config)]
+
+    def forward(self, input_values: torch.Tensor, attention_mask: torch.Tensor | None, frames: list[int]) -> tuple:
+        return (self.function(self.model(input_values.to(self.model.dtype), attention_mask).logits.float()),)
+
+    def rows(self, clip: Clip) -> ClipRows:
+        return self.labels.clip(clip.file)
+
+
 def predict_folder(
     classifier: ASiTAudioClassificationPipeline,
-    folder: str | os.PathLike,
-    batch_size: int = 8,
+    folder: Any,
+    batch_size: int | None = None,
     progress: bool = True,
-    **options: Any,
+    top_k: int | None = 5,
+    function_to_apply: str | None = None,
+    window_seconds: float | None = None,
+    overlap: float = 0.5,
+    aggregate: str = "mean",
+    return_timeline: bool = False,
+    threshold: float | None = None,
+    num_workers: int | None = None,
 ) -> list[dict[str, Any]]:
     """
-    Classifies every audio file below `folder`, or one file. Files of similar length share a batch, and only the
-    windows of one batch are in memory.
+    Labels every audio file below `folder`. Windows of similar length share a batch, and few are in memory.
 
     Args:
         classifier: the pipeline, see `load_classifier`.
-        folder: a folder, searched recursively, or a file.
-        batch_size (`int`, defaults to 8): windows in one forward pass.
+        folder: a folder, searched recursively, a file, or whatever [`~asit_hf.corpus.sources.open_corpus`] opens.
+        batch_size, num_workers: see `corpus.engine.run`.
         progress (`bool`, defaults to `True`): whether to show a progress bar.
-        options: options of the pipeline: `top_k`, `window_seconds`, `overlap`, `aggregate`, `return_timeline`, ...
+        top_k, function_to_apply, window_seconds, overlap, aggregate, return_timeline: as in the pipeline.
+        threshold (`float`, *optional*): leave out labels with a lower score.
 
     Returns:
-        One dict per file, sorted by `"file"`, its path relative to `folder` (see `path_text`). It has `"labels"`, a
-        list of `{"score", "label"}`, and with `return_timeline` a `"timeline"`; or `"error"`, the reason.
+        One dict per clip, in order, with its name, `"file"`, relative to the folder (see `path_text`). It has
+        `"labels"`, a list of `{"label", "score"}`, and with `return_timeline` a `"timeline"`; or an `"error"`.
 
     Raises:
         FileNotFoundError: no such folder, or no audio in it.
         ValueError: an option out of range.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    folder = Path(folder)
-    root, files = (folder.parent, [folder]) if folder.is_file() else (folder, find_audio_files(folder))
-    predictions, seconds = {}, {}
-    for file in files:
-        try:
-            seconds[file] = audio_info(file).duration
-        except AudioReadError as error:
-            predictions[file] = {"error": error.reason}
-    by_length = sorted(seconds, key=lambda file: (seconds[file], file))
-    with tqdm(total=len(files), initial=len(predictions), unit="file", disable=not progress) as bar:
-        for start in range(0, len(by_length), batch_size):
-            batch = by_length[start : start + batch_size]
-            predictions.update(_classify(classifier, batch, batch_size, options))
-            bar.update(len(batch))
-    return [{"file": path_text(file.relative_to(root).as_posix()), **predictions[file]} for file in sorted(files)]
+    config = classifier.model.config
+    function = function_to_apply or default_function(config)
+    unit = "timeline" if return_timeline else "clip"
+    labels = label_rows(_names(config), function, unit, top_k, threshold, aggregate)
+    job = LabelJob(classifier.model, classifier.feature_extractor, labels, window_seconds, overlap, function)
+    predictions: list[dict[str, Any]] = []
+    emit_corpus(job, open_corpus(folder), predictions.extend, batch_size, num_workers, progress)
+    return predictions
 
 
-def _classify(
-    classifier: ASiTAudioClassificationPipeline, files: list[Path], batch_size: int, options: dict[str, Any]
-) -> dict[Path, dict[str, Any]]:
-    """Classifies files in one batch, or one by one if a file turns out to be damaged."""
-    try:
-        outputs = classifier(files, batch_size=batch_size, **options)
-    except AudioReadError as error:
-        if len(files) == 1:
-            return {files[0]: {"error": error.reason}}
-        return {file: _classify(classifier, [file], batch_size, options)[file] for file in files}
-    return {file: output if isinstance(output, dict) else {"labels": output} for file, output in zip(files, outputs)}
+def _names(config: Any) -> list[str]:
+    return [config.id2label[index] for index in range(config.num_labels)]
 
 
-def write_predictions(predictions: list[dict[str, Any]], file: TextIO, format: str = "csv") -> None:
-    """
-    Writes the result of `predict_folder` as `"json"`, or as `"csv"`: one row per label (`file, rank, label, score,
-    error`), best first; with a timeline, one row per window and label, with `start` and `end` in seconds.
-    """
-    if format == "json":
-        json.dump(predictions, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        return
-    span = ["start", "end"] if any("timeline" in prediction for prediction in predictions) else []
-    writer = csv.DictWriter(file, ["file", *span, "rank", "label", "score", "error"], lineterminator="\n")
-    writer.writeheader()
-    for prediction in predictions:
-        writer.writerows(_rows(prediction))
-
-
-def _rows(prediction: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    if "error" in prediction:
-        yield {"file": prediction["file"], "error": prediction["error"]}
-        return
-    for window in prediction.get("timeline", [prediction]):
-        span = {name: f"{window[name]:.3f}" for name in ("start", "end") if name in window}
-        for rank, label in enumerate(window["labels"], start=1):
-            score = f"{label['score']:.6f}"
-            yield {"file": prediction["file"], **span, "rank": rank, "label": label["label"], "score": score}
-
-
-def main(arguments: list[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m asit_hf.predict", description=__doc__.split(":")[0])
-    parser.add_argument("model", help="folder or Hub name of an ASiT classifier")
-    parser.add_argument("folder", type=Path, help="folder of audio files, searched recursively, or one file")
-    parser.add_argument("--output", type=Path, help=".csv or .json file to write (default: csv to standard output)")
-    parser.add_argument("--top_k", type=int, default=5, help="labels per file (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows in one forward pass (default: %(default)s)")
-    parser.add_argument("--window_seconds", type=float, help="window length for longer clips (default: 30)")
-    parser.add_argument("--overlap", type=float, default=0.5, help="overlap of windows, [0, 1) (default: %(default)s)")
-    parser.add_argument("--aggregate", choices=["mean", "max"], default="mean", help="combination of window scores")
-    parser.add_argument("--timeline", action="store_true", help="add the labels of every window")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: cuda if available")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 if a file cannot be read")
-    args = parser.parse_args(arguments)
-    if args.output is not None and args.output.suffix not in (".csv", ".json"):
-        parser.error(f"--output must end in .csv or .json, got {args.output}")
-    try:
-        if args.output is not None:
-            check_writable(args.output)
-        names = ("batch_size", "top_k", "window_seconds", "overlap", "aggregate")
-        options = {name: getattr(args, name) for name in names}
-        classifier = load_classifier(args.model, args.device)
-        predictions = predict_folder(classifier, args.folder, return_timeline=args.timeline, **options)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    add = parser.add_argument
+    add("model", help="folder or Hub name of an ASiT classifier")
+    add_data_options(parser)
+    output = "file, with the extension of its format, or folder of parts (default: csv to standard output)"
+    add("--output", type=Path, help=output)
+    formats = "of the table (default: by the extension of the file, or else csv); raven and audacity: a table per clip"
+    add("--format", choices=FORMATS, help=formats)
+    add("--top_k", type=int, help="labels per clip or window (default: 5; of events 1, or all of several labels)")
+    add("--threshold", type=float, help="lowest score (default: none; 0.5 for events of several labels)")
+    windows = "window length for longer clips (default: 30; for events that of the training crops, at least 1)"
+    add("--window_seconds", type=float, help=windows)
+    add("--overlap", type=float, default=0.5, help="overlap of windows, [0, 1) (default: %(default)s)")
+    add("--aggregate", choices=AGGREGATES, default="mean", help="combination of window scores in a clip or event")
+    unit = parser.add_mutually_exclusive_group()
+    unit.add_argument("--timeline", action="store_true", help="the labels of every window")
+    unit.add_argument("--events", action="store_true", help="spans of time with a label, from windows with the same")
+    add_run_options(parser)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    data = args.data[0] if len(args.data) == 1 else args.data
+    corpus = open_corpus(data, args.split, args.audio_column, root=args.root)
+    format = choose_format(args.output, args.format, corpus.num_clips)
+    unit = choose_unit(format, args.timeline, args.events)
+    device = choose_device(args.device)
+    model, feature_extractor = load_trained(
+        args.model, ASiTForAudioClassification, dtype=choose_dtype(args.dtype, device)
+    )
+    top_k = "auto" if args.top_k is None else args.top_k
+    labels = label_rows(
+        _names(model.config), default_function(model.config), unit, top_k, args.threshold, args.aggregate
+    )
+    if unit == "event" and args.window_seconds is None:
+        args.window_seconds = default_window_seconds(model.config)
+        what = "events are joined from windows of %g s, the length of the training crops but at least 1 s; "
+        what += "to change that, set --window_seconds"
+        logger.warning(what, args.window_seconds)
+    job = LabelJob(model.to(device), feature_extractor, labels, args.window_seconds, args.overlap)
     if args.output is None:
         if hasattr(sys.stdout, "reconfigure"):  # names and labels may have characters that a terminal lacks
             sys.stdout.reconfigure(errors="backslashreplace")
-        write_predictions(predictions, sys.stdout)
+        counts = {"clips": 0, "unreadable": 0}
+        with until_output_closes(), LabelTables(format, unit).open(sys.stdout) as table:
+            counts = emit_corpus(job, corpus, table.write, args.batch_size, args.num_workers)
     else:
-        with args.output.open("w", newline="", encoding="utf-8") as file:
-            write_predictions(predictions, file, args.output.suffix[1:])
-    failed = [prediction for prediction in predictions if "error" in prediction]
-    for prediction in failed:
-        print(f"cannot read {prediction['file']}: {prediction['error']}", file=sys.stderr)
-    print(f"{len(predictions) - len(failed)} files classified, {len(failed)} unreadable", file=sys.stderr)
-    return 1 if failed and args.strict else 0
+        tables = LabelTables(
+            format, unit, None if is_file(args.output) else args.output, feature_extractor.sampling_rate / 2
+        )
+        names = ("model", "window_seconds", "overlap", "aggregate")
+        settings = {"command": "predict", "format": format, "unit": unit, "model_hash": model_hash(model, whole=True)}
+        settings |= {"top_k": labels.top_k, "threshold": labels.threshold} | {
+            name: getattr(args, name) for name in names
+        }
+        settings["dtype"] = str(model.dtype).removeprefix("torch.")
+        run_options = args.batch_size, args.num_workers, args.part_clips
+        counts = write_corpus(job, corpus, args.output, tables, settings, *run_options)
+    print(
+        f"{counts['clips'] - counts['unreadable']} files classified, {counts['unreadable']} unreadable",
+        file=sys.stderr,
+    )
+    return 1 if counts["unreadable"] and args.strict else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_command(_parser(), arguments, _run)
 
 
 if __name__ == "__main__":

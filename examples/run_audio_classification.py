@@ -18,12 +18,16 @@ continues from the last checkpoint. The output folder loads with `pipeline("audi
 holds `eval_results.json`, `predictions.csv`, `per_class.csv` and, for up to 100 single-label classes, `confusion.png`.
 With single labels the results include the expected calibration error (`eval_ece_percent`) and the best temperature
 for the same evaluation clips (`eval_in_sample_temperature`).
+`--calibrate` divides the logits by a temperature fitted on the validation data, in the weights of the saved model, and
+adds the calibration error and the negative log-likelihood before and after it to the results.
 `--folds 1,2,3,4,5` cross-validates, with an output folder for each fold and `fold_results.json`.
 
 `--do_train False --do_eval True` evaluates a trained classifier instead, and writes the same tables:
 
     python examples/run_audio_classification.py --model_name_or_path runs/classifier --eval_data test.csv \
         --output_dir runs/scores --do_train False --do_eval True
+
+and with `--calibrate --validation_data validation.csv` it also calibrates, and saves the result to `--output_dir`.
 """
 
 import json
@@ -34,7 +38,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import PredictionOutput
@@ -42,14 +48,16 @@ from transformers.trainer_utils import PredictionOutput
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.data import CORPORA, ClassificationCollator, LabelledClips, filter_rows, label_names, split_dataset
 from asit_hf.data.clips import MAX_SECONDS, warn_of_longer
-from asit_hf.data.labelled import DatasetArguments, check_classes, problem_type_of
+from asit_hf.data.labelled import DatasetArguments, audio_paths, check_classes, problem_type_of
 from asit_hf.data.manifests import SPLIT_COLUMNS
-from asit_hf.evaluation.metrics import TOP_K, calibration_metrics, compute_metrics_for
+from asit_hf.evaluation.metrics import TOP_K, calibration_metrics, compute_metrics_for, temperature_metrics
 from asit_hf.finetuning.augmentation import Augmentation, TrainingClips
+from asit_hf.finetuning.calibration import describe_calibration, label_options
 from asit_hf.finetuning.reports import best_common_epoch, summarize_folds, write_reports
 from asit_hf.finetuning.sampling import balanced_weights
 from asit_hf.finetuning.trainer import FinetuningArguments, FinetuningTrainer
-from asit_hf.hub.cards import CardArguments, describe_run
+from asit_hf.hub.cards import CardArguments, describe_run, write_model_card
+from asit_hf.hub.run_record import add_results
 from asit_hf.loading import is_pretraining_checkpoint, load_config, load_encoder, load_feature_extractor, load_trained
 from asit_hf.utils.arguments import (
     OptionError,
@@ -63,7 +71,9 @@ from asit_hf.utils.arguments import (
 
 logger = logging.getLogger(__name__)
 
-CARD_METRICS = ("accuracy", f"top{TOP_K}_accuracy", "mAP", "mAUC", "mse", "ece_percent", "in_sample_temperature")
+# those that calibration changes
+SCORE_METRICS = ("temperature", "ece_percent_before", "ece_percent", "nll_before", "nll", "in_sample_temperature")
+CARD_METRICS = ("accuracy", f"top{TOP_K}_accuracy", "mAP", "mAUC", "mse", *SCORE_METRICS)
 
 
 @dataclass
@@ -94,11 +104,14 @@ class DataArguments(DatasetArguments):
         default=None,
         help="Folder of class folders, csv or json manifest, Hub data set, or root of a corpus. Needed to train.",
     )
+    validation_data: str | None = HfArg(
+        default=None, help="Data to select the best checkpoint and to calibrate (default: rows of --train_data)."
+    )
     eval_data: str | None = HfArg(default=None, help="Evaluation data (default: rows of --train_data).")
     train_split: str | None = HfArg(
         default=None, help="Split of the training data. Without any split named, those that local data have are used."
     )
-    validation_split: str | None = HfArg(default=None, help="Split of --train_data to select the best checkpoint.")
+    validation_split: str | None = HfArg(default=None, help="Split of the validation data.")
     eval_split: str | None = HfArg(default=None, help="Split of the evaluation data.")
     train_filter: list[str] = HfArg(default_factory=list, help="COLUMN=VALUE[,VALUE...]: training rows to keep.")
     eval_filter: list[str] = HfArg(default_factory=list, help="COLUMN=VALUE[,VALUE...]: evaluation rows to keep.")
@@ -125,12 +138,22 @@ class DataArguments(DatasetArguments):
             refuse_without_effect(self, ["fold_column"], "without folds")
             if self.eval_data is None and (self.eval_split or self.eval_filter):
                 self.eval_data = self.train_data
-        if not (self.folds or self.eval_data or self.validation_split or self.validation_fraction):
+        if not (self.folds or self.eval_data or self.has_validation()):
             raise ValueError("no evaluation data: set --eval_data, --eval_split, --validation_* or --folds")
-        if self.validation_split and self.validation_fraction:
-            raise ValueError("validation_split and validation_fraction exclude each other: unset one of them")
+        if (self.validation_data or self.validation_split) and self.validation_fraction:
+            named = "validation_data" if self.validation_data else "validation_split"
+            raise ValueError(f"{named} and validation_fraction exclude each other: unset one of them")
         if not self.validation_fraction:
             refuse_without_effect(self, ["group_column"], "without validation_fraction")
+
+    def has_validation(self) -> bool:
+        """Whether validation data were requested, apart from the evaluation data."""
+        return bool(self.validation_data or self.validation_split or self.validation_fraction)
+
+    def load_validation(self, **options: Any) -> Dataset:
+        """The validation data of their own, or the rows of the training data's split."""
+        filters = () if self.validation_data else self.train_filter
+        return self.load(self.validation_data or self.train_data, filters, split=self.validation_split, **options)
 
     def hold_out(self, fold: str) -> None:
         """Train on the other folds and evaluate on this one; `train_filter` applies to both."""
@@ -144,7 +167,8 @@ class DataArguments(DatasetArguments):
 
     def _use_splits(self) -> None:
         """Sets the splits that are not named: always those of a corpus, those of other data if none is named."""
-        named = self.train_split or self.validation_split or self.eval_split or self.folds
+        of_rows = None if self.validation_data else self.validation_split
+        named = self.train_split or of_rows or self.eval_split or self.folds
         filtered = any(one.partition("=")[0].strip() in SPLIT_COLUMNS for one in self.train_filter)
         by_filter = filtered or (self.eval_filter and not self.eval_data)
         if self.corpus is None and (named or by_filter or not self.train_data):
@@ -153,12 +177,12 @@ class DataArguments(DatasetArguments):
         self.train_split = self.train_split or splits.get("train")
         if self.eval_data is None or self.corpus is not None:
             self.eval_split = self.eval_split or splits.get("test")
-        if not self.validation_fraction:
+        if not (self.validation_fraction or self.validation_data):
             self.validation_split = self.validation_split or splits.get("validation")
 
     def _check_folds(self) -> None:
-        if self.eval_data or self.eval_split or self.eval_filter or self.validation_split:
-            raise ValueError("folds are evaluated on each other: omit --eval_* and --validation_split")
+        if self.eval_data or self.eval_split or self.eval_filter or self.validation_split or self.validation_data:
+            raise ValueError("folds are evaluated on each other: omit --eval_* and --validation_split or _data")
         folds = self.fold_names()
         if len(folds) < 2 or len(set(folds)) < len(folds):
             raise ValueError(f"expected at least two different folds, such as 1,2,3; got {self.folds!r}")
@@ -210,8 +234,8 @@ def load_data(args: DataArguments, seed: int, selects: bool = True) -> tuple[Dat
     validation = evaluation = None
     if args.eval_data is not None:
         evaluation = args.load(args.eval_data, args.eval_filter, split=args.eval_split, **like)
-    if args.validation_split:
-        validation = args.load(args.train_data, args.train_filter, split=args.validation_split, **like)
+    if args.validation_data or args.validation_split:
+        validation = args.load_validation(**like)
     elif args.validation_fraction:
         train, validation = split_dataset(train, args.validation_fraction, seed, args.group_column)
     elif selects:
@@ -238,7 +262,8 @@ def build_model(
         fields |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     path = args.model_name_or_path
     config = load_config(path, **fields) if path else ASiTConfig.from_size(args.size or "base", **fields)
-    model = ASiTForAudioClassification._from_config(config, attn_implementation=args.attn_implementation)
+    options = {"attn_implementation": args.attn_implementation, "dtype": torch.float32}  # also of 16-bit checkpoints
+    model = ASiTForAudioClassification._from_config(config, **options)
     if not args.random_init:
         if not is_pretraining_checkpoint(config):
             refuse_without_effect(args, ["encoder"], f"with {path}, which is not a pretraining checkpoint")
@@ -274,19 +299,28 @@ def finetune(
     start_run(args)
     if data_args.train_data is None:
         raise OptionError("expected --train_data, the training data, got none")
+    if args.calibrate and not data_args.has_validation():
+        raise OptionError(
+            "calibrate needs validation data that are neither trained on nor evaluated: set --validation_data, "
+            "--validation_split or --validation_fraction 0.1"
+        )
     if model_args.freeze_encoder:
         refuse_without_effect(args, ["layer_decay"], "with freeze_encoder")
     train, validation, evaluation = load_data(data_args, args.seed, args.load_best_model_at_end)
+    if args.calibrate:
+        check_held_out(train, validation)
     problem_type = check_problem_type(data_args.problem_type, train)
     names = None if problem_type == "regression" else label_names(train)
-    if problem_type == "regression" and (data_args.balanced_sampling or args.label_smoothing):
-        raise ValueError("balanced_sampling and label_smoothing need classes, but the labels are numbers")
+    if problem_type == "regression" and (data_args.balanced_sampling or args.label_smoothing or args.calibrate):
+        raise ValueError("balanced_sampling, label_smoothing and calibrate need classes, but the labels are numbers")
     compute_metrics = compute_metrics_for(problem_type, names or ["value"])
     args.choose_metric(problem_type_of(train), compute_metrics, len(names or ["value"]))
     predictions = Path(args.output_dir, "predictions.csv")  # is written last
     if predictions.is_file() and (finished := finished_run(args, len(train))):
-        logger.warning(f"nothing to do: {args.output_dir} holds a finished run of {finished.global_step} steps")
-        return json.loads(Path(args.output_dir, "eval_results.json").read_text()), finished.log_history
+        metrics = json.loads(Path(args.output_dir, "eval_results.json").read_text())
+        if args.calibrate == ("validation_temperature" in metrics):
+            logger.warning(f"nothing to do: {args.output_dir} holds a finished run of {finished.global_step} steps")
+            return metrics, finished.log_history
     predictions.unlink(missing_ok=True)
     model, feature_extractor = build(model_args, inputs, problem_type, names)
     classes = "" if names is None else f" of {len(names)} classes"
@@ -318,15 +352,14 @@ def finetune(
     elif trainer.state.best_model_checkpoint and args.load_best_model_at_end:
         best = f"{args.metric_for_best_model} {trainer.state.best_metric:.4g}"
         logger.info(f"kept the weights of step {trainer.state.best_global_step}, the best by {best}")
+    calibration = trainer.calibrate() if args.calibrate else {}
     trainer.save_model()
     trainer.save_state()
 
-    output = score(trainer, LabelledClips(evaluation, **held_out), problem_type)
+    clips = LabelledClips(evaluation, **held_out)
+    output = score(trainer, clips, problem_type, calibration, evaluation is not validation)
     if trainer.is_world_process_zero() and model.config.model_type == "asit":
-        split = ", ".join(data_args.eval_filter) or data_args.eval_split or "evaluation"
-        data = f"{Path(data_args.eval_data or data_args.train_data).name} ({split})"
-        results = [(data, metric, output.metrics.get(f"eval_{metric}")) for metric in CARD_METRICS]
-        results = [row for row in results if row[-1] is not None]
+        results = card_results(output.metrics, data_args)
         command = ["examples/run_audio_classification.py", *arguments]
         base_model = None if model_args.random_init else model_args.model_name_or_path
         describe_run(trainer, command, card_args, train.select_columns("audio"), results, base_model)
@@ -337,56 +370,115 @@ def finetune(
     return output.metrics, trainer.state.log_history
 
 
-def score(trainer: FinetuningTrainer, clips: LabelledClips, problem_type: str) -> PredictionOutput:
-    """Predictions for clips and their metrics, which are logged and saved."""
-    output = trainer.predict(clips, metric_key_prefix="eval")
-    if problem_type == "single_label_classification":
-        calibration = calibration_metrics(output.predictions, output.label_ids)
-        output.metrics.update({f"eval_{metric}": value for metric, value in calibration.items()})
+def check_held_out(train: Dataset, validation: Dataset) -> None:
+    """Raises `ValueError` for validation clips whose files are also training clips."""
+    trained, held_out = set(audio_paths(train)), set(audio_paths(validation))
+    if shared := trained & held_out:
+        got = f"{len(shared)} of {len(held_out)} files in common, first {min(shared)}"
+        raise ValueError(
+            f"calibrate needs validation clips that are not trained on, got {got}: remove them from either"
+        )
+
+
+def score(
+    trainer: FinetuningTrainer, clips: LabelledClips, problem_type: str, calibration: dict[str, float], others: bool
+) -> PredictionOutput:
+    """
+    Predictions for clips and their metrics, which are logged and saved. `calibration` is the result of
+    `FinetuningTrainer.calibrate` if it was called; `others`: whether it was fitted on other clips than these.
+    """
+    output, metrics = trainer.predict(clips, metric_key_prefix="eval"), {}
+    if calibration and others:
+        metrics = temperature_metrics(output.predictions, output.label_ids, calibration["temperature"])
+        logger.info(describe_calibration(metrics, "evaluation clips"))
+    elif problem_type == "single_label_classification" and not calibration:
+        metrics = calibration_metrics(output.predictions, output.label_ids)
+    output.metrics.update({f"eval_{metric}": value for metric, value in metrics.items()})
+    output.metrics.update({f"validation_{metric}": value for metric, value in calibration.items()})
     trainer.log_metrics("eval", output.metrics)
     trainer.save_metrics("eval", output.metrics, combined=False)
     return output
 
 
+def card_results(metrics: dict[str, float], args: DataArguments) -> list[tuple[str, str, float]]:
+    """Rows for the model card: data, metric and value."""
+    split = ", ".join(args.eval_filter) or args.eval_split or "evaluation"
+    fitted = f"{metrics.get('validation_clips')} clips on which the temperature was fitted"
+    validation = args.validation_data or args.train_data
+    data = {
+        "eval": f"{Path(args.eval_data or validation).name} ({split})",
+        "validation": f"{Path(validation).name} ({args.validation_split or 'validation'}, {fitted})",
+    }
+    return [
+        (data[kind], metric, metrics[f"{kind}_{metric}"])
+        for kind in data
+        for metric in CARD_METRICS
+        if f"{kind}_{metric}" in metrics
+    ]
+
+
 def evaluate(
-    model_args: ModelArguments, data_args: DataArguments, inputs: InputArguments, args: FinetuningArguments
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    inputs: InputArguments,
+    card_args: CardArguments,
+    args: FinetuningArguments,
+    arguments: list[str],
 ) -> dict[str, float]:
-    """The metrics of a trained classifier, with its own classes, on the evaluation data."""
+    """
+    The metrics of a trained classifier, with its own classes, on the evaluation data. With `calibrate` they are those
+    of the calibrated classifier, which is saved.
+    """
     start_run(args)
-    if data_args.eval_data is None:
-        raise OptionError("expected --eval_data, the data to evaluate on, with do_train False")
+    if args.calibrate:
+        if not (data_args.validation_data or data_args.validation_split):
+            raise OptionError("expected --validation_data, clips that were not trained on, to calibrate, got none")
+        if Path(args.output_dir).resolve() == Path(model_args.model_name_or_path or "").resolve():
+            raise OptionError(f"expected another --output_dir than the classifier's, got {args.output_dir}")
+    else:
+        if data_args.eval_data is None:
+            raise OptionError("expected --eval_data, the data to evaluate on, with do_train False")
+        refuse_without_effect(data_args, ["validation_data"], "with do_train False, without calibrate")
     refuse_without_effect(model_args, ["random_init", "pooling_mode", "freeze_encoder"], "with do_train False")
     refuse_without_effect(data_args, ["folds", "validation_fraction"], "with do_train False")
     model, feature_extractor = load_trained(
         model_args.model_name_or_path,
         ASiTForAudioClassification,
         attn_implementation=model_args.attn_implementation,
+        dtype=torch.float32,  # as the features; 16 bits would also round the calibrated weights
     )
     for name in ("mean", "std"):
         if (value := getattr(inputs, name)) is not None:
             setattr(feature_extractor, name, value)
-    names, of_model = None, model.config.problem_type
-    of_model = of_model or ("regression" if model.config.num_labels == 1 else data_args.problem_type)
-    if data_args.problem_type not in (None, of_model):
-        raise ValueError(f"expected problem_type {of_model}, as the model has, got {data_args.problem_type}")
-    if of_model != "regression":
-        names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    # a model of several labels is also evaluated on single ones
-    form = None if of_model == "multi_label_classification" else of_model
-    options = {"split": data_args.eval_split, "names": names, "problem_type": form}
-    data = data_args.load(data_args.eval_data, data_args.eval_filter, **options)
+    of_model, options = label_options(model.config, data_args.problem_type)
+    data = validation = None
+    if data_args.eval_data is not None:
+        data = data_args.load(data_args.eval_data, data_args.eval_filter, split=data_args.eval_split, **options)
+    if args.calibrate:
+        validation = data_args.load_validation(**options)
+    data = validation if data is None else data
     problem_type = check_problem_type(of_model, data)
     logger.info(f"{len(data)} evaluation clips, {problem_type}")
     args.eval_strategy = args.save_strategy = "no"  # of training
+    held_out = {"sampling_rate": feature_extractor.sampling_rate, "max_seconds": inputs.evaluation_seconds(data)}
+    names = options["names"]
     trainer = FinetuningTrainer(
         model=model,
         args=args,
+        eval_dataset=LabelledClips(validation, **held_out) if args.calibrate else None,
         data_collator=ClassificationCollator(feature_extractor, model.config.num_labels, problem_type),
         compute_metrics=compute_metrics_for(problem_type, names or ["value"]),
         processing_class=feature_extractor,
     )
-    clips = LabelledClips(data, feature_extractor.sampling_rate, inputs.evaluation_seconds(data))
-    output = score(trainer, clips, problem_type)
+    calibration = trainer.calibrate() if args.calibrate else {}
+    if calibration:
+        trainer.save_model()
+    output = score(trainer, LabelledClips(data, **held_out), problem_type, calibration, data is not validation)
+    if calibration and trainer.is_world_process_zero():
+        command = ["examples/run_audio_classification.py", *arguments]
+        results = [row for row in card_results(output.metrics, data_args) if row[1] in SCORE_METRICS]
+        add_results(args.output_dir, model_args.model_name_or_path, command, results, SCORE_METRICS)
+        write_model_card(args.output_dir, **card_args.facts())
     if trainer.is_world_process_zero():
         write_reports(Path(args.output_dir), data, output, problem_type, names)
     return output.metrics
@@ -425,7 +517,7 @@ def main(arguments: list[str] | None = None, build: Callable = build_model) -> d
     parsed = parse_arguments(GROUPS, arguments)
     data_args, args = parsed[1], parsed[-1]
     if not args.do_train:
-        return evaluate(parsed[0], data_args, parsed[2], args)
+        return evaluate(*parsed[:3], *parsed[4:], arguments)
     if data_args.folds is not None:
         return cross_validate(arguments, data_args, args, build)
     return finetune(*parsed, arguments, build=build)[0]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import EvalPrediction
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioFrameClassification
@@ -199,7 +200,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             raise ValueError(f"expected events in {data_args.train_labels}, got {len(train_events)} clips without any")
     else:
         refuse_without_effect(model_args, ["encoder", "random_init", "drop_path_rate"], "with do_train False")
-        model, feature_extractor = load_trained(model_args.model_name_or_path, ASiTForAudioFrameClassification)
+        model, feature_extractor = load_trained(
+            model_args.model_name_or_path, ASiTForAudioFrameClassification, dtype=torch.float32
+        )
         names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     eval_events = read_strong_labels(data_args.eval_labels, data_args.label_column)
     eval_events = known_events(eval_events, names, data_args)

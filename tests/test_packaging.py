@@ -1,3 +1,5 @@
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -6,10 +8,14 @@ import zipfile
 from inspect import getdoc, signature
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import yaml
+from tiny import MEL, build
 
 import asit_hf
+import asit_hf.data
 from asit_hf import (
     ASiTConfig,
     ASiTFeatureExtractor,
@@ -35,6 +41,27 @@ classifier = pipeline("audio-classification", model="classifier")
 print(len(classifier(np.zeros(16000, np.float32))))
 import asit_hf.pretraining.trainer, asit_hf.finetuning.trainer, asit_hf.predict
 import asit_hf.evaluation.hear, asit_hf.evaluation.mteb, asit_hf.evaluation.xares
+"""
+
+# accelerate is missing because transformers imports it wherever it is installed
+FIRST_LABELS = """
+import json, sys
+
+connections = []
+sys.addaudithook(lambda event, _: event.startswith("socket.") and connections.append(event))
+sys.modules["accelerate"] = None
+import asit_hf, asit_hf.data
+from asit_hf.predict import main
+from transformers import pipeline
+
+print(len(pipeline("audio-classification", model=sys.argv[1])(sys.argv[2])), "labels")
+main(sys.argv[1:])
+unneeded = ["av", "datasets", "evaluate", "matplotlib", "pandas", "pyarrow", "sklearn", "tensorboard"]
+unneeded += ["transformers.trainer", *(f"asit_hf.{room}" for room in ("evaluation", "finetuning", "hub", "plotting"))]
+unneeded += ["asit_hf.pretraining.arguments", "asit_hf.pretraining.trainer"]
+imported = [name for name in sys.modules if f"{name}.".startswith(tuple(f"{one}." for one in unneeded))]
+from asit_hf import *
+print(json.dumps({"connections": connections, "imported": imported}))
 """
 
 
@@ -63,14 +90,33 @@ def test_every_argument_is_documented(documented, names):
     assert not missing
 
 
+@pytest.mark.parametrize("package", [asit_hf, asit_hf.data], ids=lambda package: package.__name__)
+def test_every_exported_name_exists(package):
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        package.no_such_name  # noqa: B018
+
+
 @pytest.mark.slow
-def test_import_needs_no_extras():
-    """Neither `import asit_hf` nor `import *` imports what only training needs."""
-    code = "import sys; sys.modules['accelerate'] = None\nfrom asit_hf import *\nprint(ASiTModel, load_encoder)\n"
-    code += "print(sorted({'datasets', 'sklearn', 'evaluate', 'matplotlib'} & {*sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+def test_inference_imports_only_what_it_needs(tmp_path):
+    """The first label of a local model needs no extra, no module of training and no connection."""
+    build(ASiTForAudioClassification).save_pretrained(tmp_path / "model")
+    ASiTFeatureExtractor(num_mel_bins=MEL).save_pretrained(tmp_path / "model")
+    wav = tmp_path / "clip.wav"
+    soundfile.write(wav, np.random.default_rng(0).normal(0, 0.1, 22050), 22050)
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_LABELS, tmp_path / "model", wav],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
+    first, *rows, last = done.stdout.splitlines()
+    assert first == "5 labels"
+    assert len(rows) == 1 + 5  # a header, and the labels of `predict`
+    assert json.loads(last) == {"connections": [], "imported": []}
 
 
 def test_readme_names_the_supported_versions():

@@ -11,7 +11,9 @@ import torch
 from odd_names import copy_with_odd_names
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTModel
+from asit_hf.corpus.timeline import Timeline
 from asit_hf.data import load_audio_dataset, read_audio
+from asit_hf.data.event_tables import read_strong_labels
 from asit_hf.predict import load_classifier, main, predict_folder
 from asit_hf.utils.names import local_path
 
@@ -170,8 +172,7 @@ def test_command_line_errors(model_folder, sounds, tmp_path, capsys):
     (tmp_path / "no audio").mkdir()
     assert main([str(model_folder), str(tmp_path / "no audio")]) == 1
     assert "no audio" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([str(model_folder), str(sounds), "--output", "predictions.xlsx"])
+    assert main([str(model_folder), str(sounds), "--output", "predictions.xlsx"]) == 1
     assert "predictions.xlsx" in capsys.readouterr().err
 
     encoder = ASiTModel(ASiTConfig.from_pretrained(model_folder))
@@ -216,3 +217,40 @@ def test_recordings_of_phones_and_browsers(classifier, sounds, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     (failed,) = predict_folder(classifier, sounds / "memo.m4a", progress=False)
     assert "asit-hf[av]" in failed["error"]
+
+
+@pytest.mark.parametrize("format", ["raven", "audacity", "csv"])
+def test_event_tables(model_folder, sounds, tmp_path, format, caplog):
+    """The events of a clip are the timeline that `listen` prints of it."""
+    command, output = [str(model_folder), str(sounds), "--format", format], tmp_path / "events"
+    assert main([*command, "--events", "--output", str(output), "--part_clips", "3"]) == 0
+    assert "1 s" in caplog.text  # the windows; training crops are shorter
+    timeline = Timeline()
+    for window in load_classifier(model_folder)(sounds / "long.wav", window_seconds=1.0, return_timeline=True)[
+        "timeline"
+    ]:
+        timeline.add(window)
+    spans = [(round(one["start"], 3), round(one["end"], 3), one["label"]) for one in timeline.finish()]
+    events = read_strong_labels(output)
+    assert [tuple(event) for event in events["long.wav"]] == spans
+    assert events.keys() >= set(GOOD)
+    parts = sorted(path.name for path in output.glob("part-*"))
+    if format != "csv":
+        assert sorted(path.relative_to(output).as_posix() for path in output.rglob("*.txt")) == [
+            f"{name}.txt" for name in GOOD
+        ]
+        rows = [json.loads(line) for part in parts for line in (output / part).open()]
+        assert [row["file"] for row in rows if "error" in row] == BAD
+    assert len(parts) == 3
+
+
+def test_one_event_table_of_one_clip(model_folder, sounds, tmp_path, capsys):
+    arguments = ["--format", "raven", "--output", str(tmp_path / "clip.txt")]
+    assert main([str(model_folder), str(sounds / "b" / "cut.wav"), *arguments]) == 1
+    assert "cut.wav" in capsys.readouterr().err.splitlines()[-1]
+    assert os.listdir(tmp_path) == ["sounds"]  # nothing that a repaired clip would inherit
+    assert main([str(model_folder), str(sounds / "long.wav"), *arguments]) == 0
+    (events,) = read_strong_labels(tmp_path / "clip.txt").values()
+    assert events[-1].offset == 2.6
+    assert main([str(model_folder), str(sounds), *arguments]) == 1
+    assert "8 clips" in capsys.readouterr().err

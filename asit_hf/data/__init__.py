@@ -1,46 +1,28 @@
 """Audio files, data sets of audio, and the crops and batches made from them."""
 
-from .audio import AudioInfo, AudioReader, AudioReadError, audio_info, read_audio, resample, to_mono_float
-from .clips import LabelledClips
-from .collators import ClassificationCollator, collate_crops
-from .corpora.registry import CORPORA, load_corpus
-from .crops import CropSettings, PretrainingCrops
-from .datasets import find_audio_files, load_audio_dataset, load_unlabelled
-from .filters import filter_rows
-from .formats import AUDIO_EXTENSIONS
-from .labels import encode_labels, label_names
-from .packed import PackedAudio, PackedCrops, is_packed
-from .randomness import sample_key
-from .splits import find_group_column, split_dataset
-from .streaming import StreamingCrops
+from importlib import import_module
 
-__all__ = [
-    "AUDIO_EXTENSIONS",
-    "AudioInfo",
-    "AudioReadError",
-    "AudioReader",
-    "CORPORA",
-    "ClassificationCollator",
-    "CropSettings",
-    "LabelledClips",
-    "PackedAudio",
-    "PackedCrops",
-    "PretrainingCrops",
-    "StreamingCrops",
-    "audio_info",
-    "collate_crops",
-    "encode_labels",
-    "filter_rows",
-    "find_audio_files",
-    "find_group_column",
-    "is_packed",
-    "label_names",
-    "load_audio_dataset",
-    "load_corpus",
-    "load_unlabelled",
-    "read_audio",
-    "resample",
-    "sample_key",
-    "split_dataset",
-    "to_mono_float",
-]
+# Names by module, imported on first access: inference reads audio, and does without what training and tables need.
+_EXPORTS = {
+    "audio": ["AudioInfo", "AudioReader", "AudioReadError", "audio_info", "read_audio", "resample", "to_mono_float"],
+    "clips": ["LabelledClips"],
+    "collators": ["ClassificationCollator", "collate_crops"],
+    "corpora.registry": ["CORPORA", "load_corpus"],
+    "crops": ["CropSettings", "PretrainingCrops"],
+    "datasets": ["find_audio_files", "load_audio_dataset", "load_unlabelled"],
+    "filters": ["filter_rows"],
+    "formats": ["AUDIO_EXTENSIONS"],
+    "labels": ["encode_labels", "label_names"],
+    "packed": ["PackedAudio", "PackedCrops", "is_packed"],
+    "randomness": ["sample_key"],
+    "splits": ["find_group_column", "split_dataset"],
+    "streaming": ["StreamingCrops"],
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+__all__ = list(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,11 +20,12 @@ from .manifests import (
     AUDIO_COLUMNS,
     LABEL_COLUMNS,
     MANIFEST_EXTENSIONS,
+    Manifest,
     find_column,
     load_manifest,
-    manifest_splits,
 )
 from .splits import check_class_folders, first_folders, match_split, split_kind, split_paths
+from .tars import read_tar
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -157,7 +157,7 @@ def find_splits(data: str | os.PathLike) -> dict[str, Path | None]:
     path = Path(data).expanduser()
     manifest = _metadata_file(path) or path
     if manifest.is_file() and manifest.suffix.lower() in (*MANIFEST_EXTENSIONS, ".txt"):
-        names = manifest_splits(manifest)
+        names = Manifest(manifest).splits()
         if all(map(split_kind, names)) and "train" in map(split_kind, names):
             return dict.fromkeys(names)
     if (path / "dataset_dict.json").exists():
@@ -260,7 +260,7 @@ def _metadata_file(folder: Path) -> Path | None:
 
 
 def _has_split(manifest: Path, split: str) -> bool:
-    return manifest.suffix.lower() != ".parquet" and match_split(split, manifest_splits(manifest)) is not None
+    return manifest.suffix.lower() != ".parquet" and match_split(split, Manifest(manifest).splits()) is not None
 
 
 def _split_paths(folder: Path) -> dict[str, Path]:
@@ -395,18 +395,8 @@ def _load_tars(files: list[Path], streaming: bool, options: dict) -> "IterableDa
 
 def _read_tars(paths: list[str]) -> Iterator[dict[str, Any]]:
     for path in paths:
-        left_out = LeftOut(path)
-        try:
-            with tarfile.open(path, "r|*") as archive:
-                for member in archive:
-                    if member.isfile() and Path(member.name).suffix.lower() in AUDIO_EXTENSIONS:
-                        name = path_text(f"{os.path.basename(path)}/{member.name}")
-                        yield {"audio": {"bytes": archive.extractfile(member).read(), "path": name}}
-                    elif member.isfile():
-                        left_out.add(member.name, lambda member=member: archive.extractfile(member).read())
-        except tarfile.TarError as error:
-            raise ValueError(f"cannot read {path}: damaged or truncated tar file ({error})") from error
-        left_out.report()
+        for name, content in read_tar(path):
+            yield {"audio": {"bytes": content(), "path": path_text(f"{os.path.basename(path)}/{name}")}}
 
 
 def _load_spec(spec: "str | dict", defaults: dict[str, Any]) -> "Dataset | IterableDataset":

@@ -5,11 +5,12 @@ import logging
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from ..utils.names import local_path, path_text
+from ..utils.urls import is_url, join_url, url_size
 from .formats import AUDIO_EXTENSIONS
 
 logger = logging.getLogger(__name__)
@@ -19,13 +20,31 @@ _CHECKED = 10000
 
 def walk(folder: Path) -> list[Path]:
     """All files below `folder`, sorted, without hidden ones. Links to folders are followed, each folder once."""
-    files, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
-        files += [Path(parent, name) for name in names if not name.startswith(".") and real not in seen]
-        seen.add(real)
-    return sorted(files)
+    return [folder / name for name in walk_names(folder)]
+
+
+def walk_names(folder: str | os.PathLike) -> Iterator[str]:
+    """The files that [`walk`] finds, relative to `folder`, one after another in the same order."""
+    return _walk(os.fspath(folder), "", set())
+
+
+def _walk(folder: str, prefix: str, seen: set[str]) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    if real in seen:
+        return
+    seen.add(real)
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        logger.warning("%s is left out: %s", path_text(folder), error.strerror)
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(entry.path, f"{prefix}{entry.name}/", seen)
+        else:
+            yield prefix + entry.name
 
 
 def resolve_paths(values: Sequence[Any], root: str | os.PathLike, source: str | os.PathLike) -> list[str]:
@@ -45,33 +64,68 @@ def resolve_paths(values: Sequence[Any], root: str | os.PathLike, source: str | 
         ValueError: a row without a name.
         FileNotFoundError: no file at all is found.
     """
-    names = []
-    for row, value in enumerate(values):
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, (str, int)):
-            raise ValueError(f"expected a path in row {row} of {source}, got {value!r}")
-        names.append(local_path(str(value)))
-    paths = [name if "://" in name else os.path.join(root, name) for name in names]
-    local = [row for row, name in enumerate(names) if "://" not in name]
-    if all(os.path.isfile(paths[row]) for row in local[:: max(1, len(local) // _CHECKED)]):
-        return [path_text(path) for path in paths]
-    missing = {row for row in local if not os.path.isfile(paths[row])}
-    taken = {os.path.normpath(path) for row, path in enumerate(paths) if row not in missing}
-    found = _search(Path(root), sorted({names[row] for row in missing}), taken)
-    if not found and len(missing) == len(local):
-        what = f"none of the {len(local)} files of {source} exists, for instance {paths[local[0]]}"
-        folder = _folder_beside(Path(root), names[local[0]])
+    names = [name_in_row(value, row, source) for row, value in enumerate(values)]
+    moved = find_moved(names, root, source)
+    return [path_text(moved.get(name) or join_path(os.fspath(root), name)) for name in names]
+
+
+def name_in_row(value: Any, row: int, source: str | os.PathLike) -> str:
+    """The name of a file in a cell of the table `source`; `ValueError` if it has none."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+        raise ValueError(f"expected a path in row {row} of {source}, got {value or None!r}")
+    return local_path(str(value))
+
+
+def join_path(folder: str, name: str) -> str:
+    """The path or URL of `name` in `folder`, both of which may be URLs."""
+    if is_url(folder) and not os.path.isabs(name):
+        return join_url(folder, name)
+    return name if is_url(name) else os.path.join(folder, name)
+
+
+def find_moved(names: Sequence[str], root: str | os.PathLike, source: str | os.PathLike) -> dict[str, str]:
+    """Paths of the files that are not where their names say, by name, see [`resolve_paths`]; of many names, a sample
+    tells whether there are such files. Of URLs, it is only found out whether the first and the last one exist.
+    """
+    root = os.fspath(root)
+    local = [row for row, name in enumerate(names) if not is_url(name)]
+    if local and is_url(root):
+        _check_urls([join_path(root, names[row]) for row in {local[0], local[-1]}], len(local), source)
+        return {}
+    sample = local[:: max(1, len(local) // _CHECKED)]
+    if all(os.path.isfile(os.path.join(root, names[row])) for row in sample):
+        return {}
+    missing, taken = Counter(), set()
+    for row in local:
+        path = os.path.join(root, names[row])
+        if os.path.isfile(path):
+            taken.add(os.path.normpath(path))
+        else:
+            missing[names[row]] += 1
+    found = _search(Path(root), sorted(missing), taken)
+    first = next(iter(missing), None)
+    if not found and missing.total() == len(local):
+        what = f"none of the {len(local)} files of {source} exists, for instance {os.path.join(root, first)}"
+        folder = _folder_beside(Path(root), first)
         raise FileNotFoundError(f"{what}: set root to {folder or 'the folder that the paths are relative to'}")
-    moved = [row for row in sorted(missing) if names[row] in found]
+    moved = [name for name in missing if name in found]
     if moved:
-        example = f"{names[moved[0]]} as {found[names[moved[0]]]}"
-        logger.warning_once(
-            f"{len(moved)} of {len(names)} files of {source} were found below {root}, such as {example}"
-        )
-    for row in moved:
-        paths[row] = found[names[row]]
-    return [path_text(path) for path in paths]
+        count, example = sum(missing[name] for name in moved), f"{moved[0]} as {found[moved[0]]}"
+        logger.warning_once(f"{count} of {len(names)} files of {source} were found below {root}, such as {example}")
+    return found
+
+
+def _check_urls(urls: Sequence[str], count: int, source: str | os.PathLike) -> None:
+    for url in urls:
+        try:
+            url_size(url)
+            return
+        except FileNotFoundError:
+            continue
+    what = f"neither the first nor the last of the {count} files of {source} exists, for instance {urls[0]}"
+    raise FileNotFoundError(f"{what}: set root to the folder or URL that the paths are relative to")
 
 
 def _search(root: Path, names: Sequence[str], taken: set[str]) -> dict[str, str]:

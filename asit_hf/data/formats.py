@@ -40,12 +40,12 @@ class LeftOut:
         self.counts: Counter[str] = Counter()
         self.reasons: dict[str, str | None] = {}
 
-    def add(self, name: str, open_file: Callable[[], Any]) -> None:
-        """Takes a file's name, and a function that returns its path or content."""
+    def add(self, name: str, open_file: Callable[[], Any], count: int = 1) -> None:
+        """Takes a file's name, and a function that returns its path or content; `count` files with its extension."""
         extension = os.path.splitext(name)[1].lower()
         if extension not in self.reasons:
             self.reasons[extension] = why_left_out(extension, open_file)
-        self.counts[extension] += 1
+        self.counts[extension] += count
 
     def report(self) -> None:
         """One warning for each reason, with the number of files by extension."""

@@ -166,6 +166,13 @@ def targets(dataset: "Dataset") -> np.ndarray:
     return rows
 
 
+def audio_paths(dataset: "Dataset") -> list[str]:
+    """The path of every clip; none for embedded audio, whose names may repeat, and which takes time to read."""
+    if dataset[0]["audio"]["bytes"] is not None:
+        return []
+    return [audio["path"] for audio in dataset.select_columns("audio").with_format("arrow")[:]["audio"].to_pylist()]
+
+
 def check_classes(dataset: "Dataset", data: str | PathLike) -> None:
     """Raise a `ValueError` for labelled clips of `data` that teach nothing, as all of them have the same one class."""
     if problem_type_of(dataset) == "regression" or len(names := label_names(dataset)) > 1:
@@ -211,12 +218,9 @@ def _check_present(dataset: "Dataset", data: str | PathLike) -> None:
 
 def _report_repeats(dataset: "Dataset", data: str | PathLike) -> None:
     """Counts the files that have several rows with different labels, as tables of one row per label do."""
-    if dataset[0]["audio"]["bytes"] is not None:  # names of embedded audio may repeat, and reading it takes time
-        return
-    paths = dataset.select_columns("audio").with_format("arrow")[:]["audio"].to_pylist()
     labels: dict[str, list] = {}
-    for audio, label in zip(paths, dataset["label"][:]):
-        labels.setdefault(audio["path"], []).append(label)
+    for path, label in zip(audio_paths(dataset), dataset["label"][:]):
+        labels.setdefault(path, []).append(label)
     if unlike := [path for path, found in labels.items() if any(label != found[0] for label in found)]:
         what = f"{len(unlike)} of {len(labels)} files of {data} have several rows with different labels"
         logger.warning_once(f"{what}, first {unlike[0]}: the labels of a clip belong in one cell, such as 'dog;cat'")

@@ -4,9 +4,10 @@ import ast
 import itertools
 import logging
 import math
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,29 +52,58 @@ def divide_labels(
     feature = dataset.features["label"]
     if separator == NO_SEPARATOR or str(getattr(feature, "dtype", "")) not in ("string", "large_string"):
         return dataset
-    cells = [cell.strip() if cell else None for cell in dataset["label"][:]]
-    texts = sorted({cell for cell in cells if cell})
+    cells = dataset["label"][:]
+    labels = divide_cells(Counter(cells), names, separator, source)
+    divided = [labels[cell] for cell in cells]
+    return dataset if divided == cells else dataset.remove_columns("label").add_column("label", divided)
+
+
+def divide_cells(
+    counts: Mapping[str | None, int],
+    names: Sequence[str] | None = None,
+    separator: str | None = None,
+    source: str | os.PathLike = "the data set",
+) -> dict[str | None, Any]:
+    """The label of each different cell of a column, or its labels if the cells are lists; see [`divide_labels`].
+
+    Args:
+        counts: how often each cell occurs.
+        names, separator, source: as there.
+    """
+    stripped = {cell: cell.strip() or None if cell else None for cell in counts}
+    if separator == NO_SEPARATOR:
+        return stripped
+    texts = sorted({text for text in stripped.values() if text})
     if separator:
         lists = {text: _cleaned(text.split(separator)) for text in texts if separator in text}
     else:
         lists = find_lists(texts, names)
-    if lists and all(len(labels) < 2 and written_list(text) is None for text, labels in lists.items()):
-        example = next(cell for cell in cells if cell in lists)
+    if not lists:
+        return stripped
+    example = next(text for text in stripped.values() if text in lists)
+    if all(len(labels) < 2 and written_list(text) is None for text, labels in lists.items()):
         what = f"label cells of {source} such as {example!r} have a separator, but none has several labels"
         logger.warning_once(f"{what}: each is one label (label_separator=none keeps them whole)")
-        cells = [next(iter(lists[cell]), None) if cell in lists else cell for cell in cells]
-    elif lists:
-        example = next(cell for cell in cells if cell in lists)
-        what = f"{sum(cell in lists for cell in cells)} of {len(cells)} label cells of {source} are lists"
-        what += f", such as {example!r} of {' and '.join(map(repr, lists[example])) or 'nothing'}"
-        if None in cells:
-            what += f", and {cells.count(None)} are empty, for clips without a label"
-        say = logger.info if separator else logger.warning_once
-        say(f"{what} (label_separator=none keeps them whole)")
-        cells = [lists.get(cell, [cell] if cell else []) for cell in cells]
-    elif cells == dataset["label"][:]:
-        return dataset
-    return dataset.remove_columns("label").add_column("label", cells)
+        return {cell: next(iter(lists[text]), None) if text in lists else text for cell, text in stripped.items()}
+    number = {True: 0, False: 0, None: 0}  # of lists, of other labels and of empty cells
+    for cell, text in stripped.items():
+        number[text and text in lists] += counts[cell]
+    what = f"{number[True]} of {sum(number.values())} label cells of {source} are lists"
+    what += f", such as {example!r} of {' and '.join(map(repr, lists[example])) or 'nothing'}"
+    if number[None]:
+        what += f", and {number[None]} are empty, for clips without a label"
+    say = logger.info if separator else logger.warning_once
+    say(f"{what} (label_separator=none keeps them whole)")
+    return {cell: lists.get(text, [text] if text else []) for cell, text in stripped.items()}
+
+
+def label_text(label: Any, names: Sequence[str] | None = None) -> str | None:
+    """A label as text: a class id by its name in `names`; of a list, the labels joined by `;`; None if missing."""
+    if isinstance(label, (list, tuple, np.ndarray)):
+        return ";".join(filter(None, (label_text(one, names) for one in label)))
+    if label is None or (isinstance(label, float) and math.isnan(label)):
+        return None
+    return as_text(label) if names is None else names[label]
 
 
 def find_lists(texts: Iterable[str], names: Sequence[str] | None = None) -> dict[str, list[str]]:

@@ -7,15 +7,21 @@ The readers of `datasets` infer other types: speaker "007" becomes 7, and labels
 import json
 import logging
 import math
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ..utils.texts import Categories
+from ..utils.urls import url_path
 from .files import resolve_paths
 from .formats import AUDIO_EXTENSIONS
 from .splits import match_split, split_kind
-from .tables import TABLE_EXTENSIONS, read_table, read_text
+from .tables import TABLE_EXTENSIONS, OpenTable, read_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,51 +64,132 @@ NUMBER = re.compile(r"-?((0|[1-9]\d{0,17})(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 _DECIMAL_COMMA = re.compile(r"-?(0|[1-9]\d{0,14})(,\d+)?")
 
 
+class Manifest:
+    """A manifest of which only the text is in memory; columns are read from it when they are asked for.
+
+    Args:
+        path: of the file.
+        audio_column: whose cells are names also if they look like numbers.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+
+    def __init__(self, path: str | os.PathLike, audio_column: str | None = None):
+        self.path = path
+        self._names_of_files = {audio_column, *AUDIO_COLUMNS}
+        is_table = os.path.splitext(url_path(os.fspath(path)))[1].lower() in TABLE_EXTENSIONS
+        self._rows = OpenTable(path) if is_table else _JsonRows(path, audio_column)
+        self.names = self._rows.names
+
+    def cells(self, name: str) -> Iterator[Any]:
+        """The cells of a column as they are written; missing ones are None or empty."""
+        if isinstance(self._rows, OpenTable):
+            return (cells[0] for _, cells in self._rows.rows([name]))
+        return (row.get(name) for row in self._rows)
+
+    def typed(self, cells: Sequence[Any], name: str) -> list[Any]:
+        """Cells of a column, or the different ones among them, as numbers if all are; missing ones are None."""
+        if not isinstance(self._rows, OpenTable):
+            return list(cells)
+        if name in self._names_of_files:  # file names that are numbers stay text
+            return [cell or None for cell in cells]
+        return _typed(cells, name, self._rows.delimiter, self.path)
+
+    def find_audio(self, wanted: str | None = None) -> str:
+        """The column of files: `wanted`, one of the usual names, or the only one of names of audio files.
+
+        Raises:
+            ValueError: no such column, or no rows.
+        """
+        columns = ", ".join(self.names)
+        if not self.names or next(self.cells(self.names[0]), self) is self:
+            raise ValueError(f"no rows in {self.path}" + (f" below its first row {columns}" if columns else ""))
+        named = any(name.lower().endswith(AUDIO_EXTENSIONS) for name in self.names)  # a row instead of names
+        if wanted is None and not any(_plain(name) in AUDIO_COLUMNS for name in self.names):
+            found = [name for name in self.names if all(map(_is_audio, self.cells(name)))]
+            if len(found) == 1 and not found[0].lower().endswith(AUDIO_EXTENSIONS):
+                logger.warning_once(f"audio column of {self.path}: {found[0]} (audio_column)")
+                return found[0]
+        try:
+            return find_column(self.names, wanted, AUDIO_COLUMNS, "audio", str(self.path))
+        except ValueError as error:
+            if wanted is None and named:
+                message = f"{error}; or put a first row with names above the files in {self.path}"
+                raise ValueError(message) from None
+            raise
+
+    def find_label(self, wanted: str | None = None) -> str | None:
+        """The column of labels: `wanted` or one of the usual names."""
+        return find_column(self.names, wanted, LABEL_COLUMNS, "label", str(self.path))
+
+    def in_split(self, split: str) -> np.ndarray:
+        """Which rows are in a split, `(rows,)`.
+
+        Raises:
+            ValueError: no such split.
+        """
+        column = self._split_column()
+        if column is None:
+            raise ValueError(f"no split {split!r} in {self.path}: expected a column 'split' among {self.names}")
+        cells, names = self._splits(column)
+        found = sorted({name for name in names if name is not None})
+        wanted = match_split(str(split), found)
+        if wanted is None:
+            raise ValueError(f"no split {split!r} in {self.path}: expected one of {found}")
+        name_of_row = np.array(names, object)[cells.codes]
+        if without := int((name_of_row == None).sum()):  # noqa: E711  by element
+            logger.warning_once(
+                f"{without} of {len(cells)} rows of {self.path} have no {column}: they are in no split"
+            )
+        return name_of_row == wanted
+
+    def splits(self) -> list[str]:
+        """The values of the column of splits, if there is one."""
+        column = self._split_column()
+        return [] if column is None else sorted({name for name in self._splits(column)[1] if name is not None})
+
+    def _splits(self, column: str) -> tuple[Categories, list[str | None]]:
+        cells = Categories(self.cells(column))
+        return cells, [None if one is None else as_text(one) for one in self.typed(cells.values, column)]
+
+    def _split_column(self) -> str | None:
+        """The column of splits by its name, or else the only one of names of splits, one of them for training."""
+        if found := find_column(self.names, None, SPLIT_COLUMNS, "split", str(self.path)):
+            return found
+        found = [name for name in self.names if self._holds_splits(name)]
+        if len(found) != 1:
+            return None
+        logger.warning_once(f"split column of {self.path}: {found[0]}")
+        return found[0]
+
+    def _holds_splits(self, name: str) -> bool:
+        kinds = {}
+        for cell in self.cells(name):
+            if cell and isinstance(cell, str) and cell not in kinds:
+                kinds[cell] = split_kind(cell)
+                if kinds[cell] is None or len(kinds) == 10:
+                    return False
+        return {"train"} < set(kinds.values())
+
+
 def load_manifest(
     path: Path, split: str | None, audio_column: str | None, label_column: str | None, root: Path
 ) -> "Dataset":
     """The rows of a manifest with full paths; arguments as in [`~asit_hf.data.datasets.load_audio_dataset`]."""
     from datasets import Dataset
 
-    columns = _read(path, audio_column)
-    rows = len(next(iter(columns.values()), []))
-    if rows == 0:
-        raise ValueError(f"no rows in {path}" + (f" below its first row {', '.join(columns)}" if columns else ""))
-    if audio_column is None:
-        columns = _with_audio(columns, path)
-    try:
-        audio = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", str(path))
-    except ValueError as error:
-        if audio_column is None and any(name.lower().endswith(AUDIO_EXTENSIONS) for name in columns):
-            raise ValueError(f"{error}; or put a first row with names above the files in {path}") from None
-        raise
-    find_column(columns, label_column, LABEL_COLUMNS, "label", str(path))
+    manifest = Manifest(path, audio_column)
+    audio = manifest.find_audio(audio_column)
+    manifest.find_label(label_column)
+    columns = {name: manifest.typed(list(manifest.cells(name)), name) for name in manifest.names}
     if split is not None:
-        columns = _select_split(columns, split, path)
+        in_split = manifest.in_split(split)
+        columns = {name: list(compress(values, in_split)) for name, values in columns.items()}
     columns[audio] = resolve_paths(columns[audio], root, path)
+    if audio_column is None and _plain(audio) not in AUDIO_COLUMNS:
+        columns = {"audio" if name == audio else name: values for name, values in columns.items()}
     return Dataset.from_dict({name: _uniform(values, name, path) for name, values in columns.items()})
-
-
-def _with_audio(columns: dict[str, list], path: Path) -> dict[str, list]:
-    """The columns, the only one of names of audio files called "audio" if none has a usual name."""
-    if any(_plain(name) in AUDIO_COLUMNS for name in columns):
-        return columns
-    found = [
-        name
-        for name, values in columns.items()
-        if all(isinstance(value, str) and value.lower().endswith(AUDIO_EXTENSIONS) for value in values)
-    ]
-    if len(found) != 1 or found[0].lower().endswith(AUDIO_EXTENSIONS):  # a row instead of names
-        return columns
-    logger.warning_once(f"audio column of {path}: {found[0]} (audio_column)")
-    return {"audio" if name == found[0] else name: values for name, values in columns.items()}
-
-
-def manifest_splits(path: Path) -> list[str]:
-    """The values of a manifest's column of splits, if there is one."""
-    columns = _read(path, None)
-    column = _split_column(columns, path)
-    return sorted({as_text(value) for value in columns[column] if value is not None}) if column else []
 
 
 def find_column(columns: Iterable[str], wanted: str | None, usual: tuple, kind: str, source: str) -> str | None:
@@ -139,21 +226,11 @@ def as_text(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _read(path: Path, audio_column: str | None) -> dict[str, list]:
-    return (_read_columns if path.suffix.lower() in TABLE_EXTENSIONS else _read_json)(path, audio_column)
+def _is_audio(cell: Any) -> bool:
+    return isinstance(cell, str) and cell.lower().endswith(AUDIO_EXTENSIONS)
 
 
-def _read_columns(path: Path, audio_column: str | None) -> dict[str, list]:
-    table = read_table(path)
-    columns = {name: table.column(name) for name in table.names}
-    names = {audio_column, *AUDIO_COLUMNS}  # file names that are numbers stay text
-    return {
-        name: [value or None for value in values] if name in names else _typed(values, name, table.delimiter, path)
-        for name, values in columns.items()
-    }
-
-
-def _typed(values: list[str], name: str, delimiter: str, path: Path) -> list:
+def _typed(values: Sequence[str], name: str, delimiter: str, path: str | os.PathLike) -> list:
     """The column as numbers if all its values are ("007" is a name); an empty field is None."""
     filled = [value for value in values if value and value.lower() != "nan"]
     if not filled:
@@ -169,38 +246,67 @@ def _typed(values: list[str], name: str, delimiter: str, path: Path) -> list:
     return [value or None for value in values]
 
 
-def _read_json(path: Path, audio_column: str | None) -> dict[str, list]:
-    text = read_text(path)
-    try:
-        content = json.loads(text) if path.suffix.lower() != ".jsonl" else _json_lines(text)
-    except json.JSONDecodeError as error:
-        try:
-            content = _json_lines(text) if path.suffix.lower() != ".jsonl" else json.loads(text)
-        except json.JSONDecodeError:
-            what = f"expected a json list of rows or one json object per line in {path}"
-            raise ValueError(f"{what}: {error}") from error
-    rows = _rows(content, audio_column)
-    if wrong := [row for row in rows if not isinstance(row, dict)]:
-        raise ValueError(f"expected every row of {path} to be a json object with named columns, got {wrong[0]!r}")
-    rows = [{str(name).strip(): _clean(value) for name, value in row.items()} for row in rows]
-    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+class _JsonRows:
+    """The rows of a json file. If they follow one another, as a list or in lines, one at a time is in memory."""
+
+    def __init__(self, path: str | os.PathLike, audio_column: str | None):
+        self.path = path
+        text, errors = read_text(path), []
+        in_lines = os.fspath(path).lower().endswith(".jsonl")
+        for way in (in_lines, not in_lines):
+            try:
+                self._values = _json_values(text, way, audio_column)
+                self.names = list(dict.fromkeys(name for row in self for name in row))
+                return
+            except json.JSONDecodeError as error:
+                errors.append(error)
+        what = f"expected a json list of rows or one json object per line in {path}"
+        raise ValueError(f"{what}: {errors[0]}") from errors[0]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for row in self._values():
+            row = {"audio": row} if isinstance(row, str) else row
+            if not isinstance(row, dict):
+                what = f"expected every row of {self.path} to be a json object with named columns"
+                raise ValueError(f"{what}, got {row!r}")
+            yield {str(name).strip(): _clean(value) for name, value in row.items()}
 
 
-def _json_lines(text: str) -> list:
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+def _json_values(text: str, in_lines: bool, audio_column: str | None) -> Callable[[], Iterable[Any]]:
+    """A function that returns the rows as json values."""
+    if in_lines:
+        return lambda: (json.loads(line[0]) for line in re.finditer("[^\n]+", text) if line[0].strip())
+    if text.lstrip().startswith("["):
+        return lambda: _json_items(text)
+    rows = _rows(json.loads(text), audio_column)
+    return lambda: rows
+
+
+def _json_items(text: str) -> Iterator[Any]:
+    """The items of a json list, one after another."""
+    decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*").match
+    position = space(text, text.index("[") + 1).end()
+    while not text.startswith("]", position):
+        value, position = decode(text, position)
+        yield value
+        position = space(text, position).end()
+        if text.startswith(",", position):
+            position = space(text, position + 1).end()
+        elif not text.startswith("]", position):
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+    if text[position + 1 :].strip():
+        raise json.JSONDecodeError("Extra data", text, position + 1)
 
 
 def _rows(content: Any, audio_column: str | None) -> list:
-    """Rows of any usual layout: a list of them, by itself or as the value of a key such as "data"; columns or rows by
-    name or number, as pandas writes them; records or labels by path; a list of paths.
+    """Rows of any usual layout but a list: a list of them as the value of a key such as "data"; columns or rows by
+    name or number, as pandas writes them; records or labels by path.
     """
     usual = {audio_column, *AUDIO_COLUMNS}
 
     def has_audio(names: Iterable) -> bool:
         return any(name in usual or str(name).strip().lower() in usual for name in names)
 
-    if isinstance(content, list):
-        return [{"audio": row} if isinstance(row, str) else row for row in content]
     if not isinstance(content, dict):
         return [content]
     values = list(content.values())
@@ -230,35 +336,6 @@ def _clean(value: Any) -> Any:
     if isinstance(value, list):
         return [_clean(one) for one in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _select_split(columns: dict[str, list], split: str, path: Path) -> dict[str, list]:
-    column = _split_column(columns, path)
-    if column is None:
-        raise ValueError(f"no split {split!r} in {path}: expected a column 'split' among {list(columns)}")
-    names = [None if value is None else as_text(value) for value in columns[column]]
-    found = sorted({name for name in names if name is not None})
-    wanted = match_split(str(split), found)
-    if wanted is None:
-        raise ValueError(f"no split {split!r} in {path}: expected one of {found}")
-    kept = [row for row, name in enumerate(names) if name == wanted]
-    if None in names:
-        without = f"{names.count(None)} of {len(names)} rows of {path} have no {column}"
-        logger.warning_once(f"{without}: they are in no split")
-    return {name: [values[row] for row in kept] for name, values in columns.items()}
-
-
-def _split_column(columns: dict[str, list], path: Path) -> str | None:
-    """The column of splits by its name, or else the only one of names of splits alone, among them one for training."""
-    if found := find_column(columns, None, SPLIT_COLUMNS, "split", str(path)):
-        return found
-    texts = {name: {value for value in values if isinstance(value, str)} for name, values in columns.items()}
-    kinds = {name: set(map(split_kind, found)) for name, found in texts.items() if len(found) < 10}
-    found = [name for name, of_column in kinds.items() if None not in of_column and {"train"} < of_column]
-    if len(found) != 1:
-        return None
-    logger.warning_once(f"split column of {path}: {found[0]}")
-    return found[0]
 
 
 def _uniform(values: list, name: str, path: Path) -> list:

@@ -6,8 +6,12 @@ import logging
 import os
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..utils.texts import Texts
+from ..utils.urls import is_url, stream_url, url_path
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +32,12 @@ _BINARY = {
     b"\x1f\x8b": "a gzip file",
     b"PAR1": "a parquet file",
 }
-_Lines = list[tuple[int, str]]  # line numbers and lines
-_Rows = list[tuple[int, list[str]]]  # line numbers and cells
+_LINE = re.compile("([^\r\n]*)(?:\r\n|\r|\n|\\Z)")
+_Rows = Iterator[tuple[int, list[str]]]  # the number of a row's first line, and its cells
+
+
+class _DamagedError(ValueError):
+    """What is wrong with a row."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Table:
         delimiter: between cells.
     """
 
-    path: Path
+    path: Path | str
     names: list[str]
     rows: list[list[str]]
     lines: list[int]
@@ -78,28 +86,110 @@ def read_table(path: str | os.PathLike, header: bool = True, fill: bool = False,
         ValueError: a file that is not text, a header that repeats a name, or a row with fewer or more cells than the
             header, with its line. A table without rows is no error.
     """
-    path = Path(path)
-    lines = list(enumerate(re.split("\r\n|\r|\n", read_text(path)), 1))
-    own = _OF_EXTENSION.get(path.suffix.lower(), "\t")
-    if mark := re.fullmatch('"?sep=(.)"?', lines[0][1].strip(" ")):  # Excel's
-        own, lines = mark[1], lines[1:]
-    lines = [(number, line) for number, line in lines if not (comment and line.lstrip().startswith(comment))]
-    delimiter, rows = _divide(lines, own, header, fill, path)
-    if delimiter != _OF_EXTENSION.get(path.suffix.lower(), delimiter):
-        logger.warning_once(f"the cells of {path} are separated by {_DELIMITERS.get(delimiter, repr(delimiter))}")
-    numbers, cells = [number for number, _ in rows], [row for _, row in rows]
-    if not header or not rows:
-        return Table(path, [], cells, numbers, delimiter)
-    width = max(map(len, cells))
-    cells = [row + [""] * (width - len(row)) for row in cells]
-    used = [index for index in range(width) if any(row[index] for row in cells)]  # Excel writes empty columns
-    cells = [[row[index] for index in used] for row in cells]
-    names = [name or f"Unnamed: {index}" for index, name in zip(used, cells[0])]  # as pandas calls its index
-    repeated = next((name for name, count in Counter(names).items() if count > 1), None)
-    if repeated:
-        what = f"expected the first row of {path} to name the columns"
-        raise ValueError(f"{what}, each differently; got {repeated!r} more than once in {', '.join(names)}")
-    return Table(path, names, cells[1:], numbers[1:], delimiter)
+    table = OpenTable(path, header, fill, comment)
+    numbers, rows = [], []
+    for number, cells in table.rows():
+        numbers.append(number)
+        rows.append(cells)
+    return Table(table.path, table.names, rows, numbers, table.delimiter)
+
+
+class OpenTable:
+    """A delimited table that is checked when it is opened and divided again whenever its rows are read, so that only
+    its text is in memory. Arguments and errors as of [`read_table`].
+
+    Attributes:
+        names: the header; empty if the table is read without one.
+    """
+
+    def __init__(self, path: str | os.PathLike, header: bool = True, fill: bool = False, comment: str | None = None):
+        self.path = path if is_url(path) else Path(path)
+        extension = os.path.splitext(url_path(os.fspath(path)))[1].lower()
+        self._text, self._comment, self._header, self._fill = read_text(path), comment, header, fill
+        own = _OF_EXTENSION.get(extension, "\t")
+        self._mark = re.match(' *"?sep=(.)"? *(?=[\r\n]|\\Z)', self._text)  # Excel's
+        self.delimiter, self._split, self._used = self._divide(self._mark[1] if self._mark else own)
+        if self.delimiter != _OF_EXTENSION.get(extension, self.delimiter):
+            name = _DELIMITERS.get(self.delimiter, repr(self.delimiter))
+            logger.warning_once(f"the cells of {path} are separated by {name}")
+        self.names: list[str] = []
+        first = next(self._split(self._lines(), self.delimiter), None)
+        if not header or first is None:
+            return
+        cells = [*first[1], *[""] * (max(self._used) + 1 - len(first[1]))]
+        self.names = [cells[index] or f"Unnamed: {index}" for index in self._used]  # as pandas calls its index
+        repeated = next((name for name, count in Counter(self.names).items() if count > 1), None)
+        if repeated:
+            what = f"expected the first row of {path} to name the columns"
+            raise ValueError(f"{what}, each differently; got {repeated!r} more than once in {', '.join(self.names)}")
+
+    def rows(self, names: Sequence[str] | None = None) -> _Rows:
+        """The number of each row's first line, and its cells: in the columns `names`, or all of them."""
+        rows = self._split(self._lines(), self.delimiter)
+        if not self._header:
+            yield from rows
+            return
+        next(rows, None)
+        used = self._used if names is None else [self._used[self.names.index(name)] for name in names]
+        for number, cells in rows:
+            yield number, [cells[index] if index < len(cells) else "" for index in used]
+
+    def column(self, name: str) -> Texts:
+        """The cells of a column, by row."""
+        return Texts(cells[0] for _, cells in self.rows([name]))
+
+    def _lines(self) -> Iterator[tuple[int, str]]:
+        for number, match in enumerate(_LINE.finditer(self._text), 1):
+            line = match[1]
+            if not (self._comment and line.lstrip().startswith(self._comment)) and not (number == 1 and self._mark):
+                yield number, line
+
+    def _divide(self, own: str) -> tuple[str, Callable[..., _Rows], list[int]]:
+        """The delimiter, how rows are divided by it, and the places of the cells that are not always empty."""
+        error = None  # by the first delimiter that divides the header
+        for split in (_split_quoted, _split_plainly):
+            for delimiter in (own, *(other for other in _DELIMITERS if other != own)):
+                try:
+                    used = self._check(split(self._lines(), delimiter), at_least=2)
+                except _DamagedError as wrong:
+                    error = error or wrong
+                    continue
+                if used:
+                    if error and split is _split_plainly:
+                        logger.warning_once(
+                            f"quotes in {self.path} do not pair up and are read as characters: {error}"
+                        )
+                    return delimiter, split, used
+        try:  # one column
+            if error is None:
+                return own, _split_quoted, self._check(_split_quoted(self._lines(), own), at_least=0)
+        except _DamagedError as wrong:
+            error = wrong
+        raise ValueError(f"{error} of {self.path}")
+
+    def _check(self, rows: _Rows, at_least: int) -> list[int]:
+        """The places of the cells that are not always empty; none if the first row has fewer cells than `at_least`."""
+        try:
+            first = next(rows, None)
+        except _DamagedError:
+            if at_least:
+                return []
+            raise
+        if first is None or len(first[1]) < at_least:
+            return []
+        header = first[1]
+        least = max(index for index, name in enumerate(header, 1) if name)
+        filled = {index for index, name in enumerate(header) if name}
+        for number, cells in rows:
+            filled.update(index for index, cell in enumerate(cells) if cell)
+            if not self._header or len(cells) == len(header):
+                continue
+            count = max(index for index, cell in enumerate(cells, 1) if cell)
+            if count > len(header) or (len(cells) < least and not self._fill):
+                raise _DamagedError(
+                    f"expected {len(header)} cells as in the header, got {len(cells)} in line {number}"
+                )
+        return sorted(filled)
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -109,7 +199,8 @@ def read_text(path: str | os.PathLike) -> str:
     Raises:
         ValueError: a file that is not text.
     """
-    content = Path(path).read_bytes()
+    with stream_url(path) if is_url(path) else open(path, "rb") as file:
+        content = file.read()
     kind = next((kind for start, kind in _BINARY.items() if content.startswith(start)), None)
     encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
     try:
@@ -136,65 +227,35 @@ def _decode_windows(content: bytes, path: str | os.PathLike) -> str:
         raise ValueError(f"expected text in UTF-8 or Windows-1252 in {path}, got neither: save it as UTF-8") from None
 
 
-def _divide(lines: _Lines, own: str, header: bool, fill: bool, path: Path) -> tuple[str, _Rows]:
-    """The delimiter of a table, and its rows with the header."""
-    error = None  # by the first delimiter that divides the header
-    for split in (_split_quoted, _split_plainly):
-        for delimiter in (own, *(other for other in _DELIMITERS if other != own)):
-            rows, wrong = split(lines, delimiter)
-            wrong = wrong or (_check_widths(rows, fill) if header else None)
-            if rows and len(rows[0][1]) > 1:
-                if wrong is None:
-                    if error and split is _split_plainly:
-                        logger.warning_once(f"quotes in {path} do not pair up and are read as characters: {error}")
-                    return delimiter, rows
-                error = error or wrong
-    rows, wrong = _split_quoted(lines, own)  # one column
-    error = error or wrong or (_check_widths(rows, fill) if header else None)
-    if error:
-        raise ValueError(f"{error} of {path}")
-    return own, rows
+def _split_quoted(lines: Iterator[tuple[int, str]], delimiter: str) -> _Rows:
+    """Rows of the format that the csv module calls strict."""
+    numbers: list[int] = []  # of the lines of a row
 
+    def texts() -> Iterator[str]:
+        for number, line in lines:
+            numbers.append(number)
+            yield f"{line}\n"
 
-def _split_quoted(lines: _Lines, delimiter: str) -> tuple[_Rows, str | None]:
-    """Rows of the format that the csv module calls strict, up to the first error, and that error."""
-    text = (f"{line}\n" for _, line in lines)
-    reader = csv.reader(text, delimiter=delimiter, skipinitialspace=True, strict=True)
-    rows: _Rows = []
+    reader = csv.reader(texts(), delimiter=delimiter, skipinitialspace=True, strict=True)
     while True:
-        start = reader.line_num
+        numbers.clear()
         try:
             cells = [cell.strip() for cell in next(reader)]
         except StopIteration:
-            return rows, None
+            return
         except csv.Error as error:
-            return rows, f"{error} in the row that begins in line {lines[start][0]}"
+            raise _DamagedError(f"{error} in the row that begins in line {numbers[0]}") from None
         if any(cells):
-            rows.append((lines[start][0], cells))
+            yield numbers[0], cells
 
 
-def _split_plainly(lines: _Lines, delimiter: str) -> tuple[_Rows, str | None]:
+def _split_plainly(lines: Iterator[tuple[int, str]], delimiter: str) -> _Rows:
     """Rows divided at every delimiter; quotes around a whole cell are removed, spaces beside them too."""
-    rows: _Rows = []
     for number, line in lines:
         cells = [cell.strip() for cell in line.split(delimiter)]
         if delimiter != "\t" and any(cell.startswith('"') != cell.endswith('"') for cell in cells):
-            return rows, f"quotes that do not pair up in line {number}"
+            raise _DamagedError(f"quotes that do not pair up in line {number}")
         quoted = [len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in cells]
         cells = [cell[1:-1].replace('""', '"').strip() if inside else cell for inside, cell in zip(quoted, cells)]
         if any(cells):
-            rows.append((number, cells))
-    return rows, None
-
-
-def _check_widths(rows: _Rows, fill: bool) -> str | None:
-    """What is wrong with the first row that has fewer or more cells than the header, without empty ones at the end."""
-    if not rows:
-        return None
-    header = rows[0][1]
-    least = max(index for index, name in enumerate(header, 1) if name)
-    for number, cells in rows:
-        filled = max(index for index, cell in enumerate(cells, 1) if cell)
-        if filled > len(header) or (len(cells) < least and not fill):
-            return f"expected {len(header)} cells as in the header, got {len(cells)} in line {number}"
-    return None
+            yield number, cells

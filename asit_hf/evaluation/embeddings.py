@@ -1,6 +1,6 @@
 """Embeddings of whole clips and of every time patch, from any ASiT checkpoint."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any
@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ..data.audio import AudioReader, AudioReadError
 from ..data.clips import MAX_SECONDS, audio_of, undecoded
+from ..data.windows import Windows
 from ..fbank_asit import window_and_hop
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..modeling_asit import ASiTModel, ASiTPreTrainedModel
@@ -56,8 +57,8 @@ def embed(
     Returns:
         `np.ndarray` of shape `(clips, dim)`, float32, in the order of `clips`.
     """
-    window = None if window_seconds is None else _window_samples(model, feature_extractor, window_seconds)
-    windows = _clip_windows(clips, window)
+    windows = None if window_seconds is None else embedding_windows(model, feature_extractor, window_seconds)
+    windows = _clip_windows(clips, windows)
     options = {"sorted_batches": _SORTED_BATCHES if sort_by_length else 1, "num_layers": num_layers}
     embedded = _embed_windows(windows, model, feature_extractor, pooling, batch_size, device, **options)
     total = len(clips) if hasattr(clips, "__len__") else None
@@ -91,10 +92,10 @@ def embed_tokens(
     Returns:
         `np.ndarray` of shape `(layers, time_patches, hidden_size)`, float16, for every clip.
     """
-    encoder = _encoder_of(model)
+    encoder = encoder_of(model)
     num_layers = len(encoder.layers) if num_layers is None else num_layers
     embedding_size(encoder, "mean", num_layers)  # raises for a wrong number
-    window = None if window_seconds is None else _window_samples(model, feature_extractor, window_seconds)
+    windows = None if window_seconds is None else embedding_windows(model, feature_extractor, window_seconds)
 
     def reduce(tokens: list[torch.Tensor], counts: torch.Tensor) -> list[np.ndarray]:
         means = torch.stack([time_patch_means(layer, encoder.config.position_grid[1]) for layer in tokens], dim=1)
@@ -103,7 +104,7 @@ def embed_tokens(
 
     batches = {"batch_size": batch_size, "sorted_batches": _SORTED_BATCHES}
     embedded = _per_clip(
-        _clip_windows(clips, window), encoder, feature_extractor, reduce, device, num_layers, **batches
+        _clip_windows(clips, windows), encoder, feature_extractor, reduce, device, num_layers, **batches
     )
     total = len(clips) if hasattr(clips, "__len__") else None
     progress_bar = tqdm(embedded, total=total, desc="Embedding", unit="clip", disable=not progress)
@@ -168,11 +169,8 @@ def embed_files(
     Yields:
         [`ClipEmbeddings`] for every source, or the error if it cannot be read.
     """
-    window = _window_samples(model, feature_extractor, window_seconds)
-    if max_seconds is not None and max_seconds <= 0:
-        raise ValueError(f"expected max_seconds above 0, got {max_seconds}")
-    sources = map(audio_of, undecoded(sources))
-    windows = _file_windows(sources, feature_extractor.sampling_rate, window, max_seconds)
+    windows = embedding_windows(model, feature_extractor, window_seconds, max_seconds)
+    windows = _file_windows(map(audio_of, undecoded(sources)), windows)
     yield from _embed_windows(
         windows, model, feature_extractor, pooling, batch_size, device, num_layers, _SORTED_WINDOW_BATCHES
     )
@@ -207,6 +205,25 @@ def embedding_size(encoder: ASiTModel, pooling: str, num_layers: int = 1) -> int
     return vectors * encoder.config.hidden_size * num_layers
 
 
+def embedding_windows(
+    model: ASiTPreTrainedModel,
+    feature_extractor: ASiTFeatureExtractor,
+    window_seconds: float = MAX_SECONDS,
+    max_seconds: float | None = None,
+) -> Windows:
+    """
+    Windows of whole time patches, one after the other; a last one with at least one patch is kept. Options as in
+    [`embed_files`].
+    """
+    if max_seconds is not None and max_seconds <= 0:
+        raise ValueError(f"expected max_seconds above 0, got {max_seconds}")
+    rate, patch_size = feature_extractor.sampling_rate, encoder_of(model).config.patch_size
+    window, hop = window_and_hop(rate)
+    frames = window_time_patches(window_seconds, rate, patch_size) * patch_size
+    limit = None if max_seconds is None else max(1, round(max_seconds * rate))
+    return Windows(rate, (frames - 1) * hop + window, frames * hop, (patch_size - 1) * hop + window, limit)
+
+
 def window_time_patches(window_seconds: float, sampling_rate: int, patch_size: int) -> int:
     """Number of whole time patches in a window. Raises `ValueError` if there is none."""
     samples = round(window_seconds * sampling_rate, 3)  # 32.16 * 16000 is just below a whole number
@@ -216,19 +233,7 @@ def window_time_patches(window_seconds: float, sampling_rate: int, patch_size: i
     return time_patches
 
 
-def _window_samples(
-    model: ASiTPreTrainedModel, feature_extractor: ASiTFeatureExtractor, window_seconds: float
-) -> tuple[int, int, int]:
-    """Samples of a window, of the shortest later window, a time patch, and from one window to the next."""
-    rate, patch_size = feature_extractor.sampling_rate, _encoder_of(model).config.patch_size
-    window, hop = window_and_hop(rate)
-    frames = window_time_patches(window_seconds, rate, patch_size) * patch_size
-    return (frames - 1) * hop + window, (patch_size - 1) * hop + window, frames * hop
-
-
-def _clip_windows(
-    clips: Iterable, window: tuple[int, int, int] | None
-) -> Iterator[tuple[int, np.ndarray | torch.Tensor]]:
+def _clip_windows(clips: Iterable, windows: Windows | None) -> Iterator[tuple[int, np.ndarray | torch.Tensor]]:
     """(index of the clip, waveform) of every window; by default a clip is one window."""
     # by index if there is a length: a data set need not raise IndexError at its end
     items = (clips[index] for index in range(len(clips))) if hasattr(clips, "__len__") else clips
@@ -236,29 +241,20 @@ def _clip_windows(
         if isinstance(item, dict) and "waveform" not in item:
             raise ValueError(f"expected a waveform in clip {index}, got {item.get('bad_files', sorted(item))}")
         waveform = item["waveform"] if isinstance(item, dict) else item
-        length, shortest, step = window or (max(1, len(waveform)),) * 3
+        whole = max(1, len(waveform))
+        length, shortest, step = (windows.length, windows.shortest, windows.step) if windows else (whole,) * 3
         # later windows need a whole time patch; the first may be shorter
         for start in range(0, max(1, len(waveform) - shortest + 1), step):
             yield index, waveform[start : start + length]
 
 
-def _file_windows(
-    sources: Iterable, rate: int, window: tuple[int, int, int], max_seconds: float | None
-) -> Iterator[tuple[int, np.ndarray | AudioReadError]]:
+def _file_windows(sources: Iterable, windows: Windows) -> Iterator[tuple[int, np.ndarray | AudioReadError]]:
     """(index of the source, waveform) of every window, or an error, which ends the source."""
-    length, shortest, step = window
-    limit = float("inf") if max_seconds is None else max(1, round(max_seconds * rate))
     for index, source in enumerate(sources):
         try:
             with AudioReader(source) as reader:
-                start = 0
-                while start == 0 or start + shortest <= min(reader.num_samples(rate), limit):
-                    try:
-                        yield index, reader.read(rate, start, int(min(length, limit - start)))
-                    except AudioReadError:
-                        if start < reader.num_samples(rate):  # otherwise an mp3 was shorter than its header claims
-                            raise
-                    start += step
+                for _, waveform, _ in windows.read(reader):
+                    yield index, waveform
         except AudioReadError as error:
             yield index, error
 
@@ -274,7 +270,7 @@ def _embed_windows(
     sorted_batches: int = 1,
 ) -> Iterator[ClipEmbeddings | AudioReadError]:
     """Embeddings of every clip from its consecutive windows, or its error."""
-    encoder = _encoder_of(model)
+    encoder = encoder_of(model)
     embedding_size(encoder, pooling, num_layers)  # raises for wrong options
 
     def reduce(tokens: list[torch.Tensor], counts: torch.Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -289,11 +285,12 @@ def _embed_windows(
         if isinstance(results, AudioReadError):
             yield results
             continue
-        scenes, timestamps = zip(*results)
-        scene = _pool_windows(scenes, [len(part) for part in timestamps], pooling, num_layers)
-        timestamps = np.concatenate(timestamps)
+        pooled = PooledWindows(pooling, num_layers)
+        for scene, part in results:
+            pooled.add(scene, len(part))
+        timestamps = np.concatenate([part for _, part in results])
         centers = time_patch_centers(len(timestamps), feature_extractor.sampling_rate, encoder.config.patch_size)
-        yield ClipEmbeddings(scene, timestamps, centers)
+        yield ClipEmbeddings(pooled.value(), timestamps, centers)
 
 
 def _per_clip(
@@ -328,21 +325,34 @@ def _per_clip(
         yield results[-1] if isinstance(results[-1], AudioReadError) else results
 
 
-def _pool_windows(
-    scenes: Sequence[np.ndarray], time_patches: Sequence[int], pooling: str, num_layers: int
-) -> np.ndarray:
-    """The embedding `(dim,)` of a clip from those of its windows, equal to pooling all patches at once; float32."""
-    mean = np.average(scenes, axis=0, weights=time_patches)
-    if pooling == "mean_std_time":
-        # total variance = variance within windows + variance of their means
-        means, deviations = np.moveaxis(np.reshape(scenes, (len(scenes), num_layers, 2, -1)), 2, 0)
-        mean = mean.reshape(num_layers, 2, -1)
-        squares = deviations**2 + (means - mean[:, 0]) ** 2
-        mean[:, 1] = np.sqrt(np.average(squares, axis=0, weights=time_patches))
-    return mean.reshape(-1).astype(np.float32)
+class PooledWindows:
+    """
+    The embedding of a clip from those of its windows, equal to pooling all patches at once, but that CLS tokens are
+    averaged. Only sums are in memory.
+    """
+
+    def __init__(self, pooling: str, num_layers: int = 1):
+        self.has_deviations, self.num_layers = pooling == "mean_std_time", num_layers
+        self.time_patches, self.sum = 0, 0.0
+
+    def add(self, embedding: np.ndarray, time_patches: int) -> None:
+        """A window's embedding `(dim,)`, see `pool_tokens`, with its number of time patches."""
+        parts = embedding.astype(np.float64).reshape(self.num_layers, 2 if self.has_deviations else 1, -1)
+        if self.has_deviations:  # sums of variances and squared means, from which the total variance follows
+            parts = np.stack([parts[:, 0], parts[:, 1] ** 2 + parts[:, 0] ** 2], axis=1)
+        self.sum = self.sum + time_patches * parts
+        self.time_patches += time_patches
+
+    def value(self) -> np.ndarray:
+        """`(dim,)`, float32."""
+        mean = self.sum / self.time_patches
+        if self.has_deviations:
+            mean[:, 1] = np.sqrt(np.maximum(mean[:, 1] - mean[:, 0] ** 2, 0.0))
+        return mean.reshape(-1).astype(np.float32)
 
 
-def _encoder_of(model: ASiTPreTrainedModel) -> ASiTModel:
+def encoder_of(model: ASiTPreTrainedModel) -> ASiTModel:
+    """The encoder of a model that has one as `asit`, or the model itself."""
     return getattr(model, model.base_model_prefix, model)
 
 
@@ -361,17 +371,21 @@ def _tokens(
     encoder.eval()
     waveforms = [torch.as_tensor(waveform, device=device) for waveform in waveforms]
     features = feature_extractor(waveforms, sampling_rate=feature_extractor.sampling_rate, return_tensors="pt")
-    outputs = encoder(
-        features["input_values"].to(encoder.dtype),
-        attention_mask=features["attention_mask"],
-        output_hidden_states=num_layers > 1,
-    )
+    tokens = last_tokens(encoder, features["input_values"], features["attention_mask"], num_layers)
     encoder.train(was_training)
-    tokens = [outputs.last_hidden_state]
-    if num_layers > 1:
-        tokens = [encoder.layernorm(hidden) for hidden in outputs.hidden_states[-num_layers:-1]] + tokens
     time_patches = (features["attention_mask"].sum(-1) // encoder.config.patch_size).clamp_min(1)
     return tokens, time_patches
+
+
+def last_tokens(
+    encoder: ASiTModel, input_values: torch.Tensor, attention_mask: torch.Tensor | None, num_layers: int = 1
+) -> list[torch.Tensor]:
+    """Tokens `(clips, 1 + patches, hidden)` of the last layers, in order, each after the final layer norm."""
+    outputs = encoder(
+        input_values.to(encoder.dtype), attention_mask=attention_mask, output_hidden_states=num_layers > 1
+    )
+    earlier = outputs.hidden_states[-num_layers:-1] if num_layers > 1 else ()
+    return [*(encoder.layernorm(hidden) for hidden in earlier), outputs.last_hidden_state]
 
 
 def pool_tokens(tokens: torch.Tensor, time_patches: torch.Tensor, pooling: str) -> torch.Tensor:

@@ -65,43 +65,108 @@ def single_label_metrics(scores: np.ndarray, labels: np.ndarray, k: int = TOP_K)
     return metrics
 
 
-def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
+def expected_calibration_error(probabilities: np.ndarray, targets: np.ndarray, num_bins: int = 15) -> float:
     """
     Mean distance between the confidence (highest probability) and the accuracy in bins of equal width of confidence,
-    weighted by their clips; from 0 to 1 (Guo et al. 2017, https://arxiv.org/abs/1706.04599, equation 3).
+    weighted by their clips; from 0 to 1 (Guo et al. 2017, https://arxiv.org/abs/1706.04599, equation 3). For 0-1
+    targets, every label of every clip counts, with its probability as the confidence that it is present.
 
     Args:
         probabilities (`np.ndarray` of shape `(clips, classes)`): from 0 to 1.
-        labels (`np.ndarray` of shape `(clips,)`): class ids.
+        targets (`np.ndarray` of shape `(clips,)` or `(clips, classes)`): class ids, or 0-1 targets.
         num_bins (`int`): number of bins; bin i holds confidences above (i - 1) / num_bins up to i / num_bins.
     """
-    probabilities, labels = _check_class_ids(probabilities, labels)
+    probabilities, targets = _check_labels(probabilities, targets)
     if probabilities.min() < 0 or probabilities.max() > 1 + 1e-6:
-        raise ValueError(f"expected probabilities, got {probabilities.min()} to {probabilities.max()}: use softmax")
-    confidences, right = probabilities.max(axis=1).astype(float), probabilities.argmax(axis=1) == labels
+        needed = "softmax" if targets.ndim == 1 else "sigmoid"
+        raise ValueError(f"expected probabilities, got {probabilities.min()} to {probabilities.max()}: use {needed}")
+    confidences, right = probabilities.ravel(), targets.ravel()
+    if targets.ndim == 1:
+        confidences, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == targets
     bins = np.ceil(confidences.clip(max=1) * num_bins).astype(int)
-    return float(np.abs(np.bincount(bins, weights=confidences - right)).sum() / len(labels))
+    return float(np.abs(np.bincount(bins, weights=confidences - right)).sum() / len(right))
 
 
-def fit_temperature(logits: np.ndarray, labels: np.ndarray, bounds: tuple[float, float] = (0.01, 100.0)) -> float:
+def label_probabilities(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """
+    `(clips, classes)` float64: the softmax of logits for class ids `(clips,)`, their sigmoid for 0-1 targets
+    `(clips, classes)`.
+    """
+    logits = np.asarray(logits, dtype=float)
+    if np.ndim(targets) == 2:
+        return np.exp(-np.logaddexp(0, -logits))
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def log_likelihoods(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """
+    The logarithm of the probability of the label of every clip, `(clips,)`, by softmax for class ids; for 0-1 targets
+    that of every label, present or absent, `(clips, classes)`, by sigmoid. Arguments as in `fit_temperature`.
+    """
+    logits, targets = _check_labels(logits, targets)
+    if targets.ndim == 2:
+        return -np.logaddexp(0, np.where(targets, -logits, logits))
+    logits = logits - logits.max(axis=1, keepdims=True)
+    return logits[np.arange(len(targets)), targets] - np.log(np.exp(logits).sum(axis=1))
+
+
+def confidences(logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The probability of what is predicted, and whether it is right: of the best class of every clip, both `(clips,)`,
+    or of every label, present or absent, both `(clips, classes)`. Arguments as in `fit_temperature`.
+    """
+    logits, targets = _check_labels(logits, targets)
+    probabilities = label_probabilities(logits, targets)
+    if targets.ndim == 2:
+        return np.maximum(probabilities, 1 - probabilities), (logits > 0) == targets
+    return probabilities.max(axis=1), logits.argmax(axis=1) == targets
+
+
+TEMPERATURE_BOUNDS = (0.01, 100.0)
+
+
+def fit_temperature(
+    logits: np.ndarray, targets: np.ndarray, bounds: tuple[float, float] = TEMPERATURE_BOUNDS
+) -> float:
     """
     The temperature by which to divide logits for the lowest mean negative log-likelihood of the labels. It is one of
     the `bounds` if the optimum is beyond, such as 0 for clips that are all classified correctly.
 
     Args:
-        logits (`np.ndarray` of shape `(clips, classes)`): before the softmax.
-        labels (`np.ndarray` of shape `(clips,)`): class ids.
+        logits (`np.ndarray` of shape `(clips, classes)`): before the softmax or sigmoid.
+        targets (`np.ndarray` of shape `(clips,)` or `(clips, classes)`): class ids, for the softmax, or 0-1 targets,
+            for the sigmoid.
     """
-    logits, labels = _check_class_ids(logits, labels)
-    logits = logits - logits.max(axis=1, keepdims=True).astype(float)
-    of_labels = logits[np.arange(len(labels)), labels]
-    low, high = np.log(bounds)
-    while high - low > 1e-6:  # the loss is convex in 1 / temperature: bisection of its slope
-        middle = (low + high) / 2
-        weights = np.exp(logits / np.exp(middle))
-        expected = (weights * logits).sum(axis=1) / weights.sum(axis=1)
-        low, high = (low, middle) if (expected - of_labels).mean() <= 0 else (middle, high)
-    return float(np.exp((low + high) / 2))
+    logits, targets = _check_labels(logits, targets)
+    zero_one = targets if targets.ndim == 2 else np.arange(logits.shape[1]) == targets[:, None]
+    if targets.ndim == 1:
+        logits = logits - logits.max(axis=1, keepdims=True)
+    # the loss is convex in 1 / temperature: bisection of its slope
+    return _bisect(lambda one: ((label_probabilities(logits / one, targets) - zero_one) * logits).sum() > 0, bounds)
+
+
+def held_out_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
+    """
+    `fit_temperature` for a model to keep, from few clips too. By Laplace's rule of succession, n predictions support a
+    mean confidence from 1 / (n + 2) to (n + 1) / (n + 2), even if all of them are wrong or right: the temperature
+    raises or lowers it no further, with a warning. Arguments as in `fit_temperature`.
+    """
+    logits, targets = _check_labels(logits, targets)
+    fitted = fit_temperature(logits, targets)
+    confidence, right = confidences(logits / fitted, targets)
+    supported = np.clip(confidence.mean(), 1 / (right.size + 2), (right.size + 1) / (right.size + 2))
+    temperature = fitted
+    if supported != confidence.mean():
+        bound = _bisect(lambda one: confidences(logits / one, targets)[0].mean() > supported, TEMPERATURE_BOUNDS)
+        temperature = float(np.clip(bound, *sorted([fitted, 1.0])))
+    if temperature != fitted or np.isclose(fitted, TEMPERATURE_BOUNDS, rtol=1e-5).any():
+        logger.warning(
+            f"{right.sum()} of {right.size} predictions for the {len(logits)} held-out clips are right, which does "
+            f"not determine a temperature: it is bounded at {temperature:.3g} (its optimum for these clips would be "
+            f"{fitted:.3g} or beyond); hold out more clips"
+        )
+    return temperature
 
 
 def calibration_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -109,12 +174,25 @@ def calibration_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, flo
     `ece_percent`, the expected calibration error of the softmax in percent, and `in_sample_temperature`, fitted on the
     same clips: its calibration error on them would be optimistic. Arguments as in `fit_temperature`.
     """
-    probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities /= probabilities.sum(axis=1, keepdims=True)
     return {
-        "ece_percent": 100 * expected_calibration_error(probabilities, labels),
+        "ece_percent": 100 * expected_calibration_error(label_probabilities(logits, labels), labels),
         "in_sample_temperature": fit_temperature(logits, labels),
     }
+
+
+def temperature_metrics(logits: np.ndarray, targets: np.ndarray, temperature: float) -> dict[str, float]:
+    """
+    The number of `clips`, `ece_percent` and `nll`, the mean negative log-likelihood, of calibrated logits, and as
+    `ece_percent_before` and `nll_before` of what they were before the division by `temperature`. Arguments as in
+    `fit_temperature`.
+    """
+    metrics = {"clips": len(logits)}
+    for suffix, factor in (("_before", temperature), ("", 1)):
+        scores = factor * np.asarray(logits, dtype=float)
+        error = expected_calibration_error(label_probabilities(scores, targets), targets)
+        metrics[f"ece_percent{suffix}"] = 100 * error
+        metrics[f"nll{suffix}"] = -float(log_likelihoods(scores, targets).mean())
+    return metrics
 
 
 def multi_label_metrics(scores: np.ndarray, targets: np.ndarray) -> dict[str, float]:
@@ -258,6 +336,21 @@ def _check_scores(scores: np.ndarray) -> np.ndarray:
     if not np.isfinite(scores).all():
         raise ValueError("expected finite scores, got NaN or infinity")
     return scores
+
+
+def _bisect(is_below: Callable[[float], bool], bounds: tuple[float, float]) -> float:
+    """The positive number up to which `is_below` is true; one of the `bounds` if it is beyond."""
+    low, high = np.log(bounds)
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if is_below(np.exp(middle)) else (low, middle)
+    return float(np.exp((low + high) / 2))
+
+
+def _check_labels(scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores in float64, with class ids or 0-1 targets."""
+    scores, targets = (_check_class_ids if np.ndim(targets) == 1 else _check_targets)(scores, targets)
+    return scores.astype(float), targets
 
 
 def _check_class_ids(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ..utils.extras import extra
-from .metrics import multi_label_metrics, single_label_metrics
+from .metrics import confidences, log_likelihoods, multi_label_metrics, single_label_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -184,20 +184,13 @@ def fit_linear(
 
 def _probability_metrics(fitted: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The `validation` of a `LinearClassifier`. Classes without a fitted clip do not count in the likelihood."""
-    logits, num_classes = torch.as_tensor(scores), scores.shape[1]
-    targets = _zero_one(labels, num_classes).bool()
-    known = _zero_one(fitted, num_classes).bool().any(0)
-    if labels.ndim == 1:
-        log_likelihoods, counted = logits.log_softmax(-1), targets & known
-        confidences, right = logits.softmax(-1).max(-1)
-        right = right == torch.as_tensor(labels)
-    else:
-        log_likelihoods, counted = F.logsigmoid(torch.where(targets, logits, -logits)), known.expand(targets.shape)
-        confidences, right = logits.abs().sigmoid(), (logits > 0) == targets
+    known = _zero_one(fitted, scores.shape[1]).bool().any(0).numpy()
+    counted = known[labels] if labels.ndim == 1 else np.broadcast_to(known, labels.shape)
+    confidence, right = confidences(scores, labels)
     return {
-        "accuracy": float(right.double().mean()),
-        "confidence": float(confidences.mean()),
-        "log_likelihood": float(log_likelihoods[counted].sum() / counted.sum().clamp_min(1)),
+        "accuracy": float(right.mean()),
+        "confidence": float(confidence.mean()),
+        "log_likelihood": float(log_likelihoods(scores, labels)[counted].sum() / max(counted.sum(), 1)),
     }
 
 

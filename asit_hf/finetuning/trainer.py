@@ -26,6 +26,7 @@ from ..utils.arguments import check_inherited, refuse_without_effect
 from ..utils.attention_cpu import choose_bf16_attention
 from ..utils.cpu import warn_of_emulated_bf16
 from ..utils.time_budget import TimeBudgetArguments, TimeBudgetMixin
+from .calibration import calibrate_layer, last_linear
 from .optimization import average_checkpoints, param_groups_layer_decay, smooth_labels, step_decay
 
 # Options of TrainingArguments that training and evaluating a classifier cannot follow, by the reason.
@@ -94,6 +95,10 @@ class FinetuningArguments(SupervisedArguments):
     lr_decay_step: int = HfArg(default=1, help="Epochs between step decays.")
     lr_decay_gamma: float = HfArg(default=0.5, help="Factor of the learning rate at each step decay.")
     average_checkpoints: int = HfArg(default=0, help="Average the weights saved after the last N epochs.")
+    calibrate: bool = HfArg(
+        default=False,
+        help="Divide the logits of the saved model, in its weights, by a temperature fitted on the validation data.",
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -222,6 +227,15 @@ class FinetuningTrainer(SupervisedTrainer):
         first = max(1, last - self.args.average_checkpoints + 1)
         folders = [epoch_folder(self.args.output_dir, epoch) for epoch in range(first, last + 1)]
         self.accelerator.unwrap_model(self.model).load_state_dict(average_checkpoints(folders))
+
+    def calibrate(self) -> dict[str, float]:
+        """
+        Divides the logits of the trained model, in the weights of its classifier, by a temperature fitted on
+        `eval_dataset`. Result and errors as in [`~asit_hf.finetuning.calibration.calibrate_classifier`].
+        """
+        layer = last_linear(self.accelerator.unwrap_model(self.model))
+        output = self.predict(self.eval_dataset, metric_key_prefix="validation")
+        return calibrate_layer(layer, output.predictions, output.label_ids)
 
 
 class _EpochWeights(TrainerCallback):

@@ -42,6 +42,9 @@ _NOTES = {
     "ece_percent": "expected calibration error in percent, 15 bins of equal width.",
     "in_sample_temperature": "the temperature that minimizes the negative log-likelihood of the evaluation clips "
     "themselves.",
+    "nll": "mean negative log-likelihood of the labels.",
+    "temperature": "the number by which the logits are divided, in the weights of the classifier; `..._before` are "
+    "values without it. Those of the clips on which it was fitted are optimistic.",
 }
 
 

@@ -41,10 +41,9 @@ def record_run(
         clips, hours, sampling_rate: size and sampling rate in Hz of the training data.
         results: data set, metric and value, measured by the command.
     """
-    written = shlex.join(["python", *(path_text(_without_folders(argument)) for argument in _without_token(command))])
+    written = _written(command)
     parts = [f"{clips} clips" if clips else "a stream of clips", f"{hours:.2f} hours" if hours else ""]
     parts += [f"at {sampling_rate} Hz" if sampling_rate else ""]
-    measured = {"task": "audio-classification", "command": f"`{written}`"}
     facts = {
         "training_data": ", ".join(filter(None, parts)) + ".",
         "recipe": {
@@ -52,18 +51,42 @@ def record_run(
             "duration": f"{seconds / 60:.1f} minutes",
             "hardware": _hardware(),
             "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),
-            "command": measured["command"],
+            "command": written,
         },
-        "results": [
-            {
-                "dataset": path_text(data),
-                "metric": metric,
-                "value": value if is_number(value) else str(value),
-                **measured,
-            }
-            for data, metric, value in results
-        ],
+        "results": _rows(results, written),
     }
+    _write(folder, facts)
+
+
+def add_results(
+    folder: str | os.PathLike,
+    source: str | os.PathLike,
+    command: Sequence[str],
+    results: Iterable[tuple[str, str, float]],
+    replaced: Sequence[str] = (),
+) -> None:
+    """
+    Writes the `run.json` of a model that was changed without training: that of `source`, the folder or Hub name of
+    what it was, without the results of the `replaced` metrics and with `results` of `command`, as in [`record_run`].
+    """
+    run = read_run(source)
+    kept = [row for row in run.get("results") or () if row["metric"] not in replaced]
+    _write(folder, {**run, "results": [*kept, *_rows(results, _written(command))]})
+
+
+def _written(command: Sequence[str]) -> str:
+    return f"`{shlex.join(['python', *(path_text(_without_folders(one)) for one in _without_token(command))])}`"
+
+
+def _rows(results: Iterable[tuple[str, str, float]], command: str) -> list[dict[str, Any]]:
+    measured = {"task": "audio-classification", "command": command}
+    return [
+        {"dataset": path_text(data), "metric": metric, "value": value if is_number(value) else str(value), **measured}
+        for data, metric, value in results
+    ]
+
+
+def _write(folder: str | os.PathLike, facts: Mapping[str, Any]) -> None:
     Path(folder, RUN_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 

@@ -30,6 +30,9 @@ class DeviceChoices:
             each copy would launch a kernel, so all crops are gathered by one index.
         int16_batches (`bool`): the loader sends waveform crops as int16, half the bytes through shared memory and over
             the bus. On a CPU the conversion would only cost time.
+        windows_per_batch (`int`): in one forward pass of `predict` and `embed`. A CPU is as fast with few.
+        threads (`bool`): `predict` and `embed` read and compute in threads, each with its share of the cores. For an
+            accelerator, processes read, since one of Python's threads at a time is too slow for it.
     """
 
     loss_rows: int = 256
@@ -38,6 +41,8 @@ class DeviceChoices:
     masks_block_by_block: bool = True
     crops_by_slices: bool = True
     int16_batches: bool = False
+    windows_per_batch: int = 8
+    threads: bool = True
 
 
 CPU = DeviceChoices()
@@ -48,6 +53,8 @@ ACCELERATOR = DeviceChoices(
     masks_block_by_block=False,
     crops_by_slices=False,
     int16_batches=True,
+    windows_per_batch=64,
+    threads=False,
 )
 
 

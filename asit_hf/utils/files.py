@@ -16,11 +16,19 @@ def check_writable(path: Path) -> None:
         pass
 
 
+def is_file(output: Path) -> bool:
+    """Whether an output is a file rather than a folder: it has an extension, not a number as in v1.0."""
+    return output.suffix[1:].isalnum() and not output.suffix[1:].isdigit() and not output.is_dir()
+
+
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to. The file replaces `path` on exit; after an error it is removed and `path` stays."""
+def whole_file(path: Path, by: str = "") -> Iterator[Path]:
+    """
+    A path to write to, `.{name}.{by}.unfinished`. The file replaces `path` on exit; after an error it is removed and
+    `path` stays. `by` is the name of the writer, if there may be several.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = path.with_name(f".{path.name}.{f'{by}.' if by else ''}unfinished")
     try:
         yield unfinished
         with unfinished.open("rb") as file:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-def model_hash(model: nn.Module) -> str:
+def model_hash(model: nn.Module, whole: bool = False) -> str:
     """
     16 hexadecimal digits of the encoder's weights: names, shapes, types and values.
 
@@ -15,10 +15,11 @@ def model_hash(model: nn.Module) -> str:
 
     Args:
         model: an encoder, or a model that has one as `base_model_prefix`.
+        whole: hash all weights of such a model instead of its encoder's.
     """
-    encoder = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    hashed = model if whole else getattr(model, getattr(model, "base_model_prefix", ""), model)
     digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
+    for name, tensor in sorted(hashed.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

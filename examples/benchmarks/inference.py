@@ -5,7 +5,8 @@ of 10 s and 1 s, singly and in batches of 16. AST pads every clip to 10.24 s and
     python examples/benchmarks/inference.py
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -31,9 +32,9 @@ BATCHES = (1, 16)
 TOY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
 
-def build_pipelines(dtype: torch.dtype, quick: bool) -> dict[str, AudioClassificationPipeline]:
-    """The pipelines "ours" and "theirs", whose models have the same width, depth and precision."""
-    sizes = TOY if quick else {}
+def build_pipelines(dtype: torch.dtype, quick: bool, **sizes: int) -> dict[str, AudioClassificationPipeline]:
+    """The pipelines "ours" and "theirs", whose models have the same width, depth and precision; by default base."""
+    sizes = TOY if quick else sizes
     ours = ASiTForAudioClassification(ASiTConfig(num_labels=LABELS, **sizes))
     theirs = ASTForAudioClassification(ASTConfig(num_labels=LABELS, **sizes))
     extractors = {"ours": ASiTFeatureExtractor(), "theirs": _without_torchaudio(ASTFeatureExtractor)}
@@ -56,7 +57,7 @@ def measure(quick: bool = False) -> Report:
             for batch in BATCHES:
                 count = 1 if quick else batch
                 clips = list(generator.uniform(-0.5, 0.5, (count, RATE * seconds)).astype(np.float32))
-                calls = {name: _call(one, clips, batch) for name, one in pipelines.items()}
+                calls = {name: partial(classify, one, clips, batch) for name, one in pipelines.items()}
                 found = time_interleaved(calls, rounds=1 if quick else 5)
                 what = f"{precision}, clips of {seconds} s, batch {batch}"
                 chosen = medians(found)
@@ -65,12 +66,10 @@ def measure(quick: bool = False) -> Report:
     return report
 
 
-def _call(classifier: AudioClassificationPipeline, clips: list[np.ndarray], batch: int) -> Callable[[], object]:
-    def call() -> object:
-        with mock.patch.object(ast, "is_speech_available", return_value=False):
-            return classifier([clip.copy() for clip in clips], batch_size=batch)
-
-    return call
+def classify(classifier: AudioClassificationPipeline, clips: Iterable[np.ndarray], batch: int) -> list:
+    """The labels of clips. AST's feature extractor does without torchaudio."""
+    with mock.patch.object(ast, "is_speech_available", return_value=False):
+        return classifier([clip.copy() for clip in clips], batch_size=batch)
 
 
 def _without_torchaudio(extractor_class: type[ASTFeatureExtractor]) -> ASTFeatureExtractor:

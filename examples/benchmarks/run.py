@@ -5,6 +5,7 @@ Run the benchmarks, print a table of ratios with their targets, and write it to 
     python examples/benchmarks/run.py --quick    # toy sizes, to check that everything runs
     python examples/benchmarks/run.py --parts inference        # from array to label; some minutes
     python examples/benchmarks/run.py --parts live             # latency of live listening; three minutes
+    python examples/benchmarks/run.py --parts startup          # imports and the first label; five minutes
     python examples/benchmarks/run.py --parts compiled_step    # training steps with compiled layers
     python examples/benchmarks/run.py --parts exported         # onnxruntime and int8; needs the extras onnx and int8
 
@@ -18,7 +19,7 @@ from pathlib import Path
 from common import RESULTS, machine_facts, to_markdown, write_results
 
 PARTS = ("training_step", "log_mel", "masks", "reading")
-MORE_PARTS = ("inference", "live", "compiled_step", "exported")  # slower, or with more requirements
+MORE_PARTS = ("inference", "live", "startup", "compiled_step", "exported")  # slower, or with more requirements
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from transformers import EvalPrediction
 
 from asit_hf.evaluation.evaluate_metrics import MultiLabelMetrics, SingleLabelMetrics
@@ -8,16 +10,21 @@ from asit_hf.evaluation.metrics import (
     average_precisions,
     calibration_metrics,
     compute_metrics_for,
+    confidences,
     confusion_counts,
     d_prime,
     expected_calibration_error,
     fit_temperature,
+    held_out_temperature,
+    label_probabilities,
+    log_likelihoods,
     multi_label_metrics,
     per_class_report,
     regression_metrics,
     roc_aucs,
     score,
     single_label_metrics,
+    temperature_metrics,
     top_k_accuracy,
 )
 
@@ -216,3 +223,84 @@ def test_confusion_counts():
     assert confusion_counts(np.eye(4)[:1], np.array([0])).shape == (4, 4)
     with pytest.raises(ValueError, match="class ids from 0 to 2"):
         confusion_counts(SCORES, np.array([0, 1, 2, 3]))
+
+
+def test_calibration_error_of_several_labels_by_hand():
+    # of 0.1, 0.1 and 0.1 none is present, of 0.9 one of two: |0.1 - 0| * 3 and |0.9 - 0.5| * 2; 0.5 is in its own bin
+    probabilities = np.array([[0.1, 0.9], [0.1, 0.9], [0.1, 0.5]])
+    error = expected_calibration_error(probabilities, [[0, 1], [0, 0], [0, 1]])
+    assert error == pytest.approx((3 * 0.1 + 2 * 0.4 + 0.5) / 6)
+    with pytest.raises(ValueError, match="sigmoid"):
+        expected_calibration_error(np.array([[2.0, -1.0]]), [[0, 1]])
+
+
+def test_log_likelihoods_are_those_of_torch():
+    generator = np.random.default_rng(0)
+    logits, labels = 20 * generator.normal(size=(30, 4)), generator.integers(0, 4, 30)
+    targets = generator.integers(0, 2, (30, 4))
+    single = -F.cross_entropy(torch.tensor(logits), torch.tensor(labels), reduction="none")
+    several = -F.binary_cross_entropy_with_logits(
+        torch.tensor(logits), torch.tensor(targets).double(), reduction="none"
+    )
+    np.testing.assert_allclose(log_likelihoods(logits, labels), single)
+    np.testing.assert_allclose(log_likelihoods(logits, targets), several, atol=1e-12)
+    np.testing.assert_allclose(label_probabilities(logits, labels), torch.tensor(logits).softmax(-1))
+    np.testing.assert_allclose(label_probabilities(logits, targets), torch.tensor(logits).sigmoid())
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("true_temperature", [0.4, 1.0, 3.0])
+def test_the_temperature_of_labels_drawn_from_scaled_logits_is_found(several, true_temperature):
+    generator = np.random.default_rng(0)
+    logits = 2 * generator.normal(size=(4000, 6)) - several
+    if several:
+        targets = (generator.random(logits.shape) < 1 / (1 + np.exp(-logits / true_temperature))).astype(int)
+    else:
+        targets = (logits / true_temperature + generator.gumbel(size=logits.shape)).argmax(axis=1)
+    fitted = fit_temperature(logits, targets)
+    assert fitted == pytest.approx(true_temperature, rel=0.1)
+    assert held_out_temperature(logits, targets) == fitted
+    metrics = temperature_metrics(logits / fitted, targets, fitted)
+    for near in (0.98, 1.02):
+        assert metrics["nll"] < temperature_metrics(logits / fitted / near, targets, fitted)["nll"]
+    assert metrics["clips"] == 4000
+    assert metrics["ece_percent"] < 2
+    assert metrics["nll_before"] == pytest.approx(-log_likelihoods(logits, targets).mean())
+    if true_temperature != 1:
+        assert metrics["ece_percent_before"] > 2 * metrics["ece_percent"]
+        assert metrics["nll_before"] > metrics["nll"]
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(("clips", "sign"), [(1, 1), (3, 1), (3, -1), (400, 1), (400, -1)])
+def test_clips_that_are_all_right_or_wrong_bound_the_temperature(several, clips, sign, caplog):
+    """The likelihood alone would take it to 0 or infinity, and the scores to 0 and 1 or to all equal ones."""
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(clips, 4))
+    targets = (logits > 0) == (sign > 0) if several else logits.argmax(1) if sign > 0 else logits.argmin(1)
+    temperature = held_out_temperature(logits, targets)
+    assert 0.01 <= temperature <= 100
+    if sign > 0:
+        mean = confidences(logits / temperature, targets)[0].mean()
+        assert temperature <= 1
+        assert temperature == 1 or mean < (targets.size + 1) / (targets.size + 2) + 1e-5
+        assert clips < 4 or mean > 0.99
+    else:
+        assert temperature >= 1
+    assert f"{clips} held-out clips" in caplog.text
+
+
+def test_one_class_and_equal_scores_have_a_temperature():
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(50, 3)) + [1, 0, 0]
+    assert 0.01 < held_out_temperature(logits, np.zeros(50, int)) < 100  # clips of one class
+    assert 0.01 <= held_out_temperature(np.zeros((5, 3)), np.zeros(5, int)) <= 100
+    assert 0.01 <= held_out_temperature(np.ones((5, 1)), np.zeros(5, int)) <= 100
+    assert 0.01 <= held_out_temperature(np.array([[6e4, -6e4]], np.float16), np.array([1])) <= 100
+
+
+def test_the_order_of_scores_is_kept():
+    generator = np.random.default_rng(0)
+    logits, targets = generator.normal(size=(300, 5)), generator.integers(0, 2, (300, 5))
+    assert multi_label_metrics(logits / 1.7, targets) == multi_label_metrics(logits, targets)
+    assert single_label_metrics(logits / 1.7, targets[:, 0]) == single_label_metrics(logits, targets[:, 0])

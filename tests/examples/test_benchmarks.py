@@ -1,5 +1,7 @@
 import importlib
+import io
 import json
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import soundfile
 import torch
 from tiny import MEL, build
 
-from asit_hf import ASiTFeatureExtractor, ASiTForAudioClassification
+from asit_hf import ASiTFeatureExtractor, ASiTForAudioClassification, predict
 from asit_hf.fbank_asit import log_mel_spectrogram
 from asit_hf.hub.export import export_model
 from asit_hf.pretraining.masking import GMML, corrupt
@@ -152,6 +154,32 @@ def test_latencies_of_live_listening_are_measured():
     assert all(row.ours > 0 and "3 windows" in note for row, note in zip(report.rows, report.notes))
     assert {row.reached for row in report.rows} <= {True, False, None}
     assert all(type(row.ours) is float for row in report.rows)  # json knows no number of numpy
+
+
+def test_first_labels_are_compared_with_import_and_loading(monkeypatch):
+    """The scripts of the fresh processes run within this one, which has imported everything."""
+    startup = load("startup")
+
+    def run_here(option: str, code: str, *arguments: str) -> dict[str, list[float]]:
+        output = io.StringIO()
+        with redirect_stdout(output), monkeypatch.context() as patch:
+            patch.setattr("sys.argv", [option, *arguments])
+            if option == "-c":
+                exec(code, {})
+            else:
+                assert predict.main(list(arguments)) == 0
+                assert code == predict.__name__
+        return {"cpu": [0.5], "printed": [float(word) for word in output.getvalue().split()] if option == "-c" else []}
+
+    assert startup.run("-c", "print(2, 0.5)")["printed"] == [2.0, 0.5]
+    with pytest.raises(RuntimeError, match="no_such_name"):
+        startup.run("-c", "no_such_name")
+    monkeypatch.setattr(startup, "run", run_here)
+    report = startup.measure(quick=True)
+    assert [row.target for row in report.rows] == [1.0, None, 1.1, 1.1, None]
+    assert [row.reached for row in report.rows[:2]] == [True, None]  # both are imported already
+    assert 0.1 < report.rows[-1].theirs < 0.3  # MiB of weights
+    assert sum("processor time 0.50 s" in note for note in report.notes) == 4
 
 
 @pytest.mark.slow

@@ -153,6 +153,89 @@ def test_a_trained_classifier_is_evaluated_without_training(sounds, encoder, tmp
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("column", "metric"), [("category", "accuracy"), pytest.param("tags", "mAP", marks=pytest.mark.slow)]
+)
+def test_a_finished_run_is_calibrated_on_its_validation_data(sounds, encoder, tmp_path, caplog, column, metric):
+    options = {"label_column": column, "validation_fraction": 0.25, "group_column": "fold", "num_train_epochs": 3}
+    options["resume_from_checkpoint"] = True
+    plain = script.main(arguments(sounds, encoder, tmp_path, **options))
+    before = ASiTForAudioClassification.from_pretrained(tmp_path).state_dict()
+    rows = read_predictions(tmp_path)
+    metrics = script.main(arguments(sounds, encoder, tmp_path, calibrate=True, **options))
+    temperature = metrics["validation_temperature"]
+    assert temperature != pytest.approx(1, abs=0.01)
+    for name, value in ASiTForAudioClassification.from_pretrained(tmp_path).state_dict().items():
+        torch.testing.assert_close(value * temperature if name.startswith("classifier") else value, before[name])
+    assert metrics[f"eval_{metric}"] == plain[f"eval_{metric}"]
+    assert [row["prediction"] for row in read_predictions(tmp_path)] == [row["prediction"] for row in rows]
+    assert [row["score"] for row in read_predictions(tmp_path)] != [row["score"] for row in rows] or column == "tags"
+    assert (metrics["validation_clips"], metrics["eval_clips"]) == (6, 6)
+    assert metrics["validation_nll"] <= metrics["validation_nll_before"]
+    assert metrics["eval_nll"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    assert metrics["eval_nll_before"] == pytest.approx(plain["eval_loss"], rel=1e-4)
+    if column == "category":
+        assert metrics["eval_ece_percent_before"] == pytest.approx(plain["eval_ece_percent"], rel=1e-3)
+    for number in (f"{temperature:.4g}", f"{metrics['eval_nll_before']:.4f} -> {metrics['eval_nll']:.4f}"):
+        assert number in caplog.text
+    assert json.loads((tmp_path / "eval_results.json").read_text()) == metrics
+    card = (tmp_path / "README.md").read_text()
+    fitted, others = "meta.csv (validation, 6 clips on which the temperature was fitted)", "meta.csv (fold=5)"
+    for data, name in ((fitted, "validation_temperature"), (fitted, "validation_nll"), (others, "eval_ece_percent")):
+        assert f"| {data} | {name.partition('_')[2]} | {metrics[name]} |" in card
+    caplog.clear()
+    assert script.main(arguments(sounds, encoder, tmp_path, calibrate=True, **options)) == pytest.approx(metrics)
+    assert "nothing to do" in caplog.text
+
+
+def test_a_trained_classifier_is_calibrated_without_training(sounds, encoder, tmp_path, monkeypatch):
+    script.main(arguments(sounds, encoder, tmp_path / "run", train_filter="fold=1,2,3"))
+    # a classifier in 16 bits is calibrated in 32, so that no weight is rounded again
+    ASiTForAudioClassification.from_pretrained(tmp_path / "run").to(torch.bfloat16).save_pretrained(tmp_path / "run")
+    before = ASiTForAudioClassification.from_pretrained(tmp_path / "run").state_dict()
+    lines = (sounds / "meta.csv").read_text().splitlines()
+    held_out = [lines[0], *(line for line in lines if line.split(",")[2] == "4")]
+    (tmp_path / "validation.csv").write_text("\n".join(held_out) + "\n")
+    monkeypatch.setattr(script.FinetuningTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    options = {"train_data": None, "train_filter": None, "validation_data": tmp_path / "validation.csv"}
+    options |= {"root": sounds, "do_train": False, "do_eval": True, "calibrate": True}
+    with_test = options | {"eval_data": sounds / "meta.csv"}
+    metrics = script.main(arguments(sounds, tmp_path / "run", tmp_path / "calibrated", **with_test))
+    temperature = metrics["validation_temperature"]
+    calibrated = ASiTForAudioClassification.from_pretrained(tmp_path / "calibrated")
+    weight = before["classifier.weight"]
+    assert weight.dtype == torch.bfloat16
+    torch.testing.assert_close(calibrated.classifier.weight * temperature, weight.float())
+    assert (metrics["validation_clips"], metrics["eval_clips"]) == (6, 6)
+    row = read_predictions(tmp_path / "calibrated")[0]
+    best = pipeline("audio-classification", model=str(tmp_path / "calibrated"), device="cpu")(row["file"])[0]
+    assert (best["label"], round(best["score"], 3)) == (
+        row["prediction"],
+        pytest.approx(float(row["score"]), abs=2e-3),
+    )
+
+    run = json.loads((tmp_path / "calibrated" / "run.json").read_text())
+    trained = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["recipe"] == trained["recipe"]
+    values = {(row["dataset"], row["metric"]): row["value"] for row in run["results"]}
+    assert values["meta.csv (fold=5)", "accuracy"] == trained["results"][0]["value"]
+    assert values["meta.csv (fold=5)", "ece_percent"] == metrics["eval_ece_percent"]
+    assert ("meta.csv (fold=5)", "in_sample_temperature") not in values  # of the model before
+    assert str(temperature) in (tmp_path / "calibrated" / "README.md").read_text()
+
+    without = script.main(arguments(sounds, tmp_path / "run", tmp_path / "again", eval_filter=None, **options))
+    assert without["validation_temperature"] == pytest.approx(temperature)
+    assert "eval_accuracy" in without
+    assert "eval_ece_percent" not in without  # the clips would be those that it was fitted on
+    for wrong, message in (
+        ({"output_dir": tmp_path / "run"}, "another --output_dir"),
+        ({"validation_data": None}, "--validation_data"),
+        ({"calibrate": False}, "validation_data.*without calibrate"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script.main(arguments(sounds, tmp_path / "run", tmp_path / "no", **with_test | wrong))
+
+
 def test_evaluation_needs_a_classifier_and_its_classes(sounds, encoder, tmp_path):
     only_evaluate = {"do_train": False, "do_eval": True}
     with pytest.raises(ValueError, match="ASiTForAudioClassification, got .*ASiTForPreTraining"):
@@ -290,6 +373,8 @@ def test_splits_of_a_folder_train_select_and_evaluate(split_folder, caplog):
     assert sizes(train_data=data, validation_fraction=0.25) == [6, 2, 2]
     assert sizes(train_data=data, train_split="train", eval_split="dev") == [8, 4, 4]  # named: nothing is added
     assert sizes(train_data=data, eval_data=f"{data}/test") == [8, 4, 2]
+    assert sizes(train_data=data, validation_data=f"{data}/test") == [8, 2, 2]
+    assert sizes(train_data=data, validation_data=data, validation_split="val") == [8, 4, 2]
     assert sizes(train_data=f"{data}/Train", validation_fraction=0.25) == [6, 2, 2]
     with pytest.raises(ValueError, match="splits Train, test, val"):
         sizes(train_data=data, eval_filter=["label=low"])
@@ -327,11 +412,25 @@ def test_splits_of_a_folder_train_select_and_evaluate(split_folder, caplog):
         ({"fold_column": "speaker"}, "fold_column .*without folds"),
         ({"group_column": "fold"}, "group_column .*without validation_fraction"),
         ({"mixup_alpha": 0.5}, "mixup_alpha .*without mixup_rate"),
+        ({"calibrate": True}, "--validation_data, --validation_split or --validation_fraction"),
+        ({"calibrate": True, "eval_filter": None, "folds": "1,2"}, "--validation_fraction"),
+        ({"calibrate": True, "label_column": "pitch", "validation_fraction": 0.2}, "calibrate need classes"),
+        ({"calibrate": True, "validation_data": "meta.csv"}, "24 of 30 files in common"),
+        ({"validation_data": "a.csv", "validation_fraction": 0.1}, "validation_data .*exclude each other"),
     ],
 )
 def test_wrong_input(sounds, encoder, tmp_path, options, message):
+    options = {name: sounds / value if value == "meta.csv" else value for name, value in options.items()}
     with pytest.raises(ValueError, match=message):
         script.main(arguments(sounds, encoder, tmp_path, **options))
+
+
+def test_an_encoder_in_16_bits_is_trained_in_32(encoder, tmp_path):
+    ASiTForPreTraining.from_pretrained(encoder).asit.to(torch.bfloat16).save_pretrained(tmp_path)
+    ASiTFeatureExtractor().save_pretrained(tmp_path)
+    args = script.ModelArguments(model_name_or_path=str(tmp_path))
+    model, _ = script.build_model(args, script.InputArguments(), "single_label_classification", ["a", "b"])
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
 
 
 def test_student_is_refused_where_there_is_one_encoder(sounds, encoder, tmp_path):

@@ -113,6 +113,10 @@ def test_a_trained_model_is_evaluated_without_training(sounds, encoder, tmp_path
         if not name.endswith(("_runtime", "_per_second")):
             assert metrics[name] == pytest.approx(value, rel=1e-4, nan_ok=True), name
     assert (tmp_path / "scores" / "events.tsv").read_text() == (tmp_path / "run" / "events.tsv").read_text()
+    model = ASiTForAudioFrameClassification.from_pretrained(tmp_path / "run").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "run")
+    in_16_bits = script.main(arguments(sounds, tmp_path / "run", tmp_path / "scores", **options))
+    assert in_16_bits["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=0.02)
     with pytest.raises(ValueError, match="ASiTForAudioFrameClassification"):
         script.main(arguments(sounds, encoder, tmp_path / "scores", **options))
 

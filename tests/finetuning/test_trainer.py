@@ -103,6 +103,18 @@ def test_the_last_epochs_are_averaged(tmp_path):
     assert torch.equal(saved.state_dict()[name], last[name])
 
 
+def test_the_averaged_weights_are_calibrated(tmp_path):
+    trainer = make_trainer(tmp_path, num_train_epochs=2, learning_rate=0.05, average_checkpoints=2)
+    trainer.eval_dataset = make_items()
+    trainer.train()
+    trainer.load_average()
+    averaged = trainer.model.classifier.weight.clone()
+    found = trainer.calibrate()
+    assert torch.equal(trainer.model.classifier.weight, averaged / found["temperature"])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(found["nll"], rel=1e-4)
+    assert found["clips"] == CLIPS
+
+
 def test_averaging_more_epochs_than_a_run_of_max_steps_has(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=5, average_checkpoints=9)
     trainer.train()

@@ -169,10 +169,6 @@ def test_a_run_is_resumed_from_its_last_checkpoint(tmp_path, caplog, asked):
     [
         ("similar.py", ["{folder}", "{folder}/none", "{sound}"]),
         ("similar.py", ["{folder}/none", "{folder}", "{sound}"]),
-        (
-            "extract_embeddings.py",
-            ["--model_name_or_path", "{folder}/none", "--data", "{folder}", "--scenes", "{folder}/a.npz"],
-        ),
     ],
 )
 def test_a_wrong_path_is_one_line(tmp_path, monkeypatch, capsys, script, arguments):

@@ -47,8 +47,8 @@ import asit_hf.evaluation.hear, asit_hf.evaluation.mteb, asit_hf.evaluation.xare
 FIRST_LABELS = """
 import json, sys
 
-connections = []
-sys.addaudithook(lambda event, _: event.startswith("socket.") and connections.append(event))
+EVENTS, connections = ("socket.connect", "socket.getaddrinfo"), []
+sys.addaudithook(lambda event, _: event in EVENTS and connections.append(event))
 sys.modules["accelerate"] = None
 import asit_hf, asit_hf.data
 from asit_hf.predict import main

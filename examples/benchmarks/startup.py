@@ -1,6 +1,6 @@
 """
-Start of a fresh process: what `import asit_hf` adds to the import of transformers' AST; how much longer than import and
-loading of the weights the first label takes, from the pipeline and from `python -m asit_hf.predict`; and its memory.
+Start of a fresh process: what `import asit_hf` adds to the import of transformers' AST; how much longer than import
+and loading the first label takes, from the pipeline and from `python -m asit_hf.predict`; and its memory.
 
     python examples/benchmarks/startup.py    # five minutes
 """

@@ -92,6 +92,7 @@ def test_every_argument_is_documented(documented, names):
 
 @pytest.mark.parametrize("package", [asit_hf, asit_hf.data], ids=lambda package: package.__name__)
 def test_every_exported_name_exists(package):
+    assert {*package.__all__} <= {*dir(package)}
     assert all(getattr(package, name) is not None for name in package.__all__)
     with pytest.raises(AttributeError, match="no_such_name"):
         package.no_such_name  # noqa: B018

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import groupby
@@ -46,8 +46,6 @@ class Table(Protocol):
     """Takes rows of `asit_hf.corpus.labels.ClipRows`."""
 
     def write(self, rows: Iterable[dict[str, Any]]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def choose_format(output: Path | None, format: str | None, num_clips: int | None) -> str:
@@ -127,9 +125,12 @@ class LabelTables:
         its clips are written at the end, each whole or absent, and empty for a clip without events. A clip with an
         error has none: its row in the part says why.
         """
-        kinds = {"csv": _CsvTable, "parquet": _ParquetTable}
-        with closing(kinds.get(self.format, _JsonLines)(path, self.unit)) as table:
-            yield table
+        if self.format == "parquet":
+            with closing(_ParquetTable(path, self.unit)) as table:
+                yield table
+        else:
+            with _text_file(path) as file:
+                yield _CsvTable(file, self.unit) if self.format == "csv" else _JsonLines(file)
         if self.format in EVENT_FORMATS and self.folder is not None:
             self._write_clip_tables(path)
 
@@ -202,9 +203,7 @@ class _UnreadableClip(ValueError):
 
 
 class _CsvTable:
-    def __init__(self, path: Path | TextIO, unit: str):
-        self._stack = ExitStack()
-        file = self._stack.enter_context(_text_file(path))
+    def __init__(self, file: TextIO, unit: str):
         self._writer = csv.DictWriter(file, _COLUMNS[unit], lineterminator="\n")
         self._writer.writeheader()
 
@@ -215,20 +214,13 @@ class _CsvTable:
                 texts["score"] = f"{row['score']:.6f}"
             self._writer.writerow({**row, **texts})
 
-    def close(self) -> None:
-        self._stack.close()
-
 
 class _JsonLines:
-    def __init__(self, path: Path | TextIO, unit: str):
-        self._stack = ExitStack()
-        self._file = self._stack.enter_context(_text_file(path))
+    def __init__(self, file: TextIO):
+        self._file = file
 
     def write(self, rows: Iterable[dict[str, Any]]) -> None:
         self._file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-    def close(self) -> None:
-        self._stack.close()
 
 
 class _ParquetTable:

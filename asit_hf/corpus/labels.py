@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ class ClipRows:
         self._scores: np.ndarray | None = None
         self._count = 0
         self._windows: list[dict[str, Any]] = []
-        self._timeline = Timeline(options.threshold or 0.0, options.top_k, options.aggregate)
+        self._timeline = Timeline(top_k=None, aggregate=options.aggregate)  # of the labels that `best` has chosen
         self._has_events = False
         self._error: str | None = None
 
@@ -142,13 +143,13 @@ def label_rows(
     for name, value, choices in (("unit", unit, UNITS), ("aggregate", aggregate, AGGREGATES)):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    if top_k not in ("auto", None) and not (isinstance(top_k, int) and top_k >= 1):
+    if top_k not in ("auto", None) and not (isinstance(top_k, Integral) and top_k >= 1):
         raise ValueError(f"top_k must be at least 1, got {top_k!r}")
     if function == "none" and (unit == "event" or threshold is not None):
         what = "events" if unit == "event" else f"a threshold of {threshold}"
         raise ValueError(
-            f"expected a classifier for {what}, got a regression model, whose values are not scores of labels; "
-            "tables of its values are csv, jsonl, json or parquet, without a threshold"
+            f"expected scores of softmax or sigmoid for {what}, got values of any size, as of a regression model; "
+            "tables of values are csv, jsonl, json or parquet, without a threshold"
         )
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be in [0, 1], got {threshold}")

@@ -1,6 +1,7 @@
 import importlib
 import io
 import json
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -182,6 +183,39 @@ def test_first_labels_are_compared_with_import_and_loading(monkeypatch):
     assert [row.ratio for row in report.rows[2:4]] == [1.0, 1.0]
     assert 0.1 < report.rows[-1].theirs < 0.3  # MiB of weights
     assert sum("processor time 0.50 s" in note for note in report.notes) == 4
+
+
+@pytest.mark.slow
+def test_the_engine_is_compared_with_its_forward_passes_and_with_pipelines():
+    rows = load("corpus").measure(quick=True, sizes=("base",)).rows
+    assert len(rows) == 8  # clips and files, predict and embed; two pipelines, two batch sizes
+    assert all(row.ours > 0 and row.theirs > 0 for row in rows)
+
+
+def test_forward_passes_are_repeated_with_their_shapes_and_masks():
+    corpus, model = load("corpus"), build(num_mel_bins=MEL)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, 20:] = 0
+    with corpus.recorded(model) as calls, torch.no_grad():
+        model(torch.randn(2, 40, MEL), attention_mask=mask)
+        model(torch.randn(1, 32, MEL))
+    with corpus.recorded(model) as again:
+        corpus.repeat(model, calls)
+    (before,), (after,) = calls.values(), again.values()
+    assert [tuple(call[0]) for call in after] == [(2, 40, MEL), (1, 32, MEL)]
+    assert torch.equal(after[0][3]["attention_mask"], before[0][3]["attention_mask"])
+    assert not after[1][3]
+
+
+@pytest.mark.slow
+def test_peak_memory_is_that_of_a_process_and_its_children():
+    memory = load("corpus_memory")
+    block = "import time; block = bytearray(150_000_000); time.sleep(1)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {block!r}])"
+    peak = memory.peak_of([sys.executable, "-c", code], max_seconds=60)
+    assert peak.finished
+    assert peak.main < 100 < 150 < peak.worker < 250
+    assert not memory.peak_of([sys.executable, "-c", block], max_seconds=0.2).finished
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ PORT ?= 8000
 # for the main process; the tests and the loader workers set their own number
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: demo test test-fast oldest gpu gpu-rehearsal hear xares mteb int8 common space page browser quality style clean
+.PHONY: demo test test-fast oldest gpu gpu-rehearsal hear xares mteb tables int8 common space page browser quality style clean
 
 # torch first, so that no other package pulls in another build of it
 $(VENV)/torch-ready: constraints.txt
@@ -99,6 +99,13 @@ mteb: $(VENV)/ready
 	$(PIP) --no-deps --upgrade --target $(VENV)/mteb mteb==2.26.24 sentence-transformers==6.2.0 \
 		polars==2.1.0 polars-runtime-32==2.1.0 pytrec-eval-terrier==0.5.11
 	PYTHONPATH=$(VENV)/mteb $(BIN)/python -m pytest tests/evaluation/test_mteb.py -k public
+
+# tables of embeddings in polars and DuckDB, and their search by faiss, installed beside the environment
+tables: $(VENV)/ready
+	$(PIP) --no-deps --upgrade --target $(VENV)/tables polars==2.1.0 polars-runtime-32==2.1.0 duckdb==2.0.1 \
+		faiss-cpu==1.15.1
+	PYTHONPATH=$(VENV)/tables $(BIN)/python -m pytest tests/corpus/test_embeddings.py tests/examples/test_similar.py \
+		-k "polars or duckdb or index"
 
 # int8 weights by torchao, installed beside the environment: every import of transformers loads it, and prints warnings
 int8: $(VENV)/ready

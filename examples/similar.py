@@ -170,9 +170,9 @@ def embed_query(settings: EmbeddingSettings, query: Path, model: str | None = No
 
 
 def paths(name: str, settings: EmbeddingSettings, only: str | None = None) -> list[Path]:
-    """Where a file of a table may be: at `name`, or in the folder that was embedded; none if not called `only`."""
-    path = Path(local_path(name))
-    return [] if only not in (None, path.name) else [path.resolve(), (settings.data / path).resolve()]
+    """Where a file of a table may be: at `name`, or relative to the folder or manifest; none if not called `only`."""
+    path, data = Path(local_path(name)), Path(local_path(settings.data))
+    return [] if only not in (None, path.name) else [(one / path).resolve() for one in (Path(), data, data.parent)]
 
 
 def draw(sounds: dict[str, tuple[Path, float, float]], extractor: ASiTFeatureExtractor, picture: Path) -> None:

@@ -47,8 +47,8 @@ import asit_hf.evaluation.hear, asit_hf.evaluation.mteb, asit_hf.evaluation.xare
 FIRST_LABELS = """
 import json, sys
 
-connections = []
-sys.addaudithook(lambda event, _: event.startswith("socket.") and connections.append(event))
+EVENTS, connections = ("socket.connect", "socket.getaddrinfo"), []
+sys.addaudithook(lambda event, _: event in EVENTS and connections.append(event))
 sys.modules["accelerate"] = None
 import asit_hf, asit_hf.data
 from asit_hf.predict import main
@@ -92,6 +92,7 @@ def test_every_argument_is_documented(documented, names):
 
 @pytest.mark.parametrize("package", [asit_hf, asit_hf.data], ids=lambda package: package.__name__)
 def test_every_exported_name_exists(package):
+    assert {*package.__all__} <= {*dir(package)}
     assert all(getattr(package, name) is not None for name in package.__all__)
     with pytest.raises(AttributeError, match="no_such_name"):
         package.no_such_name  # noqa: B018

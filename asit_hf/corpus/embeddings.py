@@ -242,8 +242,8 @@ def iter_embeddings(path: str | os.PathLike) -> Iterator[Embeddings]:
             if len(good):
                 yield Embeddings(
                     good["file"].to_pylist(),
-                    good["start"].to_numpy(zero_copy_only=False),
-                    good["end"].to_numpy(zero_copy_only=False),
+                    good["start"].to_numpy(zero_copy_only=False, writable=True),
+                    good["end"].to_numpy(zero_copy_only=False, writable=True),
                     _matrix(good["embedding"], table),
                     good["label"].to_pylist() if "label" in schema.names else None,
                     settings,
@@ -298,7 +298,7 @@ def _embedding_column(rows: Sequence[dict[str, Any]], embeddings: pyarrow.FixedS
 
 
 def _batches(path: str | os.PathLike, schema: pyarrow.Schema) -> Iterator[pyarrow.RecordBatch]:
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:  # else it keeps all that was read in memory
         yield from file.iter_batches(_group_rows(schema))
 
 
@@ -340,5 +340,5 @@ def _matrix(column: pyarrow.Array, table: str | os.PathLike) -> np.ndarray:
     widths = set(pyarrow.compute.list_value_length(column).to_pylist())
     if len(widths) > 1:
         raise ValueError(f"{table}: expected embeddings of one width, got {sorted(widths)}")
-    values = column.flatten().to_numpy(zero_copy_only=False)
+    values = column.flatten().to_numpy(zero_copy_only=False, writable=True)
     return values.astype(np.float32, copy=False).reshape(len(column), -1)

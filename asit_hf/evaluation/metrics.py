@@ -162,9 +162,9 @@ def held_out_temperature(logits: np.ndarray, targets: np.ndarray) -> float:
         temperature = float(np.clip(bound, *sorted([fitted, 1.0])))
     if temperature != fitted or np.isclose(fitted, TEMPERATURE_BOUNDS, rtol=1e-5).any():
         logger.warning(
-            f"{right.sum()} of {right.size} predictions for the {len(logits)} held-out clips are right, which does "
-            f"not determine a temperature: it is bounded at {temperature:.3g} (its optimum for these clips would be "
-            f"{fitted:.3g} or beyond); hold out more clips"
+            f"the temperature is bounded at {temperature:.3g} (optimum for these clips: {fitted:.3g} or beyond), as "
+            f"{right.sum()} of {right.size} predictions for the {len(logits)} held-out clips are right: hold out more "
+            "clips for a better one"
         )
     return temperature
 

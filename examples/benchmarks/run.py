@@ -6,6 +6,8 @@ Run the benchmarks, print a table of ratios with their targets, and write it to 
     python examples/benchmarks/run.py --parts inference        # from array to label; some minutes
     python examples/benchmarks/run.py --parts live             # latency of live listening; three minutes
     python examples/benchmarks/run.py --parts startup          # imports and the first label; five minutes
+    python examples/benchmarks/run.py --parts corpus           # predict and embed on many files; a quarter of an hour
+    python examples/benchmarks/run.py --parts corpus_memory    # their peak memory; half an hour
     python examples/benchmarks/run.py --parts compiled_step    # training steps with compiled layers
     python examples/benchmarks/run.py --parts exported         # onnxruntime and int8; needs the extras onnx and int8
 

@@ -112,7 +112,9 @@ def test_a_folder_of_parts_is_one_table(tmp_path, four_rows, caplog):
     read = read_embeddings(tmp_path)
     assert read.files == [f"{i}.wav" for i in (0, *range(2, 10))]
     assert read.labels == ["rain"] * 9
-    assert [len(one.files) for one in iter_embeddings(tmp_path)] == [2, 4, 3]
+    blocks = list(iter_embeddings(tmp_path))
+    assert [len(one.files) for one in blocks] == [2, 4, 3]
+    assert all(array.flags.writeable for one in blocks for array in (one.matrix, one.starts, one.ends))
     assert all("2 of 11" in record.getMessage() for record in caplog.records)
     assert read_settings(tmp_path) == SETTINGS
 

@@ -1,6 +1,7 @@
 import importlib
 import io
 import json
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -160,7 +161,7 @@ def test_first_labels_are_compared_with_import_and_loading(monkeypatch):
     """The scripts of the fresh processes run within this one, which has imported everything."""
     startup = load("startup")
 
-    def run_here(option: str, code: str, *arguments: str) -> dict[str, list[float]]:
+    def run_here(option: str, code: str, *arguments: str) -> tuple[float, list[float]]:
         output = io.StringIO()
         with redirect_stdout(output), monkeypatch.context() as patch:
             patch.setattr("sys.argv", [option, *arguments])
@@ -169,17 +170,52 @@ def test_first_labels_are_compared_with_import_and_loading(monkeypatch):
             else:
                 assert predict.main(list(arguments)) == 0
                 assert code == predict.__name__
-        return {"cpu": [0.5], "printed": [float(word) for word in output.getvalue().split()] if option == "-c" else []}
+        return 0.5, [float(word) for word in output.getvalue().split()] if option == "-c" else []
 
-    assert startup.run("-c", "print(2, 0.5)")["printed"] == [2.0, 0.5]
+    seconds, printed = startup.run("-c", "print(2, sum(range(10**6)))")
+    assert 0 < seconds < 10
+    assert printed == [2, 499999500000]
     with pytest.raises(RuntimeError, match="no_such_name"):
         startup.run("-c", "no_such_name")
     monkeypatch.setattr(startup, "run", run_here)
     report = startup.measure(quick=True)
     assert [row.target for row in report.rows] == [1.0, None, 1.1, 1.1, None]
-    assert [row.reached for row in report.rows[:2]] == [True, None]  # both are imported already
+    assert [row.ratio for row in report.rows[2:4]] == [1.0, 1.0]
     assert 0.1 < report.rows[-1].theirs < 0.3  # MiB of weights
     assert sum("processor time 0.50 s" in note for note in report.notes) == 4
+
+
+@pytest.mark.slow
+def test_the_engine_is_compared_with_its_forward_passes_and_with_pipelines():
+    rows = load("corpus").measure(quick=True, sizes=("base",)).rows
+    assert len(rows) == 8  # clips and files, predict and embed; two pipelines, two batch sizes
+    assert all(row.ours > 0 and row.theirs > 0 for row in rows)
+
+
+def test_forward_passes_are_repeated_with_their_shapes_and_masks():
+    corpus, model = load("corpus"), build(num_mel_bins=MEL)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, 20:] = 0
+    with corpus.recorded(model) as calls, torch.no_grad():
+        model(torch.randn(2, 40, MEL), attention_mask=mask)
+        model(torch.randn(1, 32, MEL))
+    with corpus.recorded(model) as again:
+        corpus.repeat(model, calls)
+    (before,), (after,) = calls.values(), again.values()
+    assert [tuple(call[0]) for call in after] == [(2, 40, MEL), (1, 32, MEL)]
+    assert torch.equal(after[0][3]["attention_mask"], before[0][3]["attention_mask"])
+    assert not after[1][3]
+
+
+@pytest.mark.slow
+def test_peak_memory_is_that_of_a_process_and_its_children():
+    memory = load("corpus_memory")
+    block = "import time; block = bytearray(150_000_000); time.sleep(1)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {block!r}])"
+    peak = memory.peak_of([sys.executable, "-c", code], max_seconds=60)
+    assert peak.finished
+    assert peak.main < 100 < 150 < peak.worker < 250
+    assert not memory.peak_of([sys.executable, "-c", block], max_seconds=0.2).finished
 
 
 @pytest.mark.slow

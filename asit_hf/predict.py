@@ -20,6 +20,7 @@ from .corpus.commands import (
     until_output_closes,
     write_corpus,
 )
+from .corpus.engine import check_run_options
 from .corpus.label_tables import FORMATS, LabelTables, choose_format, choose_unit
 from .corpus.labels import AGGREGATES, ClipRows, LabelRows, label_rows
 from .corpus.sources import Clip, open_corpus
@@ -118,6 +119,7 @@ def predict_folder(
         FileNotFoundError: no such folder, or no audio in it.
         ValueError: an option out of range.
     """
+    check_run_options(batch_size, num_workers)
     config = classifier.model.config
     function = function_to_apply or default_function(config)
     unit = "timeline" if return_timeline else "clip"

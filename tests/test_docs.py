@@ -118,7 +118,7 @@ def test_options_in_the_text_exist(path):
     for script in scripts:
         if re.search(r"^def main\(", script.read_text(), re.MULTILINE):
             known |= options_of(name(script))
-    for module in ("asit_hf.predict", "asit_hf.listen", "asit_hf.fit", "asit_hf.convert_original"):
+    for module in ("asit_hf.predict", "asit_hf.embed", "asit_hf.listen", "asit_hf.fit", "asit_hf.convert_original"):
         known |= options_of(f"-m {module}")
     known |= options_of("-m asit_hf.hub", "export") | options_of("-m asit_hf.data.parcels", "encode")
     assert not set(OPTION.findall(path.read_text(encoding="utf-8"))) - known

@@ -22,6 +22,7 @@ from .corpus.commands import (
 )
 from .corpus.embeddings import (
     DTYPES,
+    ROWS,
     EmbeddingSettings,
     EmbeddingWriter,
     embedding_schema,
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
     import pyarrow
 
 logger = logging.getLogger(__name__)
-
-ROWS = ("clip", "window", "time_patch")
 
 
 @dataclass(frozen=True)

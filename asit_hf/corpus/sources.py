@@ -1,28 +1,23 @@
 """What is to be read: clips by index, of files, folders, manifests, shards, data sets and streams."""
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from itertools import compress, repeat
-from pathlib import Path
 from typing import Any
 
 from ..data.datasets import load_with_names
-from ..data.files import find_moved, join_path, name_in_row
-from ..data.inputs import Input, find_input
+from ..data.files import find_root, join_path, name_in_row
+from ..data.inputs import Input, choose_shards, find_input
 from ..data.labels import divide_cells, label_text
 from ..data.manifests import AUDIO_COLUMNS, LABEL_COLUMNS, Manifest, as_text, find_column
-from ..data.splits import match_split, split_kind
 from ..utils.names import path_text
 from ..utils.texts import Categories, Texts
 from ..utils.urls import is_url
 from .shards import Clip, Files, ParquetShard, Rows, Stream, TarShard, open_parquet, parquet_classes
-
-_SHARD_NUMBER = re.compile(r"[-_.]\d+([-_]of[-_]\d+)?$")
 
 
 class Corpus:
@@ -157,7 +152,7 @@ def _open_manifest(found: Input, is_prefixed: bool, options: _Options) -> Files:
 
 def _open_parquet(found: Input, is_prefixed: bool, options: _Options) -> list[Any]:
     """Shards of audio; or, if they hold paths, the files."""
-    names = _choose_shards(found)
+    names = choose_shards(found)
     first = join_path(found.place, names[0])
     with open_parquet(first) as file:
         schema = file.schema_arrow
@@ -183,7 +178,7 @@ def _open_paths(found: Input, audio: str, label: str | None, is_prefixed: bool, 
 
 def _listed(found: Input, names: Texts, labels: Categories | None, is_prefixed: bool, options: _Options) -> Files:
     """The files that a table names."""
-    folder, moved = _find_files(found, names)
+    folder, moved = find_root(names, found.roots, path_text(found.place))
     root = os.path.join(folder, "")
 
     def named(name: str) -> str:
@@ -199,19 +194,6 @@ def _listed(found: Input, names: Texts, labels: Categories | None, is_prefixed: 
     return Files(folder, Texts(map(named, names)), labels, folder if is_prefixed else "")
 
 
-def _find_files(found: Input, names: Texts) -> tuple[str, dict[str, str]]:
-    """The folder that the names of a table are relative to, and the files that are elsewhere, by name."""
-    source = path_text(found.place)
-    for folder in found.roots[:-1]:
-        try:
-            moved = find_moved(names, folder, source)
-        except FileNotFoundError:
-            continue
-        if all(is_url(folder) or os.path.isfile(join_path(folder, moved.get(name, name))) for name in set(names)):
-            return folder, moved
-    return found.roots[-1], find_moved(names, found.roots[-1], source)
-
-
 def _label_texts(counts: dict[Any, int], separator: str | None, source: str) -> list[str | None]:
     """The text of each label, of which those that are lists are joined by `;`."""
     if any(isinstance(label, tuple) for label in counts):
@@ -224,20 +206,3 @@ def _label_texts(counts: dict[Any, int], separator: str | None, source: str) -> 
         return [label_text(divided[text]) for text in texts]
     is_whole = all(label is None or float(label).is_integer() for label in counts)
     return [None if label is None else as_text(label) if is_whole else str(float(label)) for label in counts]
-
-
-def _choose_shards(found: Input) -> Sequence[str]:
-    """The parquet files of a split, by their names: `data/train-00000-of-00002.parquet`, `train/0.parquet`."""
-    splits: dict[str, list[str]] = {}
-    for name in found.names:
-        *folders, stem = Path(name).with_suffix("").parts
-        candidates = (_SHARD_NUMBER.sub("", stem), *reversed(folders))
-        split = next((one for one in candidates if split_kind(one) or one == found.split), "")
-        splits.setdefault(split, []).append(name)
-    if found.split is None and len(splits) == 1:
-        return found.names
-    chosen = None if found.split is None else match_split(found.split, splits)
-    if chosen is None:
-        named = ", ".join(filter(None, splits)) or "none"
-        raise ValueError(f"expected one of the splits of {found.place}, {named}; got {found.split!r}")
-    return splits[chosen]

@@ -3,18 +3,19 @@
 import json
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.extras import extra
-from ..utils.names import local_path, path_text
+from ..utils.names import path_text
+from ..utils.urls import is_url
 from .clips import undecoded
-from .files import resolve_paths, walk
+from .files import join_path, resolve_paths, walk
 from .filters import filter_rows
-from .formats import AUDIO_EXTENSIONS, LeftOut, why_left_out
+from .formats import AUDIO_EXTENSIONS
+from .inputs import METADATA, Input, check_options, choose_shards, find_input, find_split_paths
 from .labels import NO_SEPARATOR, divide_labels, encode_labels
 from .manifests import (
     AUDIO_COLUMNS,
@@ -24,7 +25,7 @@ from .manifests import (
     find_column,
     load_manifest,
 )
-from .splits import check_class_folders, first_folders, match_split, split_kind, split_paths
+from .splits import check_class_folders, match_split, split_kind
 from .tars import read_tar
 
 if TYPE_CHECKING:
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TEXT = ("string", "large_string")
-_OTHER_FILES = dict.fromkeys((".xlsx", ".xls", ".ods"), "save the table as csv")
-_OTHER_FILES |= dict.fromkeys((".gz", ".zip", ".7z", ".bz2", ".xz", ".tgz"), "unpack it")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def load_audio_dataset(
@@ -103,7 +101,7 @@ def load_with_names(
 
     options = {"split": split, "config_name": config_name, "root": root, "labels_from_folders": labels_from_folders}
     if isinstance(data, (Dataset, IterableDataset)):
-        _check_options("a loaded data set", options)
+        check_options("a loaded data set", options)
         dataset, name = data, "the data set"
     else:
         dataset, name = _open(data, audio_column, label_column, streaming, options), os.fspath(data)
@@ -168,32 +166,8 @@ def find_splits(data: str | os.PathLike) -> dict[str, Path | None]:
 
             shards = load_dataset(str(path), streaming=True)
             return dict.fromkeys(shards) if len(shards) > 1 else {}
-        return _split_paths(path)
+        return find_split_paths(path)
     return {}
-
-
-def find_audio_files(folder: str | os.PathLike) -> list[Path]:
-    """All files below `folder` with one of `AUDIO_EXTENSIONS`, sorted, without hidden files.
-
-    Raises:
-        FileNotFoundError: no such folder, or no audio in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}")
-    files = walk(folder)
-    audio = [file for file in files if file.suffix.lower() in AUDIO_EXTENSIONS]
-    left_out = LeftOut(folder)
-    for file in files:
-        if file.suffix.lower() not in AUDIO_EXTENSIONS:
-            left_out.add(file.name, lambda file=file: file)
-    left_out.report()
-    if not audio:
-        counts = Counter(file.suffix.lower() or "(no extension)" for file in files)
-        found = ", ".join(f"{count} {extension}" for extension, count in sorted(counts.items())) or "no files at all"
-        reason = "".join(f"; {reason}" for reason in sorted(set(filter(None, left_out.reasons.values()))))
-        raise FileNotFoundError(f"no audio in {folder}: expected {' '.join(AUDIO_EXTENSIONS)}, got {found}{reason}")
-    return audio
 
 
 def _open(
@@ -201,125 +175,65 @@ def _open(
 ) -> "Dataset | IterableDataset":
     from datasets import Dataset
 
-    path, split = Path(data).expanduser(), options["split"]
-    if path.is_dir():
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            _check_options("a saved data set", options, "split")
-            return _load_saved(path, split)
-        part = None if split is None else _part(path, split)
-        manifest = None if options["labels_from_folders"] else _metadata_file(path)
-        if manifest and part and part.is_dir() and not _has_split(manifest, split):
-            dataset = _open(manifest, audio_column, label_column, False, {**options, "split": None})
-            column = find_column(dataset.column_names, audio_column, AUDIO_COLUMNS, "audio", str(manifest))
-            inside = [Path(local_path(file)).is_relative_to(part) for file in dataset[column][:]]
-            return dataset.select([row for row, is_inside in enumerate(inside) if is_inside])
-        if manifest:
-            path = manifest
-        elif part:
-            return _open_part(path, part, audio_column, label_column, streaming, options)
-        elif tars := _find_shards(path, ".tar"):
-            return _load_tars(tars, streaming, options)
-        elif not _find_shards(path, ".parquet"):
-            if split is not None:
-                found = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-                raise ValueError(f"no split {split!r} in {path}: expected one of its subfolders {found}")
-            _check_options("a folder of audio", options, "labels_from_folders")
-            return _load_folder(path, options["labels_from_folders"])
-    extension = path.suffix.lower()
-    if path.is_file() and extension in (*MANIFEST_EXTENSIONS, ".txt"):
-        _check_options("a manifest", options, "split", "root")
-        return load_manifest(path, split, audio_column, label_column, Path(options["root"] or path.parent))
-    if path.is_file() and extension in AUDIO_EXTENSIONS:
-        _check_options("one audio file", options)
-        return Dataset.from_dict({"audio": [path_text(path)]})
-    if path.is_file() and extension == ".tar":
-        return _load_tars([path], streaming, options)
-    if path.is_file() and extension != ".parquet":
-        expected = " ".join((*AUDIO_EXTENSIONS, *MANIFEST_EXTENSIONS, ".txt", ".parquet", ".tar"))
-        reason = why_left_out(extension, lambda: path) or _OTHER_FILES.get(extension, "no audio")
-        raise ValueError(f"expected a file with one of the extensions {expected}; got {path}: {reason}")
-    local = ("root",) if path.exists() else ()
-    _check_options("a parquet or Hub data set", options, "split", "config_name", *local)
-    if not path.exists() and not _HUB_NAME.fullmatch(os.fspath(data)):
-        raise FileNotFoundError(f"no such file or folder: {path}")
-    dataset = _load_hub(os.fspath(data), path, options["config_name"], split, streaming)
+    options = dict(options)
+    found = find_input(data, options.pop("split"), options.pop("root"), options["labels_from_folders"])
+    if found.kind == "saved":
+        check_options("a saved data set", options)
+        return _load_saved(Path(found.place), found.split)
+    if found.kind == "manifest":
+        check_options("a manifest", options, *(["labels_from_folders"] if found.folder else []))
+        return load_manifest(found.place, found.split, audio_column, label_column, found.roots, found.inside)
+    files = [join_path(found.place, name) for name in found.names]
+    if found.kind == "audio" and not found.folder:
+        check_options("one audio file", options)
+    if found.kind == "audio":
+        check_options("a folder of audio", options, "labels_from_folders")
+        if options["labels_from_folders"]:
+            return _load_classes(found)
+        return Dataset.from_dict({"audio": [path_text(file) for file in files]})
+    if found.kind == "tar":
+        return _load_tars(files, streaming, options)
+    check_options("a parquet or Hub data set", options, "config_name")
+    name = found.folder or (found.place if found.kind == "hub" else files[0])
+    dataset = _load_hub(found, options["config_name"], streaming)
     columns = dataset.column_names or []
-    column = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", os.fspath(data)) if columns else None
-    if not path.exists() or getattr((dataset.features or {}).get(column), "dtype", None) not in _TEXT:
+    column = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", name) if columns else None
+    if found.kind == "hub" or getattr((dataset.features or {}).get(column), "dtype", None) not in _TEXT:
         return dataset
     if streaming:  # a table of paths is small
-        dataset = _load_hub(os.fspath(data), path, options["config_name"], split, False)
-    paths = resolve_paths(dataset[column][:], options["root"] or (path if path.is_dir() else path.parent), path)
+        dataset = _load_hub(found, options["config_name"], False)
+    paths = resolve_paths(dataset[column][:], found.roots[0], name)
     return dataset.remove_columns(column).add_column(column, paths)
 
 
 def _metadata_file(folder: Path) -> Path | None:
     """The manifest called `metadata` that describes the files of a folder."""
-    files = (folder / f"metadata{extension}" for extension in (*MANIFEST_EXTENSIONS, ".parquet"))
-    return next((file for file in files if file.is_file()), None)
+    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
-def _has_split(manifest: Path, split: str) -> bool:
-    return manifest.suffix.lower() != ".parquet" and match_split(split, Manifest(manifest).splits()) is not None
-
-
-def _split_paths(folder: Path) -> dict[str, Path]:
-    audio = [file for file in walk(folder) if file.suffix.lower() in (*AUDIO_EXTENSIONS, ".parquet", ".tar")]
-    tables = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in (*MANIFEST_EXTENSIONS, ".parquet")]
-    return split_paths(folder, audio, tables)
-
-
-def _part(folder: Path, split: str) -> Path | None:
-    """The subfolder or manifest of a split, if there is one."""
-    parts = _split_paths(folder)
-    name = match_split(split, parts)
-    if name is None:
-        return folder / split if (folder / split).is_dir() else None
-    if name != split:
-        logger.info("split %s of %s: %s", split, folder, parts[name])
-    return parts[name]
-
-
-def _open_part(folder: Path, part: Path, *args: Any) -> "Dataset | IterableDataset":
-    """One split of a folder, as if it were all. A manifest may name files relative to the folder of its split."""
-    *columns, options = args
-    options = {**options, "split": None}
-    if part.is_dir():
-        return _open(part, *columns, options)
-    options["labels_from_folders"] = False
-    kind = split_kind(part.stem)
-    folders = [one for one in sorted(folder.iterdir()) if one.is_dir() and split_kind(one.name) == kind]
-    if options["root"] or len(folders) != 1:
-        return _open(part, *columns, options)
-    try:
-        dataset = _open(part, *columns, options)
-        column = find_column(dataset.column_names, columns[0], AUDIO_COLUMNS, "audio", str(part))
-        if all(os.path.exists(local_path(file)) for file in dataset[column][:]):
-            return dataset
-    except FileNotFoundError:
-        pass
-    return _open(part, *columns, {**options, "root": folders[0]})
-
-
-def _load_hub(name: str, path: Path, config_name: str | None, split: str | None, streaming: bool) -> Any:
+def _load_hub(found: Input, config_name: str | None, streaming: bool) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    name, split = found.folder or found.place, found.split
     try:
-        if path.is_file():
-            loaded = load_dataset("parquet", config_name, data_files=str(path), streaming=streaming)
+        if found.kind == "hub" or (found.folder and not is_url(name)):
+            loaded = load_dataset(name, config_name, streaming=streaming)
         else:
-            loaded = load_dataset(str(path) if path.exists() else name, config_name, streaming=streaming)
+            names, split = (choose_shards(found), None) if found.folder else (found.names, split)
+            files = [join_path(found.place, one) for one in names]
+            name = files[0]
+            loaded = load_dataset("parquet", config_name, data_files=files, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
-        if path.exists():
+        if found.kind != "hub":
             raise
         reason = f"{type(error).__name__}: {error}"
         raise FileNotFoundError(f"{name!r} is neither a local file or folder nor on the Hub ({reason})") from error
     except (OSError, ValueError, DatasetsError) as error:  # pyarrow's are of all kinds, and name no file
-        if not path.exists():
+        if found.kind == "hub":
             raise
         reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"cannot read {path}, damaged or not of this format: {reason}") from error
+        raise ValueError(f"cannot read {name}, damaged or not of this format: {reason}") from error
     return _choose_split(loaded, split, name)
 
 
@@ -328,7 +242,7 @@ def _load_saved(path: Path, split: str | None) -> "Dataset":
 
     loaded = load_from_disk(str(path))
     if isinstance(loaded, Dataset):
-        _check_options("a saved data set without splits", {"split": split})
+        check_options("a saved data set without splits", {"split": split})
         return loaded
     return _choose_split(loaded, split, str(path))
 
@@ -342,17 +256,14 @@ def _choose_split(splits: dict[str, Any], split: str | None, name: str) -> Any:
     return splits[found]
 
 
-def _load_folder(folder: Path, labels_from_folders: bool) -> "Dataset":
+def _load_classes(found: Input) -> "Dataset":
     from datasets import Dataset
 
-    files = find_audio_files(folder)
-    splits = _split_paths(folder)
-    if not labels_from_folders:
-        if splits:
-            counts = ", ".join(f"{name} ({count} files)" for name, count in first_folders(folder, files).items())
-            logger.info("audio of all splits of %s: %s", folder, counts or f"{len(files)} files")
-        return Dataset.from_dict({"audio": [path_text(file) for file in files]})
-    if splits:
+    if is_url(found.folder):
+        raise ValueError(f"expected class folders on this machine, got {found.folder}: copy it, or pass a manifest")
+    folder = Path(found.folder)
+    files = [Path(found.place, name) for name in found.names]
+    if splits := find_split_paths(folder):
         example = next((path for name, path in splits.items() if split_kind(name) == "train"), folder)
         raise ValueError(
             f"expected class folders or a manifest in {folder}, got the splits {', '.join(splits)}: name one of them "
@@ -382,15 +293,15 @@ def _find_shards(folder: Path, extension: str) -> list[Path]:
     return [file for file in files if file.suffix.lower() == extension]
 
 
-def _load_tars(files: list[Path], streaming: bool, options: dict) -> "IterableDataset":
+def _load_tars(files: list[str], streaming: bool, options: dict) -> "IterableDataset":
     from datasets import Features, IterableDataset, Value
 
-    _check_options("tar files", options)
+    check_options("tar files", options)
     if not streaming:
         raise ValueError(f"tar files can only be streamed: load {files[0]} with streaming=True")
     # not an Audio feature, which needs torchcodec in a stream of rows, even undecoded
     features = Features({"audio": {"bytes": Value("binary"), "path": Value("string")}})
-    return IterableDataset.from_generator(_read_tars, features, gen_kwargs={"paths": [str(file) for file in files]})
+    return IterableDataset.from_generator(_read_tars, features, gen_kwargs={"paths": files})
 
 
 def _read_tars(paths: list[str]) -> Iterator[dict[str, Any]]:
@@ -432,9 +343,3 @@ def _rename(dataset: Any, columns: list[str], column: str | None, name: str) -> 
     if name in columns:
         dataset = dataset.rename_column(name, f"original_{name}")
     return dataset.rename_column(column, name)
-
-
-def _check_options(kind: str, options: dict[str, Any], *allowed: str) -> None:
-    given = [name for name, value in options.items() if value and name not in allowed]
-    if given:
-        raise ValueError(f"{' and '.join(given)} cannot be used with {kind}")

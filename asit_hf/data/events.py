@@ -14,9 +14,9 @@ from ..utils.names import local_path
 from .audio import AudioReadError, audio_info
 from .clips import LabelledClips
 from .collators import readable_items
-from .datasets import find_audio_files
 from .event_tables import Event
 from .files import resolve_paths
+from .inputs import find_audio_files
 from .labelled import readable_rows
 
 logger = logging.getLogger(__name__)

@@ -85,6 +85,18 @@ def join_path(folder: str, name: str) -> str:
     return name if is_url(name) else os.path.join(folder, name)
 
 
+def find_root(names: Sequence[str], roots: Sequence[str], source: str) -> tuple[str, dict[str, str]]:
+    """The first of the folders in which all files are, or else the last, and what [`find_moved`] finds there."""
+    for root in roots[:-1]:
+        try:
+            moved = find_moved(names, root, source)
+        except FileNotFoundError:
+            continue
+        if is_url(root) or all(os.path.isfile(join_path(root, moved.get(name, name))) for name in names):
+            return root, moved
+    return roots[-1], find_moved(names, roots[-1], source)
+
+
 def find_moved(names: Sequence[str], root: str | os.PathLike, source: str | os.PathLike) -> dict[str, str]:
     """Paths of the files that are not where their names say, by name, see [`resolve_paths`]; of many names, a sample
     tells whether there are such files. Of URLs, it is only found out whether the first and the last one exist.

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..utils.names import local_path, path_text
 from ..utils.texts import Categories
 from ..utils.urls import url_path
-from .files import resolve_paths
+from .files import find_root, join_path, name_in_row
 from .formats import AUDIO_EXTENSIONS
 from .splits import match_split, split_kind
 from .tables import TABLE_EXTENSIONS, OpenTable, read_text
@@ -174,9 +175,20 @@ class Manifest:
 
 
 def load_manifest(
-    path: Path, split: str | None, audio_column: str | None, label_column: str | None, root: Path
+    path: str,
+    split: str | None,
+    audio_column: str | None,
+    label_column: str | None,
+    roots: Sequence[str],
+    inside: str | None = None,
 ) -> "Dataset":
-    """The rows of a manifest with full paths; arguments as in [`~asit_hf.data.datasets.load_audio_dataset`]."""
+    """The rows of a manifest with full paths.
+
+    Args:
+        path: of the manifest, or its URL.
+        split, audio_column, label_column: as in [`~asit_hf.data.datasets.load_audio_dataset`].
+        roots, inside: as in [`~asit_hf.data.inputs.Input`].
+    """
     from datasets import Dataset
 
     manifest = Manifest(path, audio_column)
@@ -186,7 +198,12 @@ def load_manifest(
     if split is not None:
         in_split = manifest.in_split(split)
         columns = {name: list(compress(values, in_split)) for name, values in columns.items()}
-    columns[audio] = resolve_paths(columns[audio], root, path)
+    names = [name_in_row(value, row, path) for row, value in enumerate(columns[audio])]
+    root, moved = find_root(names, roots, path)
+    columns[audio] = [path_text(moved.get(name) or join_path(root, name)) for name in names]
+    if inside is not None:
+        is_inside = [local_path(file).startswith(os.path.join(inside, "")) for file in columns[audio]]
+        columns = {name: list(compress(values, is_inside)) for name, values in columns.items()}
     if audio_column is None and _plain(audio) not in AUDIO_COLUMNS:
         columns = {"audio" if name == audio else name: values for name, values in columns.items()}
     return Dataset.from_dict({name: _uniform(values, name, path) for name, values in columns.items()})

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from asit_hf.data.datasets import AUDIO_EXTENSIONS
+from asit_hf.data.formats import AUDIO_EXTENSIONS
 
 Files = Iterator[tuple[str, bytes]]  # names and contents
 UNPACKED = ".unpacked"

@@ -39,7 +39,7 @@ from datasets import Audio, Features, Value
 from tqdm.auto import tqdm
 
 from asit_hf.data import AudioReadError, load_audio_dataset, read_audio
-from asit_hf.data.datasets import find_audio_files
+from asit_hf.data.inputs import find_audio_files
 from asit_hf.data.packed import INDEX
 from asit_hf.fbank_asit import log_mel_spectrogram
 from asit_hf.utils.files import whole_file, whole_folder

@@ -12,11 +12,11 @@ import pyarrow.parquet
 import pytest
 import soundfile
 from datasets import Audio, ClassLabel, Dataset, List
+from loopback_files import serve
+from odd_names import copy_with_odd_names
 
 from asit_hf.corpus.sources import open_corpus
 from asit_hf.data.audio import read_audio
-from tests.loopback_files import serve
-from tests.odd_names import copy_with_odd_names
 
 NAMES = ("rain/a.wav", "rain/b.flac", "wind/c.wav")  # of 100, 200 and 300 samples
 

@@ -9,10 +9,11 @@ from datasets import Audio, Dataset, DatasetDict, Features, IterableDataset, Val
 from odd_names import copy_with_odd_names
 from sounds import embedded, names_of
 
-from asit_hf.data import datasets, tars
+from asit_hf.data import inputs, tars
 from asit_hf.data.audio import read_audio
-from asit_hf.data.datasets import find_audio_files, load_audio_dataset, load_unlabelled
+from asit_hf.data.datasets import load_audio_dataset, load_unlabelled
 from asit_hf.data.filters import filter_rows
+from asit_hf.data.inputs import find_audio_files
 from asit_hf.data.labelled import DatasetArguments, load_labelled
 from asit_hf.data.labels import encode_labels, label_names
 
@@ -231,8 +232,10 @@ def test_audio_that_is_left_out_is_counted_once(folder, caplog):
 
 
 def test_without_pyav_its_formats_are_counted(folder, tmp_path, monkeypatch, caplog):
-    for module in (datasets, tars):
-        monkeypatch.setattr(module, "AUDIO_EXTENSIONS", (".wav", ".flac"))
+    extensions = (".wav", ".flac")
+    monkeypatch.setattr(tars, "AUDIO_EXTENSIONS", extensions)
+    monkeypatch.setattr(inputs, "_KINDS", dict.fromkeys(extensions, "audio"))
+    monkeypatch.setattr(inputs, "_FILES", (*extensions, ".tar"))
     for name in ("x.m4a", "y.M4A", "z.webm"):
         (folder / "dog" / name).touch()
     assert len(find_audio_files(folder)) == 5

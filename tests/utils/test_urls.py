@@ -4,10 +4,10 @@ import fsspec
 import numpy as np
 import pytest
 import soundfile
+from loopback_files import serve
 
 from asit_hf.data.audio import AudioReader, AudioReadError, read_audio
 from asit_hf.utils.urls import is_url, join_url, list_url, open_url, split_url, url_path
-from tests.loopback_files import serve
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...utils.names import path_text
-from ..datasets import find_audio_files
+from ..inputs import find_audio_files
 from ..tables import read_table
 
 if TYPE_CHECKING:

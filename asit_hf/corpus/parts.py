@@ -167,6 +167,8 @@ def one_file(path: Path, tables: Tables, settings: Mapping[str, Any], by_shard: 
     an unfinished run with other settings are removed.
     """
     parts = Parts(parts_folder(path), tables, by_shard)
+    if parts.folder.is_dir() and not (parts.folder / SETTINGS_NAME).is_file():
+        shutil.rmtree(parts.folder)  # a run was killed while it removed them
     found = read_settings(parts.folder) if (parts.folder / SETTINGS_NAME).is_file() else settings
     if unlike := differences(found, settings):
         logger.warning("removed the parts of an unfinished run with other settings: %s", unlike)

@@ -31,7 +31,7 @@ from common import Report, Row, machine_facts, medians, ranges, time_interleaved
 from inference import LABELS, build_pipelines, classify
 from torch import nn
 
-from asit_hf import ASiTAudioClassificationPipeline
+from asit_hf import ASiTFeatureExtractor, ASiTForAudioClassification
 from asit_hf.configuration_asit import SIZES
 from asit_hf.corpus.commands import emit_corpus
 from asit_hf.corpus.engine import Job
@@ -61,9 +61,8 @@ def write_audio(folder: Path, count: int, seconds: int) -> Path:
     return folder
 
 
-def build_jobs(classifier: ASiTAudioClassificationPipeline) -> dict[str, Job]:
+def build_jobs(model: ASiTForAudioClassification, extractor: ASiTFeatureExtractor) -> dict[str, Job]:
     """What `predict` and `embed` compute by default."""
-    model, extractor = classifier.model, classifier.feature_extractor
     names = [model.config.id2label[index] for index in range(LABELS)]
     labels = label_rows(names, "softmax")
     return {"predict": LabelJob(model, extractor, labels), "embed": EmbeddingJob(model.asit, extractor)}
@@ -146,7 +145,7 @@ def measure(
         for size in sizes:
             torch.manual_seed(0)
             pipelines = build_pipelines(torch.float32, quick, **SIZES[size])
-            jobs = build_jobs(pipelines["ours"])
+            jobs = build_jobs(pipelines["ours"].model, pipelines["ours"].feature_extractor)
             for command, job in jobs.items():
                 for what, audio in data.items():
                     target = None if quick else TARGETS.get(size)

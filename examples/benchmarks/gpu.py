@@ -56,6 +56,7 @@ SIDES = {
 CLIPS_PER_SECOND = {"small": 1200, "base": 520}
 SPEED_RATIOS = {"plain fp32": 6.0, "plain bf16 sdpa": 1.8}
 MEMORY_RATIO, PREPARATION_SHARE, SYNCHRONIZATIONS = 0.4, 0.1, 1
+CORPUS_SHARE = 0.7  # of the forward passes in the time of `predict` on files
 # Columns of the table of training steps.
 STEP = ("batch", "layers", "ms per step", "clips/s", "peak GiB", "MB per clip", "ms of log-mel and GMML")
 
@@ -146,6 +147,10 @@ def plan(quick: bool) -> list[Measurement]:
                 found.append(
                     Measurement("figures", f"{size}, inference", "gpu_figures:inference", 60, options=options)
                 )
+            found += [
+                Measurement("figures", f"{size}, corpus", "gpu_figures:corpus", 60, options={"size": size})
+                for size in SIZES
+            ]
             found.append(Measurement("figures", "packed pool", "gpu_figures:packed_pool", 60))
             found.append(Measurement("figures", "flac files", "gpu_figures:flac_files", 60))
     found.append(
@@ -383,6 +388,10 @@ def targets(rows: dict[str, dict[str, Any]], quick: bool) -> list[dict[str, Any]
             flops, product = value(ours, "GFLOP per clip"), value("bf16 product", "TFLOP/s")
             got = None if None in (flops, speed) else _ratio(flops * speed / 1000, product)
             add(f"{ours}: share of the rate of a bf16 product", got)
+    for size in SIZES:
+        name = f"{size}, corpus"
+        got = value(name, "share of the forward passes")
+        add(f"{name}: share of the forward passes", got, CORPUS_SHARE if size == "base" else None)
     got = rows.get("host synchronizations of one step", {}).get("value")
     add("host synchronizations of one step", got, SYNCHRONIZATIONS, at_most=True)
     return found

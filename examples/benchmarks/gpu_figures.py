@@ -119,6 +119,35 @@ def inference(run: Run, size: str) -> dict[str, Any]:
     return {"values": values, "detail": "AST takes overlapping patches of 10.24 s"}
 
 
+def corpus(run: Run, size: str) -> dict[str, Any]:
+    """`predict` in bf16 on files of 5 s, and the share of its time that the bare forward passes need."""
+    try:
+        import corpus as benchmark
+    except ImportError as error:
+        return {"status": "skipped", "detail": str(error)}
+    unlike, clips = (4, 8) if run.quick else (64, 8192)
+    config = ASiTConfig(**(TOY if run.quick else SIZES[size]), num_labels=benchmark.LABELS)
+    model = ASiTForAudioClassification(config).to(device(), torch.bfloat16).eval()
+    job = benchmark.build_jobs(model, ASiTFeatureExtractor())["predict"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = benchmark.write_audio(Path(name) / "clips", unlike, benchmark.CLIP_SECONDS)
+        files = sorted(folder.iterdir())
+        for index in range(unlike, clips):
+            os.link(files[index % unlike], folder / f"{index:05d}{files[index % unlike].suffix}")
+        with benchmark.recorded(model.asit) as calls:
+            benchmark.run(job, folder)
+        seconds = {}
+        for side, call in {
+            "bare": lambda: benchmark.repeat(model.asit, calls),
+            "engine": lambda: benchmark.run(job, folder),
+        }.items():
+            start = time.perf_counter()
+            call()
+            seconds[side] = time.perf_counter() - start
+    share = seconds["bare"] / seconds["engine"]
+    return {"values": {"clips/s": clips / seconds["engine"], "share of the forward passes": share}}
+
+
 def packed_pool(run: Run) -> dict[str, Any]:
     """Crops cut on the device from a pool in device memory: two of 6 s and four of 2 s per clip."""
     folder = pool_folder(run)

@@ -107,6 +107,19 @@ def test_one_file(tmp_path):
     assert os.listdir(tmp_path) == ["table.txt"]
 
 
+def test_one_file_after_a_kill_while_its_parts_were_removed(tmp_path):
+    path = tmp_path / "table.txt"
+    with pytest.raises(KeyError):
+        fail_after_one_part(path)
+    (parts_folder(path) / "run.json").unlink()
+    with one_file(path, Lines(), SETTINGS) as parts:
+        parts.start(SETTINGS)
+        assert parts.done() == {}
+        write(parts, 0, "zero")
+    assert path.read_text() == "zero"
+    assert os.listdir(tmp_path) == ["table.txt"]
+
+
 def test_one_file_starts_anew_with_other_settings(tmp_path, caplog):
     path = tmp_path / "table.txt"
     with pytest.raises(KeyError):

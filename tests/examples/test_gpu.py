@@ -265,6 +265,7 @@ def test_steps_are_measured_at_toy_size(run, preset):
     assert ours["layers"] == "eager"
     assert ours["GFLOP per clip"] > 0
     assert figures.inference(run, "small")["values"]["ours / AST"] > 0
+    assert figures.corpus(run, "small")["values"]["clips/s"] > 0
 
 
 def test_targets_are_computed_from_rows_and_missing_ones_reported():

@@ -22,6 +22,7 @@ from .corpus.commands import (
 )
 from .corpus.embeddings import (
     DTYPES,
+    ROWS,
     EmbeddingSettings,
     EmbeddingWriter,
     embedding_schema,
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
     import pyarrow
 
 logger = logging.getLogger(__name__)
-
-ROWS = ("clip", "window", "time_patch")
 
 
 @dataclass(frozen=True)
@@ -99,11 +98,12 @@ class EmbeddingJob:
     def forward(self, input_values: torch.Tensor, attention_mask: torch.Tensor | None, frames: list[int]) -> tuple:
         time_patches = torch.tensor(frames).div(self.encoder.config.patch_size, rounding_mode="floor").clamp_min(1)
         tokens = last_tokens(self.encoder, input_values, attention_mask, self.num_layers)
+        mel_patches = self.encoder.config.position_grid[1]
         if self.unit == "time_patch":
-            values = time_patch_means(tokens[-1], self.encoder.config.position_grid[1])
+            values = time_patch_means(tokens[-1], mel_patches)
         else:
             counts = time_patches.to(self.device, non_blocking=True)
-            values = torch.cat([pool_tokens(layer, counts, self.pooling) for layer in tokens], dim=-1)
+            values = torch.cat([pool_tokens(layer, counts, self.pooling, mel_patches) for layer in tokens], dim=-1)
         return values.float(), time_patches
 
     def rows(self, clip: Clip) -> "EmbeddingRows":

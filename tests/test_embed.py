@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pyarrow.parquet
 import pytest
 import soundfile
@@ -111,7 +112,7 @@ def test_labels_and_float16(folder, checkpoint, loaded, tmp_path):
     np.testing.assert_array_equal(found[0], found[2])
 
 
-def test_processes_share_the_work_and_resume(folder, checkpoint, tmp_path, monkeypatch):
+def test_processes_share_the_work_and_resume(folder, checkpoint, tmp_path, monkeypatch, caplog):
     options = ("--part_clips", "1", "--batch_size", "2")
     assert command(checkpoint, folder, tmp_path / "alone", *options) == 0
     for rank in (1, 0):
@@ -119,7 +120,7 @@ def test_processes_share_the_work_and_resume(folder, checkpoint, tmp_path, monke
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert command(checkpoint, folder, tmp_path / "shared", *options) == 0
     names = sorted(os.listdir(tmp_path / "alone"))
-    assert names == [*(f"part-{number:05d}.parquet" for number in range(4)), "run.json"]
+    assert names == [".run.json", *(f"part-{number:05d}.parquet" for number in range(4))]
     contents = {name: (tmp_path / "alone" / name).read_bytes() for name in names}
     assert {name: (tmp_path / "shared" / name).read_bytes() for name in os.listdir(tmp_path / "shared")} == contents
     with pytest.raises(ValueError, match="folder"):
@@ -128,6 +129,9 @@ def test_processes_share_the_work_and_resume(folder, checkpoint, tmp_path, monke
     monkeypatch.delenv("WORLD_SIZE")
 
     (tmp_path / "alone" / "part-00002.parquet").unlink()
+    read_embeddings(tmp_path / "alone")
+    assert "1 parts are missing" in caplog.text
+    assert len(pandas.read_parquet(tmp_path / "alone")) == 3
     kept = (tmp_path / "alone" / "part-00001.parquet").stat().st_mtime_ns
     counts = embed_corpus(checkpoint, folder, tmp_path / "alone", device="cpu", progress=False)
     assert counts == {"clips": 1, "unreadable": 1, "parts": 3}
@@ -141,7 +145,7 @@ def test_a_folder_of_other_embeddings_is_kept(folder, checkpoint, tmp_path, capf
     assert "teacher" in capfd.readouterr().err
     assert command(checkpoint, folder / "deep", tmp_path / "parts") == 1
     assert "num_clips" in capfd.readouterr().err
-    settings = json.loads((tmp_path / "parts" / "run.json").read_text())
+    settings = json.loads((tmp_path / "parts" / ".run.json").read_text())
     assert (settings["encoder"], settings["num_clips"]) == ("teacher", 4)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..utils.extras import extra
+from .parts import count_missing
 
 with extra("train"):
     import pyarrow
@@ -217,8 +218,8 @@ def read_embeddings(path: str | os.PathLike) -> Embeddings:
 
 def iter_embeddings(path: str | os.PathLike) -> Iterator[Embeddings]:
     """
-    The rows of a table, or of all tables in a folder, sorted by name, some megabytes at a time. At the end, a warning
-    counts the rows with an error, which are left out.
+    The rows of a table, or of all tables in a folder, sorted by name, some megabytes at a time. Warnings count the
+    parts that an unfinished folder lacks, and at the end the rows with an error, which are left out.
 
     Raises:
         FileNotFoundError: no such file or folder, or no table in it.
@@ -267,6 +268,8 @@ def embedding_tables(path: str | os.PathLike) -> list[Path]:
     tables = sorted(file for file in path.glob("*.parquet") if not file.name.startswith("."))
     if not tables:
         raise FileNotFoundError(f"expected parquet files in {path}, got none")
+    if missing := count_missing(path):
+        logger.warning_once(f"{path} is not complete: {missing} parts are missing; run its command again")
     return tables
 
 

@@ -18,7 +18,7 @@ from .sources import Corpus
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_NAME = "run.json"
+SETTINGS_NAME = ".run.json"  # hidden, as programs that read a folder of tables read all its files
 # By default a corpus of known length has at least so many parts, to divide among processes; those of a stream have a
 # fixed number of clips.
 _MIN_PARTS, _MAX_CLIPS, _STREAM_CLIPS = 64, 1024, 256
@@ -144,6 +144,14 @@ class Parts:
 def read_settings(folder: Path) -> dict[str, Any]:
     """The settings of the run whose parts a folder holds."""
     return json.loads((folder / SETTINGS_NAME).read_text(encoding="utf-8"))
+
+
+def count_missing(folder: Path) -> int:
+    """How many parts a folder of a corpus of known length lacks; 0 if it is no such folder."""
+    settings = read_settings(folder) if (folder / SETTINGS_NAME).is_file() else {}
+    if not settings.get("num_clips"):
+        return 0
+    return -(-settings["num_clips"] // settings["part_clips"]) - len(list(folder.glob("part-*")))
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

@@ -271,11 +271,12 @@ def _embed_windows(
 ) -> Iterator[ClipEmbeddings | AudioReadError]:
     """Embeddings of every clip from its consecutive windows, or its error."""
     encoder = encoder_of(model)
+    mel_patches = encoder.config.position_grid[1]
     embedding_size(encoder, pooling, num_layers)  # raises for wrong options
 
     def reduce(tokens: list[torch.Tensor], counts: torch.Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
-        scenes = torch.cat([pool_tokens(layer, counts, pooling) for layer in tokens], dim=-1).float().cpu().numpy()
-        means = time_patch_means(tokens[-1], encoder.config.position_grid[1]).float().cpu().numpy()
+        scenes = torch.cat([pool_tokens(layer, counts, pooling, mel_patches) for layer in tokens], dim=-1)
+        scenes, means = scenes.float().cpu().numpy(), time_patch_means(tokens[-1], mel_patches).float().cpu().numpy()
         # copies, as a view would keep the batch
         return [(scene, part[:count].copy()) for scene, part, count in zip(scenes, means, counts.tolist())]
 
@@ -388,14 +389,16 @@ def last_tokens(
     return [*(encoder.layernorm(hidden) for hidden in earlier), outputs.last_hidden_state]
 
 
-def pool_tokens(tokens: torch.Tensor, time_patches: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Tokens `(clips, 1 + patches, hidden)` to `(clips, dim)`, over each clip's own `time_patches` `(clips,)`."""
+def pool_tokens(tokens: torch.Tensor, time_patches: torch.Tensor, pooling: str, mel_patches: int) -> torch.Tensor:
+    """
+    Tokens `(clips, 1 + time_patches * mel_patches, hidden)` to `(clips, dim)`, over each clip's own `time_patches`
+    `(clips,)`.
+    """
     cls_token = tokens[:, 0]
     if pooling == "cls":
         return cls_token
-    longest = int(time_patches.max())
-    patches = tokens[:, 1:].unflatten(1, (longest, -1))
-    real = (torch.arange(longest, device=time_patches.device) < time_patches[:, None])[..., None, None]
+    patches = tokens[:, 1:].unflatten(1, (-1, mel_patches))
+    real = (torch.arange(patches.shape[1], device=tokens.device) < time_patches[:, None])[..., None, None]
     means = (patches * real).sum(1) / time_patches[:, None, None]
     if pooling == "mean_time":
         return means.flatten(1)

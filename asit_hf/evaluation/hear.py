@@ -72,8 +72,9 @@ def get_scene_embeddings(audio: torch.Tensor, model: HearModel) -> torch.Tensor:
         `torch.Tensor` of shape `(sounds, scene_embedding_size)`, float32, pooled over all windows.
     """
     tokens = model.encode(model.log_mel(audio))
-    time_patches = (tokens.shape[1] - 1) // model.encoder.config.position_grid[1]
-    return pool_tokens(tokens, torch.full((len(tokens),), time_patches, device=tokens.device), model.pooling)
+    mel_patches = model.encoder.config.position_grid[1]
+    time_patches = torch.full((len(tokens),), (tokens.shape[1] - 1) // mel_patches, device=tokens.device)
+    return pool_tokens(tokens, time_patches, model.pooling, mel_patches)
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def test_a_part_is_whole_or_absent(tmp_path):
     write(parts, 1, "one")
     with pytest.raises(KeyError):
         fail_in_part(parts)
-    assert sorted(os.listdir(tmp_path / "parts")) == ["part-00001.txt", "run.json"]
+    assert sorted(os.listdir(tmp_path / "parts")) == [".run.json", "part-00001.txt"]
     assert parts.done() == {(0, 1): tmp_path / "parts" / "part-00001.txt"}
     assert [task.first for task in share_out(listed(5), 2, done=parts.done())] == [0, 2]
 

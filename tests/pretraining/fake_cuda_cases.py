@@ -3,6 +3,8 @@ Run by `test_fake_cuda.py` with the libraries of `examples/benchmarks/fake_cuda.
 of the device, mixes devices or has a size that depends on values raises here.
 """
 
+from unittest import mock
+
 import count_kernels
 import pytest
 import torch
@@ -10,8 +12,12 @@ from fake_cuda import KernelCounter, fake_cuda, to_fake_cuda
 from training_step import TOY
 
 from asit_hf import ASiTConfig, ASiTFeatureExtractor, ASiTForAudioClassification, ASiTForPreTraining
+from asit_hf.corpus import engine
+from asit_hf.corpus.labels import label_rows
 from asit_hf.data.collators import collate_crops
+from asit_hf.embed import EmbeddingJob
 from asit_hf.finetuning.optimization import smooth_labels
+from asit_hf.predict import LabelJob
 from asit_hf.pretraining import gradients, masking
 from asit_hf.pretraining.arguments import ASiTPreTrainingArguments
 from asit_hf.pretraining.masking import GMML, corrupt
@@ -160,6 +166,26 @@ def test_a_classifier_trains_on_the_device(problem_type):
         loss.backward()
         assert loss.device.type == "cuda"
         assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("lengths", [[SAMPLES] * 3, [SAMPLES, 12000, 100]], ids=["same", "unlike"])
+@pytest.mark.parametrize("pooling", [None, "cls", "cls_mean", "mean_std_time"])
+def test_a_batch_of_a_corpus_is_computed_without_waiting(pooling, lengths, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", mock.MagicMock())
+    extractor, model = ASiTFeatureExtractor(num_mel_bins=32), ASiTForAudioClassification(ASiTConfig(**TOY))
+    extractor.extract(torch.randn(1, SAMPLES))
+    with fake_cuda():
+        to_fake_cuda(model.to(torch.bfloat16))
+        if pooling is None:
+            job = LabelJob(model, extractor, label_rows(["rain", "wind"], "softmax"))
+        else:
+            job = EmbeddingJob(model.asit, extractor, pooling=pooling)
+        waveforms = torch.zeros(len(lengths), SAMPLES, dtype=torch.int16)
+        batch = engine.Batch(0, 0, waveforms, lengths, list(range(len(lengths))))
+        values, arrived = engine._compute(job, batch)
+        assert {value.device.type for value in values} == {"cpu"}
+        assert arrived.record.called
+        assert all(len(value) == len(lengths) for value in values)
 
 
 def test_launches_of_a_step_of_small():

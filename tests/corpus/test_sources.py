@@ -185,6 +185,12 @@ def test_labels_in_json(folder, tmp_path):
         assert labels(open_corpus(tmp_path / "t.json", root=folder)) == texts
 
 
+def test_labels_that_are_objects_are_refused(folder, tmp_path):
+    (tmp_path / "t.json").write_text(json.dumps([{"file": NAMES[0], "label": {"a": 1}}]))
+    with pytest.raises(ValueError, match="row 0 of .*t.json.*'a'"):
+        open_corpus(tmp_path / "t.json", root=folder)
+
+
 def test_label_separator(folder, tmp_path):
     (tmp_path / "t.csv").write_text("file,label\nrain/a.wav,a;b\nrain/b.flac,a+b\n")
     assert labels(open_corpus(tmp_path / "t.csv", root=folder, label_separator="none")) == ["a;b", "a+b"]

@@ -10,7 +10,7 @@ import sys
 from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -72,6 +72,10 @@ class Calls(BaseHTTPRequestHandler):
             return self.answer({"files": files})
         if match := re.fullmatch(r"/api/models/(.+)/commit/(.+)", path):
             return self.commit(match[1], [json.loads(line) for line in body.splitlines()])
+        if match := re.fullmatch(r"/api/datasets/(.+)/paths-info/(.+)", path):
+            files = self.server.repositories.get(match[1], {})
+            entries = {entry["path"]: entry for entry in entries_of(files, "")}
+            return self.answer([entries[one] for one in parse_qs(body.decode())["paths"] if one in entries])
         return self.answer({"error": f"no such call {path}"}, 404)
 
     def do_PUT(self):
@@ -85,21 +89,23 @@ class Calls(BaseHTTPRequestHandler):
         path = self.plain_path()
         if path == "/api/whoami-v2":
             return self.answer({"name": "me", "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
-        if match := re.fullmatch(r"/api/models/(.+)/tree/([^/]+)(/.*)?", path):
+        if match := re.fullmatch(r"/api/(?:models|datasets)/(.+)/tree/([^/]+)(/.*)?", path):
             files = self.server.repositories.get(match[1])
             if files is not None:
-                return self.answer(
-                    [{"type": "file", "path": one, "size": len(data), "oid": oid(data)} for one, data in files.items()]
-                )
-        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.+)?", path)
+                return self.answer(entries_of(files, (match[3] or "").strip("/")))
+        match = re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(/revision/.+)?", path)
         if match and match[1] in self.server.repositories:
             siblings = [{"rfilename": one} for one in self.server.repositories[match[1]]]
             commit = self.server.commit_of(match[1])
             return self.answer({"id": match[1], "sha": commit, "siblings": siblings, "tags": [], "private": False})
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if match := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             data = self.server.repositories.get(match[1], {}).get(match[3])
             if data is not None:
                 headers = {"ETag": f'"{oid(data)}"', "X-Repo-Commit": self.server.commit_of(match[1])}
+                if block := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+                    start, stop = int(block[1]), min(int(block[2]) + 1, len(data))
+                    headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+                    return self.send(data[start:stop], 206, headers)
                 return self.send(data, 200, headers)
             code = "EntryNotFound" if match[1] in self.server.repositories else "RepoNotFound"
             return self.send(b"", 404, {"X-Error-Code": code, "X-Error-Message": f"no {path}"})
@@ -134,6 +140,14 @@ class Calls(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+
+def entries_of(files: dict[str, bytes], folder: str) -> list[dict]:
+    """The files below a folder, and the folders that they are in."""
+    below = [path for path in sorted(files) if not folder or path.startswith(f"{folder}/")]
+    folders = {parent.as_posix() for path in below for parent in Path(path).parents} - {"."}
+    found = [{"type": "directory", "path": one, "size": 0, "oid": oid(one.encode())} for one in sorted(folders)]
+    return found + [{"type": "file", "path": one, "size": len(files[one]), "oid": oid(files[one])} for one in below]
 
 
 def is_ignored(path: str, pattern: str) -> bool:

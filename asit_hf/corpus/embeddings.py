@@ -19,7 +19,7 @@ import numpy as np
 from ..utils.extras import extra
 from .parts import count_missing
 
-with extra("train"):
+with extra():
     import pyarrow
     import pyarrow.compute
     import pyarrow.parquet

@@ -227,7 +227,7 @@ class _ParquetTable:
     """The columns of csv with types; one row group waits in memory."""
 
     def __init__(self, path: Path, unit: str):
-        with extra("train"):
+        with extra():
             import pyarrow
             import pyarrow.parquet
         types = {"start": pyarrow.float64(), "end": pyarrow.float64(), "rank": pyarrow.int32()}

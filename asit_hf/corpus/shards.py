@@ -213,7 +213,7 @@ def open_parquet(path: str) -> Iterator["pyarrow.parquet.ParquetFile"]:
     Raises:
         ValueError: a damaged file, also if that shows while it is read.
     """
-    with extra("train"):
+    with extra():
         import pyarrow.parquet
 
     try:

@@ -145,9 +145,16 @@ def _open_manifest(found: Input, is_prefixed: bool, options: _Options) -> Files:
     names = Texts(name_in_row(cell, row, found.place) for row, cell in enumerate(cells(audio)))
     labels = None
     if label is not None:
-        labels = Categories(tuple(cell) if isinstance(cell, list) else cell for cell in cells(label))
+        labels = Categories(_hashable(cell, row, found.place) for row, cell in enumerate(cells(label)))
         labels.values = manifest.typed(labels.values, label)
     return _listed(found, names, labels, is_prefixed, options)
+
+
+def _hashable(label: Any, row: int, source: str) -> Any:
+    label = tuple(label) if isinstance(label, list) else label
+    if any(isinstance(one, (dict, list)) for one in (label if isinstance(label, tuple) else [label])):
+        raise ValueError(f"expected text, numbers or a list of them as label in row {row} of {source}, got {label!r}")
+    return label
 
 
 def _open_parquet(found: Input, is_prefixed: bool, options: _Options) -> list[Any]:

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+from threading import Thread
 
 import fsspec
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import soundfile
 from datasets import Audio, ClassLabel, Dataset, List
 from loopback_files import serve
+from loopback_hub import Hub, run
 from odd_names import copy_with_odd_names
 
 from asit_hf.corpus.sources import open_corpus
@@ -183,6 +185,12 @@ def test_labels_in_json(folder, tmp_path):
         assert labels(open_corpus(tmp_path / "t.json", root=folder)) == texts
 
 
+def test_labels_that_are_objects_are_refused(folder, tmp_path):
+    (tmp_path / "t.json").write_text(json.dumps([{"file": NAMES[0], "label": {"a": 1}}]))
+    with pytest.raises(ValueError, match="row 0 of .*t.json.*'a'"):
+        open_corpus(tmp_path / "t.json", root=folder)
+
+
 def test_label_separator(folder, tmp_path):
     (tmp_path / "t.csv").write_text("file,label\nrain/a.wav,a;b\nrain/b.flac,a+b\n")
     assert labels(open_corpus(tmp_path / "t.csv", root=folder, label_separator="none")) == ["a;b", "a+b"]
@@ -325,6 +333,38 @@ def test_urls(remote):
         open_corpus(f"{remote}/gone.wav")
     with pytest.raises(FileNotFoundError, match="root"):
         open_corpus(f"{remote}/t.csv")
+
+
+READ_HUB = """
+import json, sys
+from asit_hf.corpus.sources import open_corpus
+from asit_hf.data.audio import read_audio
+
+for data, split in json.loads(sys.argv[1]):
+    corpus = open_corpus(data, split=split)
+    clips = [clip for shard in range(corpus.num_shards) for clip in corpus.clips(shard)]
+    rows = [[clip.file, clip.label, len(read_audio(clip.source, 8000))] for clip in clips]
+    print(json.dumps([corpus.num_clips, corpus.num_shards, rows]))
+"""
+
+
+@pytest.mark.slow
+def test_the_hub(folder, tmp_path):
+    """By name and by URL, with the Hub's own file system."""
+    write_shards(folder, tmp_path / "parquet")
+    shards = {f"data/{path.name}": path.read_bytes() for path in (tmp_path / "parquet").iterdir()}
+    clips = {f"clips/{name}": (folder / name).read_bytes() for name in NAMES}
+    server = Hub()
+    server.repositories = {"me/shards": shards, "me/clips": clips | {"meta.csv": b"path,label\nclips/rain/b.flac,x\n"}}
+    Thread(target=server.serve_forever, daemon=True).start()
+    names = ["me/shards", "hf://datasets/me/shards", "hf://datasets/me/clips/clips", "hf://datasets/me/clips/meta.csv"]
+    tries = list(zip(names, ["train", "train", None, None]))
+    by_name, by_url, files, manifest = map(json.loads, run(READ_HUB, server, tmp_path, json.dumps(tries)).splitlines())
+    server.shutdown()
+    server.server_close()
+    assert by_name == by_url == [None, 2, [["a.wav", "rain", 100], ["b.flac", "rain", 200], ["c.wav", "wind", 300]]]
+    assert files == [3, 1, [[name, None, 100 * index] for index, name in enumerate(NAMES, 1)]]
+    assert manifest == [1, 1, [["clips/rain/b.flac", "x", 200]]]
 
 
 def test_fingerprints(folder, tmp_path):

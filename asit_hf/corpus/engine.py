@@ -207,6 +207,7 @@ class _Progress:
         self.job, self.task, self.open_part, self.on_clip = job, task, open_part, on_clip
         self.values: dict[int, tuple] = {}
         self.part: int | None = None
+        self.table: Table | None = None
         self.stack = ExitStack()
         self.rows: Rows | None = None
         self.error: ValueError | None = None
@@ -222,21 +223,22 @@ class _Progress:
         self.values.update(zip(batch.places, values))
         if batch.items is None:
             return
+        written: list[dict[str, Any]] = []
         for place, (clip, start, end, last) in enumerate(batch.items):
             self.rows = self.rows or self.job.rows(clip)
             if isinstance(last, str):
-                written = self.rows.fail(last)
+                written += self.rows.fail(last)
             else:
-                written = self.rows.add(start, end, self.values[place])
-                written = [*written, *self.rows.finish()] if last else written
-            self.table.write(written)
+                written += self.rows.add(start, end, self.values[place])
+                written += self.rows.finish() if last else []
             if last:
                 self.rows = None
                 self.on_clip(clip, last if isinstance(last, str) else None)
+        self.table.write(written)
         self.values.clear()
         if batch.ends_part:
             self.stack.close()
-            self.part = None
+            self.part = self.table = None
 
 
 def check_run_options(batch_size: int | None, num_workers: int | None) -> None:

@@ -12,8 +12,9 @@ def check_writable(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(f"expected a file to write, got the folder {path}")
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-"):
-        pass
+    unfinished = path.with_name(f".{path.name}.unfinished")  # if a kill leaves it, `whole_file` replaces it
+    unfinished.touch()
+    unfinished.unlink(missing_ok=True)
 
 
 def is_file(output: Path) -> bool:

@@ -1,3 +1,6 @@
+import weakref
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import soundfile
@@ -83,6 +86,25 @@ def run(corpus, part_clips=3, **options):
     tasks = share_out(corpus, part_clips)
     engine.run(job, corpus, tasks, Part, lambda *clip: clips.append(clip), **options)
     return dict(sorted(parts.items())), job, clips
+
+
+def test_tables_of_complete_parts_are_released(folder):
+    open_tables, most = weakref.WeakSet(), []
+
+    class Table(list):
+        __hash__ = object.__hash__
+        write = list.extend
+
+    @contextmanager
+    def open_part(shard, number):
+        table = Table()
+        open_tables.add(table)
+        most.append(len(open_tables))
+        yield table
+
+    corpus = open_corpus(folder)
+    engine.run(Sums(), corpus, share_out(corpus, 1), open_part, lambda *clip: None, num_workers=1)
+    assert most == [1] * len(SECONDS) + [1, 1]
 
 
 def test_rows_are_those_of_each_clip_alone(folder):

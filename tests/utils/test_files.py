@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from asit_hf.utils.files import whole_file, whole_folder
+from asit_hf.utils.files import check_writable, whole_file, whole_folder
 
 
 def test_a_file_replaces_the_earlier_one_when_complete(tmp_path):
@@ -54,3 +54,17 @@ def test_a_folder_replaces_the_earlier_one_or_leaves_it(tmp_path):
         write("third", KeyboardInterrupt)
     assert [path.name for path in target.iterdir()] == ["second"]
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_path_is_checked_without_a_trace(tmp_path):
+    path = tmp_path / "tables" / "table.csv"
+    check_writable(path)
+    assert list(path.parent.iterdir()) == []
+    path.write_text("old")
+    check_writable(path)
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(IsADirectoryError, match="tables"):
+        check_writable(path.parent)
+    with pytest.raises(OSError, match=r"table\.csv"):
+        check_writable(path / "below.csv")

@@ -152,6 +152,18 @@ def test_the_way_of_an_accelerator(folder, workers, monkeypatch):
         assert one == {**other, "mean": pytest.approx(other["mean"], abs=1e-3)} if "mean" in other else one == other
 
 
+def test_an_accelerator_gets_what_a_cpu_gets(tmp_path, monkeypatch):
+    """Also of a clip shorter than a log-mel window, and of bands that upsampling has left empty."""
+    noise = np.random.default_rng(0).normal(0, 0.1, (8000, 2))
+    for name, samples, rate in (("short.wav", 0.1 + noise[:160, 0], RATE), ("upsampled.wav", noise, 8000)):
+        soundfile.write(tmp_path / name, samples, rate)
+    expected, _, _ = run(open_corpus(tmp_path), 1)
+    monkeypatch.setattr(engine, "choices_for", lambda device: ACCELERATOR)
+    parts, _, _ = run(open_corpus(tmp_path), 1)
+    for number, (row, *_) in parts.items():
+        assert row["mean"] == pytest.approx(expected[number][0]["mean"], abs=1e-5)
+
+
 def test_windows_of_like_length_share_a_batch():
     lengths = {0: 100, 1: 5, 2: 99, 3: 6, 4: 5, 5: 98}
     assert list(engine._similar(lengths, 8)) == [[1, 4, 3], [5, 2, 0]]

@@ -185,7 +185,7 @@ def _run(args: argparse.Namespace) -> int:
         tables = LabelTables(
             format, unit, None if is_file(args.output) else args.output, feature_extractor.sampling_rate / 2
         )
-        names = ("model", "window_seconds", "overlap", "aggregate")
+        names = ("model", "split", "audio_column", "root", "window_seconds", "overlap", "aggregate")
         settings = {"command": "predict", "format": format, "unit": unit, "model_hash": model_hash(model, whole=True)}
         settings |= {"top_k": labels.top_k, "threshold": labels.threshold} | {
             name: getattr(args, name) for name in names

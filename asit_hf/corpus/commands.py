@@ -127,7 +127,7 @@ def write_corpus(
     if part_clips < 1:
         raise ValueError(f"part_clips must be at least 1, got {part_clips}")
     size = {"part_clips": part_clips, "num_clips": corpus.num_clips, "fingerprint": corpus.fingerprint}
-    settings = json.loads(json.dumps({**settings, **size}))
+    settings = json.loads(json.dumps({**settings, "data": corpus.name, **size}, default=os.fspath))
     by_shard = corpus.num_shards > 1
     with (
         one_file(output, tables, settings, by_shard)
@@ -163,6 +163,8 @@ def emit_corpus(
     in_order = _InOrder(emit)
     with report_clips(corpus, tasks, progress) as report:
         run(job, corpus, tasks, in_order.open, report.take, batch_size, num_workers)
+    if not report.clips:
+        raise ValueError(f"expected audio in {corpus.name}, got none")
     return {"clips": report.clips, "unreadable": report.unreadable}
 
 

@@ -317,19 +317,19 @@ def _run_threads(job: Job, batches: Batches, states: list[_Progress], num_worker
                     return
                 states[number].take(batch, _values(_compute(job, batch)))
 
-    if count == 1:
-        try:
+    try:
+        if count == 1:
             return work()
-        finally:
-            torch.set_num_threads(available)
-    with ThreadPoolExecutor(count, "corpus") as pool:
-        futures = [pool.submit(work) for _ in range(count)]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-        finally:
-            stopped.set()
+        with ThreadPoolExecutor(count, "corpus") as pool:
+            futures = [pool.submit(work) for _ in range(count)]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            finally:
+                stopped.set()
+    finally:
+        torch.set_num_threads(available)  # also for threads that start later
 
 
 def _run_processes(job: Job, batches: Batches, states: list[_Progress], num_workers: int | None) -> None:

@@ -240,6 +240,8 @@ def test_tasks_take_every_part_once():
         assert sum(map(len, shares)) == len(whole)
         assert {number: files for share in shares for number, files in share.items()} == whole
     assert list(taken(0, 1, [(0, 1), (2, 0)])) == [(0, 0), (0, 2), (0, 3), (2, 1)]
+    done = [(0, 0), (0, 1), (0, 3), (2, 0)]
+    assert [task.first for task in share_out(Stream(), 2, done=done)] == [2, 0, 1]  # what is done is not read again
 
 
 def test_a_model_gives_the_embeddings_it_gives_alone(folder):

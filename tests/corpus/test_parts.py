@@ -5,7 +5,15 @@ from types import SimpleNamespace
 import pytest
 
 from asit_hf.corpus.engine import Task
-from asit_hf.corpus.parts import Parts, default_part_clips, one_file, parts_folder, process_share, share_out
+from asit_hf.corpus.parts import (
+    SETTINGS_NAME,
+    Parts,
+    default_part_clips,
+    one_file,
+    parts_folder,
+    process_share,
+    share_out,
+)
 
 SETTINGS = {"model": "a", "part_clips": 2}
 
@@ -127,7 +135,7 @@ def test_one_file_after_a_kill_while_its_parts_were_removed(tmp_path):
     path = tmp_path / "table.txt"
     with pytest.raises(KeyError):
         fail_after_one_part(path)
-    (parts_folder(path) / ".run.json").unlink()
+    (parts_folder(path) / SETTINGS_NAME).unlink()
     with one_file(path, Lines(), SETTINGS) as parts:
         parts.start(SETTINGS)
         assert parts.done() == {}

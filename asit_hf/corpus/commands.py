@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +117,12 @@ def write_corpus(
     in_file = is_file(output)
     if in_file and world_size > 1:
         raise ValueError(f"expected a folder as --output for the parts of {world_size} processes, got {output}")
+    if output.is_symlink():  # written where it leads, as by `open`
+        output = output.resolve()
     if in_file:
         check_writable(output)
+    elif output.exists() and not output.is_dir():
+        raise ValueError(f"expected a folder or a name with an extension as --output, got the file {output}")
     folder = parts_folder(output) if in_file else output
     if part_clips is None and (folder / SETTINGS_NAME).is_file():
         part_clips = read_settings(folder).get("part_clips")
@@ -141,6 +145,9 @@ def write_corpus(
         with report_clips(corpus, tasks, progress) as report:
             run(job, corpus, tasks, parts.open, report.take, batch_size, num_workers)
         if not parts.done() and world_size == 1:
+            (folder / SETTINGS_NAME).unlink()
+            with suppress(OSError):  # of a folder that has hidden files
+                folder.rmdir()
             raise ValueError(f"expected audio in {corpus.name}, got none")
     return {"clips": report.clips, "unreadable": report.unreadable, "parts": len(done)}
 

@@ -2,6 +2,7 @@ import json
 import os
 import tarfile
 
+import fsspec
 import numpy as np
 import pytest
 import soundfile as sf
@@ -412,3 +413,26 @@ def test_names_of_any_bytes_are_rows_that_can_be_read(folder, tmp_path):
     names = [row["audio"]["path"] for row in load_audio_dataset(tmp_path / "odd.tar", streaming=True)]
     assert len(names) == len(texts)
     assert "file:odd.tar/odd/caf%E9/na%EFve.wav" in names
+
+
+def test_urls(folder):
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/copy/clips", recursive=True)
+    memory.pipe("/copy/t.csv", b"file,label\nclips/dog/a.flac,dog\n")
+    table = Dataset.from_dict({"audio": [{"path": "a.flac", "bytes": (folder / "dog/a.flac").read_bytes()}]})
+    with memory.open("/copy/shards/train-0.parquet", "wb") as file:
+        table.to_parquet(file)
+    with memory.open("/copy/x.tar", "wb") as file, tarfile.open(fileobj=file, mode="w") as archive:
+        archive.add(folder / "dog/a.flac", "a.flac")
+    expected = read_audio(folder / "dog/a.flac", 8000)
+    try:
+        rows = load_audio_dataset("memory://copy/clips")
+        local = [
+            row["audio"]["path"].replace(str(folder), "memory://copy/clips") for row in load_audio_dataset(folder)
+        ]
+        assert [row["audio"]["path"] for row in rows] == local
+        for data, streaming in (("t.csv", False), ("shards", True), ("x.tar", True), ("clips/dog/a.flac", False)):
+            row = next(iter(load_audio_dataset(f"memory://copy/{data}", streaming=streaming)))
+            np.testing.assert_array_equal(read_audio(row["audio"], 8000), expected)
+    finally:
+        memory.rm("/copy", recursive=True)

@@ -87,7 +87,8 @@ class Rows:
         for start in range(0, self.num_clips, 10000):
             column = rows[start : start + 10000]["audio"]
             paths = pc.struct_field(column, "path").to_pylist() if "path" in _fields(column) else [None] * len(column)
-            digest.update("".join(f"{path}\0" for path in paths).encode(errors="surrogatepass"))
+            names = (path or f"{self.name}#{row}" for row, path in enumerate(paths, start))
+            digest.update("".join(f"{self.prefix}\0{name}\0" for name in names).encode(errors="surrogatepass"))
 
     def clips(self, start: int, stop: int | None) -> Iterator[Clip]:
         rows, classes = range(self.num_clips)[start:stop], class_names(self.dataset.features.get("label"))
@@ -156,7 +157,7 @@ class ParquetShard:
         self.has_labels = label_column is not None
 
     def update(self, digest: Any) -> None:
-        digest.update(f"{self.name} {_size(self.folder, self.name)}".encode(errors="surrogatepass"))
+        digest.update(f"{self.prefix} {self.name} {_size(self.folder, self.name)}".encode(errors="surrogatepass"))
 
     def clips(self, start: int, stop: int | None) -> Iterator[Clip]:
         with open_parquet(join_path(self.folder, self.name)) as file:
@@ -198,7 +199,7 @@ class TarShard:
         self.folder, self.name, self.prefix = folder, name, prefix
 
     def update(self, digest: Any) -> None:
-        digest.update(f"{self.name} {_size(self.folder, self.name)}".encode(errors="surrogatepass"))
+        digest.update(f"{self.prefix} {self.name} {_size(self.folder, self.name)}".encode(errors="surrogatepass"))
 
     def clips(self, start: int, stop: int | None) -> Iterator[Clip]:
         for member, content in islice(read_tar(join_path(self.folder, self.name)), start, stop):

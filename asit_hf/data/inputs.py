@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def _find_in_folder(
         return Input("saved", place, split=split)
     shards = [*by_kind["tar"], *by_kind["parquet"]]
     splits = _splits(by_kind["audio"] + shards, tables)
-    part = None if split is None else _find_part(place, split, splits, by_kind["audio"] + shards)
+    part = None if split is None else _find_part(place, split, splits, chain(*by_kind.values()))
     metadata = next((name for name in METADATA if name in tables), None) if with_metadata else None
     if metadata:
         logger.info("the audio of %s is what %s lists", place, metadata)
@@ -183,8 +184,8 @@ def _find_in_folder(
     if kind == "audio":
         _report_others(place, by_kind)
         if splits and with_metadata:
-            counts = Counter(name.partition("/")[0] for name in by_kind["audio"])
-            shown = ", ".join(f"{name} ({count} files)" for name, count in counts.items() if name in splits)
+            counts = Counter(name.partition("/")[0] for name in by_kind["audio"] if "/" in name)
+            shown = ", ".join(f"{name} ({count} files)" for name, count in counts.items())
             logger.info("audio of all splits of %s: %s", place, shown or f"{len(by_kind['audio'])} files")
     return Input(kind, place, by_kind[kind], place)
 

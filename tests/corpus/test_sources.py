@@ -208,6 +208,19 @@ def test_names_in_a_manifest(folder, tmp_path):
     assert [len(read_audio(name, 8000)) for name in files(several)] == lengths(several) == [100, 300, 200, 300]
 
 
+@pytest.mark.parametrize("place", ["sounds", "./sounds", "sounds/", "wind/../sounds", "."])
+def test_files_found_elsewhere_by_relative_paths(tmp_path, monkeypatch, place):
+    for index, name in enumerate(("train/a.wav", "test/b.wav"), 1):
+        write(tmp_path / "sounds" / name, 100 * index)
+    (tmp_path / "sounds/metadata.csv").write_text("file\na\nb\n")
+    (tmp_path / "wind").mkdir()
+    monkeypatch.chdir(tmp_path / "sounds" if place == "." else tmp_path)
+    for corpus in (open_corpus(place), open_corpus(f"{place}/metadata.csv", root=place)):
+        assert (files(corpus), lengths(corpus)) == (["train/a.wav", "test/b.wav"], [100, 200])
+    assert files(open_corpus(place, split="test")) == ["test/b.wav"]
+    assert [len(read_audio(name, 8000)) for name in files(open_corpus([place, place]))] == [100, 200] * 2
+
+
 def test_a_folder_with_metadata(folder, tmp_path):
     for name in NAMES:
         write(tmp_path / "data/train" / name, 10)
@@ -380,6 +393,17 @@ def test_fingerprints(folder, tmp_path):
     assert open_corpus(dataset.select([0, 1])).fingerprint != fingerprints[3]
     (tmp_path / "tar/1.tar").unlink()
     assert open_corpus(tmp_path / "tar").fingerprint != fingerprints[5]
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet", "tar"])
+def test_fingerprints_differ_if_names_do(folder, tmp_path, kind):
+    for name in ("x", "y"):
+        Dataset.from_dict({"audio": [b"", b""]}).save_to_disk(tmp_path / name / "saved")
+        write_shards(folder, tmp_path / name / "parquet")
+        write_tars(folder, tmp_path / name / "tar")
+    one, other = (open_corpus([tmp_path / name / kind, folder / "rain/a.wav"]) for name in ("x", "y"))
+    assert files(one) != files(other)
+    assert one.fingerprint != other.fingerprint
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,8 @@ class Rows:
 
     def __init__(self, dataset: "Dataset", name: str, prefix: str = ""):
         columns = [column for column in ("audio", "label") if column in dataset.column_names]
+        if dataset.format["type"] != "custom":  # a transform
+            dataset = dataset.with_format(None)
         self.dataset, self.name, self.prefix = dataset.select_columns(columns), name, prefix
         self.num_clips, self.has_labels = len(dataset), "label" in columns
 

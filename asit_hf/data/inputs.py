@@ -106,6 +106,8 @@ def choose_shards(found: Input) -> Sequence[str]:
         candidates = (_SHARD_NUMBER.sub("", stem), *reversed(folders))
         split = next((one for one in candidates if split_kind(one) or one == found.split), "")
         splits.setdefault(split, []).append(name)
+    if set(splits) == {""}:  # as `datasets` calls it
+        splits = {"train": splits[""]}
     if found.split is None and len(splits) == 1:
         return found.names
     chosen = None if found.split is None else match_split(found.split, splits)
@@ -124,13 +126,13 @@ def check_options(kind: str, options: dict[str, Any], *allowed: str) -> None:
 
 def _find_file(place: str, split: str | None, root: str | None) -> Input:
     folder, name = split_url(place) if is_url(place) else os.path.split(place)
-    if is_url(place) and "?" in name:
-        folder, name = "", place
-    extension = _extension(place)
+    extension, roots = _extension(place), (root or folder,)
     if extension in (*MANIFEST_EXTENSIONS, ".txt"):
-        return Input("manifest", place, split=split, roots=(root or folder,))
+        return Input("manifest", place, split=split, roots=roots)
+    if is_url(place) and "?" in place:  # which a folder and a name cannot hold
+        folder, name = "", place
     if extension == ".parquet":
-        return Input("parquet", folder, [name], split=split, roots=(root or folder,))
+        return Input("parquet", folder, [name], split=split, roots=roots)
     if extension not in _FILES:
         reason = _OTHER_FILES.get(extension) or why_left_out(extension, lambda: place) or "no audio"
         raise ValueError(f"expected a file with one of the extensions {' '.join(_FILES)}; got {place}: {reason}")

@@ -204,25 +204,16 @@ class Batches(IterableDataset):
 
 
 class _Progress:
-    """The rows of one task's current part, written as they become complete."""
+    """The rows of a part, written as they become complete."""
 
-    def __init__(self, job: Job, task: Task, open_part: Callable, on_clip: Callable[[Clip, str | None], None]):
-        self.job, self.task, self.open_part, self.on_clip = job, task, open_part, on_clip
+    def __init__(self, job: Job, part: AbstractContextManager[Table], on_clip: Callable[[Clip, str | None], None]):
+        self.job, self.on_clip = job, on_clip
         self.values: dict[int, tuple] = {}
-        self.part: int | None = None
-        self.table: Table | None = None
         self.stack = ExitStack()
+        self.table = self.stack.enter_context(part)
         self.rows: Rows | None = None
-        self.error: ValueError | None = None
 
     def take(self, batch: Batch, values: list[tuple]) -> None:
-        if batch.error is not None:
-            self.error = ValueError(batch.error)
-            self.stack.__exit__(ValueError, self.error, None)
-            return
-        if self.part is None:
-            self.table = self.stack.enter_context(self.open_part(self.task.shard, batch.part))
-            self.part = batch.part
         self.values.update(zip(batch.places, values))
         if batch.items is None:
             return
@@ -239,9 +230,6 @@ class _Progress:
                 self.on_clip(clip, last if isinstance(last, str) else None)
         self.table.write(written)
         self.values.clear()
-        if batch.ends_part:
-            self.stack.close()
-            self.part = self.table = None
 
 
 def check_run_options(batch_size: int | None, num_workers: int | None) -> None:
@@ -282,27 +270,46 @@ def run(
     choices = choices_for(job.device)
     batch_size = choices.windows_per_batch if batch_size is None else batch_size
     batches = Batches(corpus, tasks, job.windows, batch_size, choices.int16_batches)
-    states = [_Progress(job, task, open_part, on_clip) for task in tasks]
-    with ExitStack() as stack:
-        for state in states:
-            stack.push(state.stack)  # which removes an unfinished part
+    parts: dict[int, _Progress] = {}  # that are being written, by task
+    failed: list[ValueError] = []
+
+    def take(batch: Batch, values: list[tuple]) -> None:
+        if batch.error is not None:
+            failed.append(ValueError(batch.error))
+            if batch.task in parts:
+                parts.pop(batch.task).stack.__exit__(ValueError, failed[-1], None)
+            return
+        if batch.task not in parts:
+            parts[batch.task] = _Progress(job, open_part(tasks[batch.task].shard, batch.part), on_clip)
+        parts[batch.task].take(batch, values)
+        if batch.ends_part:
+            parts.pop(batch.task).stack.close()
+
+    try:
         run_tasks = _run_threads if choices.threads else _run_processes
-        run_tasks(job, batches, states, num_workers)
-    if failed := [state.error for state in states if state.error is not None]:
+        run_tasks(job, batches, take, num_workers)
+    except BaseException:
+        with ExitStack() as stack:
+            for part in parts.values():
+                stack.push(part.stack)  # which removes an unfinished part
+            raise
+    if failed:
         others = f", and {len(failed) - 1} more shards" if len(failed) > 1 else ""
         raise ValueError(f"{failed[0]}{others}: all else is done; the next run tries what is missing")
 
 
-def _run_threads(job: Job, batches: Batches, states: list[_Progress], num_workers: int | None) -> None:
+def _run_threads(
+    job: Job, batches: Batches, take: Callable[[Batch, list[tuple]], None], num_workers: int | None
+) -> None:
     """
     Whole tasks in threads, each reading and computing by turns. With one thread of torch in each, two threads take
     less time than one that computes with two, whose second would idle while the first reads.
     """
     available = torch.get_num_threads()
     count = min(available, _MAX_THREADS) if num_workers is None else num_workers
-    count = max(1, min(count, len(states)))
+    count = max(1, min(count, len(batches.tasks)))
     stopped = threading.Event()
-    queue = iter(range(len(states)))
+    queue = iter(range(len(batches.tasks)))
     lock = threading.Lock()
 
     def work() -> None:
@@ -315,7 +322,7 @@ def _run_threads(job: Job, batches: Batches, states: list[_Progress], num_worker
             for batch in batches.of_task(number):
                 if stopped.is_set():
                     return
-                states[number].take(batch, _values(_compute(job, batch)))
+                take(batch, _values(_compute(job, batch)))
 
     try:
         if count == 1:
@@ -332,15 +339,17 @@ def _run_threads(job: Job, batches: Batches, states: list[_Progress], num_worker
         torch.set_num_threads(available)  # also for threads that start later
 
 
-def _run_processes(job: Job, batches: Batches, states: list[_Progress], num_workers: int | None) -> None:
+def _run_processes(
+    job: Job, batches: Batches, take: Callable[[Batch, list[tuple]], None], num_workers: int | None
+) -> None:
     """Processes read, and the results of a batch are fetched when the next one has been launched."""
     if num_workers is None:
         num_workers = min(_MAX_WORKERS, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    workers = {"prefetch_factor": 4} if num_workers and len(states) > 1 else {}
+    workers = {"prefetch_factor": 4} if num_workers and len(batches.tasks) > 1 else {}
     loader = DataLoader(
         batches,
         batch_size=None,
-        num_workers=min(num_workers, len(states)) if workers else 0,
+        num_workers=min(num_workers, len(batches.tasks)) if workers else 0,
         pin_memory=job.device.type == "cuda",
         **workers,
     )
@@ -349,10 +358,10 @@ def _run_processes(job: Job, batches: Batches, states: list[_Progress], num_work
         for batch in loader:
             launched = batch, _compute(job, batch)
             if pending is not None:
-                states[pending[0].task].take(pending[0], _values(pending[1]))
+                take(pending[0], _values(pending[1]))
             pending = launched
     if pending is not None:
-        states[pending[0].task].take(pending[0], _values(pending[1]))
+        take(pending[0], _values(pending[1]))
 
 
 @torch.inference_mode()

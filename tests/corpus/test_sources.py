@@ -445,6 +445,7 @@ def test_fingerprints_differ_if_names_do(folder, tmp_path, kind):
         ("t.csv", {"audio_column": "clip"}, ValueError, "'clip'.*file, label"),
         ("t.csv", {"label_column": "class"}, ValueError, "'class'.*file, label"),
         ("t.csv", {}, ValueError, "path in row 1 of .*t.csv"),
+        ("x.parquet", {}, ValueError, r"wav of x\.parquet.*list"),
     ],
 )
 def test_errors(folder, tmp_path, monkeypatch, name, options, error, message):
@@ -453,6 +454,7 @@ def test_errors(folder, tmp_path, monkeypatch, name, options, error, message):
     for path in ("x.doc", "empty/x.doc"):
         (tmp_path / path).touch()
     (tmp_path / "t.csv").write_text("file,label\nsounds/rain/a.wav,x\n,y\n")
+    pyarrow.parquet.write_table(pyarrow.table({"wav": [[0.5, 0.5]]}), tmp_path / "x.parquet")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
         open_corpus(name, **options)

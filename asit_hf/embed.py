@@ -214,7 +214,7 @@ def embed_corpus(
         data=corpus.name,
     )
     schema = embedding_schema(job.dim, settings, embedding_dtype, corpus.has_labels)
-    of_run = {"command": "embed", **asdict(settings), "embedding_dtype": embedding_dtype}
+    of_run = {"command": "embed", **asdict(settings), "embedding_dtype": embedding_dtype, **data_options}
     return write_corpus(
         job, corpus, output, EmbeddingTables(schema), of_run, batch_size, num_workers, part_clips, progress
     )

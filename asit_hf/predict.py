@@ -182,14 +182,16 @@ def _run(args: argparse.Namespace) -> int:
     if args.output is None:
         if hasattr(sys.stdout, "reconfigure"):  # names and labels may have characters that a terminal lacks
             sys.stdout.reconfigure(errors="backslashreplace")
-        counts = {"clips": 0, "unreadable": 0}
+        counts = None
         with until_output_closes(), LabelTables(format, unit).open(sys.stdout) as table:
             counts = emit_corpus(job, corpus, table.write, args.batch_size, args.num_workers)
+        if counts is None:  # the output was closed before the end
+            return 0
     else:
         tables = LabelTables(
             format, unit, None if is_file(args.output) else args.output, feature_extractor.sampling_rate / 2
         )
-        names = ("model", "window_seconds", "overlap", "aggregate")
+        names = ("model", "split", "audio_column", "root", "window_seconds", "overlap", "aggregate")
         settings = {"command": "predict", "format": format, "unit": unit, "model_hash": model_hash(model, whole=True)}
         settings |= {"top_k": labels.top_k, "threshold": labels.threshold} | {
             name: getattr(args, name) for name in names

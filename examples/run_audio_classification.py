@@ -308,7 +308,7 @@ def finetune(
         refuse_without_effect(args, ["layer_decay"], "with freeze_encoder")
     train, validation, evaluation = load_data(data_args, args.seed, args.load_best_model_at_end)
     if args.calibrate:
-        check_held_out(train, validation)
+        check_held_out(validation, train, evaluation)
     problem_type = check_problem_type(data_args.problem_type, train)
     names = None if problem_type == "regression" else label_names(train)
     if problem_type == "regression" and (data_args.balanced_sampling or args.label_smoothing or args.calibrate):
@@ -370,14 +370,16 @@ def finetune(
     return output.metrics, trainer.state.log_history
 
 
-def check_held_out(train: Dataset, validation: Dataset) -> None:
-    """Raises `ValueError` for validation clips whose files are also training clips."""
-    trained, held_out = set(audio_paths(train)), set(audio_paths(validation))
-    if shared := trained & held_out:
-        got = f"{len(shared)} of {len(held_out)} files in common, first {min(shared)}"
-        raise ValueError(
-            f"calibrate needs validation clips that are not trained on, got {got}: remove them from either"
-        )
+def check_held_out(validation: Dataset, *others: Dataset) -> None:
+    """Raises `ValueError` for validation clips whose files are also in other data, to train or to evaluate on."""
+    held_out = set(audio_paths(validation))
+    for other in others:
+        if other is not validation and (shared := held_out.intersection(audio_paths(other))):
+            got = f"{len(shared)} of {len(held_out)} files in common, first {min(shared)}"
+            raise ValueError(
+                f"calibrate needs validation clips that are neither trained on nor evaluated, got {got}: remove them "
+                "from either"
+            )
 
 
 def score(
@@ -456,6 +458,7 @@ def evaluate(
         data = data_args.load(data_args.eval_data, data_args.eval_filter, split=data_args.eval_split, **options)
     if args.calibrate:
         validation = data_args.load_validation(**options)
+        check_held_out(validation, *([] if data is None else [data]))
     data = validation if data is None else data
     problem_type = check_problem_type(of_model, data)
     logger.info(f"{len(data)} evaluation clips, {problem_type}")

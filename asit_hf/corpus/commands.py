@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,12 @@ def write_corpus(
     in_file = is_file(output)
     if in_file and world_size > 1:
         raise ValueError(f"expected a folder as --output for the parts of {world_size} processes, got {output}")
+    if output.is_symlink():  # written where it leads, as by `open`
+        output = output.resolve()
     if in_file:
         check_writable(output)
+    elif output.exists() and not output.is_dir():
+        raise ValueError(f"expected a folder or a name with an extension as --output, got the file {output}")
     folder = parts_folder(output) if in_file else output
     if part_clips is None and (folder / SETTINGS_NAME).is_file():
         part_clips = read_settings(folder).get("part_clips")
@@ -133,7 +137,11 @@ def write_corpus(
     if part_clips < 1:
         raise ValueError(f"part_clips must be at least 1, got {part_clips}")
     size = {"part_clips": part_clips, "num_clips": corpus.num_clips, "fingerprint": corpus.fingerprint}
-    settings = json.loads(json.dumps({**settings, **size}))
+    settings = json.loads(json.dumps({**settings, "data": corpus.name, **size}, default=os.fspath))
+    num_parts = -(-(corpus.num_clips or 0) // part_clips)
+    if rank == 0 and part_clips > 1 and 0 < num_parts < world_size:
+        what = "%d parts for %d processes, so that some have nothing to do; --part_clips 1 would make %d parts"
+        logger.warning(what, num_parts, world_size, corpus.num_clips)
     by_shard = corpus.num_shards > 1
     with (
         one_file(output, tables, settings, by_shard)
@@ -147,6 +155,9 @@ def write_corpus(
         with report_clips(corpus, tasks, progress) as report:
             run(job, corpus, tasks, parts.open, report.take, batch_size, num_workers)
         if not parts.done() and world_size == 1:
+            (folder / SETTINGS_NAME).unlink()
+            with suppress(OSError):  # of a folder that has hidden files
+                folder.rmdir()
             raise ValueError(f"expected audio in {corpus.name}, got none")
     return {"clips": report.clips, "unreadable": report.unreadable, "parts": len(done)}
 
@@ -169,6 +180,8 @@ def emit_corpus(
     in_order = _InOrder(emit)
     with report_clips(corpus, tasks, progress) as report:
         run(job, corpus, tasks, in_order.open, report.take, batch_size, num_workers)
+    if not report.clips:
+        raise ValueError(f"expected audio in {corpus.name}, got none")
     return {"clips": report.clips, "unreadable": report.unreadable}
 
 

@@ -27,7 +27,7 @@ from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..utils.device import choices_for
 from .sources import Clip, Corpus
 
-# Batches that windows are sorted by length within, and their samples: 16 MiB in int16, 8.7 minutes at 16 kHz.
+# Batches that windows are sorted by length within, and their samples: 32 MiB, 8.7 minutes at 16 kHz.
 _SORTED_BATCHES, _MAX_SAMPLES = 4, 2**23
 # A batch of windows of unlike lengths is divided rather than padded by more than this share.
 _MAX_PADDING = 0.2
@@ -110,7 +110,8 @@ class Batch:
 
     Args:
         task, part (`int`): number of the task, and of the part within its shard.
-        waveforms (`torch.Tensor` of shape `(windows, samples)`): zero beyond each window's length; float32 or int16.
+        waveforms (`torch.Tensor` of shape `(windows, samples)`): zero beyond each window's length; float32, or
+            int16 if that is the same.
         lengths (`list`): samples of each window.
         places (`list`): of the windows in the buffer.
         items (`list`, *optional*): `(clip, start, end, is last or error)` of every place in the buffer, in order; the
@@ -195,8 +196,10 @@ class Batches(IterableDataset):
         batch = np.zeros((len(places), max(lengths)), np.float32)
         for row, place in zip(batch, places):
             row[: len(waveforms[place])] = waveforms[place]
-        if self.int16 and np.abs(batch).max() <= 1:  # floats beyond would be clipped
-            batch = (batch * 2**15).round().clip(-(2**15), 2**15 - 1).astype(np.int16)
+        if self.int16:
+            pcm = (batch * 2**15).clip(-(2**15), 2**15 - 1).astype(np.int16)
+            if np.array_equal(pcm * np.float32(2**-15), batch):  # noise of rounding would fill bands that are empty
+                batch = pcm
         return torch.from_numpy(batch), lengths, places
 
 
@@ -314,19 +317,19 @@ def _run_threads(job: Job, batches: Batches, states: list[_Progress], num_worker
                     return
                 states[number].take(batch, _values(_compute(job, batch)))
 
-    if count == 1:
-        try:
+    try:
+        if count == 1:
             return work()
-        finally:
-            torch.set_num_threads(available)
-    with ThreadPoolExecutor(count, "corpus") as pool:
-        futures = [pool.submit(work) for _ in range(count)]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-        finally:
-            stopped.set()
+        with ThreadPoolExecutor(count, "corpus") as pool:
+            futures = [pool.submit(work) for _ in range(count)]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            finally:
+                stopped.set()
+    finally:
+        torch.set_num_threads(available)  # also for threads that start later
 
 
 def _run_processes(job: Job, batches: Batches, states: list[_Progress], num_workers: int | None) -> None:
@@ -360,7 +363,6 @@ def _compute(job: Job, batch: Batch) -> tuple:
     extractor, device = job.feature_extractor, job.device
     window, _ = window_and_hop(extractor.sampling_rate)
     frames = [num_fbank_frames(max(length, window), extractor.sampling_rate) for length in batch.lengths]
-    same = len(set(batch.lengths)) == 1
     mask = None
     if len(set(frames)) > 1:
         mask = (torch.arange(max(frames)) < torch.tensor(frames)[:, None]).long().to(device, non_blocking=True)
@@ -371,7 +373,8 @@ def _compute(job: Job, batch: Batch) -> tuple:
     waveforms = batch.waveforms.to(device, non_blocking=True)
     if waveforms.shape[1] < window:
         waveforms = torch.nn.functional.pad(waveforms, (0, window - waveforms.shape[1]))
-    lengths = None if same else torch.tensor(batch.lengths).to(device, non_blocking=True)
+    is_padded = min(batch.lengths) < waveforms.shape[1]
+    lengths = torch.tensor(batch.lengths).to(device, non_blocking=True) if is_padded else None
     features = extractor.extract(waveforms, lengths)
     if mask is not None:
         features = features.masked_fill(~mask.bool()[..., None], extractor.padding_value)

@@ -8,7 +8,8 @@ import shutil
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,10 +44,16 @@ def share_out(
         numbers = range(rank, -(-corpus.num_clips // part_clips), world_size)
         return [Task(0, part_clips, number, number + 1) for number in numbers if (0, number) not in done]
     shards = range(corpus.num_shards)
-    of_shard = {shard: frozenset(number for one, number in done if one == shard) for shard in shards}
+    of_shard: dict[int, set[int]] = {shard: set() for shard in shards}
+    for shard, number in done:
+        of_shard[shard].add(number)
+    first = {shard: next(number for number in count() if number not in of_shard[shard]) for shard in shards}
+    share = {}
     if len(shards) >= world_size:  # each process has shards of its own
-        return [Task(shard, part_clips, done=of_shard[shard]) for shard in shards[rank::world_size]]
-    return [Task(shard, part_clips, done=of_shard[shard], rank=rank, world_size=world_size) for shard in shards]
+        shards = shards[rank::world_size]
+    else:
+        share = {"rank": rank, "world_size": world_size}
+    return [Task(shard, part_clips, first[shard], done=frozenset(of_shard[shard]), **share) for shard in shards]
 
 
 def process_share() -> tuple[int, int]:
@@ -86,11 +93,13 @@ class Parts:
         folder: of the files.
         tables: their kind.
         by_shard (`bool`): whether names have a shard.
+        found (`set`): shard and number of all parts that this process has found or written.
     """
 
     folder: Path
     tables: Tables
     by_shard: bool = False
+    found: set[tuple[int, int]] = field(default_factory=set, compare=False)
 
     def path(self, shard: int, number: int) -> Path:
         name = f"part-{shard:05d}-{number:05d}" if self.by_shard else f"part-{number:05d}"
@@ -101,6 +110,7 @@ class Parts:
         """The table of a part, which appears under its name when the context is left without an error."""
         with whole_file(self.path(shard, number), by=_process()) as path, self.tables.open(path) as table:
             yield table
+        self.found.add((shard, number))
 
     def done(self) -> dict[tuple[int, int], Path]:
         """The files of complete parts by shard and number, in order."""
@@ -112,6 +122,7 @@ class Parts:
             if match := pattern.fullmatch(path.name):
                 numbers = [int(group) for group in match.groups() if group]
                 found[(numbers[0], numbers[1]) if self.by_shard else (0, numbers[0])] = path
+        self.found.update(found)
         return dict(sorted(found.items()))
 
     def start(self, settings: Mapping[str, Any]) -> None:
@@ -127,7 +138,7 @@ class Parts:
                 what = f"expected a new or empty folder, or one of an earlier run, got {self.folder}"
                 raise ValueError(f"{what} with {others[0].name}: choose another --output")
             with whole_file(path, by=_process()) as unfinished:  # other processes write the same
-                unfinished.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         elif unlike := differences(read_settings(self.folder), settings):
             what = f"{self.folder} holds the parts of a run with other settings, {unlike}"
             raise ValueError(f"{what}: choose another --output, or remove that folder")
@@ -174,6 +185,9 @@ def one_file(path: Path, tables: Tables, settings: Mapping[str, Any], by_shard: 
         logger.warning("removed the parts of an unfinished run with other settings: %s", unlike)
         shutil.rmtree(parts.folder)
     yield parts
+    if missing := parts.found - parts.done().keys():
+        what = f"expected {parts.path(*min(missing))}, which is gone, as another run writes {path} too"
+        raise ValueError(f"{what}: run one of them again when the others have ended")
     try:
         with whole_file(path) as unfinished:
             tables.join(list(parts.done().values()), unfinished)

@@ -76,6 +76,8 @@ class Rows:
 
     def __init__(self, dataset: "Dataset", name: str, prefix: str = ""):
         columns = [column for column in ("audio", "label") if column in dataset.column_names]
+        if dataset.format["type"] != "custom":  # a transform
+            dataset = dataset.with_format(None)
         self.dataset, self.name, self.prefix = dataset.select_columns(columns), name, prefix
         self.num_clips, self.has_labels = len(dataset), "label" in columns
 
@@ -87,7 +89,8 @@ class Rows:
         for start in range(0, self.num_clips, 10000):
             column = rows[start : start + 10000]["audio"]
             paths = pc.struct_field(column, "path").to_pylist() if "path" in _fields(column) else [None] * len(column)
-            digest.update("".join(f"{path}\0" for path in paths).encode(errors="surrogatepass"))
+            names = (path or f"{self.name}#{row}" for row, path in enumerate(paths, start))
+            digest.update("".join(f"{self.prefix}\0{name}\0" for name in names).encode(errors="surrogatepass"))
 
     def clips(self, start: int, stop: int | None) -> Iterator[Clip]:
         rows, classes = range(self.num_clips)[start:stop], class_names(self.dataset.features.get("label"))
@@ -156,7 +159,7 @@ class ParquetShard:
         self.has_labels = label_column is not None
 
     def update(self, digest: Any) -> None:
-        digest.update(f"{self.name} {_size(self.folder, self.name)}".encode(errors="surrogatepass"))
+        digest.update(f"{self.prefix} {self.name} {_size(self.folder, self.name)}".encode(errors="surrogatepass"))
 
     def clips(self, start: int, stop: int | None) -> Iterator[Clip]:
         with open_parquet(join_path(self.folder, self.name)) as file:
@@ -198,7 +201,7 @@ class TarShard:
         self.folder, self.name, self.prefix = folder, name, prefix
 
     def update(self, digest: Any) -> None:
-        digest.update(f"{self.name} {_size(self.folder, self.name)}".encode(errors="surrogatepass"))
+        digest.update(f"{self.prefix} {self.name} {_size(self.folder, self.name)}".encode(errors="surrogatepass"))
 
     def clips(self, start: int, stop: int | None) -> Iterator[Clip]:
         for member, content in islice(read_tar(join_path(self.folder, self.name)), start, stop):

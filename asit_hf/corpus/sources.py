@@ -165,7 +165,7 @@ def _open_parquet(found: Input, is_prefixed: bool, options: _Options) -> list[An
         schema = file.schema_arrow
     audio = find_column(schema.names, options.audio_column, AUDIO_COLUMNS, "audio", path_text(first))
     label = find_column(schema.names, options.label_column, LABEL_COLUMNS, "label", path_text(first))
-    if str(schema.field(audio).type) in ("string", "large_string", "string_view"):
+    if str(schema.field(audio).type).removeprefix("dictionary<values=").startswith(("string", "large_string")):
         tables = [replace(found, place=join_path(found.place, name)) for name in names]
         return [_open_paths(table, audio, label, is_prefixed, options) for table in tables]
     prefix, separator = found.place if is_prefixed else "", options.label_separator

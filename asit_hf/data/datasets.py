@@ -111,7 +111,8 @@ def load_with_names(
     label_column = find_column(columns, label_column, LABEL_COLUMNS, "label", name)
     dataset = _rename(dataset, columns, audio_column, "audio")
     dataset = _rename(dataset, columns, label_column, "label")
-    if isinstance(dataset, Dataset) or not isinstance((dataset.features or {}).get("audio"), dict):  # not a tar stream
+    # the type of a stream of tar files stays, and that of one without features
+    if isinstance(dataset, Dataset) or not isinstance((dataset.features or {"audio": {}})["audio"], dict):
         dataset = dataset.cast_column("audio", Audio(decode=False))
     if isinstance(dataset, Dataset):
         if label_column is not None:

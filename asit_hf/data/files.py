@@ -41,7 +41,7 @@ def _walk(folder: str, prefix: str, seen: set[str]) -> Iterator[str]:
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # a link can lead to itself
             yield from _walk(entry.path, f"{prefix}{entry.name}/", seen)
         else:
             yield prefix + entry.name
@@ -66,7 +66,7 @@ def resolve_paths(values: Sequence[Any], root: str | os.PathLike, source: str | 
     """
     names = [name_in_row(value, row, source) for row, value in enumerate(values)]
     moved = find_moved(names, root, source)
-    return [path_text(moved.get(name) or join_path(os.fspath(root), name)) for name in names]
+    return [path_text(join_path(os.fspath(root), moved.get(name, name))) for name in names]
 
 
 def name_in_row(value: Any, row: int, source: str | os.PathLike) -> str:
@@ -98,8 +98,9 @@ def find_root(names: Sequence[str], roots: Sequence[str], source: str) -> tuple[
 
 
 def find_moved(names: Sequence[str], root: str | os.PathLike, source: str | os.PathLike) -> dict[str, str]:
-    """Paths of the files that are not where their names say, by name, see [`resolve_paths`]; of many names, a sample
-    tells whether there are such files. Of URLs, it is only found out whether the first and the last one exist.
+    """Paths, relative to `root`, of the files that are not where their names say, by name, see [`resolve_paths`]; of
+    many names, a sample tells whether there are such files. Of URLs, it is only found out whether the first and the
+    last one exist.
     """
     root = os.fspath(root)
     local = [row for row, name in enumerate(names) if not is_url(name)]
@@ -141,8 +142,8 @@ def _check_urls(urls: Sequence[str], count: int, source: str | os.PathLike) -> N
 
 
 def _search(root: Path, names: Sequence[str], taken: set[str]) -> dict[str, str]:
-    """Files below `root` by the names that mean them. A file in other folders than a name says has to be the only one,
-    and neither `taken` nor meant by another name.
+    """Files below `root`, relative to it, by the names that mean them. A file in other folders than a name says has to
+    be the only one, and neither `taken` nor meant by another name.
     """
     by_name, by_stem = defaultdict(list), defaultdict(list)
     for file in walk(root):
@@ -158,14 +159,14 @@ def _search(root: Path, names: Sequence[str], taken: set[str]) -> dict[str, str]
         shared = [_common_end(file.parts[:-1], folders) for file in files]
         nearest = [file for file, count in zip(files, shared) if count == max(shared)]
         if len({file.parent for file in nearest}) == 1:
-            found[name] = os.path.normpath(min(nearest, key=_preference))
+            found[name] = min(nearest, key=_preference)
             if max(shared) < len(folders):
                 uncertain.add(name)
     counts = Counter(found.values())
     return {
-        name: file
+        name: str(file.relative_to(root))
         for name, file in found.items()
-        if name not in uncertain or (counts[file] == 1 and file not in taken)
+        if name not in uncertain or (counts[file] == 1 and os.path.normpath(file) not in taken)
     }
 
 

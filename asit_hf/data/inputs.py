@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,8 @@ def choose_shards(found: Input) -> Sequence[str]:
         candidates = (_SHARD_NUMBER.sub("", stem), *reversed(folders))
         split = next((one for one in candidates if split_kind(one) or one == found.split), "")
         splits.setdefault(split, []).append(name)
+    if set(splits) == {""}:  # as `datasets` calls it
+        splits = {"train": splits[""]}
     if found.split is None and len(splits) == 1:
         return found.names
     chosen = None if found.split is None else match_split(found.split, splits)
@@ -123,13 +126,13 @@ def check_options(kind: str, options: dict[str, Any], *allowed: str) -> None:
 
 def _find_file(place: str, split: str | None, root: str | None) -> Input:
     folder, name = split_url(place) if is_url(place) else os.path.split(place)
-    if is_url(place) and "?" in name:
-        folder, name = "", place
-    extension = _extension(place)
+    extension, roots = _extension(place), (root or folder,)
     if extension in (*MANIFEST_EXTENSIONS, ".txt"):
-        return Input("manifest", place, split=split, roots=(root or folder,))
+        return Input("manifest", place, split=split, roots=roots)
+    if is_url(place) and "?" in place:  # which a folder and a name cannot hold
+        folder, name = "", place
     if extension == ".parquet":
-        return Input("parquet", folder, [name], split=split, roots=(root or folder,))
+        return Input("parquet", folder, [name], split=split, roots=roots)
     if extension not in _FILES:
         reason = _OTHER_FILES.get(extension) or why_left_out(extension, lambda: place) or "no audio"
         raise ValueError(f"expected a file with one of the extensions {' '.join(_FILES)}; got {place}: {reason}")
@@ -150,7 +153,7 @@ def _find_in_folder(
         return Input("saved", place, split=split)
     shards = [*by_kind["tar"], *by_kind["parquet"]]
     splits = _splits(by_kind["audio"] + shards, tables)
-    part = None if split is None else _find_part(place, split, splits, by_kind["audio"] + shards)
+    part = None if split is None else _find_part(place, split, splits, chain(*by_kind.values()))
     metadata = next((name for name in METADATA if name in tables), None) if with_metadata else None
     if metadata:
         logger.info("the audio of %s is what %s lists", place, metadata)
@@ -183,8 +186,8 @@ def _find_in_folder(
     if kind == "audio":
         _report_others(place, by_kind)
         if splits and with_metadata:
-            counts = Counter(name.partition("/")[0] for name in by_kind["audio"])
-            shown = ", ".join(f"{name} ({count} files)" for name, count in counts.items() if name in splits)
+            counts = Counter(name.partition("/")[0] for name in by_kind["audio"] if "/" in name)
+            shown = ", ".join(f"{name} ({count} files)" for name, count in counts.items())
             logger.info("audio of all splits of %s: %s", place, shown or f"{len(by_kind['audio'])} files")
     return Input(kind, place, by_kind[kind], place)
 

@@ -103,7 +103,9 @@ def label_text(label: Any, names: Sequence[str] | None = None) -> str | None:
         return ";".join(filter(None, (label_text(one, names) for one in label))) or None
     if label is None or (isinstance(label, float) and math.isnan(label)):
         return None
-    return as_text(label) if names is None else names[label]
+    if names is not None:
+        return names[label] if label >= 0 else None  # `datasets` has -1 for a missing class
+    return as_text(label)
 
 
 def find_lists(texts: Iterable[str], names: Sequence[str] | None = None) -> dict[str, list[str]]:

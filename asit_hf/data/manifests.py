@@ -151,7 +151,7 @@ class Manifest:
         return [] if column is None else sorted({name for name in self._splits(column)[1] if name is not None})
 
     def _splits(self, column: str) -> tuple[Categories, list[str | None]]:
-        cells = Categories(self.cells(column))
+        cells = Categories(str(cell) if isinstance(cell, (list, dict)) else cell for cell in self.cells(column))
         return cells, [None if one is None else as_text(one) for one in self.typed(cells.values, column)]
 
     def _split_column(self) -> str | None:
@@ -200,7 +200,7 @@ def load_manifest(
         columns = {name: list(compress(values, in_split)) for name, values in columns.items()}
     names = [name_in_row(value, row, path) for row, value in enumerate(columns[audio])]
     root, moved = find_root(names, roots, path)
-    columns[audio] = [path_text(moved.get(name) or join_path(root, name)) for name in names]
+    columns[audio] = [path_text(join_path(root, moved.get(name, name))) for name in names]
     if inside is not None:
         is_inside = [local_path(file).startswith(os.path.join(inside, "")) for file in columns[audio]]
         columns = {name: list(compress(values, is_inside)) for name, values in columns.items()}
@@ -303,14 +303,15 @@ def _json_items(text: str) -> Iterator[Any]:
     """The items of a json list, one after another."""
     decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*").match
     position = space(text, text.index("[") + 1).end()
-    while not text.startswith("]", position):
+    is_end = text.startswith("]", position)
+    while not is_end:
         value, position = decode(text, position)
         yield value
         position = space(text, position).end()
-        if text.startswith(",", position):
-            position = space(text, position + 1).end()
-        elif not text.startswith("]", position):
+        is_end = text.startswith("]", position)
+        if not is_end and not text.startswith(",", position):
             raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+        position = position if is_end else space(text, position + 1).end()
     if text[position + 1 :].strip():
         raise json.JSONDecodeError("Extra data", text, position + 1)
 

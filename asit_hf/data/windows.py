@@ -43,9 +43,11 @@ class Windows:
             try:
                 fresh = reader.read(self.sampling_rate, first, min(start + self.length, self._total(reader)) - first)
             except AudioReadError:
-                if window is None or first < reader.num_samples(self.sampling_rate):
-                    raise
-                break
+                if window is not None and first >= reader.num_samples(self.sampling_rate):
+                    break
+                if window is not None:
+                    yield *window, False
+                raise
             if window is not None:
                 yield *window, False
             window = start, np.concatenate([repeated, fresh]) if len(repeated) else fresh

@@ -28,5 +28,5 @@ def clear_worker_errors() -> Iterator[None]:
         if not str(error).startswith(_DIED):
             raise
         cause = "a DataLoader worker was killed by the system, usually for lack of memory"
-        remedy = "lower dataloader_num_workers and resume from the last checkpoint"
+        remedy = "lower the number of workers and run again from the last checkpoint or part"
         raise RuntimeError(f"{cause}: {remedy} ({error})") from error

@@ -34,8 +34,9 @@ def join_url(url: str, name: str) -> str:
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """The URL of the folder of a file, and the file's name."""
+    """The URL of the folder of a file, and the file's name, without a query."""
     first, *archive = url.partition("::")
+    first = first.partition("?")[0] if first.startswith("http") else first
     folder, _, name = first.rpartition("/")
     return (folder + "/" if folder.endswith(":/") else folder) + "".join(archive), name
 

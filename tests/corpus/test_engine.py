@@ -152,6 +152,18 @@ def test_the_way_of_an_accelerator(folder, workers, monkeypatch):
         assert one == {**other, "mean": pytest.approx(other["mean"], abs=1e-3)} if "mean" in other else one == other
 
 
+def test_an_accelerator_gets_what_a_cpu_gets(tmp_path, monkeypatch):
+    """Also of a clip shorter than a log-mel window, and of bands that upsampling has left empty."""
+    noise = np.random.default_rng(0).normal(0, 0.1, (8000, 2))
+    for name, samples, rate in (("short.wav", 0.1 + noise[:160, 0], RATE), ("upsampled.wav", noise, 8000)):
+        soundfile.write(tmp_path / name, samples, rate)
+    expected, _, _ = run(open_corpus(tmp_path), 1)
+    monkeypatch.setattr(engine, "choices_for", lambda device: ACCELERATOR)
+    parts, _, _ = run(open_corpus(tmp_path), 1)
+    for number, (row, *_) in parts.items():
+        assert row["mean"] == pytest.approx(expected[number][0]["mean"], abs=1e-5)
+
+
 def test_windows_of_like_length_share_a_batch():
     lengths = {0: 100, 1: 5, 2: 99, 3: 6, 4: 5, 5: 98}
     assert list(engine._similar(lengths, 8)) == [[1, 4, 3], [5, 2, 0]]
@@ -228,6 +240,8 @@ def test_tasks_take_every_part_once():
         assert sum(map(len, shares)) == len(whole)
         assert {number: files for share in shares for number, files in share.items()} == whole
     assert list(taken(0, 1, [(0, 1), (2, 0)])) == [(0, 0), (0, 2), (0, 3), (2, 1)]
+    done = [(0, 0), (0, 1), (0, 3), (2, 0)]
+    assert [task.first for task in share_out(Stream(), 2, done=done)] == [2, 0, 1]  # what is done is not read again
 
 
 def test_a_model_gives_the_embeddings_it_gives_alone(folder):

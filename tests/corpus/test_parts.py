@@ -115,6 +115,22 @@ def test_one_file(tmp_path):
     assert os.listdir(tmp_path) == ["table.txt"]
 
 
+def test_two_runs_that_write_one_file(tmp_path):
+    """The one that ends last does not replace a complete file by the parts that it alone has written."""
+    path = tmp_path / "table.txt"
+
+    def run(meanwhile):
+        with one_file(path, Lines(), SETTINGS) as parts:
+            parts.start(SETTINGS)
+            write(parts, 0, "zero ")
+            meanwhile()
+            write(parts, 1, "one ")
+
+    with pytest.raises(ValueError, match="part-00000"):
+        run(lambda: run(lambda: None))
+    assert path.read_text() == "zero one "
+
+
 def test_one_file_after_a_kill_while_its_parts_were_removed(tmp_path):
     path = tmp_path / "table.txt"
     with pytest.raises(KeyError):

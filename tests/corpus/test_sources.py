@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import soundfile
-from datasets import Audio, ClassLabel, Dataset, List
+from datasets import Audio, ClassLabel, Dataset, IterableDataset, List
 from loopback_files import serve
 from loopback_hub import Hub, run
 from odd_names import copy_with_odd_names
@@ -208,6 +208,19 @@ def test_names_in_a_manifest(folder, tmp_path):
     assert [len(read_audio(name, 8000)) for name in files(several)] == lengths(several) == [100, 300, 200, 300]
 
 
+@pytest.mark.parametrize("place", ["sounds", "./sounds", "sounds/", "wind/../sounds", "."])
+def test_files_found_elsewhere_by_relative_paths(tmp_path, monkeypatch, place):
+    for index, name in enumerate(("train/a.wav", "test/b.wav"), 1):
+        write(tmp_path / "sounds" / name, 100 * index)
+    (tmp_path / "sounds/metadata.csv").write_text("file\na\nb\n")
+    (tmp_path / "wind").mkdir()
+    monkeypatch.chdir(tmp_path / "sounds" if place == "." else tmp_path)
+    for corpus in (open_corpus(place), open_corpus(f"{place}/metadata.csv", root=place)):
+        assert (files(corpus), lengths(corpus)) == (["train/a.wav", "test/b.wav"], [100, 200])
+    assert files(open_corpus(place, split="test")) == ["test/b.wav"]
+    assert [len(read_audio(name, 8000)) for name in files(open_corpus([place, place]))] == [100, 200] * 2
+
+
 def test_a_folder_with_metadata(folder, tmp_path):
     for name in NAMES:
         write(tmp_path / "data/train" / name, 10)
@@ -235,7 +248,27 @@ def test_rows_of_a_data_set(folder, tmp_path):
         assert lengths(corpus) == [100, 200, 300]
     several = dataset.remove_columns("label").add_column("label", [[0, 1], [], [0]])
     several = several.cast_column("label", List(ClassLabel(names=["x", "y"])))
-    assert labels(open_corpus(several)) == ["x;y", None, "x"]
+    for format in (None, "numpy", "arrow", "pandas"):
+        assert labels(open_corpus(several.with_format(format))) == ["x;y", None, "x"]
+    assert (
+        files(open_corpus(dataset.with_transform(lambda rows: {"audio": ["x.wav"] * len(rows["audio"])})))[0]
+        == "x.wav"
+    )
+    missing = dataset.remove_columns("label").add_column("label", [1, -1, 0], feature=ClassLabel(names=["x", "y"]))
+    assert labels(open_corpus(missing)) == ["y", None, "x"]
+
+
+def test_a_stream_without_features(folder):
+    def rows():
+        yield {"audio": str(folder / NAMES[0]), "label": "x"}
+        yield {"audio": {"array": np.zeros(50), "sampling_rate": 8000}, "label": "y"}
+
+    corpus = open_corpus(IterableDataset.from_generator(rows))
+    assert (files(corpus), labels(corpus), lengths(corpus)) == (
+        [f"{folder}/{NAMES[0]}", "data#1"],
+        ["x", "y"],
+        [100, 50],
+    )
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tar", "stream"])
@@ -274,10 +307,12 @@ def test_audio_without_a_path_is_named_by_its_row(folder, tmp_path):
 
 def test_parquet_files_of_paths_are_lists(folder, tmp_path):
     table = pyarrow.table({"file": list(NAMES), "label": ["a;b", "b", None]})
-    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
-    corpus = open_corpus(tmp_path / "x.parquet", root=folder)
-    assert (corpus.num_clips, files(corpus), lengths(corpus)) == (3, list(NAMES), [100, 200, 300])
-    assert labels(corpus) == ["a;b", "b", None]
+    categories = pyarrow.table({name: table[name].dictionary_encode() for name in table.column_names})  # of pandas
+    for one in (table, categories):
+        pyarrow.parquet.write_table(one, tmp_path / "x.parquet")
+        corpus = open_corpus(tmp_path / "x.parquet", split="train", root=folder)
+        assert (corpus.num_clips, files(corpus), lengths(corpus)) == (3, list(NAMES), [100, 200, 300])
+        assert labels(corpus) == ["a;b", "b", None]
 
 
 def test_splits_of_parquet_files(folder, tmp_path):
@@ -318,7 +353,7 @@ def remote(request, folder, tmp_path):
     memory.pseudo_dirs[:] = [""]
 
 
-def test_urls(remote):
+def test_urls(remote, tmp_path):
     corpus = open_corpus(f"{remote}/sounds")
     assert (corpus.num_clips, files(corpus), lengths(corpus)) == (3, list(NAMES), [100, 200, 300])
     corpus = open_corpus([f"{remote}/sounds/rain/a.wav", f"{remote}/sounds/wind"])
@@ -329,6 +364,10 @@ def test_urls(remote):
         corpus = open_corpus(f"{remote}/{kind}")
         assert (corpus.num_shards, lengths(corpus)) == (2, [100, 200, 300])
         assert len(corpus.fingerprint) == 32
+    (tmp_path / "sounds/t.csv").write_text("file,label\nwind/c.wav,x\n")
+    with serve(tmp_path) as server:
+        corpus = open_corpus(f"{server.url}/sounds/t.csv?download=true")
+        assert (files(corpus), lengths(corpus)) == (["wind/c.wav"], [300])
     with pytest.raises(FileNotFoundError, match=r"gone\.wav"):
         open_corpus(f"{remote}/gone.wav")
     with pytest.raises(FileNotFoundError, match="root"):
@@ -380,6 +419,17 @@ def test_fingerprints(folder, tmp_path):
     assert open_corpus(dataset.select([0, 1])).fingerprint != fingerprints[3]
     (tmp_path / "tar/1.tar").unlink()
     assert open_corpus(tmp_path / "tar").fingerprint != fingerprints[5]
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet", "tar"])
+def test_fingerprints_differ_if_names_do(folder, tmp_path, kind):
+    for name in ("x", "y"):
+        Dataset.from_dict({"audio": [b"", b""]}).save_to_disk(tmp_path / name / "saved")
+        write_shards(folder, tmp_path / name / "parquet")
+        write_tars(folder, tmp_path / name / "tar")
+    one, other = (open_corpus([tmp_path / name / kind, folder / "rain/a.wav"]) for name in ("x", "y"))
+    assert files(one) != files(other)
+    assert one.fingerprint != other.fingerprint
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,7 @@ def test_links_to_folders_are_followed_once(folder, tmp_path):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "dog").symlink_to(folder / "dog")
     (folder / "dog" / "loop").symlink_to(folder / "dog")
+    (folder / "dog" / "itself").symlink_to("itself")
     assert [file.name for file in find_audio_files(tmp_path / "links")] == ["a.flac", "c.wav"]
 
 
@@ -289,6 +290,7 @@ def test_saved_data_sets_and_their_splits(folder, tmp_path):
     assert len(load_audio_dataset(tmp_path / "two", split="test")) == 1
     with pytest.raises(ValueError, match="expected one of the splits of .*, train, test; got None"):
         load_audio_dataset(tmp_path / "two")
+    assert len(load_audio_dataset(tmp_path, split="one")) == 5
 
 
 def test_loaded_data_sets(folder):

@@ -103,7 +103,7 @@ def test_bad_tables(tmp_path, text, options, error, message):
         load_audio_dataset(path, **options)
 
 
-@pytest.mark.parametrize("text", ["{", "[1, 2]", '{"file": 1}\n{'])
+@pytest.mark.parametrize("text", ["{", "[1, 2]", '{"file": 1}\n{', '["a.wav",]', '["a.wav" "b.wav"]', '["a.wav"'])
 def test_bad_json(tmp_path, text):
     path = tmp_path / "t.json"
     path.write_text(text)
@@ -243,6 +243,10 @@ def test_splits_of_a_manifest(folder, column, caplog):
     assert f"1 of 3 rows of {folder / 't.csv'} have no {column}" in caplog.text
     (folder / "t.csv").write_text(f"file,{column}\nbird/a.wav,Training\ndog/a.flac,Test\n")
     assert names_of(load_audio_dataset(folder / "t.csv", split="train")) == ["bird/a.wav"]
+    (folder / "t.json").write_text(
+        json.dumps([{"file": "bird/a.wav", "split": {}}, {"file": "rain/r.wav", "split": ["a"]}])
+    )
+    assert names_of(load_audio_dataset(folder / "t.json", split="['a']")) == ["rain/r.wav"]
 
 
 def test_a_column_of_splits_by_its_values(folder, caplog):

@@ -86,5 +86,12 @@ def test_files_that_end_before_their_header_says(total, expected):
 def test_damaged_files(folder, tmp_path):
     content = (folder / "a.flac").read_bytes()
     (tmp_path / "cut.flac").write_bytes(content[: len(content) * 2 // 3])
-    with pytest.raises(AudioReadError, match=r"cut\.flac"):
-        spans(tmp_path / "cut.flac", 16000, 6000, 1500)
+    found = []
+    with pytest.raises(AudioReadError, match=r"cut\.flac"), AudioReader(tmp_path / "cut.flac") as reader:
+        found.extend(start for start, _, is_last in Windows(16000, 6000, 1500).read(reader) if not is_last)
+    # all that can be read: 2/3 of 1 s, in blocks
+    assert found == list(range(0, found[-1] + 1, 1500))
+    with AudioReader(tmp_path / "cut.flac") as reader:
+        reader.read(16000, found[-1], 6000)
+    with pytest.raises(AudioReadError), AudioReader(tmp_path / "cut.flac") as reader:
+        reader.read(16000, found[-1] + 1500, 6000)

@@ -230,6 +230,7 @@ def test_a_trained_classifier_is_calibrated_without_training(sounds, encoder, tm
     for wrong, message in (
         ({"output_dir": tmp_path / "run"}, "another --output_dir"),
         ({"validation_data": None}, "--validation_data"),
+        ({"eval_filter": None}, "6 of 6 files in common"),
         ({"calibrate": False}, "validation_data.*without calibrate"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .corpus.commands import (
+    HELP_ON_PROCESSES,
     add_data_options,
     add_run_options,
     choose_device,
@@ -220,22 +221,27 @@ def embed_corpus(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m asit_hf.embed", description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m asit_hf.embed", description=__doc__.split(":")[0] + ".", epilog=HELP_ON_PROCESSES
+    )
     add = parser.add_argument
     add("model", help="folder or Hub name of an encoder, classifier or pretraining checkpoint")
     add_data_options(parser)
-    add("--output", type=Path, required=True, help=".parquet file, or folder of parts")
+    add("--output", type=Path, required=True, help=".parquet file, or folder of parts that several processes share")
     add("--encoder", choices=ENCODERS, default="teacher", help="of a pretraining checkpoint (default: %(default)s)")
-    add("--pooling", choices=POOLINGS, default="cls", help="of clips and windows (default: %(default)s)")
-    add("--num_layers", type=int, default=1, help="last layers to concatenate (default: %(default)s)")
+    pooling = "CLS token, mean of the patches, both concatenated, or mean (and standard deviation) over time of the "
+    pooling += "concatenated mel patches (default: %(default)s)"
+    add("--pooling", choices=POOLINGS, default="cls", help=pooling)
+    add("--num_layers", type=int, default=1, help="number of last layers to concatenate (default: %(default)s)")
     unit = parser.add_mutually_exclusive_group()
-    unit.add_argument("--windows", action="store_true", help="a row for each window instead of each clip")
-    unit.add_argument("--timestamps", action="store_true", help="a row for each time patch, 160 ms")
-    add("--window_seconds", type=float, default=MAX_SECONDS, help="window length for longer clips (default: 30)")
-    add("--max_seconds", type=float, help="use only the beginning of longer clips")
+    unit.add_argument("--windows", action="store_true", help="a row for each window, without overlap")
+    unit.add_argument("--timestamps", action="store_true", help="a row for each time patch of 160 ms")
+    windows = "window length for longer clips, rounded down to whole time patches (default: 30)"
+    add("--window_seconds", type=float, default=MAX_SECONDS, help=windows)
+    add("--max_seconds", type=float, help="length of the beginning of each clip to embed (default: all of it)")
     add("--embedding_dtype", choices=DTYPES, default="float32", help="type in the table (default: %(default)s)")
     add("--label_column", help="column of the labels (default: label, class, ...)")
-    add("--label_separator", help="separator of several labels in a cell; none keeps cells whole")
+    add("--label_separator", help="separator of several labels in a cell (default: guessed); none keeps cells whole")
     add_run_options(parser)
     return parser
 

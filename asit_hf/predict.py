@@ -11,6 +11,7 @@ import torch
 from transformers import pipeline
 
 from .corpus.commands import (
+    HELP_ON_PROCESSES,
     add_data_options,
     add_run_options,
     choose_device,
@@ -135,23 +136,26 @@ def _names(config: Any) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m asit_hf.predict", description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m asit_hf.predict", description=__doc__.split(":")[0] + ".", epilog=HELP_ON_PROCESSES
+    )
     add = parser.add_argument
     add("model", help="folder or Hub name of an ASiT classifier")
     add_data_options(parser)
-    output = "file, with the extension of its format, or folder of parts (default: csv to standard output)"
-    add("--output", type=Path, help=output)
-    formats = "of the table (default: by the extension of the file, or else csv); raven and audacity: a table per clip"
+    output = "file with the extension of its format, or folder of parts that several processes share "
+    add("--output", type=Path, help=output + "(default: csv to standard output)")
+    formats = "table format (default: by the extension of the file, or else csv); raven, audacity: events of each clip"
     add("--format", choices=FORMATS, help=formats)
-    add("--top_k", type=int, help="labels per clip or window (default: 5; of events 1, or all of several labels)")
-    add("--threshold", type=float, help="lowest score (default: none; 0.5 for events of several labels)")
+    add("--top_k", type=int, help="labels per clip or window (default: 5; for events 1, or all of multi-label models)")
+    add("--threshold", type=float, help="lowest score (default: none; 0.5 for events of multi-label models)")
     windows = "window length for longer clips (default: 30; for events that of the training crops, at least 1)"
     add("--window_seconds", type=float, help=windows)
     add("--overlap", type=float, default=0.5, help="overlap of windows, [0, 1) (default: %(default)s)")
-    add("--aggregate", choices=AGGREGATES, default="mean", help="combination of window scores in a clip or event")
+    aggregate = "combination of window scores in a clip or event (default: %(default)s)"
+    add("--aggregate", choices=AGGREGATES, default="mean", help=aggregate)
     unit = parser.add_mutually_exclusive_group()
-    unit.add_argument("--timeline", action="store_true", help="the labels of every window")
-    unit.add_argument("--events", action="store_true", help="spans of time with a label, from windows with the same")
+    unit.add_argument("--timeline", action="store_true", help="rows for each window instead of each clip")
+    unit.add_argument("--events", action="store_true", help="rows for events: neighboring windows with the same label")
     add_run_options(parser)
     return parser
 

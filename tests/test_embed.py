@@ -128,12 +128,15 @@ def test_processes_share_the_work_and_resume(folder, checkpoint, tmp_path, monke
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert command(checkpoint, folder, tmp_path / "shared", *options) == 0
+    assert "parts for" not in caplog.text
     names = sorted(os.listdir(tmp_path / "alone"))
     assert names == [".run.json", *(f"part-{number:05d}.parquet" for number in range(4))]
     contents = {name: (tmp_path / "alone" / name).read_bytes() for name in names}
     assert {name: (tmp_path / "shared" / name).read_bytes() for name in os.listdir(tmp_path / "shared")} == contents
     with pytest.raises(ValueError, match="folder"):
         embed_corpus(checkpoint, folder, tmp_path / "one.parquet")
+    assert command(checkpoint, folder, tmp_path / "few", "--part_clips", "4") == 0
+    assert "1 parts for 2 processes" in caplog.text
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
 

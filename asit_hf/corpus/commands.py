@@ -37,24 +37,30 @@ DEVICES = ("auto", "cpu", "cuda")
 _SHOWN = 10
 
 
+HELP_ON_PROCESSES = (
+    "On 4 GPUs, or in 4 processes: torchrun --nproc_per_node 4 instead of python, and a folder as --output. "
+    "The same command resumes an interrupted run. More: asit_hf/corpus/README.md"
+)
+
+
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """The options of `open_corpus`."""
     what = "files, folders, manifests, parquet or tar shards, data sets, or URLs of these"
     parser.add_argument("data", nargs="+", help=what)
     parser.add_argument("--split", help="split of a data set or manifest")
     parser.add_argument("--audio_column", help="column of the audio or its path (default: audio, file, ...)")
-    parser.add_argument("--root", help="folder that the paths of a manifest are relative to")
+    parser.add_argument("--root", help="folder that the paths of a manifest are relative to (default: its own)")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--batch_size", type=int, help="windows in one forward pass (default: 8 on a CPU, 64 on an accelerator)")
-    workers = "threads on a CPU, or processes that read for an accelerator (default: from the number of cores)"
+    add("--batch_size", type=int, help="windows in one forward pass (default: 8 on a CPU, 64 on a GPU)")
+    workers = "threads on a CPU, or processes that read for a GPU (default: from the number of cores)"
     add("--num_workers", type=int, help=workers)
-    precision = "of the weights (default: float32 on a CPU; bfloat16, or else float16, on an accelerator)"
+    precision = "type of the weights (default: float32 on a CPU; bfloat16, or else float16, on a GPU)"
     add("--dtype", choices=["auto", *DTYPES], default="auto", help=precision)
-    add("--device", choices=DEVICES, default="auto", help="default: cuda if available")
-    add("--part_clips", type=int, help="clips in each part of a folder (default: a 64th of them, at most 1024)")
+    add("--device", choices=DEVICES, default="auto", help="where to compute (default: cuda if available)")
+    add("--part_clips", type=int, help="clips in each part (default: a 64th of them, at most 1024)")
     add("--strict", action="store_true", help="exit with 1 if a file cannot be read")
 
 
@@ -132,6 +138,10 @@ def write_corpus(
         raise ValueError(f"part_clips must be at least 1, got {part_clips}")
     size = {"part_clips": part_clips, "num_clips": corpus.num_clips, "fingerprint": corpus.fingerprint}
     settings = json.loads(json.dumps({**settings, "data": corpus.name, **size}, default=os.fspath))
+    num_parts = -(-(corpus.num_clips or 0) // part_clips)
+    if rank == 0 and part_clips > 1 and 0 < num_parts < world_size:
+        what = "%d parts for %d processes, so that some have nothing to do; --part_clips 1 would make %d parts"
+        logger.warning(what, num_parts, world_size, corpus.num_clips)
     by_shard = corpus.num_shards > 1
     with (
         one_file(output, tables, settings, by_shard)
@@ -211,7 +221,7 @@ class ClipReport:
         if self.unreadable <= _SHOWN:
             tqdm.write(f"cannot read {clip.file}: {reason}", file=sys.stderr)
         elif self.unreadable == _SHOWN + 1:
-            tqdm.write("more files cannot be read: see the column of errors", file=sys.stderr)
+            tqdm.write("more files cannot be read: see the column error of the output", file=sys.stderr)
 
 
 @contextmanager

@@ -70,7 +70,8 @@ def choose_format(output: Path | None, format: str | None, num_clips: int | None
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if suffix and format not in known:
-        raise ValueError(f"expected a file {EXTENSIONS[format]} or a folder for {format} tables, got {output}")
+        folder = "" if format == "json" else " or a folder"
+        raise ValueError(f"expected a file {EXTENSIONS[format]}{folder} for {format} tables, got {output}")
     if output is None and format not in ("csv", "jsonl"):
         raise ValueError(f"expected --output for {format} tables, got none; standard output is csv or jsonl")
     if not suffix and format == "json":

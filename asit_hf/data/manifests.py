@@ -83,11 +83,15 @@ class Manifest:
         self._rows = OpenTable(path) if is_table else _JsonRows(path, audio_column)
         self.names = self._rows.names
 
-    def cells(self, name: str) -> Iterator[Any]:
-        """The cells of a column as they are written; missing ones are None or empty."""
+    def rows(self, names: Sequence[str]) -> Iterator[list[Any]]:
+        """The cells of some columns as they are written, row by row; missing ones are None or empty."""
         if isinstance(self._rows, OpenTable):
-            return (cells[0] for _, cells in self._rows.rows([name]))
-        return (row.get(name) for row in self._rows)
+            return (cells for _, cells in self._rows.rows(names))
+        return ([row.get(name) for name in names] for row in self._rows)
+
+    def cells(self, name: str) -> Iterator[Any]:
+        """The cells of a column, see `rows`."""
+        return (cells[0] for cells in self.rows([name]))
 
     def typed(self, cells: Sequence[Any], name: str) -> list[Any]:
         """Cells of a column, or the different ones among them, as numbers if all are; missing ones are None."""
@@ -194,7 +198,8 @@ def load_manifest(
     manifest = Manifest(path, audio_column)
     audio = manifest.find_audio(audio_column)
     manifest.find_label(label_column)
-    columns = {name: manifest.typed(list(manifest.cells(name)), name) for name in manifest.names}
+    cells = zip(*manifest.rows(manifest.names))  # read once, however many columns there are
+    columns = {name: manifest.typed(of_column, name) for name, of_column in zip(manifest.names, cells)}
     if split is not None:
         in_split = manifest.in_split(split)
         columns = {name: list(compress(values, in_split)) for name, values in columns.items()}

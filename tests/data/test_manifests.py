@@ -4,6 +4,7 @@ import pytest
 from datasets import ClassLabel, List
 from sounds import names_of, write_csv
 
+from asit_hf.data import manifests
 from asit_hf.data.datasets import find_splits, load_audio_dataset
 from asit_hf.data.labels import encode_labels, label_names
 
@@ -267,3 +268,16 @@ def test_tables_in_any_encoding(folder):
     assert label_names(load_audio_dataset(folder / "t.txt")) == ["Käuzchen"]
     (folder / "t.json").write_bytes(json.dumps(ROWS).encode("utf-16"))
     assert len(load_audio_dataset(folder / "t.json")) == 2
+
+
+def test_a_table_is_divided_as_often_for_many_columns_as_for_few(folder, monkeypatch):
+    passes, read = [], manifests.OpenTable.rows
+    monkeypatch.setattr(manifests.OpenTable, "rows", lambda *args: passes.append(1) or read(*args))
+    counts = []
+    for columns in (1, 40):
+        names = ",".join(f"x{index}" for index in range(columns))
+        (folder / "t.csv").write_text(f"file,{names}\nbird/a.wav{',1' * columns}\n")
+        passes.clear()
+        assert len(load_audio_dataset(folder / "t.csv").column_names) == columns + 1
+        counts.append(len(passes))
+    assert counts[0] == counts[1]

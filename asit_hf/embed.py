@@ -141,8 +141,10 @@ class EmbeddingRows:
         return [{"file": self.clip.file, "label": self.clip.label, "error": reason}]
 
     def _row(self, start: float, end: float, embedding: np.ndarray) -> dict[str, Any]:
-        # a copy, as a view would keep the batch
         row = {"file": self.clip.file, "label": self.clip.label, "start": start, "end": end}
+        if not np.isfinite(embedding).all():  # weights that are damaged, or too large for float16
+            return {**row, "error": "expected finite values, got others: try --dtype float32"}
+        # a copy, as a view would keep the batch
         return {**row, "embedding": embedding.copy()}
 
 

@@ -9,6 +9,7 @@ import pandas
 import pyarrow.parquet
 import pytest
 import soundfile
+import torch
 from odd_names import copy_with_odd_names
 from tiny import MEL, TINY
 
@@ -198,3 +199,15 @@ def test_names_of_any_bytes(folder, checkpoint, tmp_path, capfd):
     assert files == [*texts, "file:%FF.wav"]
     assert all((tmp_path / "odd" / local_path(file)).is_file() for file in files)
     assert "file:%FF.wav: " in capfd.readouterr().err
+
+
+def test_values_that_are_not_finite_are_an_error(folder, checkpoint, tmp_path):
+    encoder = load_encoder(checkpoint)
+    with torch.no_grad():
+        encoder.layernorm.bias[3] = torch.inf
+    encoder.save_pretrained(tmp_path / "damaged")
+    ASiTFeatureExtractor(num_mel_bins=MEL).save_pretrained(tmp_path / "damaged")
+    assert command(tmp_path / "damaged", folder / "a.flac", tmp_path / "clip.parquet") == 0
+    (row,) = pyarrow.parquet.read_table(tmp_path / "clip.parquet").to_pylist()
+    assert "finite" in row["error"]
+    assert (row["start"], row["end"]) == (0.0, 1.0)

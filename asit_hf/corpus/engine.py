@@ -25,6 +25,7 @@ from ..data.workers import clear_worker_errors
 from ..fbank_asit import num_fbank_frames, window_and_hop
 from ..feature_extraction_asit import ASiTFeatureExtractor
 from ..utils.device import choices_for
+from ..utils.memory import return_freed_memory
 from .sources import Clip, Corpus
 
 # Batches that windows are sorted by length within, and their samples: 32 MiB, 8.7 minutes at 16 kHz.
@@ -230,6 +231,7 @@ class _Progress:
                 self.on_clip(clip, last if isinstance(last, str) else None)
         self.table.write(written)
         self.values.clear()
+        return_freed_memory()
 
 
 def check_run_options(batch_size: int | None, num_workers: int | None) -> None:

@@ -254,3 +254,14 @@ def test_one_event_table_of_one_clip(model_folder, sounds, tmp_path, capsys):
     assert events[-1].offset == 2.6
     assert main([str(model_folder), str(sounds), *arguments]) == 1
     assert "8 clips" in capsys.readouterr().err
+
+
+def test_outputs_that_are_links_or_of_the_other_kind(model_folder, sounds, tmp_path, capsys):
+    (tmp_path / "link.csv").symlink_to("target.csv")
+    assert main([str(model_folder), str(sounds / GOOD[0]), "--output", str(tmp_path / "link.csv")]) == 0
+    assert (tmp_path / "link.csv").is_symlink()
+    assert len(read_csv(tmp_path / "target.csv")) > 0
+    (tmp_path / "file").write_text("kept")
+    capsys.readouterr()
+    assert main([str(model_folder), str(sounds / GOOD[0]), "--output", str(tmp_path / "file")]) == 1
+    assert f"got the file {tmp_path / 'file'}" in capsys.readouterr().err

@@ -127,7 +127,7 @@ def predict_folder(
     labels = label_rows(_names(config), function, unit, top_k, threshold, aggregate)
     job = LabelJob(classifier.model, classifier.feature_extractor, labels, window_seconds, overlap, function)
     predictions: list[dict[str, Any]] = []
-    emit_corpus(job, open_corpus(folder), predictions.extend, batch_size, num_workers, progress)
+    emit_corpus(job, open_corpus(folder, labels=False), predictions.extend, batch_size, num_workers, progress)
     return predictions
 
 
@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     data = args.data[0] if len(args.data) == 1 else args.data
-    corpus = open_corpus(data, args.split, args.audio_column, root=args.root)
+    corpus = open_corpus(data, args.split, args.audio_column, root=args.root, labels=False)
     format = choose_format(args.output, args.format, corpus.num_clips)
     unit = choose_unit(format, args.timeline, args.events)
     device = choose_device(args.device)

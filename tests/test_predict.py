@@ -179,6 +179,8 @@ def test_command_line_errors(model_folder, sounds, tmp_path, capsys):
     encoder.save_pretrained(tmp_path / "encoder")
     assert main([str(tmp_path / "encoder"), str(sounds)]) == 1
     assert "ASiTModel" in capsys.readouterr().err
+    assert main([str(sounds), str(model_folder)]) == 1
+    assert "exchange" in capsys.readouterr().err
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert main([str(tmp_path), str(sounds)]) == 1
     assert "'bert'" in capsys.readouterr().err

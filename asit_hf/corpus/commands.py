@@ -244,12 +244,20 @@ def until_output_closes() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _check_order(model: str, data: list[str]) -> None:
+    """Refuses a model where the data are expected, and data where the model is."""
+    is_model = [os.path.isfile(os.path.join(one, "config.json")) for one in (model, data[0])]
+    if os.path.exists(model) and is_model == [False, True]:
+        raise ValueError(f"expected a model and then data, got {model} and then {data[0]}, a model: exchange them")
+
+
 def run_command(parser: argparse.ArgumentParser, arguments: list[str] | None, command: Callable[..., int]) -> int:
     """Parses and runs; returns the exit status. What is wrong with files and options is one line."""
     args = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("asit_hf").setLevel(logging.INFO)
     try:
+        _check_order(args.model, args.data)
         return command(args)
     except KeyboardInterrupt:
         return 130

@@ -71,12 +71,14 @@ def open_corpus(
     label_column: str | None = None,
     label_separator: str | None = None,
     root: str | os.PathLike | None = None,
+    labels: bool = True,
 ) -> Corpus:
     """Open what is to be read, without reading audio.
 
     Args:
         data: anything that [`~asit_hf.data.datasets.load_audio_dataset`] takes, or a list of several.
         split, audio_column, label_column, label_separator, root: as there.
+        labels: whether clips have the labels of the data.
 
     Clips are named by their path relative to the folder that was passed, or to the manifest's; if `data` is a list, by
     the path that leads to them from the working directory. Audio without a path is called by the data and its row.
@@ -88,7 +90,7 @@ def open_corpus(
     inputs = list(data) if isinstance(data, (list, tuple)) else [data]
     if not inputs:
         raise ValueError("expected files, folders or data sets, got an empty list")
-    options = _Options(split, audio_column, label_column, label_separator, root)
+    options = _Options(split, audio_column, label_column, label_separator, root, labels)
     loaded = [f"data[{index}]" for index in range(len(inputs))] if len(inputs) > 1 else ["data"]
     is_path = [isinstance(one, (str, os.PathLike)) for one in inputs]
     names = [path_text(one) if named else other for one, named, other in zip(inputs, is_path, loaded)]
@@ -103,6 +105,7 @@ class _Options:
     label_column: str | None
     label_separator: str | None
     root: str | os.PathLike | None
+    labels: bool
 
 
 def _open(data: Any, name: str, is_prefixed: bool, options: _Options) -> list[Any]:
@@ -129,6 +132,7 @@ def _open_loaded(data: Any, name: str, prefix: str, options: _Options) -> list[A
 
     is_hub = isinstance(data, str) and not os.path.exists(data)
     dataset, _ = load_with_names(data, **vars(options), streaming=is_hub)
+    dataset = dataset if options.labels else dataset.select_columns("audio")
     if isinstance(dataset, Dataset):
         return [Rows(dataset, name, prefix)]
     return [Stream(dataset, index, name, prefix, options.label_separator) for index in range(dataset.num_shards)]
@@ -136,7 +140,8 @@ def _open_loaded(data: Any, name: str, prefix: str, options: _Options) -> list[A
 
 def _open_manifest(found: Input, is_prefixed: bool, options: _Options) -> Files:
     manifest = Manifest(found.place, options.audio_column)
-    audio, label = manifest.find_audio(options.audio_column), manifest.find_label(options.label_column)
+    audio = manifest.find_audio(options.audio_column)
+    label = manifest.find_label(options.label_column) if options.labels else None
     in_split = repeat(True) if found.split is None else manifest.in_split(found.split)
 
     def cells(column: str) -> Iterator[Any]:
@@ -164,7 +169,9 @@ def _open_parquet(found: Input, is_prefixed: bool, options: _Options) -> list[An
     with open_parquet(first) as file:
         schema = file.schema_arrow
     audio = find_column(schema.names, options.audio_column, AUDIO_COLUMNS, "audio", path_text(first))
-    label = find_column(schema.names, options.label_column, LABEL_COLUMNS, "label", path_text(first))
+    label = None
+    if options.labels:
+        label = find_column(schema.names, options.label_column, LABEL_COLUMNS, "label", path_text(first))
     kind = str(schema.field(audio).type).removeprefix("dictionary<values=")
     if not kind.startswith(("string", "large_string", "binary", "large_binary", "struct")):
         raise ValueError(f"expected paths, bytes or both in column {audio} of {path_text(first)}, got {kind}")

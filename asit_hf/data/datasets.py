@@ -94,8 +94,12 @@ def load_with_names(
     labels_from_folders: bool = False,
     label_separator: str | None = None,
     names: Sequence[str] | None = None,
+    labels: bool = True,
 ) -> "tuple[Dataset | IterableDataset, dict[str, str]]":
-    """As [`load_audio_dataset`], and the column `label` by the name that it has in the data, if that is another."""
+    """
+    As [`load_audio_dataset`], and the column `label` by the name that it has in the data, if that is another. With
+    `labels=False`, labels are not looked for.
+    """
     with extra("train"):
         from datasets import Audio, Dataset, IterableDataset
 
@@ -108,7 +112,7 @@ def load_with_names(
     dataset = undecoded(dataset)
     columns = dataset.column_names or list(next(iter(dataset)))
     audio_column = find_column(columns, audio_column, AUDIO_COLUMNS, "audio", name)
-    label_column = find_column(columns, label_column, LABEL_COLUMNS, "label", name)
+    label_column = find_column(columns, label_column, LABEL_COLUMNS, "label", name) if labels else None
     dataset = _rename(dataset, columns, audio_column, "audio")
     dataset = _rename(dataset, columns, label_column, "label")
     # the type of a stream of tar files stays, and that of one without features

@@ -126,7 +126,8 @@ def find_moved(names: Sequence[str], root: str | os.PathLike, source: str | os.P
     moved = [name for name in missing if name in found]
     if moved:
         count, example = sum(missing[name] for name in moved), f"{moved[0]} as {found[moved[0]]}"
-        logger.warning_once(f"{count} of {len(names)} files of {source} were found below {root}, such as {example}")
+        below = f"below {os.path.join(root, '') or 'the working directory'}"
+        logger.warning_once(f"{count} of {len(names)} files of {source} were found {below}, such as {example}")
     return found
 
 

@@ -191,6 +191,30 @@ def test_labels_that_are_objects_are_refused(folder, tmp_path):
         open_corpus(tmp_path / "t.json", root=folder)
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "paths", "saved", "stream"])
+def test_without_labels(folder, tmp_path, kind, caplog):
+    data, names = tmp_path / f"data.{kind}", [str(folder / name) for name in NAMES]
+    columns = {"category": ["dog"] * 3, "target": [1] * 3}
+    if kind == "csv":
+        data.write_text("file,category,target\n" + "".join(f"{name},dog,1\n" for name in names))
+    elif kind == "jsonl":  # labels that could not be read
+        data.write_text("".join(json.dumps({"file": name, "label": {"of": ["dog"]}}) + "\n" for name in names))
+    elif kind == "paths":
+        data = data.with_suffix(".parquet")
+        Dataset.from_dict({"file": names, **columns}).to_parquet(data)
+    elif kind == "parquet":
+        Dataset.from_dict({"audio": stored(folder), **columns}).to_parquet(data)
+    elif kind == "saved":
+        Dataset.from_dict({"audio": stored(folder), **columns}).save_to_disk(data)
+    else:
+        data = Dataset.from_dict({"audio": stored(folder), "label": [1, 1, 0]}).to_iterable_dataset()
+    corpus = open_corpus(data, labels=False)
+    assert not corpus.has_labels
+    assert labels(corpus) == [None] * 3
+    assert lengths(corpus) == [100, 200, 300]
+    assert "label" not in caplog.text
+
+
 def test_label_separator(folder, tmp_path):
     (tmp_path / "t.csv").write_text("file,label\nrain/a.wav,a;b\nrain/b.flac,a+b\n")
     assert labels(open_corpus(tmp_path / "t.csv", root=folder, label_separator="none")) == ["a;b", "a+b"]

@@ -191,6 +191,13 @@ def test_labels_that_are_objects_are_refused(folder, tmp_path):
         open_corpus(tmp_path / "t.json", root=folder)
 
 
+def test_files_found_below_the_working_directory(folder, monkeypatch, caplog):
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "moved.csv").write_text("file\na.wav\n")
+    assert files(open_corpus("moved.csv")) == [f"{folder.name}/rain/a.wav"]
+    assert "found below the working directory" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "paths", "saved", "stream"])
 def test_without_labels(folder, tmp_path, kind, caplog):
     data, names = tmp_path / f"data.{kind}", [str(folder / name) for name in NAMES]

@@ -293,8 +293,23 @@ def _read_rows(parts: Iterable[Path]) -> Iterator[dict[str, Any]]:
             yield from map(json.loads, file)
 
 
-def _by_clip(parts: Iterable[Path]) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
-    return groupby(_read_rows(parts), key=lambda row: row["file"])
+def _by_clip(parts: Iterable[Path]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """
+    The events of each clip, which are in order; of clips with the same name, those of the last. A clip never has a
+    label twice from the same start.
+    """
+    for file, rows in groupby(_read_rows(parts), key=lambda row: row["file"]):
+        clip: list[dict[str, Any]] = []
+        places: set[tuple[float, str | None]] = set()
+        last = 0.0
+        for row in rows:
+            start, label = row.get("start") or 0.0, row.get("label")
+            if start < last or (start, label) in places:
+                clip, places = [], set()
+            clip.append(row)
+            places.add((start, label))
+            last = start
+        yield file, clip
 
 
 def _write_json(rows: Iterator[dict[str, Any]], path: Path) -> None:

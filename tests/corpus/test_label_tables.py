@@ -244,6 +244,24 @@ def test_a_clip_that_cannot_be_read_to_its_end_has_no_table(tmp_path, format):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good.wav.txt", "part.jsonl"]
 
 
+@pytest.mark.parametrize(
+    "events",
+    [
+        [event(0.0, 1.0, "dog")],
+        [event(0.0, 3.0, "dog"), event(0.0, 1.0, "rain"), event(1.0, 2.0, "bell")],
+        [event(None, None, None, None)],
+    ],
+)
+def test_a_clip_in_several_rows_of_the_data_has_its_events_once(tmp_path, events):
+    tables = LabelTables("audacity", "event", tmp_path)
+    write(tables, tmp_path / "once.jsonl", events)
+    expected = (tmp_path / "a.wav.txt").read_text()
+    write(tables, tmp_path / "part.jsonl", 3 * events)
+    assert (tmp_path / "a.wav.txt").read_text() == expected
+    write(tables, tmp_path / "part.jsonl", [*events, {**ERROR, "file": "a.wav"}, *events, {**ERROR, "file": "a.wav"}])
+    assert not (tmp_path / "a.wav.txt").exists()
+
+
 def test_a_part_that_fails_writes_no_tables_of_clips(tmp_path):
     def rows():
         yield event(0.0, 1.0, "dog")

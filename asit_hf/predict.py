@@ -24,6 +24,7 @@ from .corpus.commands import (
 from .corpus.engine import check_run_options
 from .corpus.label_tables import FORMATS, LabelTables, choose_format, choose_unit
 from .corpus.labels import AGGREGATES, ClipRows, LabelRows, label_rows
+from .corpus.parts import process_share
 from .corpus.sources import Clip, open_corpus
 from .corpus.timeline import default_window_seconds
 from .feature_extraction_asit import ASiTFeatureExtractor
@@ -180,6 +181,8 @@ def _run(args: argparse.Namespace) -> int:
         logger.warning(what, args.window_seconds)
     job = LabelJob(model.to(device), feature_extractor, labels, args.window_seconds, args.overlap)
     if args.output is None:
+        if (world_size := process_share()[1]) > 1:
+            raise ValueError(f"expected a folder as --output for the parts of {world_size} processes, got none")
         if hasattr(sys.stdout, "reconfigure"):  # names and labels may have characters that a terminal lacks
             sys.stdout.reconfigure(errors="backslashreplace")
         counts = None

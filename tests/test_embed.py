@@ -143,7 +143,7 @@ def test_processes_share_the_work_and_resume(folder, checkpoint, tmp_path, monke
 
     (tmp_path / "alone" / "part-00002.parquet").unlink()
     read_embeddings(tmp_path / "alone")
-    assert "1 parts are missing" in caplog.text
+    assert "parts missing: 1" in caplog.text
     assert len(pandas.read_parquet(tmp_path / "alone")) == 3
     kept = (tmp_path / "alone" / "part-00001.parquet").stat().st_mtime_ns
     counts = embed_corpus(checkpoint, folder, tmp_path / "alone", device="cpu", progress=False)

@@ -267,3 +267,12 @@ def test_outputs_that_are_links_or_of_the_other_kind(model_folder, sounds, tmp_p
     capsys.readouterr()
     assert main([str(model_folder), str(sounds / GOOD[0]), "--output", str(tmp_path / "file")]) == 1
     assert f"got the file {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_a_process_of_several_labels_all_clips_in_python_alone(model_folder, classifier, sounds, monkeypatch, capsys):
+    alone = predict_folder(classifier, sounds, progress=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert predict_folder(classifier, sounds, progress=False) == alone
+    assert main([str(model_folder), str(sounds)]) == 1  # both would print all rows
+    assert "--output" in capsys.readouterr().err

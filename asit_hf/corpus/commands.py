@@ -39,7 +39,7 @@ _SHOWN = 10
 
 HELP_ON_PROCESSES = (
     "On 4 GPUs, or in 4 processes: torchrun --nproc_per_node 4 instead of python, and a folder as --output. "
-    "The same command resumes an interrupted run. More: asit_hf/corpus/README.md"
+    "The same command resumes an interrupted run. More: asit_hf/corpus/README.md in the repository"
 )
 
 
@@ -170,10 +170,11 @@ def emit_corpus(
     num_workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, int]:
-    """Passes the rows of a corpus to `emit`, in order, part by part; arguments and result as of `write_corpus`."""
+    """
+    Passes the rows of a corpus to `emit`, in order, part by part; arguments and result as of `write_corpus`. Each of
+    several processes has all rows.
+    """
     check_run_options(batch_size, num_workers)
-    if (world_size := process_share()[1]) > 1:
-        raise ValueError(f"expected a folder as --output for the parts of {world_size} processes, got none")
     if corpus.num_clips is None:  # one shard after the other
         num_workers = 1
     tasks = share_out(corpus, default_part_clips(corpus, batch_size or choices_for(job.device).windows_per_batch))
@@ -207,12 +208,16 @@ class _RowList(list):
 
 
 class ClipReport:
-    """Counts clips, and names on the console those that cannot be read."""
+    """Counts clips, and names on the console those that cannot be read. Several threads may share it."""
 
     def __init__(self, bar: tqdm):
-        self.bar, self.clips, self.unreadable = bar, 0, 0
+        self.bar, self.clips, self.unreadable, self.lock = bar, 0, 0, threading.Lock()
 
     def take(self, clip: Clip, reason: str | None) -> None:
+        with self.lock:
+            self._take(clip, reason)
+
+    def _take(self, clip: Clip, reason: str | None) -> None:
         self.clips += 1
         self.bar.update()
         if reason is None:

@@ -269,7 +269,7 @@ def embedding_tables(path: str | os.PathLike) -> list[Path]:
     if not tables:
         raise FileNotFoundError(f"expected parquet files in {path}, got none")
     if missing := count_missing(path):
-        logger.warning_once(f"{path} is not complete: {missing} parts are missing; run its command again")
+        logger.warning_once(f"{path} is not complete, parts missing: {missing}; run its command again")
     return tables
 
 

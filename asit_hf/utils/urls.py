@@ -18,7 +18,8 @@ def is_url(path: Any) -> bool:
 
 
 def url_path(url: str) -> str:
-    """The path that a URL ends with (of a path, itself), without a query: `/clips/a.wav` of `https://host/clips/a.wav?download=true`."""
+    """The path in a URL, without host and query: `/clips/a.wav` of `https://host/clips/a.wav?download=true`. Of a
+    path, itself."""
     if not is_url(url):
         return url
     first = url.partition("::")[0]

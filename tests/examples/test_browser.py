@@ -29,8 +29,8 @@ from examples.demo_sounds import CLASSES, make_clip
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "examples" / "browser"
 MODEL = ROOT / "model_cards" / "asit-tiny-pool26h-esc50"
-# between the scores of weights in 8 bits and in 32, and of two decoders
-TOLERANCE = 0.02
+TOLERANCE = 0.02  # between the scores of weights in 8 bits and in 32
+LOSSY_TOLERANCE = 0.05  # of two decoders of Opus or AAC: the shipped classifier was calibrated by raising its logits
 TIMES = ["0 s to 30 s", "15 s to 45 s", "30 s to 1:00", "32 s to 1:02"]
 # format, subtype, sampling rate, channels, seconds
 SOUNDS = [
@@ -163,14 +163,15 @@ def run(browser, script: str, *arguments):
 @pytest.mark.parametrize("index", range(len(SOUNDS)), ids=["-".join(map(str, sound)) for sound in SOUNDS])
 def test_scores_are_the_pipelines(browser, page, classifier, tmp_path, index):
     file = write_sound(tmp_path, index)
-    check_scores(choose(browser, file), classifier(str(file)))
+    tolerance = LOSSY_TOLERANCE if SOUNDS[index][1] == "OPUS" else TOLERANCE
+    check_scores(choose(browser, file), classifier(str(file)), tolerance)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("format", "rate"), [("m4a", 16000), ("aac", 16000), ("m4a", 44100), ("webm", 48000)])
 def test_formats_of_ffmpeg(browser, page, classifier, tmp_path, format, rate):
     file = encode(make_clip("click_train", 0, 2, rate), rate, tmp_path / f"clicks.{format}")
-    check_scores(choose(browser, file), classifier(str(file)), 0.05)  # AAC replaces some of the noise by its own
+    check_scores(choose(browser, file), classifier(str(file)), LOSSY_TOLERANCE)  # AAC replaces some noise by its own
 
 
 def encode(samples: np.ndarray, rate: int, path: Path) -> Path:

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -106,15 +107,19 @@ def predictions(request):
         return request.param, list(csv.DictReader(file))
 
 
-def test_the_accuracy_of_a_card_is_that_of_its_predictions(predictions):
+def test_the_results_of_a_card_are_those_of_its_predictions(predictions):
     folder, clips = predictions
-    right = sum(clip["label"] == ESC50.split()[int(Path(clip["file"]).stem.split("-")[-1])] for clip in clips) / len(
-        clips
-    )
+    right = [clip["label"] == ESC50.split()[int(Path(clip["file"]).stem.split("-")[-1])] for clip in clips]
     assert len(clips) == 400
     assert {clip["file"].split("-")[0] for clip in clips} == {"4"}
+    scores = np.array([float(clip["score"]) for clip in clips])
+    bins = np.minimum((scores * 15).astype(int), 14)
+    calibration_error = np.abs(np.bincount(bins, right - scores)).sum() / len(clips)
     results = ModelCard.load(folder / "README.md").data.eval_results
-    assert [one.metric_value for one in results if one.metric_type == "accuracy"] == [right]
+    assert {one.metric_type: one.metric_value for one in results} == {
+        "accuracy": np.mean(right),
+        "expected calibration error": pytest.approx(calibration_error, abs=5e-5),
+    }
 
 
 @pytest.mark.real_audio
